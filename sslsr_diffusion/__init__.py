@@ -1,0 +1,37 @@
+"""Fine-tune diffusion upscalers with the self-similarity loss (SSL).
+
+Names are resolved at first use: importing the package costs milliseconds and touches neither a GPU nor diffusers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "self_similarity_graph": "sslsr_diffusion.ops",
+    "SelfSimilarityLoss": "sslsr_diffusion.ops",
+    "BackendUnavailable": "sslsr_diffusion.ops",
+    "laplacian_edge_mask": "sslsr_diffusion.ops",
+    "StableSRPipeline": "sslsr_diffusion.inference",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from sslsr_diffusion.inference import StableSRPipeline
+    from sslsr_diffusion.ops import BackendUnavailable, SelfSimilarityLoss, laplacian_edge_mask, self_similarity_graph
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

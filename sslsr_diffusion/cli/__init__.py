@@ -1,0 +1,62 @@
+"""The console command `sslsr`. One file per verb; heavy imports happen inside the commands, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sslsr_diffusion.cli import convert, evaluate, export, infer, init, prepare, preview, train
+from sslsr_diffusion.errors import MissingDependency, UserError
+
+app = typer.Typer(
+    name="sslsr",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune and run diffusion upscalers with the self-similarity loss.",
+)
+app.command("train")(train.train)
+app.command("infer")(infer.infer)
+app.command("evaluate")(evaluate.evaluate)
+app.command("preview")(preview.preview)
+app.command("init")(init.init)
+app.command("export")(export.export)
+app.add_typer(prepare.app, name="prepare")
+app.add_typer(convert.app, name="convert")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from sslsr_diffusion import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
+
+
+def run(application: typer.Typer) -> None:
+    """Run a typer application; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        application()
+    except (UserError, MissingDependency) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def single(command: object) -> None:
+    """Run one verb as a script of its own (train.py, infer.py)."""
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    script.command()(command)  # type: ignore[type-var]
+    run(script)
+
+
+def main() -> None:
+    run(app)

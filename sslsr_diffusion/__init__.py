@@ -18,7 +18,14 @@ _HOME = {
     "StableSRPipeline": "sslsr_diffusion.inference",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "BackendUnavailable",
+    "SelfSimilarityLoss",
+    "StableSRPipeline",
+    "__version__",
+    "laplacian_edge_mask",
+    "self_similarity_graph",
+]
 
 if TYPE_CHECKING:
     from sslsr_diffusion.inference import StableSRPipeline

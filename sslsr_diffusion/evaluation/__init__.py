@@ -1,0 +1,7 @@
+"""Scores: PSNR and SSIM in the core, the learned metrics through pyiqa, our SSG distance, and the report over them."""
+
+from __future__ import annotations
+
+from sslsr_diffusion.evaluation.metrics import METRICS, Metric, psnr, ssim
+
+__all__ = ["METRICS", "Metric", "psnr", "ssim"]

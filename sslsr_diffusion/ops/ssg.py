@@ -1,0 +1,120 @@
+"""The public operator: check, choose a backend, call it. Each backend module has `graph`, `loss` and `unavailable`."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sslsr_diffusion.ops.errors import BackendUnavailable
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def self_similarity_graph(
+    image: Tensor,
+    mask: Tensor,
+    *,
+    search_size: int = 25,
+    window_size: int = 9,
+    sigma: float = 0.004,
+    normalize: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Row n weighs every patch of the search area around the n-th masked pixel against that pixel's own patch.
+
+    S[n, d] = exp(-|P_n - P_{n+d}|^2 / (C window^2 sigma)), divided by its row sum   (Chen et al., ACM MM 2024)
+    Window samples that fall outside the search area count as 0, as in the published code.
+
+    Args:
+        image: [B, C, H, W] float32 or float64 in [0, 1]; differentiable; borders are reflect-padded. Half types are computed in float32.
+        mask: [B, 1, H, W] bool, or numbers of which exactly 1 counts; rows come out by image, then row-major.
+        search_size: odd side k of the search area, at least window_size; the image must be larger than k // 2.
+        window_size: odd side of a patch.
+        sigma: how fast the weight falls with the mean squared difference.
+        normalize: divide each row by its sum.
+        backend: "auto", "reference", "torch", "cpu" or "cuda"; asked for by name it never falls back.
+
+    Returns:
+        [N, search_size^2] with N masked pixels; column (dy + k // 2) * k + dx + k // 2.
+
+    Raises:
+        ValueError: a shape, dtype, device or size above is broken (the message shows both sides).
+        BackendUnavailable: a backend named explicitly cannot run here (the message says why).
+    """
+    check_inputs(image, mask, search_size, window_size, sigma)
+    image = in_full_precision(image)
+    run = choose_backend(backend, image)
+    return run.graph(image, as_bool(mask), search_size=search_size, window_size=window_size, sigma=float(sigma), normalize=bool(normalize))
+
+
+def check_sizes(search_size: int, window_size: int, sigma: float) -> None:
+    """ValueError unless both sizes are odd, the window fits into the search area and sigma is a positive number."""
+    for name, size in (("search_size", search_size), ("window_size", window_size)):
+        if not isinstance(size, int) or size < 1 or size % 2 == 0:
+            raise ValueError(f"{name}: expected a positive odd integer, came {size!r}.")
+    if window_size > search_size:
+        raise ValueError(f"window_size: expected at most search_size = {search_size}, came {window_size}.")
+    if not (sigma > 0 and math.isfinite(sigma)):
+        raise ValueError(f"sigma: expected a positive finite number, came {sigma!r}.")
+
+
+def check_inputs(image: Tensor, mask: Tensor, search_size: int, window_size: int, sigma: float) -> None:
+    """ValueError for any shape, dtype, device or size that the operator does not take."""
+    check_sizes(search_size, window_size, sigma)
+    if image.ndim != 4 or image.shape[1] < 1:
+        raise ValueError(f"image: expected [B, C, H, W], came {list(image.shape)}.")
+    if image.dtype not in (torch.float32, torch.float64, *_LOW_PRECISION):
+        raise ValueError(f"image: expected floating point in [0, 1], came {image.dtype}; divide 8-bit images by 255.")
+    batch, _, height, width = image.shape
+    if list(mask.shape) != [batch, 1, height, width]:
+        raise ValueError(f"mask: expected [{batch}, 1, {height}, {width}] for an image {list(image.shape)}, came {list(mask.shape)}.")
+    if mask.is_complex():
+        raise ValueError(f"mask: expected bool or numbers, came {mask.dtype}.")
+    if mask.device != image.device:
+        raise ValueError(f"mask: expected on the image's device {image.device}, came on {mask.device}.")
+    smallest = search_size // 2 + 1
+    if min(height, width) < smallest:
+        raise ValueError(f"image: expected sides of at least {smallest} pixels for search_size = {search_size}, came {height} x {width}.")
+
+
+def as_bool(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask == 1
+
+
+def in_full_precision(image: Tensor) -> Tensor:
+    """Half types, from autocast for example, are computed in float32: sigma = 0.004 magnifies rounding 250 times."""
+    return image.float() if image.dtype in _LOW_PRECISION else image
+
+
+def backend_module(name: str) -> ModuleType:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, came {name!r}.")
+    return import_module(BACKENDS[name])
+
+
+def choose_backend(name: str, image: Tensor) -> ModuleType:
+    """The module that runs `image`; "auto" takes the fastest that can, a name is taken literally or refused with the reason."""
+    if name == "auto":
+        fused = {"cuda": "cuda", "cpu": "cpu"}.get(image.device.type)
+        if fused and image.dtype == torch.float32 and backend_module(fused).unavailable(image.device) is None:
+            return backend_module(fused)
+        return backend_module("torch")
+    module = backend_module(name)
+    if name in ("cpu", "cuda") and image.dtype != torch.float32:
+        raise ValueError(f'image: backend="{name}" computes in float32, came {image.dtype}; use backend="torch" for it.')
+    reason = module.unavailable(image.device)
+    if reason is not None:
+        raise BackendUnavailable(f'backend="{name}" cannot run here: {reason}')
+    return module
+
+
+BACKENDS = {
+    "reference": "sslsr_diffusion.ops.ssg_reference",
+    "torch": "sslsr_diffusion.ops.ssg_torch",
+    "cpu": "sslsr_diffusion.ops.ssg_cpu",
+    "cuda": "sslsr_diffusion.ops.ssg_cuda",
+}

@@ -1,0 +1,119 @@
+"""The self-similarity loss as a module: pulls the graph of a restored image towards that of the ground truth."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from sslsr_diffusion.ops.edge_mask import apply_mask_stride, laplacian_edge_mask
+from sslsr_diffusion.ops.ssg import as_bool, backend_module, check_inputs, check_sizes, choose_backend, in_full_precision
+
+
+class SelfSimilarityLoss(nn.Module):
+    """l1_weight * mean|T_sr - T_gt| + kl_weight * mean b (ln b - ln a), a and b the graphs clamped at 1e-10 (Chen et al., ACM MM 2024).
+
+    Both means run over N * search_size^2 entries and are tiny: published recipes weigh them with 500 to 1000.
+    The fused paths ("cpu", "cuda", "torch") never hold a graph. Equal images give exactly 0 for both terms and for the
+    L1 gradient; with normalize=False the KL gradient is NOT zero there, because un-normalised rows are no distributions.
+
+    Args:
+        search_size, window_size, sigma, normalize, backend: as in `self_similarity_graph`.
+        l1_weight, kl_weight: weights of the two terms, at least 0.
+        mask_stride: s > 1 keeps the masked pixels with y mod s == x mod s, 1/s of them.
+    """
+
+    def __init__(
+        self,
+        search_size: int = 25,
+        window_size: int = 9,
+        sigma: float = 0.004,
+        normalize: bool = True,
+        l1_weight: float = 1.0,
+        kl_weight: float = 1.0,
+        mask_stride: int = 1,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        check_sizes(search_size, window_size, sigma)
+        for name, weight in (("l1_weight", l1_weight), ("kl_weight", kl_weight)):
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name}: expected a finite number of at least 0, came {weight!r}.")
+        if not isinstance(mask_stride, int) or mask_stride < 1:
+            raise ValueError(f"mask_stride: expected an integer of at least 1, came {mask_stride!r}.")
+        if backend != "auto":
+            backend_module(backend)
+        self.search_size, self.window_size, self.sigma, self.normalize = search_size, window_size, float(sigma), bool(normalize)
+        self.l1_weight, self.kl_weight = float(l1_weight), float(kl_weight)
+        self.mask_stride, self.backend = mask_stride, backend
+
+    @overload
+    def forward(
+        self,
+        sr: Tensor,
+        gt: Tensor,
+        mask: Tensor | None = ...,
+        *,
+        num_rows: float | Tensor | None = ...,
+        return_terms: Literal[False] = ...,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, sr: Tensor, gt: Tensor, mask: Tensor | None = ..., *, num_rows: float | Tensor | None = ..., return_terms: Literal[True]
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def forward(
+        self,
+        sr: Tensor,
+        gt: Tensor,
+        mask: Tensor | None = None,
+        *,
+        num_rows: float | Tensor | None = None,
+        return_terms: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of both terms: a scalar that is differentiable in sr; an empty mask gives 0 that still has a graph.
+
+        Args:
+            sr: [B, C, H, W] float, about [0, 1], not clamped; the gradient goes here.
+            gt: [B, C, H, W] float in [0, 1], same range as sr; never receives a gradient.
+            mask: [B, 1, H, W] bool or {0, 1} before the stride; None: `laplacian_edge_mask(gt)`.
+            num_rows: rows the mean counts; None: this mask's own. Distributed training passes all_reduce(rows) / world_size over all
+                micro-batches of an optimizer step, so that N processes equal one big batch.
+            return_terms: also return {"l1", "kl", "rows"}: unweighted, detached 0-dim tensors.
+
+        Raises:
+            ValueError: sr, gt and mask do not fit together (the message shows both sides).
+            BackendUnavailable: the backend asked for by name cannot run here.
+        """
+        if sr.shape != gt.shape:
+            raise ValueError(f"gt: expected the shape of sr {list(sr.shape)}, came {list(gt.shape)}.")
+        if sr.device != gt.device:
+            raise ValueError(f"gt: expected on the device of sr {sr.device}, came on {gt.device}.")
+        mask = laplacian_edge_mask(gt) if mask is None else mask
+        check_inputs(sr, mask, self.search_size, self.window_size, self.sigma)
+        check_inputs(gt, mask, self.search_size, self.window_size, self.sigma)
+        sr, gt = in_full_precision(sr), in_full_precision(gt.detach())
+        if sr.dtype != gt.dtype:
+            raise ValueError(f"gt: expected the dtype of sr {sr.dtype}, came {gt.dtype}.")
+        if isinstance(num_rows, Tensor) and num_rows.ndim != 0:
+            raise ValueError(f"num_rows: expected a number or a 0-dim tensor, came shape {list(num_rows.shape)}.")
+        if isinstance(num_rows, (int, float)) and not 0 <= num_rows < float("inf"):
+            raise ValueError(f"num_rows: expected a finite number of rows, came {num_rows!r}.")
+        mask = apply_mask_stride(as_bool(mask), self.mask_stride)
+        total, l1, kl = choose_backend(self.backend, sr).loss(
+            sr,
+            gt,
+            mask,
+            num_rows=num_rows,
+            search_size=self.search_size,
+            window_size=self.window_size,
+            sigma=self.sigma,
+            normalize=self.normalize,
+            l1_weight=self.l1_weight,
+            kl_weight=self.kl_weight,
+        )
+        return (total, {"l1": l1, "kl": kl, "rows": mask.sum()}) if return_terms else total
+
+    def extra_repr(self) -> str:
+        names = ("search_size", "window_size", "sigma", "normalize", "l1_weight", "kl_weight", "mask_stride", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

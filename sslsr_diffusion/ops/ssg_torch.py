@@ -1,0 +1,345 @@
+"""The exact fast algorithm in plain PyTorch: any device and float type, O(H W + N) memory, hand-written gradient.
+
+For an offset d let D_d(x) = sum_c (P_c(x+d) - P_c(x))^2 on the reflect-padded image P, and E(x) = sum_c P_c(x)^2. Then
+
+    dist(p, d) = sum_{u in W_d} D_d(p+u) + sum_{u not in W_d} E(p+u)        W_d = {u in window: d+u in the search square}
+
+so one map per offset and sums over rectangles replace 3 * 81 products per entry. With A = dL/d dist the gradient is
+
+    B_d(x) = sum_{u in W_d} A(x-u, d),    e(x) = sum_d sum_{u not in W_d} A(x-u, d)
+    F = 2 B_d (P(.+d) - P),    gP(x) -= F(x),    gP(x+d) += F(x),    gP += 2 P e        and the adjoint of the padding.
+
+Sums only ever add non-negative numbers (no differences of running sums), so float32 keeps its precision. The image is
+walked in horizontal bands with one row of offsets at a time, and no operation here is one that TF32 or autocast lowers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from sslsr_diffusion.ops.ssg_reference import CLAMP, ROW_EPS
+
+LOG_CLAMP = math.log(CLAMP)
+_BAND_ELEMENTS = 6_000_000  # largest buffer of a band: about 24 MB in float32
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    search: int
+    window: int
+    sigma: float
+
+    @property
+    def reach(self) -> int:
+        return self.search // 2
+
+    @property
+    def half(self) -> int:
+        return self.window // 2
+
+    @property
+    def margin(self) -> int:
+        return self.reach + self.half
+
+    def kappa(self, channels: int) -> float:
+        return channels * self.window**2 * self.sigma
+
+
+@dataclass(frozen=True)
+class _Band:
+    image: int  # index in the batch
+    top: int  # first row
+    height: int
+    pixels: Tensor  # [n] positions of the masked pixels inside the band, y * W + x
+    first: int  # their first row in the graph
+
+
+def _bands(mask: Tensor, sizes: _Sizes) -> Iterator[_Band]:
+    """Strips of rows small enough for the buffers; strips without a masked pixel are left out."""
+    width = mask.shape[3]
+    counts = mask.sum((1, 3)).tolist()  # [B][H]: the one synchronisation of a call
+    height, first = mask.shape[2], 0
+    for index, rows in enumerate(counts):
+        top = 0
+        while top < height:
+            bottom, masked = top, 0
+            while bottom < height:
+                maps = sizes.search * (bottom + 1 - top + 2 * sizes.half) * (width + 2 * sizes.half)
+                if bottom > top and max(maps, (masked + rows[bottom]) * sizes.search**2) > _BAND_ELEMENTS:
+                    break
+                masked, bottom = masked + rows[bottom], bottom + 1
+            if masked:
+                yield _Band(index, top, bottom - top, mask[index, 0, top:bottom].flatten().nonzero().squeeze(1), first)
+            first, top = first + masked, bottom
+
+
+def _padded(image: Tensor, sizes: _Sizes) -> Tensor:
+    """Reflected by reach, then zeros by half (never read into a sum): every shift of a band is a plain slice."""
+    reach, half = sizes.reach, sizes.half
+    return F.pad(F.pad(image, (reach,) * 4, mode="reflect"), (half,) * 4)
+
+
+def _unpad(grad: Tensor, sizes: _Sizes) -> Tensor:
+    """The adjoint of `_padded`: folds the border back onto the pixels it was reflected from."""
+    half, reach = sizes.half, sizes.reach
+    grad = grad[..., half : grad.shape[-2] - half, half : grad.shape[-1] - half]
+    for dim in (-2, -1):
+        size = grad.shape[dim] - 2 * reach
+        inner = grad.narrow(dim, reach, size).clone()
+        if reach:
+            inner.narrow(dim, 1, reach).add_(grad.narrow(dim, 0, reach).flip(dim))
+            inner.narrow(dim, size - 1 - reach, reach).add_(grad.narrow(dim, reach + size, reach).flip(dim))
+        grad = inner
+    return grad
+
+
+class _BandMaths:
+    """Distances of one band of one padded image, and their adjoint."""
+
+    def __init__(self, padded: Tensor, band: _Band, width: int, sizes: _Sizes):
+        self.sizes, self.band, self.width = sizes, band, width
+        self.grown = (band.height + 2 * sizes.half, width + 2 * sizes.half)  # the region the windows of the band cover
+        self.area = padded[band.image, :, band.top : band.top + band.height + 2 * sizes.margin]  # [C, h + 2 margin, W + 2 margin]
+        reach = sizes.reach
+        self.base = self.area[:, reach : reach + self.grown[0], reach : reach + self.grown[1]]  # [C, h', w']
+
+    def _difference(self, dy: int, channel: int) -> Tensor:
+        """P(x+d) - P(x) for one row of offsets: [k, h', w']."""
+        top = self.sizes.reach + dy
+        shifted = self.area[channel, top : top + self.grown[0]].unfold(1, self.grown[1], 1)  # [h', k, w']
+        return shifted.transpose(0, 1) - self.base[channel]
+
+    def _vertical(self, dy: int) -> range:
+        half, reach = self.sizes.half, self.sizes.reach
+        return range(max(-half, -reach - dy), min(half, reach - dy) + 1)
+
+    def _columns(self, ux: int) -> slice:
+        """The offsets dx for which window column ux lies inside the search square."""
+        return slice(max(0, -ux), self.sizes.search - max(0, ux))
+
+    def distances(self) -> Tensor:
+        """[k*k, n] distances of the band's masked pixels."""
+        search, half = self.sizes.search, self.sizes.half
+        height, width = self.band.height, self.width
+        out = self.base.new_empty(search, search, len(self.band.pixels))
+        outside = self._outside()
+        for dy in range(-self.sizes.reach, self.sizes.reach + 1):
+            difference = self._difference(dy, 0).square_()
+            for channel in range(1, len(self.area)):
+                difference.add_(self._difference(dy, channel).square_())
+            rows = self._vertical(dy)
+            summed = difference[:, half + rows[0] : half + rows[0] + height].clone()
+            for uy in rows[1:]:
+                summed.add_(difference[:, half + uy : half + uy + height])
+            total = outside[self._variants(dy)]  # [k, h, W], a copy: one index per dx
+            for ux in range(-half, half + 1):
+                columns = self._columns(ux)
+                total[columns].add_(summed[columns, :, half + ux : half + ux + width])
+            out[dy + self.sizes.reach] = total.flatten(1)[:, self.band.pixels]
+        return out.flatten(0, 1)
+
+    def _variants(self, dy: int) -> tuple[int, Tensor]:
+        """How W_d is cut, 0 .. 2 half with half for "not at all": of this row of offsets, and of each of its columns."""
+        inner, half = self.sizes.reach - self.sizes.half, self.sizes.half
+        dx = torch.arange(-self.sizes.reach, self.sizes.reach + 1, device=self.area.device)
+        cut = (dx - dx.clamp(-inner, inner)) + half
+        return dy - max(-inner, min(inner, dy)) + half, cut
+
+    def _cut(self, variant: int) -> range:
+        """Window positions that stay inside the search square for a variant of `_variants`."""
+        half = self.sizes.half
+        cut = variant - half
+        return range(max(-half, -half - cut), min(half, half - cut) + 1)
+
+    def _outside(self) -> Tensor:
+        """sum_{u not in W_d} E(p+u) for every way a window can be cut: [w, w, h, W]."""
+        half, window = self.sizes.half, self.sizes.window
+        energy = self.base.square().sum(0)
+        height, width = self.band.height, self.width
+        columns = energy.new_zeros(window, energy.shape[0], width)  # per horizontal cut: what falls outside
+        row = energy.new_zeros(energy.shape[0], width)  # the whole window row
+        for ux in range(-half, half + 1):
+            piece = energy[:, half + ux : half + ux + width]
+            row += piece
+            for variant in range(window):
+                if ux not in self._cut(variant):
+                    columns[variant] += piece
+        out = energy.new_zeros(window, window, height, width)
+        for variant in range(window):
+            for uy in range(-half, half + 1):
+                source = columns if uy in self._cut(variant) else row
+                out[variant] += source[..., half + uy : half + uy + height, :]
+        return out
+
+    def add_gradient(self, adjoint: Tensor, grad: Tensor) -> None:
+        """Adds the pull of A = dL/d dist ([k*k, n]) to `grad`, the gradient of the padded image."""
+        reach, half, search = self.sizes.reach, self.sizes.half, self.sizes.search
+        height, width = self.band.height, self.width
+        target = grad[self.band.image, :, self.band.top : self.band.top + height + 2 * self.sizes.margin]
+        base = target[:, reach : reach + self.grown[0], reach : reach + self.grown[1]]
+        cuts = adjoint.new_zeros(self.sizes.window, self.sizes.window, height, width)
+        dense = adjoint.new_zeros(search, height * width)
+        skewed = adjoint.new_zeros(self.grown[0], search, self.grown[1] + search)
+        for dy in range(-reach, reach + 1):
+            dense[:, self.band.pixels] = adjoint[(dy + reach) * search : (dy + reach + 1) * search]
+            maps = dense.view(search, height, width)
+            row, columns = self._variants(dy)
+            cuts[row].index_add_(0, columns, maps)
+            pulled = self._spread(maps, dy)
+            for channel in range(len(target)):
+                force = pulled * self._difference(dy, channel)  # F of the formula above
+                base[channel].sub_(force.sum(0))
+                # dx shifts by dx: rows one element short of the buffer's rows line the shifted maps up under each other
+                skewed[:, :, : self.grown[1]] = force.transpose(0, 1)
+                length = self.grown[1] + search - 1
+                shifted = skewed.as_strided((self.grown[0], search, length), (search * (length + 1), length, 1)).sum(1)
+                target[channel, reach + dy : reach + dy + self.grown[0]].add_(shifted)
+        base.add_(2 * self.base * self._spread_outside(cuts))
+
+    def _spread(self, maps: Tensor, dy: int) -> Tensor:
+        """2 B_d for one row of offsets: [k, h', w']."""
+        half, height, width = self.sizes.half, self.band.height, self.width
+        wide = maps.new_zeros(len(maps), height, self.grown[1])
+        for ux in range(-half, half + 1):
+            columns = self._columns(ux)
+            wide[columns, :, half + ux : half + ux + width].add_(maps[columns], alpha=2)
+        out = maps.new_zeros(len(maps), *self.grown)
+        for uy in self._vertical(dy):
+            out[:, half + uy : half + uy + height].add_(wide)
+        return out
+
+    def _spread_outside(self, cuts: Tensor) -> Tensor:
+        """e of the formula above, the adjoint of `_outside`: [h', w']."""
+        half, window = self.sizes.half, self.sizes.window
+        height, width = self.band.height, self.width
+        columns, row = cuts.new_zeros(window, self.grown[0], width), cuts.new_zeros(self.grown[0], width)
+        for variant in range(window):
+            for uy in range(-half, half + 1):
+                if uy in self._cut(variant):
+                    columns[:, half + uy : half + uy + height] += cuts[variant]
+                else:
+                    row[half + uy : half + uy + height] += cuts[variant].sum(0)
+        out = cuts.new_zeros(self.grown)
+        for ux in range(-half, half + 1):
+            outside = [variant for variant in range(window) if ux not in self._cut(variant)]
+            out[:, half + ux : half + ux + width] += row + columns[outside].sum(0)
+        return out
+
+
+class _Graph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, mask: Tensor, sizes: _Sizes, normalize: bool) -> Tensor:
+        padded = _padded(image, sizes)
+        out = image.new_empty(int(mask.sum()), sizes.search**2)
+        kappa = sizes.kappa(image.shape[1])
+        for band in _bands(mask, sizes):
+            weights = _BandMaths(padded, band, image.shape[3], sizes).distances().div_(-kappa).exp_()
+            if normalize:
+                weights /= weights.sum(0) + ROW_EPS
+            out[band.first : band.first + len(band.pixels)] = weights.T
+        ctx.sizes, ctx.normalize = sizes, normalize
+        ctx.save_for_backward(image, mask, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        image, mask, out = ctx.saved_tensors
+        sizes, kappa = ctx.sizes, ctx.sizes.kappa(image.shape[1])
+        padded = _padded(image, sizes)
+        grad = torch.zeros_like(padded)
+        for band in _bands(mask, sizes):
+            rows = slice(band.first, band.first + len(band.pixels))
+            adjoint = grad_out[rows] * out[rows]
+            if ctx.normalize:
+                adjoint = torch.addcmul(adjoint, out[rows], adjoint.sum(1, keepdim=True), value=-1)
+            _BandMaths(padded, band, image.shape[3], sizes).add_gradient((adjoint / -kappa).T, grad)
+        return _unpad(grad, sizes), None, None, None
+
+
+def graph(image: Tensor, mask: Tensor, *, search_size: int, window_size: int, sigma: float, normalize: bool) -> Tensor:
+    """The graph [N, search_size^2], differentiable in image; arguments as in `self_similarity_graph`, already checked."""
+    return _Graph.apply(image, mask, _Sizes(search_size, window_size, sigma), normalize)
+
+
+class _Loss(torch.autograd.Function):
+    """The gradient is formed while the distances are at hand, so backward is one multiplication."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sr: Tensor, gt: Tensor, mask: Tensor, rows: Tensor, sizes: _Sizes, normalize: bool, weights: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        padded_sr, padded_gt = _padded(sr, sizes), _padded(gt, sizes)
+        grad = torch.zeros_like(padded_sr) if ctx.needs_input_grad[0] else None
+        sums = sr.new_zeros(2, dtype=sr.dtype if sr.device.type == "mps" else torch.float64)
+        kappa = sizes.kappa(sr.shape[1])
+        for band in _bands(mask, sizes):
+            maths = _BandMaths(padded_sr, band, sr.shape[3], sizes)
+            exponent_gt = _BandMaths(padded_gt, band, sr.shape[3], sizes).distances().div_(-kappa)
+            terms, adjoint = _band_loss(maths.distances().div_(-kappa), exponent_gt, normalize, weights, grad is not None)
+            sums += terms
+            if grad is not None and adjoint is not None:
+                maths.add_gradient(adjoint / -kappa, grad)
+        scale = 1 / (rows.to(sums.dtype).clamp_min(1e-12) * sizes.search**2)
+        l1, kl = (sums * scale).to(sr.dtype)
+        if grad is not None:
+            ctx.save_for_backward(_unpad(grad, sizes) * scale.to(sr.dtype))
+        ctx.mark_non_differentiable(l1, kl)
+        return weights[0] * l1 + weights[1] * kl, l1, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_total, None, None, None, None, None, None
+
+
+def _band_loss(
+    log_sr: Tensor, log_gt: Tensor, normalize: bool, weights: tuple[float, float], needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of the two terms over [k*k, n] exponents, and A * -kappa * M. Both sides run through the same arithmetic."""
+    if normalize:
+        log_sr, log_gt = (log - torch.log(log.exp().sum(0) + ROW_EPS) for log in (log_sr, log_gt))
+    graph_sr, graph_gt = log_sr.exp(), log_gt.exp()
+    target = graph_gt.clamp_min(CLAMP)
+    kl = target * (log_gt.clamp_min(LOG_CLAMP) - log_sr.clamp_min(LOG_CLAMP))
+    wide = torch.float32 if kl.device.type == "mps" else torch.float64
+    terms = torch.stack(((graph_sr - graph_gt).abs().sum(dtype=wide), kl.sum(dtype=wide)))
+    if not needs_grad:
+        return terms, None
+    pull = weights[0] * (log_sr - log_gt).sign() * graph_sr - weights[1] * target * (log_sr >= LOG_CLAMP)  # G T_sr; T_sr / a = 1 there
+    if normalize:
+        pull = torch.addcmul(pull, graph_sr, pull.sum(0), value=-1)
+    return terms, pull
+
+
+def loss(
+    sr: Tensor,
+    gt: Tensor,
+    mask: Tensor,
+    *,
+    num_rows: float | Tensor | None,
+    search_size: int,
+    window_size: int,
+    sigma: float,
+    normalize: bool,
+    l1_weight: float,
+    kl_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, l1, kl) without ever holding a graph larger than a band; total is differentiable in sr."""
+    rows = mask.sum() if num_rows is None else torch.as_tensor(num_rows, device=sr.device)
+    sizes = _Sizes(search_size, window_size, sigma)
+    return _Loss.apply(sr, gt, mask, rows, sizes, normalize, (l1_weight, kl_weight))
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this backend cannot run on `device`; None: it can."""
+    return None

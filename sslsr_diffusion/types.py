@@ -25,18 +25,26 @@ class Batch:
         return replace(self, **moved)
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What one training step computed; the losses are small callables over this.
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What is known of a step before any network runs: the losses count their units (samples, rows) here.
 
-    The pixel fields are None when no loss asked for them (decoding with gradient is the memory peak of a step).
-    With `decode_crop` the pixel fields are the same random window of all three.
+    The pixel fields hold only the K samples that some pixel loss looks at, and with `decode_crop` only a window of each.
     """
 
-    pred: Tensor  # [B, 4, h, w] the network's prediction (epsilon, v or sample)
-    target: Tensor  # [B, 4, h, w] what it should have predicted
     t: Tensor  # [B] int64 timesteps
     snr: Tensor  # [B] float32 signal-to-noise ratio alphas_cumprod / (1 - alphas_cumprod) at t
-    sr: Tensor | None = None  # [B, 3, H, W] decoded x0, about [0, 1], not clamped, with gradient
-    hr: Tensor | None = None  # [B, 3, H, W] in [0, 1]
-    mask: Tensor | None = None  # [B, 1, H, W] bool
+    decoded: Tensor | None = None  # [K] int64: the samples that the pixel fields hold; None: no loss needs pixels
+    hr: Tensor | None = None  # [K, 3, H, W] in [0, 1]
+    mask: Tensor | None = None  # [K, 1, H, W] bool
+    origin: Tensor | None = None  # [K, 2] int64: row and column of the window in its crop; anchors the stride pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs(Given):
+    """What one training step computed; the losses are small callables over this."""
+
+    pred: Tensor | None = None  # [B, 4, h, w] the network's prediction (epsilon, v or sample)
+    target: Tensor | None = None  # [B, 4, h, w] what it should have predicted
+    sr: Tensor | None = None  # [K, 3, H, W] the prediction in pixels, about [0, 1], not clamped, with gradient
+    moments: Tensor | None = None  # [B, 2*c, h, w] mean and log-variance of the latents (stage autoencoder only)

@@ -1,0 +1,36 @@
+"""Losses by name: small callables over `Outputs`. A recipe lists them; this dict is where a new one is entered."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from sslsr_diffusion.losses.base import Loss
+from sslsr_diffusion.losses.diffusion import DiffusionLoss, DiffusionSettings
+from sslsr_diffusion.losses.latent_kl import LatentKLLoss, LatentKLSettings
+from sslsr_diffusion.losses.pixel import PixelL1Loss, PixelL1Settings
+from sslsr_diffusion.losses.self_similarity import SelfSimilarityLoss, SelfSimilaritySettings
+
+__all__ = ["LOSSES", "Loss", "LossSettings", "build_losses"]
+
+LOSSES: dict[str, tuple[type, type]] = {
+    "diffusion": (DiffusionSettings, DiffusionLoss),
+    "pixel_l1": (PixelL1Settings, PixelL1Loss),
+    "self_similarity": (SelfSimilaritySettings, SelfSimilarityLoss),
+    "latent_kl": (LatentKLSettings, LatentKLLoss),
+}
+
+LossSettings = Annotated[
+    DiffusionSettings | PixelL1Settings | SelfSimilaritySettings | LatentKLSettings,
+    Field(discriminator="kind"),
+]
+
+
+def build_losses(settings: list[Any], *, prediction_type: str = "epsilon") -> list[Loss]:
+    """The callables of a recipe's list, in its order."""
+    built: list[Loss] = []
+    for entry in settings:
+        extra = {"prediction_type": prediction_type} if entry.kind == "diffusion" else {}
+        built.append(LOSSES[entry.kind][1](entry, **extra))
+    return built

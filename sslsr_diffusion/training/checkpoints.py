@@ -1,0 +1,183 @@
+"""Folders that are either whole or not there: safetensors and JSON, a manifest written last, then a rename.
+
+    checkpoint-N/   trained.safetensors  ema.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
+
+A process killed at any moment leaves a folder under a temporary name, or one whose manifest does not match: neither is ever picked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sslsr_diffusion.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+_TEMPORARY = ".tmp-"
+
+
+class Checkpoint(NamedTuple):
+    """Everything a resume needs: tensors by file stem, and a JSON-able dict."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Write a whole checkpoint folder, or nothing: temporary name, fsync, manifest last, rename.
+
+    Raises:
+        OSError: it could not be written (for example a full disk); what was there before is untouched.
+    """
+    from safetensors.torch import save
+
+    temporary = folder.with_name(f"{_TEMPORARY}{folder.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        files = {}
+        for stem, group in tensors.items():
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}
+            files[f"{stem}.safetensors"] = _write(temporary / f"{stem}.safetensors", save(plain, metadata={"format": "pt"}))
+        files[STATE] = _write(temporary / STATE, json.dumps(state, indent=1, allow_nan=True).encode())
+        _write(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
+        sync_folder(temporary)
+        _replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Everything in a checkpoint folder, after its manifest was verified.
+
+    Raises:
+        UserError: the folder is not a whole checkpoint (the message says what is wrong with it).
+    """
+    from safetensors.torch import load_file
+
+    wrong = what_is_wrong(folder)
+    if wrong:
+        raise UserError(f"{folder}: {wrong}; choose another checkpoint or --resume latest, which skips damaged ones.")
+    tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    return Checkpoint(tensors, json.loads((folder / STATE).read_text()))
+
+
+def what_is_wrong(folder: Path) -> str | None:
+    """Why this folder cannot be trusted, or None: every file of the manifest must be there with its size and hash."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        entries = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()]
+    except FileNotFoundError:
+        return f"not a finished checkpoint (no {MANIFEST})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
+    if manifest.get("format") != FORMAT:
+        return f"written in format {manifest.get('format')!r}, this version reads {FORMAT}"
+    for name, size, digest in entries:
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, its manifest says {size}"
+        with path.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                return f"{name} is damaged (its hash differs from the manifest)"
+    return None
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder; damaged ones are named in the log and passed over."""
+    for _, folder in reversed(_numbered(run)):
+        wrong = what_is_wrong(folder)
+        if wrong is None:
+            return folder
+        logger.warning("%s is passed over: %s.", folder, wrong)
+    return None
+
+
+def find_checkpoint(where: str, run: Path) -> Path:
+    """The folder for `--resume`: `latest`, a checkpoint folder, or a run folder.
+
+    Raises:
+        UserError: there is no whole checkpoint there.
+    """
+    folder = run if where == "latest" else Path(where).expanduser()
+    if where != "latest" and (folder / MANIFEST).is_file():
+        return folder
+    found = latest_checkpoint(folder)
+    if found is None:
+        raise UserError(f"--resume {where}: no whole checkpoint in {folder}; leave --resume out to start from the beginning.")
+    return found
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and leftovers of writes that were cut off."""
+    for _, folder in _numbered(run)[:-keep]:
+        doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)  # a deletion that is cut off must not leave half a checkpoint under a good name
+    for leftover in run.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """One file, whole or not there."""
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        _write(temporary, data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names inside a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _numbered(run: Path) -> list[tuple[int, Path]]:
+    if not run.is_dir():
+        return []
+    found = [(match, path) for path in run.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return sorted((int(match[1]), path) for match, path in found)
+
+
+def _write(path: Path, data: bytes) -> dict[str, Any]:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    if folder.exists():
+        old = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.rename(folder)
+    sync_folder(folder.parent)

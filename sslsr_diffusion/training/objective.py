@@ -1,0 +1,182 @@
+"""One step's data flow for each stage: pixels in, `Outputs` out. No optimizer, no accelerator, no I/O, no hidden randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sslsr_diffusion.images import resize_bicubic
+from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.seeding import sample_generator
+from sslsr_diffusion.training.windows import Windows, draw_windows
+from sslsr_diffusion.types import Batch, Given, Outputs
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random about one micro-batch, and what follows from it before the networks run."""
+
+    given: Given
+    noise: dict[str, Tensor] = field(default_factory=dict)
+    windows: Windows | None = None
+
+
+class Objective(Protocol):
+    """What the loop needs to know about a stage."""
+
+    module: nn.Module  # all trained parameters, one forward: what DDP, FSDP2 and DeepSpeed wrap
+
+    def to(self, device: torch.device) -> None:
+        """Move the networks, frozen ones included."""
+
+    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+        """Timesteps, noises and windows of each sample, from (seed, global sample index) alone."""
+
+    def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        """The networks' part; `module` is `self.module` or its wrapped form."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one micro-batch adds to the optimizer step."""
+
+    loss: Tensor  # the scalar to go backward from
+    weighted: dict[str, Tensor]  # per loss, detached, before any automatic weight
+    raw: dict[str, Tensor]  # per term, detached and unweighted: what is plotted
+
+
+def apply_losses(
+    outputs: Outputs, losses: Sequence[Loss], counts: dict[str, Tensor] | None = None, scales: dict[str, float] | None = None
+) -> StepResult:
+    """The sum of all losses; `counts` are the units of the whole batch, `scales` the automatic weights."""
+    total = outputs.t.new_zeros((), dtype=torch.float32)
+    weighted: dict[str, Tensor] = {}
+    raw: dict[str, Tensor] = {}
+    for loss in losses:
+        value, terms = loss(outputs, None if counts is None else counts[loss.name])
+        total = total + value * (scales or {}).get(loss.name, 1.0)
+        weighted[loss.name] = value.detach()
+        raw.update(terms)
+    return StepResult(total, weighted, raw)
+
+
+def per_sample_noise(seed: int, indices: list[int], purpose: str, shape: Sequence[int]) -> Tensor:
+    """[B, *shape] standard normal, one generator per sample, drawn on the CPU."""
+    return torch.stack([torch.randn(tuple(shape), generator=sample_generator(seed, i, purpose)) for i in indices])
+
+
+class DiffusionObjective:
+    """StableSR stage 1 (Wang et al., IJCV 2024) with pixel losses on the decoded x0 (Chen et al., ACM MM 2024).
+
+    z0, z_lr = encode(hr), encode(bicubic(lr));  zt = add_noise(z0, n, t);  pred = denoiser(zt, t, z_lr, text);  sr = decode(x0(pred, zt, t))
+    """
+
+    def __init__(self, networks: Any, *, seed: int, decode_crop: int | None = None) -> None:
+        self.networks = networks
+        self.module: nn.Module = networks.denoiser
+        self.seed = seed
+        self.decode_crop = decode_crop
+
+    def to(self, device: torch.device) -> None:
+        self.networks.denoiser.to(device)
+        self.networks.codec.vae.to(device)
+        self.networks.text = self.networks.text.to(device)
+
+    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+        indices, device = batch.index.tolist(), batch.hr.device
+        schedule, codec = self.networks.schedule, self.networks.codec
+        steps = schedule.num_train_timesteps
+        t = torch.tensor([int(torch.randint(steps, (), generator=sample_generator(self.seed, i, "timestep"))) for i in indices]).to(device)
+        given = Given(t=t, snr=schedule.snr(t).to(device))
+        shape = codec.noise_shape(batch.hr)[1:]
+        noise = {p: per_sample_noise(self.seed, indices, p, shape).to(device) for p in ("posterior_hr", "posterior_lr", "noise")}
+        given, windows = choose_pixels(given, batch, losses, scale=codec.scale, decode_crop=self.decode_crop, seed=self.seed)
+        return Draws(given, noise, windows)
+
+    def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        nets, t = self.networks, draws.given.t
+        with torch.no_grad():
+            z0 = nets.codec.encode(batch.hr, draws.noise["posterior_hr"]).float()  # [B, 3, H, W] -> [B, 4, H/8, W/8], scaled
+            lr = resize_bicubic(batch.lr, size=(batch.hr.shape[-2], batch.hr.shape[-1])).clamp(0, 1)
+            z_lr = nets.codec.encode(lr, draws.noise["posterior_lr"]).float()
+        zt = nets.schedule.add_noise(z0, draws.noise["noise"], t)
+        target = nets.schedule.target(z0, draws.noise["noise"], t)
+        pred = module(zt, t, z_lr, nets.text).float()  # epsilon or v: only the schedule knows which
+        sr = self._decode(nets.schedule.x0(pred, zt, t), draws)
+        return Outputs(**vars(draws.given), pred=pred, target=target, sr=sr)
+
+    def _decode(self, z0: Tensor, draws: Draws) -> Tensor | None:
+        """Pixels of the samples and windows that some loss looks at. Decoding with gradient is a step's memory peak."""
+        if draws.given.decoded is None:
+            return None
+        if draws.given.decoded.numel() == 0:
+            assert draws.given.hr is not None
+            return draws.given.hr + 0 * z0.sum()
+        z0 = z0[draws.given.decoded]
+        if draws.windows is None:
+            return self.networks.codec.decode(z0).float()
+        return draws.windows.cut_interior(self.networks.codec.decode(draws.windows.cut_latents(z0)).float(), self.networks.codec.scale)
+
+
+class AutoencoderObjective:
+    """A VAE from scratch: sr = decode(sampled latents of hr); no diffusion in it."""
+
+    def __init__(self, codec: Any, *, seed: int) -> None:
+        self.codec = codec
+        self.module: nn.Module = Autoencoder(codec)
+        self.seed = seed
+
+    def to(self, device: torch.device) -> None:
+        self.module.to(device)
+
+    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+        device, samples = batch.hr.device, batch.hr.shape[0]
+        given = Given(
+            t=torch.zeros(samples, dtype=torch.int64, device=device),
+            snr=torch.full((samples,), float("inf"), device=device),
+            decoded=torch.arange(samples, device=device),
+            hr=batch.hr,
+            mask=batch.mask,
+        )
+        noise = per_sample_noise(self.seed, batch.index.tolist(), "posterior_hr", self.codec.noise_shape(batch.hr)[1:])
+        return Draws(given, {"posterior_hr": noise.to(device)})
+
+    def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        sr, moments = module(batch.hr, draws.noise["posterior_hr"])
+        return Outputs(**vars(draws.given), sr=sr.float(), moments=moments.float())
+
+
+class Autoencoder(nn.Module):
+    """Encoder, sampling and decoder in one forward, as DDP wants it."""
+
+    def __init__(self, codec: Any) -> None:
+        super().__init__()
+        self.vae = codec.vae
+        self._codec = [codec]  # in a list: the codec may be a module itself, its weights are already here
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] in [0, 1] -> the reconstruction, and the moments [B, 2*c, h, w] of the latents."""
+        codec = self._codec[0]
+        moments = codec.moments(pixels)
+        return codec.decode(codec.sample(moments, noise)), moments
+
+
+def choose_pixels(
+    given: Given, batch: Batch, losses: Sequence[Loss], *, scale: int, decode_crop: int | None, seed: int
+) -> tuple[Given, Windows | None]:
+    """Add to `given` the pixels that some loss looks at: gated-out samples and everything outside the windows are never decoded."""
+    wanted = [loss.active(given) for loss in losses if loss.needs_pixels]
+    if not wanted:
+        return given, None
+    decoded = torch.stack(wanted).any(dim=0).nonzero()[:, 0]
+    hr, mask = batch.hr[decoded], batch.mask[decoded]
+    windows, origin = None, torch.zeros(len(decoded), 2, dtype=torch.int64)
+    latent = (batch.hr.shape[-2] // scale, batch.hr.shape[-1] // scale)
+    if decode_crop is not None and decode_crop < max(latent) and len(decoded):
+        windows = draw_windows(batch.index[decoded.cpu()].tolist(), latent, decode_crop, seed)
+        hr, mask, origin = windows.cut_pixels(hr, scale), windows.cut_pixels(mask, scale), windows.start * scale
+    return Given(t=given.t, snr=given.snr, decoded=decoded, hr=hr, mask=mask, origin=origin), windows

@@ -1,0 +1,99 @@
+"""Where a base model's files are: a local folder, or a hub id resolved to one commit and fetched once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.settings import DEFAULT_BASE
+
+# Half-precision and non-EMA copies of the same weights would double the download.
+IGNORED = ["*.fp16.*", "*non_ema*", "*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "safety_checker/*", "feature_extractor/*"]
+WANTED = [f"{part}/*" for part in ("unet", "vae", "structural_encoder", "scheduler", "text_encoder", "tokenizer")]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pipeline folder in diffusers format, and what to write down so that it can be found again."""
+
+    name: str  # as the user wrote it
+    folder: Path
+    revision: str | None = None  # commit of the hub id; None for a local folder
+
+    def has(self, part: str) -> bool:
+        return (self.folder / part).is_dir()
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The component's config.json (scheduler: scheduler_config.json).
+
+        Raises:
+            UserError: the folder has no such component.
+        """
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        path = self.folder / part / name
+        if not path.is_file():
+            raise UserError(f"model.base: {self.name} has no {part}/{name}; expected a pipeline folder in diffusers format.")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def find_base(name: str, revision: str | None = None, parts: list[str] | None = None) -> Base:
+    """The folder of a base model; a hub id is fetched (or taken from the cache) at one resolved commit.
+
+    Args:
+        name: local folder or hub id.
+        revision: branch, tag or commit of a hub id.
+        parts: file patterns to fetch; default: everything that a pipeline needs.
+
+    Raises:
+        UserError: nothing of that name exists, or the hub cannot be reached and nothing is cached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not any((folder / part).is_dir() for part in ("unet", "vae")):
+            raise UserError(f"model.base: the folder {name} holds no unet/ or vae/; expected a pipeline folder in diffusers format.")
+        return Base(name, folder)
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise UserError(f"model.base: {name!r} is neither an existing folder nor a hub id (owner/name); give one of the two.")
+    fetched = _fetch(name, revision, parts or WANTED)
+    return Base(name, fetched, fetched.name)
+
+
+def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    local = "or any local folder in diffusers format"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", *patterns], ignore_patterns=IGNORED))
+    except GatedRepoError:
+        raise UserError(f"model.base: {name} asks for accepted terms; accept them on its page and run `hf auth login`, {local}.") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"model.base: {name!r} does not exist on the hub (or is private and no login was given); "
+            f"Stability AI took its 2.1 models down in November 2025: use {DEFAULT_BASE}, {local}."
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"model.revision: {name} has no revision {revision!r}; leave it out for the newest one.") from None
+    except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"model.base: {name} is not in the local cache and the hub cannot be reached ({_short(error)}); connect once so that it is "
+            f"cached (unset HF_HUB_OFFLINE if it is set), set model.base to a local folder, or train from scratch with model.init=random."
+        ) from None
+    except HFValidationError as error:
+        raise UserError(f"model.base: {name!r} is neither an existing folder nor a valid hub id ({_short(error)}).") from None
+
+
+def _short(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return type(cause).__name__

@@ -1,0 +1,226 @@
+"""Settings to networks: from a base model's folder or hub id, or drawn at random from a shipped architecture."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.base import Base, find_base
+from sslsr_diffusion.models.cfw import AutoencoderKLCFW
+from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.denoiser import Denoiser
+from sslsr_diffusion.models.schedule import Schedule, make_scheduler
+from sslsr_diffusion.models.settings import ModelSettings, load_preset
+from sslsr_diffusion.models.structural_encoder import StructuralEncoder
+from sslsr_diffusion.models.text import empty_context, encode_prompt, load_text_encoder, load_tokenizer
+from sslsr_diffusion.models.unet import SFTUNet2DConditionModel
+from sslsr_diffusion.seeding import derive_seed
+
+__all__ = ["ModelSettings", "Networks", "build_autoencoder", "build_networks", "load_vae"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Everything that a step needs, and enough to write a complete pipeline at the end."""
+
+    codec: Codec
+    denoiser: Denoiser
+    schedule: Schedule
+    text: Tensor  # [1, L, D] context of the recipe's prompt
+    base: str
+    revision: str | None = None  # commit of a base that came from the hub
+    trained: list[str] = field(default_factory=list)  # names of the denoiser's trained parameters
+    scheduler_config: dict[str, Any] = field(default_factory=dict)
+    source: Base | None = None  # where the text encoder is, if there is one
+
+    def components(self) -> dict[str, Any]:
+        """The diffusers components of the pipeline; the text encoder, freed after the prompt was encoded, is read again."""
+        text = self.source is not None and self.source.has("text_encoder")
+        return {
+            "vae": self.codec.vae,
+            "unet": self.denoiser.unet,
+            "structural_encoder": self.denoiser.structural_encoder,
+            "scheduler": make_scheduler(self.scheduler_config),
+            "text_encoder": load_text_encoder(self.source) if text and self.source else None,
+            "tokenizer": load_tokenizer(self.source) if text and self.source else None,
+        }
+
+    def parameters_per_part(self) -> dict[str, tuple[int, int]]:
+        """Part -> (all parameters, trained parameters), for the dry run."""
+        parts = {"unet": self.denoiser.unet, "structural encoder": self.denoiser.structural_encoder, "vae": self.codec.vae}
+        return {name: (_count(module), _count(module, trained=True)) for name, module in parts.items()}
+
+    def to(self, device: torch.device | str) -> Networks:
+        """Move the modules in place and return networks whose text context is on `device` too."""
+        self.codec.vae.to(device)
+        self.denoiser.to(device)
+        return Networks(**{**vars(self), "text": self.text.to(device)})
+
+
+def _count(module: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def build_networks(settings: ModelSettings, *, device: torch.device | str = "cpu", meta: bool = False, seed: int = 0) -> Networks:
+    """Build codec, denoiser and schedule; the VAE is frozen and in eval mode, `settings.train` decides what trains.
+
+    Args:
+        device: where the networks end up; ignored with `meta`.
+        meta: shapes only (the dry run): no weights are read and, unless `base` is a folder, no network is used.
+        seed: of freshly drawn layers.
+
+    Raises:
+        UserError: the base or the autoencoder cannot be found, or does not fit.
+    """
+    if settings.init == "random" or (meta and not Path(settings.base).expanduser().is_dir()):
+        networks = _from_preset(settings, meta=meta, seed=seed)
+    else:
+        networks = _from_base(settings, find_base(settings.base, settings.revision), meta=meta, seed=seed)
+    _check_fit(networks)
+    networks.codec.vae.requires_grad_(False).eval()
+    trained = networks.denoiser.set_trainable(settings.train)
+    networks = Networks(**{**vars(networks), "trained": trained})
+    return networks if meta else networks.to(device)
+
+
+def build_autoencoder(settings: ModelSettings, *, device: torch.device | str = "cpu", meta: bool = False, seed: int = 0) -> Codec:
+    """Only the autoencoder, trainable: from `settings.vae`, the base, or drawn at random from the preset."""
+    if settings.vae is not None:
+        vae = load_vae(settings.vae, meta=meta)
+    elif settings.init == "random" or meta:
+        vae = _drawn(AutoencoderKL, load_preset(settings.preset)["vae"], meta, seed)
+    else:
+        vae = _load_vae_of(find_base(settings.base, settings.revision, parts=["vae/*"]), meta=False)
+    vae.train()
+    return Codec(vae if meta else vae.to(device))
+
+
+def load_vae(folder: str | Path, *, meta: bool = False) -> AutoencoderKL:
+    """An autoencoder from its own folder or from a pipeline folder that holds one in vae/.
+
+    Raises:
+        UserError: neither is there.
+    """
+    path = Path(folder).expanduser()
+    for candidate in (path / "vae", path):
+        if (candidate / "config.json").is_file():
+            return _load_vae_of(Base(str(folder), candidate.parent), meta=meta, part=candidate.name)
+    raise UserError(f"model.vae: {folder} holds no autoencoder (config.json, or vae/config.json); train one first or leave model.vae out.")
+
+
+def _load_vae_of(base: Base, *, meta: bool, part: str = "vae") -> AutoencoderKL:
+    kind = base.config(part).get("_class_name")
+    cls = AutoencoderKLCFW if kind == "AutoencoderKLCFW" else AutoencoderKL
+    if kind not in ("AutoencoderKL", "AutoencoderKLCFW"):
+        raise UserError(f"model.vae: expected an AutoencoderKL, {base.name} holds a {kind}.")
+    return _loaded(cls, base, part, meta)
+
+
+def _from_preset(settings: ModelSettings, *, meta: bool, seed: int) -> Networks:
+    preset = load_preset(settings.preset)
+    if settings.prompt and not meta:
+        raise UserError("model.prompt: a model with init: random has no text encoder; leave the prompt empty, or train from a base.")
+    vae = load_vae(settings.vae, meta=meta) if settings.vae else _drawn(AutoencoderKL, preset["vae"], meta, seed)
+    denoiser = Denoiser(
+        _drawn(SFTUNet2DConditionModel, preset["unet"], meta, seed),
+        _drawn(StructuralEncoder, preset["structural_encoder"], meta, seed),
+    )
+    return Networks(
+        codec=Codec(vae),
+        denoiser=denoiser,
+        schedule=Schedule.from_scheduler(preset["scheduler"]),
+        text=empty_context(denoiser.unet),
+        base=settings.base if settings.init == "pretrained" else f"random:{settings.preset}",
+        scheduler_config=preset["scheduler"],
+    )
+
+
+def _from_base(settings: ModelSettings, base: Base, *, meta: bool, seed: int) -> Networks:
+    ours = base.has("structural_encoder")
+    if ours:
+        unet = _loaded(SFTUNet2DConditionModel, base, "unet", meta)
+        encoder = _loaded(StructuralEncoder, base, "structural_encoder", meta)
+    else:
+        log.info("%s has no structural encoder: it and the SFT layers are drawn new", base.name)
+        with _seeded(seed, meta):
+            unet = SFTUNet2DConditionModel.from_unet(_loaded(UNet2DConditionModel, base, "unet", meta))
+        encoder = _drawn(StructuralEncoder, _encoder_config(unet), meta, seed)
+    scheduler_config = base.config("scheduler")
+    if base.has("text_encoder") and not meta:
+        text = encode_prompt(base, settings.prompt)
+    elif settings.prompt and not meta:
+        raise UserError(f"model.prompt: {base.name} has no text encoder; leave the prompt empty.")
+    else:
+        text = empty_context(unet)
+    return Networks(
+        codec=Codec(load_vae(settings.vae, meta=meta) if settings.vae else _load_vae_of(base, meta=meta)),
+        denoiser=Denoiser(unet, encoder),
+        schedule=Schedule.from_scheduler(scheduler_config),
+        text=text,
+        base=base.name,
+        revision=base.revision,
+        scheduler_config=scheduler_config,
+        source=base,
+    )
+
+
+def _encoder_config(unet: SFTUNet2DConditionModel) -> dict[str, Any]:
+    """StableSR's encoder for a Stable Diffusion UNet; a narrower one, in proportion, for a narrower UNet."""
+    config = dict(load_preset("sd21")["structural_encoder"])
+    widths = unet.config.block_out_channels
+    config.update(in_channels=unet.config.in_channels, out_channels=unet.config.feature_channels)
+    if tuple(widths) != (320, 640, 1280, 1280):
+        config.update(
+            block_out_channels=list(widths),
+            attention_levels=[*[True] * (len(widths) - 1), False],
+            norm_num_groups=unet.config.norm_num_groups,
+        )
+    return config
+
+
+def _check_fit(networks: Networks) -> None:
+    unet, encoder, codec = networks.denoiser.unet, networks.denoiser.structural_encoder, networks.codec
+    if codec.latent_channels != unet.config.in_channels:
+        raise UserError(
+            f"model.vae: the denoiser works on {unet.config.in_channels} latent channels, the autoencoder gives {codec.latent_channels}."
+        )
+    if encoder.config.out_channels != unet.config.feature_channels or len(encoder.taps) != len(unet.down_blocks):
+        raise UserError(
+            f"model.base: the UNet of {networks.base} wants {len(unet.down_blocks)} maps of {unet.config.feature_channels} channels, its "
+            f"structural encoder gives {len(encoder.taps)} of {encoder.config.out_channels}."
+        )
+
+
+def _loaded(cls: Any, base: Base, part: str, meta: bool) -> Any:
+    config = base.config(part)
+    if meta:
+        with torch.device("meta"):
+            return cls.from_config(config)
+    try:
+        return cls.from_pretrained(base.folder / part, torch_dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.base: {part} of {base.name} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _drawn(cls: Any, config: dict[str, Any], meta: bool, seed: int) -> Any:
+    with _seeded(seed, meta):
+        return cls.from_config(config)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, meta: bool) -> Iterator[None]:
+    """Draw fresh layers from `seed` without touching the caller's random state."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if meta else contextlib.nullcontext():
+        torch.manual_seed(derive_seed(seed, "init"))
+        yield

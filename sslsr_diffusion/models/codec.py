@@ -1,0 +1,98 @@
+"""Pixels in [0, 1] to scaled latents and back: the one place that knows the VAE's [-1, 1] and its scaling factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sslsr_diffusion.models.cfw import AutoencoderKLCFW
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+class Codec:
+    """An AutoencoderKL seen from the outside: `encode` draws from the posterior with noise that the caller brings."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self.vae = vae
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent pixel along a side (8 for Stable Diffusion)."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    @property
+    def has_fidelity(self) -> bool:
+        """Whether the decoder can be fed with the low-resolution picture's encoder features (CFW)."""
+        return isinstance(self.vae, AutoencoderKLCFW)
+
+    def noise_shape(self, pixels: Tensor) -> tuple[int, int, int, int]:
+        """The shape of the posterior noise, and of the latents, for pixels [B, 3, H, W]."""
+        self._check(pixels)
+        b, _, h, w = pixels.shape
+        return (b, self.latent_channels, h // self.scale, w // self.scale)
+
+    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """z = s (mean + exp(logvar / 2) noise), the posterior's sample times the scaling factor; never its mode.
+
+        Args:
+            pixels: [B, 3, H, W] in [0, 1]; both sides divisible by `scale`.
+            noise: [B, C, H/scale, W/scale], standard normal (`noise_shape`).
+
+        Returns:
+            [B, C, H/scale, W/scale] float32.
+        """
+        self._check(pixels)
+        return self._sample(self.vae.encode(self._to_vae(pixels)).latent_dist, noise)
+
+    def encode_with_features(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`encode`, and the encoder features that `decode` takes; only with a CFW autoencoder."""
+        self._check(pixels)
+        posterior, features = self.vae.encode_with_features(self._to_vae(pixels))
+        return self._sample(posterior, noise), features
+
+    def decode(self, latents: Tensor, features: Sequence[Tensor] | None = None, fidelity: float = 1.0) -> Tensor:
+        """Pixels [B, 3, H, W] float32, about [0, 1], not clamped; differentiable in `latents`.
+
+        Args:
+            latents: [B, C, h, w], scaled.
+            features: of `encode_with_features` for the low-resolution picture; None decodes plainly.
+            fidelity: the fusion weight w of CFW, any real; 0 is the plain decoder.
+        """
+        z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        if features is None or fidelity == 0:
+            decoded = self.vae.decode(z, return_dict=False)[0]
+        else:
+            decoded = self.vae.decode(z, features=features, fidelity=fidelity, return_dict=False)[0]
+        return decoded.float() * 0.5 + 0.5
+
+    @torch.no_grad()
+    def calibrate(self, pixels: Tensor) -> float:
+        """Set the scaling factor of a freshly trained autoencoder to 1 / std of the latents of `pixels`, and return it."""
+        posterior = self.vae.encode(self._to_vae(pixels)).latent_dist
+        factor = float(1.0 / (posterior.mean.float().var() + posterior.var.float().mean()).sqrt())
+        self.vae.register_to_config(scaling_factor=factor)
+        return factor
+
+    def _sample(self, posterior: object, noise: Tensor) -> Tensor:
+        mean, std = posterior.mean.float(), posterior.std.float()  # type: ignore[attr-defined]
+        if noise.shape != mean.shape:
+            raise ValueError(f"expected posterior noise of shape {tuple(mean.shape)} (Codec.noise_shape), got {tuple(noise.shape)}.")
+        return (mean + std * noise.to(mean)) * self.vae.config.scaling_factor
+
+    def _to_vae(self, pixels: Tensor) -> Tensor:
+        return (pixels * 2 - 1).to(self.vae.dtype)
+
+    def _check(self, pixels: Tensor) -> None:
+        if pixels.ndim != 4 or pixels.shape[-2] % self.scale or pixels.shape[-1] % self.scale:
+            raise ValueError(
+                f"expected pixels [B, 3, H, W] with both sides divisible by {self.scale}, got {tuple(pixels.shape)}; pad the picture first."
+            )

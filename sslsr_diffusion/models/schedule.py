@@ -1,0 +1,79 @@
+"""The forward process z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) n, and what a network that predicts n or v says about z_0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+
+def make_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:
+    """The sampler's scheduler for a base model's scheduler config: same betas and prediction type, spaced DDPM settings.
+
+    StableSR neither clips x_0 nor learns the variance, whatever the base model's own scheduler did.
+    """
+    keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
+    kept = {key: config[key] for key in keep if key in config}
+    return DDPMScheduler(**kept, clip_sample=False, variance_type="fixed_small")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels of the training process. All functions take t as [B] int64 and broadcast over [B, C, h, w]."""
+
+    alphas_cumprod: Tensor  # [T] float32, decreasing
+    prediction_type: PredictionType = "epsilon"
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> Schedule:
+        """From a diffusers scheduler, or from its config (a mapping).
+
+        Raises:
+            ValueError: the scheduler predicts something other than "epsilon" or "v_prediction".
+        """
+        if isinstance(scheduler, Mapping):
+            scheduler = make_scheduler(scheduler)
+        kind = scheduler.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"expected a scheduler with prediction_type 'epsilon' or 'v_prediction', got {kind!r}.")
+        return cls(scheduler.alphas_cumprod.float().cpu(), kind)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) n."""
+        signal, sigma = self._levels(t, z0)
+        return signal * z0 + sigma * noise
+
+    def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should say: n for epsilon, v = sqrt(abar_t) n - sqrt(1 - abar_t) z_0 for v_prediction."""
+        if self.prediction_type == "epsilon":
+            return noise
+        signal, sigma = self._levels(t, z0)
+        return signal * noise - sigma * z0
+
+    def x0(self, pred: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        """z_0 = (z_t - sqrt(1 - abar_t) n) / sqrt(abar_t), or sqrt(abar_t) z_t - sqrt(1 - abar_t) v. No clipping."""
+        signal, sigma = self._levels(t, zt)
+        if self.prediction_type == "epsilon":
+            return (zt - sigma * pred) / signal
+        return signal * zt - sigma * pred
+
+    def snr(self, t: Tensor) -> Tensor:
+        """abar_t / (1 - abar_t), [B] float32."""
+        abar = self.alphas_cumprod.to(t.device)[t]
+        return abar / (1 - abar)
+
+    def _levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t), sqrt(1 - abar_t) as [B, 1, 1, 1] float32 (at least), so that half precision latents lose nothing here."""
+        abar = self.alphas_cumprod.to(like.device)[t.to(like.device)].reshape(-1, *(1,) * (like.ndim - 1))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)

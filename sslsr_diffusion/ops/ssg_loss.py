@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor, nn
 
 from sslsr_diffusion.ops.edge_mask import apply_mask_stride, laplacian_edge_mask

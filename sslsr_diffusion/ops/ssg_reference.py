@@ -6,6 +6,8 @@ pixel (608 kB at the published sizes, and several copies of it for autograd): us
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,10 +50,10 @@ def loss(
     kl_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L1 = sum |T_sr - T_gt| / M, KL = sum b (ln b - ln a) / M with a, b the clamped graphs and M = num_rows * search_size^2."""
-    sizes = {"search_size": search_size, "window_size": window_size, "sigma": sigma, "normalize": normalize}
-    graph_sr = graph(sr, mask, **sizes)
+    draw = partial(graph, mask=mask, search_size=search_size, window_size=window_size, sigma=sigma, normalize=normalize)
+    graph_sr = draw(sr)
     with torch.no_grad():
-        graph_gt = graph(gt, mask, **sizes)
+        graph_gt = draw(gt)
     if len(graph_sr) == 0:
         zero = sr.flatten()[:0].sum()  # zero with a graph, whatever sr holds
         return zero, zero.detach(), zero.detach()

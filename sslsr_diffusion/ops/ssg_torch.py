@@ -181,7 +181,7 @@ class _BandMaths:
 
     def add_gradient(self, adjoint: Tensor, grad: Tensor) -> None:
         """Adds the pull of A = dL/d dist ([k*k, n]) to `grad`, the gradient of the padded image."""
-        reach, half, search = self.sizes.reach, self.sizes.half, self.sizes.search
+        reach, search = self.sizes.reach, self.sizes.search
         height, width = self.band.height, self.width
         target = grad[self.band.image, :, self.band.top : self.band.top + height + 2 * self.sizes.margin]
         base = target[:, reach : reach + self.grown[0], reach : reach + self.grown[1]]

@@ -10,10 +10,8 @@ from sslsr_diffusion.errors import UserError
 
 log = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset(
-    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif")
-    + (".ppm", ".pgm", ".pnm", ".pbm", ".tga", ".avif", ".jp2", ".j2k")
-)
+_SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .tif .tiff .bmp .dib .gif .ppm .pgm .pnm .pbm .tga .avif .jp2 .j2k"
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 
 
 def printable(name: str | os.PathLike[str]) -> str:

@@ -76,7 +76,8 @@ def _decode(data: bytes) -> Image:
 
     # What Pillow only warns about is either reported by us or harmless; a filter by module is safe in threads, catch_warnings is not.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    with Pillow.open(io.BytesIO(data), formats=FORMATS) as file:
+    Pillow.init()
+    with Pillow.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Pillow.OPEN]) as file:
         width, height = file.size
         if width * height > MAX_PIXELS:
             raise _Refused(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS:,}")

@@ -158,14 +158,14 @@ def _filtered(samples: NDArray[Any]) -> bytes:
 
 
 def _tiff(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
-    """One deflated strip after another with the horizontal predictor; the directory and EXIF come last."""
+    """The directory with EXIF and profile, then one deflated strip after another, with the horizontal predictor."""
     from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
     samples = _samples(image)
     height, width, channels = samples.shape
     samples = samples.astype(samples.dtype.newbyteorder("<"))
     rows = max(1, (1 << 20) // (width * channels * samples.itemsize))
-    body, offsets, lengths = bytearray(b"II*\0\0\0\0\0"), [], []
+    body, offsets, lengths = bytearray(), [], []
     for top in range(0, height, rows):
         strip = samples[top : top + rows]
         strip = np.concatenate([strip[:, :1], strip[:, 1:] - strip[:, :-1]], axis=1)
@@ -187,8 +187,8 @@ def _tiff(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
     if image.icc_profile:
         directory.tagtype[34675] = 7
         directory[34675] = image.icc_profile
-    struct.pack_into("<I", body, 4, len(body))
-    return bytes(body) + directory.tobytes(len(body)), ()
+    directory.tagtype[273] = directory.tagtype[279] = 4
+    return b"II*\0\x08\0\0\0" + directory.tobytes(8) + bytes(body), ()  # Pillow adds the directory's own length to 273
 
 
 def _tiff_exif(image: Image, directory: Any) -> None:

@@ -22,15 +22,14 @@ class DenseBlock(nn.Module):
 
     def __init__(self, channels: int, growth: int) -> None:
         super().__init__()
-        for k in range(1, 5):
-            setattr(self, f"conv{k}", nn.Conv2d(channels + (k - 1) * growth, growth, 3, padding=1))
-        self.conv5 = nn.Conv2d(channels + 4 * growth, channels, 3, padding=1)
+        self.grow = nn.ModuleList(nn.Conv2d(channels + k * growth, growth, 3, padding=1) for k in range(4))
+        self.shrink = nn.Conv2d(channels + 4 * growth, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         seen = [x]
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+        for conv in self.grow:
             seen.append(F.leaky_relu(conv(torch.cat(seen, dim=1)), 0.2))
-        return x + 0.2 * self.conv5(torch.cat(seen, dim=1))
+        return x + 0.2 * self.shrink(torch.cat(seen, dim=1))
 
 
 class ResidualDenseBlock(nn.Module):

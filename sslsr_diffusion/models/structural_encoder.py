@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
+import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -26,7 +28,7 @@ class StructuralEncoder(ModelMixin, ConfigMixin):
 
     __module__ = "sslsr_diffusion.models"  # what model_index.json stores
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ResnetBlock2D"]
+    _no_split_modules: ClassVar = ["ResnetBlock2D"]
 
     @register_to_config
     def __init__(
@@ -95,8 +97,6 @@ class StructuralEncoder(ModelMixin, ConfigMixin):
 
 
 def _as_batch(t: Tensor | int | float, like: Tensor) -> Tensor:
-    import torch
-
     return torch.as_tensor(t, device=like.device).reshape(-1).expand(like.shape[0])
 
 

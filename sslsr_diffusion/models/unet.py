@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -74,7 +74,7 @@ class SFTResnetBlock2D(ResnetBlock2D):
         self.level = level
         self.spade = SPADE(plain.out_channels, feature_channels, hidden_channels, plain.norm2.num_groups)
 
-    def forward(self, input_tensor: Tensor, temb: Conditioning) -> Tensor:  # type: ignore[override]
+    def forward(self, input_tensor: Tensor, temb: Conditioning) -> Tensor:
         emb, features = temb
         h = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
         h = h + self.time_emb_proj(self.nonlinearity(emb))[:, :, None, None]
@@ -87,7 +87,7 @@ class SFTResnetBlock2D(ResnetBlock2D):
 class ConditioningEmbedding(TimestepEmbedding):
     """The time embedding, tied together with the features: UNet2DConditionModel hands both to every residual block."""
 
-    def forward(self, sample: Tensor, condition: Sequence[Tensor] | None = None) -> Conditioning:  # type: ignore[override]
+    def forward(self, sample: Tensor, condition: Sequence[Tensor] | None = None) -> Conditioning:
         if condition is None:
             raise ValueError("expected features=StructuralEncoder(latents, t), got none: this UNet does not run without them.")
         return Conditioning(super().forward(sample), condition)
@@ -100,14 +100,14 @@ class SFTUNet2DConditionModel(UNet2DConditionModel):
     """
 
     __module__ = "sslsr_diffusion.models"  # what model_index.json stores
-    _no_split_modules = [*UNet2DConditionModel._no_split_modules, "SFTResnetBlock2D"]
+    _no_split_modules: ClassVar = [*UNet2DConditionModel._no_split_modules, "SFTResnetBlock2D"]
 
     @register_to_config
     @extends_signature(UNet2DConditionModel)
     def __init__(self, feature_channels: int = 256, spade_hidden_channels: int = 128, **unet: Any) -> None:
         super().__init__(**unet)
         _check_supported(self.config)
-        embedding = self.time_embedding
+        embedding: TimestepEmbedding = self.time_embedding  # type: ignore[has-type]
         with torch.device("meta"):
             self.time_embedding = ConditioningEmbedding(embedding.linear_1.in_features, embedding.linear_1.out_features)
         for name, child in embedding.named_children():
@@ -117,7 +117,7 @@ class SFTUNet2DConditionModel(UNet2DConditionModel):
                 SFTResnetBlock2D(resnet, level, feature_channels, spade_hidden_channels) for resnet in block.resnets
             )
 
-    def _blocks_with_level(self) -> list[tuple[int, nn.Module]]:
+    def _blocks_with_level(self) -> list[tuple[int, Any]]:
         last = len(self.down_blocks) - 1
         down = list(enumerate(self.down_blocks))
         up = [(last - position, block) for position, block in enumerate(self.up_blocks)]
@@ -139,7 +139,7 @@ class SFTUNet2DConditionModel(UNet2DConditionModel):
                     layer.reset_parameters()  # type: ignore[operator]
         return model.to(dtype=unet.dtype)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         sample: Tensor,
         timestep: Tensor | float | int,

@@ -74,6 +74,12 @@ class Codec:
             decoded = self.vae.decode(z, features=features, fidelity=fidelity, return_dict=False)[0]
         return decoded.float() * 0.5 + 0.5
 
+    def autoencode(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode, draw, decode, all differentiable: the reconstruction of `pixels`, and mean and log-variance [B, 2*C, h, w]."""
+        self._check(pixels)
+        posterior = self.vae.encode(self._to_vae(pixels)).latent_dist
+        return self.decode(self._sample(posterior, noise)), torch.cat([posterior.mean, posterior.logvar], dim=1)
+
     @torch.no_grad()
     def calibrate(self, pixels: Tensor) -> float:
         """Set the scaling factor of a freshly trained autoencoder to 1 / std of the latents of `pixels`, and return it."""

@@ -43,7 +43,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
     Raises:
         OSError: it could not be written (for example a full disk); what was there before is untouched.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     temporary = folder.with_name(f"{_TEMPORARY}{folder.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -52,7 +52,8 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
         files = {}
         for stem, group in tensors.items():
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}
-            files[f"{stem}.safetensors"] = _write(temporary / f"{stem}.safetensors", save(plain, metadata={"format": "pt"}))
+            save_file(plain, temporary / f"{stem}.safetensors", metadata={"format": "pt"})
+            files[f"{stem}.safetensors"] = _sync(temporary / f"{stem}.safetensors")
         files[STATE] = _write(temporary / STATE, json.dumps(state, indent=1, allow_nan=True).encode())
         _write(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
         sync_folder(temporary)
@@ -164,11 +165,15 @@ def _numbered(run: Path) -> list[tuple[int, Path]]:
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
+    path.write_bytes(data)
+    return _sync(path)
+
+
+def _sync(path: Path) -> dict[str, Any]:
+    """Force a file to the disk; its line in the manifest."""
+    with path.open("rb+") as stream:
         os.fsync(stream.fileno())
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def _replace(temporary: Path, folder: Path) -> None:

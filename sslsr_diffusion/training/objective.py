@@ -72,7 +72,8 @@ def per_sample_noise(seed: int, indices: list[int], purpose: str, shape: Sequenc
 class DiffusionObjective:
     """StableSR stage 1 (Wang et al., IJCV 2024) with pixel losses on the decoded x0 (Chen et al., ACM MM 2024).
 
-    z0, z_lr = encode(hr), encode(bicubic(lr));  zt = add_noise(z0, n, t);  pred = denoiser(zt, t, z_lr, text);  sr = decode(x0(pred, zt, t))
+    z0, z_lr = encode(hr), encode(bicubic(lr));  zt = add_noise(z0, n, t)
+    pred = denoiser(zt, t, z_lr, text);  sr = decode(x0(pred, zt, t))
     """
 
     def __init__(self, networks: Any, *, seed: int, decode_crop: int | None = None) -> None:
@@ -82,9 +83,7 @@ class DiffusionObjective:
         self.decode_crop = decode_crop
 
     def to(self, device: torch.device) -> None:
-        self.networks.denoiser.to(device)
-        self.networks.codec.vae.to(device)
-        self.networks.text = self.networks.text.to(device)
+        self.networks = self.networks.to(device)
 
     def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
         indices, device = batch.index.tolist(), batch.hr.device
@@ -156,13 +155,11 @@ class Autoencoder(nn.Module):
     def __init__(self, codec: Any) -> None:
         super().__init__()
         self.vae = codec.vae
-        self._codec = [codec]  # in a list: the codec may be a module itself, its weights are already here
+        self._codec = codec
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] in [0, 1] -> the reconstruction, and the moments [B, 2*c, h, w] of the latents."""
-        codec = self._codec[0]
-        moments = codec.moments(pixels)
-        return codec.decode(codec.sample(moments, noise)), moments
+        return self._codec.autoencode(pixels, noise)
 
 
 def choose_pixels(

@@ -55,8 +55,8 @@ class TrainingSettings(Settings):
         None, ge=4, description="Side in latent pixels of the random window that pixel losses decode; null: the whole crop."
     )
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm; null: never.")
-    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, description="The optimizer.")
-    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="The learning-rate schedule.")
+    optimizer: OptimizerSettings = Field(OptimizerSettings(), description="The optimizer.")
+    schedule: ScheduleSettings = Field(ScheduleSettings(), description="The learning-rate schedule.")
     ema: EMASettings | None = Field(None, description="Moving average of the trained weights; null: off.")
     log_every: int = Field(10, ge=1, description="Optimizer steps between two lines in the tracker.")
     non_finite_limit: int = Field(20, ge=1, description="Stop after this many steps in a row with a loss or gradient that is not a number.")

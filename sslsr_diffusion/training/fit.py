@@ -1,0 +1,205 @@
+"""The training loop: build everything, load, then step, report, look, save, until done or asked to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.training.checkpoints import find_checkpoint, prune_checkpoints, read_checkpoint, write_checkpoint
+from sslsr_diffusion.training.objective import Objective
+from sslsr_diffusion.training.plots import plot_losses
+from sslsr_diffusion.training.reporting import Reporter
+from sslsr_diffusion.training.resume import check_same_recipe
+from sslsr_diffusion.training.run_folder import RunFolder, write_folder
+from sslsr_diffusion.training.session import Session
+from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings
+from sslsr_diffusion.training.state import give_trained, whole
+from sslsr_diffusion.training.stop import StopWatch
+from sslsr_diffusion.training.validation import Validation, ValidationResult, validate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, built: objects and callables, so that the loop knows no models, data or hub."""
+
+    objective: Objective
+    losses: list[Loss]
+    training: TrainingSettings
+    checkpoints: CheckpointSettings
+    output: OutputSettings
+    open_data: Callable[[int, int, dict[str, Any] | None], Any]  # rank, world_size, state -> TrainingLoader
+    save_pipeline: Callable[[Path], None]  # write the networks' present weights as a folder
+    recipe: dict[str, Any]  # resolved, kept in the run folder and in every checkpoint
+    seed: int = 0
+    base: dict[str, Any] = field(default_factory=dict)  # id and revision of what was fine-tuned
+    validation: Validation | None = None
+    publish: Callable[[Path, str], None] | None = None  # folder, message; must not raise
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended."""
+
+    run: Path
+    step: int
+    stopped: str | None  # why it stopped early, or None
+    best: float | None
+    pipeline: Path | None
+    problems: list[str]
+
+
+def fit(job: Job, *, resume: str | None = None, allow_recipe_change: bool = False) -> FitResult:
+    """Train until the last step or until asked to stop; `resume` is `latest`, a checkpoint or a run folder.
+
+    Raises:
+        UserError: the checkpoint does not fit, or the numbers went wrong too often (a checkpoint is left behind).
+    """
+    settings, folder = job.training, RunFolder(Path(job.output.dir))
+    checkpoint_path = find_checkpoint(resume, folder.path) if resume else None
+    session = Session(job.objective, job.losses, settings, seed=job.seed, trackers=job.output.trackers, run=folder.path)
+    data_state = None
+    if checkpoint_path is not None:
+        checkpoint = read_checkpoint(checkpoint_path)
+        check_same_recipe(checkpoint.state, job.recipe, session.world_size, allow=allow_recipe_change)
+        session.give(checkpoint, what=str(checkpoint_path))
+        data_state = checkpoint.state["data"]
+    progress = session.progress
+    if session.main:
+        folder.start(job.recipe)
+        folder.rewind_history(progress.step)
+    session.barrier()
+    loader = job.open_data(session.rank, session.world_size, data_state)
+    with StopWatch() as watch, Reporter(session, folder, settings, resumed=checkpoint_path) as reporter:
+        try:
+            stopped = _loop(job, session, folder, loader, watch, reporter)
+            if stopped is None:
+                pipeline = _finish(job, session, folder)
+            else:
+                pipeline = None
+                reporter.say(f"stopped at step {progress.step} of {settings.steps}: {stopped}; --resume latest goes on")
+            problems = session.gather(loader.problems())
+        finally:
+            loader.close()
+        reporter.problems(problems)
+    return FitResult(folder.path, progress.step, stopped, progress.best, pipeline, problems)
+
+
+def _loop(job: Job, session: Session, folder: RunFolder, loader: Any, watch: StopWatch, reporter: Reporter) -> str | None:
+    """Steps until the end (None) or a reason to stop."""
+    settings, progress = job.training, session.progress
+    batches: Iterator[Any] = iter(loader)
+    saved_at = progress.step if progress.step else None
+    while progress.step < settings.steps:
+        began = time.perf_counter()
+        report = session.step([next(batches) for _ in range(settings.accumulate)], stop=watch.reason() is not None)
+        progress.seconds += time.perf_counter() - began
+        reporter.step(report, time.perf_counter() - began)
+
+        stopped = (watch.reason() or "another process was asked to stop") if session.stop_asked else None
+        failed = progress.skipped_in_a_row >= settings.non_finite_limit
+        done = progress.step >= settings.steps
+        if job.validation is not None and not stopped and not failed and _due(progress.step, job.validation.settings.every, done):
+            _look(job, session, folder, watch, reporter)
+        if stopped or failed or _due(progress.step, job.checkpoints.every, done):
+            _save(job, session, folder, loader)
+            saved_at = progress.step
+        if failed:
+            raise UserError(
+                f"training stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row had a loss or gradient that is "
+                f"not a number (loss {report.loss:g}). The weights of the last good step are in {folder.path}/checkpoint-{progress.step}. "
+                f"Lower training.optimizer.lr, use mixed_precision bf16 or no instead of fp16, or set max_grad_norm."
+            )
+        if stopped and not done:
+            return stopped
+    if saved_at != progress.step:
+        _save(job, session, folder, loader)
+    return None
+
+
+def _due(step: int, every: int, done: bool) -> bool:
+    return done or (every > 0 and step % every == 0)
+
+
+def _look(job: Job, session: Session, folder: RunFolder, watch: StopWatch, reporter: Reporter) -> None:
+    """Validate the averaged weights, and keep them when they are the best so far."""
+    assert job.validation is not None
+    progress = session.progress
+    session.objective.module.eval()
+    with session.averaged():
+        result: ValidationResult | None = validate(
+            job.validation,
+            rank=session.rank,
+            world_size=session.world_size,
+            gather=session.gather,
+            should_stop=lambda: watch.reason() is not None,
+        )
+        if result is not None:
+            reporter.looked(result)
+            value = result.values.get(job.validation.settings.best)
+            if value is not None and job.validation.better(value, progress.best):
+                progress.best, progress.best_step = value, progress.step
+                _keep_best(job, session, folder)
+    session.objective.module.train()
+
+
+def _keep_best(job: Job, session: Session, folder: RunFolder) -> None:
+    tensors = {name: whole(parameter) for name, parameter in session.parameters.items()}
+    if not session.main:
+        return
+    state = {"progress": {"step": session.progress.step, "best": session.progress.best}, "recipe": job.recipe, "base": job.base}
+    try:
+        write_checkpoint(folder.best, {"trained": tensors}, state)
+        if job.publish is not None:
+            target = folder.path / "publish" / f"step-{session.progress.step}"
+            write_folder(target, job.save_pipeline)
+            job.publish(target, f"Best so far, step {session.progress.step}")
+    except OSError as error:
+        logger.warning("the best weights could not be kept: %s", error)
+
+
+def _save(job: Job, session: Session, folder: RunFolder, loader: Any) -> None:
+    """Write a checkpoint; a failure costs a warning or the run, by the recipe's policy, never the checkpoints before."""
+    tensors, state = session.take(loader.state_dict())
+    error = None
+    if session.main:
+        try:
+            write_checkpoint(
+                folder.path / f"checkpoint-{session.progress.step}", tensors, {**state, "recipe": job.recipe, "base": job.base}
+            )
+            prune_checkpoints(folder.path, job.checkpoints.keep)
+        except OSError as reason:
+            error = f"checkpoint at step {session.progress.step} could not be written ({reason}); the earlier ones are untouched"
+            logger.warning("%s", error)
+    errors = [e for e in session.gather([error]) if e]
+    if errors and job.checkpoints.on_failure == "stop":
+        raise UserError(f"{errors[0]}. checkpoints.on_failure is stop, so the run ends here.")
+
+
+def _finish(job: Job, session: Session, folder: RunFolder) -> Path:
+    """The final pipeline, the loss curves, the last publication."""
+    if job.output.pipeline == "best" and (folder.best / "manifest.json").is_file():
+        give_trained(session.parameters, read_checkpoint(folder.best).tensors["trained"], what=str(folder.best))
+        weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    else:
+        weights = session.averaged()
+    with weights:
+        session.objective.module.eval()
+        if session.main:
+            write_folder(folder.pipeline, job.save_pipeline)
+    if session.main:
+        plot_losses(folder.history(), folder.path / "loss.png")
+        if job.publish is not None:
+            job.publish(folder.pipeline, f"Step {session.progress.step}")
+        shutil.rmtree(folder.path / "publish", ignore_errors=True)
+    session.barrier()
+    return folder.pipeline

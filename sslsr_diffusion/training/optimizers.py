@@ -1,0 +1,66 @@
+"""Optimizers, learning-rate schedules and the moving average, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sslsr_diffusion.errors import MissingDependency
+from sslsr_diffusion.training.settings import EMASettings, OptimizerSettings, ScheduleSettings
+
+
+def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, eps=settings.eps)
+
+
+def _adamw8bit(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise MissingDependency(
+            "training.optimizer.kind: adamw8bit needs bitsandbytes: pip install 'sslsr-diffusion[adam8bit]', or use adamw."
+        ) from error
+    return AdamW8bit(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, eps=settings.eps)
+
+
+def build_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """diffusers' schedule of that name over the whole run."""
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(settings.kind, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=steps)
+
+
+def build_ema(settings: EMASettings | None, parameters: Iterable[nn.Parameter]) -> Any:
+    """diffusers' EMAModel over the trained parameters, or None."""
+    if settings is None:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(list(parameters), decay=settings.decay, use_ema_warmup=settings.warmup, power=settings.power)
+
+
+@contextmanager
+def averaged(ema: Any, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, the parameters hold their moving average; afterwards what they held before, bit for bit."""
+    if ema is None:
+        yield
+        return
+    parameters = list(parameters)
+    kept = [parameter.detach().clone() for parameter in parameters]
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(parameters, kept):
+                parameter.copy_(before)
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], OptimizerSettings], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+}

@@ -1,0 +1,119 @@
+"""Seeing a run: one progress bar, the tracker, the history file and the log. Only the main process shows or writes anything."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sslsr_diffusion.training.plots import picture_grid
+from sslsr_diffusion.training.run_folder import RunFolder
+from sslsr_diffusion.training.session import Session, StepReport
+from sslsr_diffusion.training.settings import TrainingSettings
+from sslsr_diffusion.training.validation import ValidationResult
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Collects step reports and shows their means every `log_every` steps."""
+
+    def __init__(self, session: Session, folder: RunFolder, settings: TrainingSettings, *, resumed: Path | None) -> None:
+        self.session, self.folder, self.settings = session, folder, settings
+        self._rows: list[dict[str, float]] = []
+        self._began = time.perf_counter()
+        self._bar: Any = None
+        if session.main:
+            from tqdm import tqdm
+
+            self._handler = folder.log_to_file()
+            self._bar = tqdm(total=settings.steps, initial=session.progress.step, desc="train", unit="step", dynamic_ncols=True)
+        step = session.progress.step
+        session.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}} if step else {})
+        logger.info("%s at step %d of %d", f"resumed from {resumed}" if resumed else "started", step, settings.steps)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.session.accelerator.end_training()
+        if self._bar is not None:
+            self._bar.close()
+            if error is not None:
+                logger.error("ended by %s: %s", type(error).__name__, error)
+            logging.getLogger("sslsr_diffusion").removeHandler(self._handler)
+            self._handler.close()
+
+    def step(self, report: StepReport, seconds: float) -> None:
+        """One optimizer step happened."""
+        if self._bar is None:
+            return
+        if report.updated:
+            row = {f"loss/{name}": value for name, value in report.raw.items()}
+            self._rows.append(
+                {**row, "loss/total": report.loss, "train/grad_norm": report.grad_norm, "train/mask_density": report.mask_density}
+            )
+        self._bar.update(1)
+        step = self.session.progress.step
+        if step % self.settings.log_every and step != self.settings.steps:
+            return
+        values = _means(self._rows)
+        self._rows = []
+        values |= {"train/lr": self.session.learning_rate(), "train/seconds_per_step": self._seconds_per_step()}
+        values |= {f"train/auto_weight/{name}": auto.value for name, auto in self.session.auto.items()}
+        values["train/skipped"] = float(self.session.progress.skipped)
+        self.session.accelerator.log(values, step=step)
+        self.folder.append_history({"step": step, **values})
+        terms = {key.removeprefix("loss/"): f"{value:.3g}" for key, value in values.items() if key.startswith("loss/")}
+        self._bar.set_postfix({**terms, "lr": f"{values['train/lr']:.1e}"}, refresh=False)
+        logger.info("step %d  %s", step, "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
+
+    def looked(self, result: ValidationResult) -> None:
+        """A validation pass is over: numbers and the grid to tracker, history and disk."""
+        if self._bar is None:
+            return
+        step = self.session.progress.step
+        values = {f"validation/{name}": value for name, value in result.values.items()}
+        baseline = {f"validation_bicubic/{name}": value for name, value in result.bicubic.items()}
+        self.session.accelerator.log({**values, **baseline}, step=step)
+        self.folder.append_history({"step": step, **values, **baseline})
+        self.say("validation  " + "  ".join(f"{n} {v:.3f} (bicubic {result.bicubic[n]:.3f})" for n, v in result.values.items()))
+        if not result.rows:
+            return
+        from PIL import Image
+
+        grid = picture_grid(result.rows, result.captions)
+        Image.fromarray(grid).save(self.folder.pictures / f"step-{step:06d}.png")
+        for tracker in self.session.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image("validation", grid, step, dataformats="HWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({"validation": np.asarray(grid)[None]}, step=step)
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar and in the log."""
+        if self._bar is not None:
+            self._bar.write(f"step {self.session.progress.step}: {text}")
+            logger.info("step %d: %s", self.session.progress.step, text)
+
+    def problems(self, problems: list[str]) -> None:
+        """The summary of unreadable or too small training pictures."""
+        if self._bar is not None and problems:
+            unique = list(dict.fromkeys(problems))
+            logger.warning("%d training pictures could not be used: %s", len(unique), "; ".join(unique[:20]))
+
+    def _seconds_per_step(self) -> float:
+        """Over the steps since the last line, validation and checkpoints included: what the clock on the wall says."""
+        now = time.perf_counter()
+        steps = self.session.progress.step % self.settings.log_every or self.settings.log_every
+        seconds, self._began = (now - self._began) / steps, now
+        return seconds
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} if rows else {}

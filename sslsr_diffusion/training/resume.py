@@ -1,0 +1,74 @@
+"""What may change in a recipe between a checkpoint and its continuation, and what may not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from sslsr_diffusion.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Changing these leaves samples, numbers and tensors of the steps to come well-defined.
+CHANGEABLE = (
+    "training.steps",
+    "training.log_every",
+    "training.non_finite_limit",
+    "training.spike_factor",
+    "training.cpu_threads",
+    "training.tf32",
+    "training.gradient_checkpointing",
+    "validation",
+    "checkpoints",
+    "output",
+    "data.workers",
+    "data.validation",
+)
+
+
+def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Key path -> (value then, value now) of everything that differs; a missing key counts as None."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in dict.fromkeys([*before, *now]):
+            found |= differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        found = {}
+        for index, (a, b) in enumerate(zip(before, now)):
+            found |= differences(a, b, f"{path}.{index}")
+        return found
+    return {} if before == now else {path: (before, now)}
+
+
+def check_same_recipe(state: Mapping[str, Any], recipe: Mapping[str, Any], world_size: int, *, allow: bool) -> None:
+    """List what changed since the checkpoint and refuse what cannot be continued.
+
+    Raises:
+        UserError: a change would make the run something else than a continuation, and `allow` is False.
+    """
+    found = differences(state["recipe"], recipe)
+    if _samples_per_step(state["recipe"], state["world_size"]) == _samples_per_step(recipe, world_size):
+        found.pop("training.batch_size", None)
+        found.pop("training.accumulate", None)
+    elif state["world_size"] != world_size:
+        found["number of processes"] = (state["world_size"], world_size)
+    lines = [f"{key}: {before!r} -> {now!r}" for key, (before, now) in found.items()]
+    refused = [line for key, line in zip(found, lines) if not any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)]
+    if refused and not allow:
+        raise UserError(
+            "--resume: the recipe is not the one of the checkpoint:\n  "
+            + "\n  ".join(refused)
+            + "\nUse the recipe of the run folder, or --allow-recipe-change to go on all the same (the run is then no exact continuation)."
+        )
+    for line in lines:
+        logger.warning("recipe changed since the checkpoint: %s", line)
+
+
+def _samples_per_step(recipe: Mapping[str, Any], world_size: int) -> int | None:
+    training = recipe.get("training", {})
+    try:
+        return int(training["batch_size"]) * int(training["accumulate"]) * world_size
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -1,0 +1,126 @@
+"""A run folder that explains itself: resolved recipe, versions, log, history, checkpoints, pictures, pipeline."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.training.checkpoints import latest_checkpoint, sync_folder, write_atomically
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy", "numba", "huggingface_hub")
+
+
+class RunFolder:
+    """The files of one run. Only the main process writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.history_file = path / "history.jsonl"
+        self.pictures = path / "pictures"
+        self.pipeline = path / "pipeline"
+        self.best = path / "best"
+
+    def check_free(self) -> None:
+        """Refuse to mix a new run into an old one.
+
+        Raises:
+            UserError: the folder already holds a run, or cannot be written.
+        """
+        if self.recipe.exists() or latest_checkpoint(self.path):
+            raise UserError(
+                f"output.dir: {self.path} already holds a run; --resume latest continues it, --restart moves it aside, "
+                f"--set output.dir=OTHER starts elsewhere."
+            )
+
+    def move_aside(self) -> None:
+        """Rename an old run folder to the first free `NAME.old-1`, `NAME.old-2`, ..."""
+        if not self.path.exists():
+            return
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+        logger.info("the earlier run was moved to %s", aside)
+
+    def start(self, recipe: Mapping[str, Any]) -> None:
+        """Make the folder and write down what is going to run."""
+        try:
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.recipe, yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).encode())
+            write_atomically(self.path / "versions.json", json.dumps(versions(), indent=1).encode())
+        except OSError as error:
+            raise UserError(f"output.dir: {self.path} cannot be written ({error.strerror}); choose another folder.") from None
+
+    def log_to_file(self) -> logging.Handler:
+        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger("sslsr_diffusion").addHandler(handler)
+        return handler
+
+    def rewind_history(self, step: int) -> None:
+        """Forget what was logged after the checkpoint that the run goes on from."""
+        kept = [row for row in self.history() if row["step"] <= step]
+        write_atomically(self.history_file, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def append_history(self, row: Mapping[str, Any]) -> None:
+        with self.history_file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """All whole rows; a line cut off by a crash is passed over."""
+        if not self.history_file.is_file():
+            return []
+        rows = []
+        for line in self.history_file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+        return rows
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fill a folder under a temporary name, then put it in the old one's place."""
+    temporary, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".tmp-old-{folder.name}")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    sync_folder(folder.parent)
+
+
+def versions() -> dict[str, Any]:
+    """What the run was made with, for the person who wants to repeat it."""
+    import torch
+
+    from sslsr_diffusion import __version__
+
+    found: dict[str, Any] = {"sslsr_diffusion": __version__, "python": sys.version.split()[0], "platform": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = torch.version.cuda
+    return found

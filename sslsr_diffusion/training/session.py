@@ -1,0 +1,247 @@
+"""The live objects of a run: accelerator, wrapped module, optimizer, schedule, average, loader. All processes call every method."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.training.checkpoints import Checkpoint
+from sslsr_diffusion.training.objective import Objective, apply_losses
+from sslsr_diffusion.training.optimizers import OPTIMIZERS, averaged, build_ema, build_schedule
+from sslsr_diffusion.training.settings import TrainingSettings
+from sslsr_diffusion.training.state import (
+    AutoWeight,
+    Progress,
+    give_optimizer,
+    give_rng,
+    give_trained,
+    take_optimizer,
+    take_rng,
+    trained_parameters,
+    whole,
+)
+from sslsr_diffusion.types import Batch
+
+logger = logging.getLogger(__name__)
+
+SPIKE_AFTER = 20  # steps before the running mean of the loss means anything
+
+
+@dataclass
+class StepReport:
+    """One optimizer step in numbers: means over all micro-batches and processes."""
+
+    loss: float
+    raw: dict[str, float]
+    grad_norm: float
+    mask_density: float
+    updated: bool
+    names: tuple[str, ...] = field(default=(), repr=False)
+
+
+class Session:
+    """Built once, loaded perhaps, then stepped."""
+
+    def __init__(
+        self, objective: Objective, losses: Sequence[Loss], settings: TrainingSettings, *, seed: int, trackers: Sequence[str], run: Path
+    ) -> None:
+        self.objective, self.losses, self.settings, self.seed = objective, list(losses), settings, seed
+        self.accelerator = make_accelerator(settings, trackers, run)
+        self.device: torch.device = self.accelerator.device
+        self.main: bool = self.accelerator.is_main_process
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        _seed_everything(derive_seed(seed, "global", self.rank))
+        objective.to(self.device)
+        objective.module.train()
+        optimizer = OPTIMIZERS[settings.optimizer.kind](list(trained_parameters(objective.module).values()), settings.optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(objective.module, optimizer)
+        self.parameters: dict[str, nn.Parameter] = trained_parameters(self.accelerator.unwrap_model(self.model))
+        self.schedule = build_schedule(settings.schedule, self._inner_optimizer(), settings.steps)
+        self.ema = build_ema(settings.ema, self.parameters.values())
+        self.progress = Progress()
+        self.auto = {loss.name: AutoWeight(loss.settings.auto_steps) for loss in self.losses if getattr(loss, "auto", False)}  # type: ignore[attr-defined]
+        self.stop_asked = False
+
+    def step(self, micro: Sequence[Batch], *, stop: bool = False) -> StepReport:
+        """One optimizer step over all micro-batches; `stop` on any process sets `stop_asked` on all."""
+        batches = [batch.to(self.device) for batch in micro]
+        draws = [self.objective.draw(batch, self.losses) for batch in batches]
+        counts = self._global_counts(draws, stop)
+        scales = {name: auto.value for name, auto in self.auto.items()}
+        sums: dict[str, Tensor] = {}
+        for last, batch, draw in zip([*[False] * (len(batches) - 1), True], batches, draws):
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.accelerator.autocast():
+                    outputs = self.objective.run(self.model, batch, draw)
+                result = apply_losses(outputs, self.losses, counts, scales)
+                self.accelerator.backward(result.loss)
+            weighted = {f"weighted/{name}": value for name, value in result.weighted.items()}
+            density = batch.mask.float().mean() / len(batches)
+            for name, value in {"": result.loss.detach(), ".mask": density, **weighted, **result.raw}.items():
+                sums[name] = sums.get(name, 0) + value.float()
+        names = tuple(name for batch in micro for name in batch.names)
+        return self._update(self._mean_over_processes(sums), names)
+
+    def _update(self, terms: dict[str, float], names: tuple[str, ...]) -> StepReport:
+        """Clip, decide whether the numbers can be trusted, and move the weights (one host sync per optimizer step: the decision)."""
+        limit = self.settings.max_grad_norm or float("inf")
+        norm = float(whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))))
+        loss, density = terms.pop(""), terms.pop(".mask")
+        weighted = {name.removeprefix("weighted/"): terms.pop(name) for name in list(terms) if name.startswith("weighted/")}
+        sound = bool(np.isfinite(loss) and np.isfinite(norm))
+        scaler = self.accelerator.scaler
+        overflow = not sound and scaler is not None and scaler.get_scale() > 1  # fp16 finds its scale this way
+        if sound or scaler is not None:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if sound:
+            self.schedule.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters.values())
+            for name, auto in self.auto.items():
+                auto.observe(weighted[name], [value for other, value in weighted.items() if other != name])
+        self._count(loss, names, sound=sound, overflow=overflow)
+        return StepReport(loss, terms, norm, density, sound, names)
+
+    def _count(self, loss: float, names: tuple[str, ...], *, sound: bool, overflow: bool) -> None:
+        progress, settings = self.progress, self.settings
+        progress.step += 1
+        progress.samples += settings.batch_size * settings.accumulate * self.world_size
+        if not sound:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 0 if overflow else 1
+            logger.warning(
+                "step %d skipped: its loss or gradient is not a number (loss %g); batch: %s", progress.step, loss, ", ".join(names)
+            )
+            return
+        progress.skipped_in_a_row = 0
+        if progress.mean_loss is not None and progress.step > SPIKE_AFTER and loss > settings.spike_factor * progress.mean_loss:
+            logger.warning(
+                "step %d: loss %.4g against a running mean of %.4g; batch: %s", progress.step, loss, progress.mean_loss, ", ".join(names)
+            )
+        progress.mean_loss = loss if progress.mean_loss is None else 0.98 * progress.mean_loss + 0.02 * loss
+
+    def _global_counts(self, draws: Sequence[Any], stop: bool) -> dict[str, Tensor]:
+        """Per loss: units over all micro-batches and processes, divided by the number of processes (DDP averages gradients)."""
+        own = [sum((loss.count(draw.given) for draw in draws), torch.zeros((), device=self.device)) for loss in self.losses]
+        vector = torch.stack([*own, torch.tensor(float(stop), device=self.device)])  # float32 counts exactly up to 2^24 rows
+        total = self.accelerator.reduce(vector, reduction="sum") if self.world_size > 1 else vector
+        self.stop_asked = bool(total[-1] > 0) if self.world_size > 1 else stop
+        return {loss.name: total[i] / self.world_size for i, loss in enumerate(self.losses)}
+
+    def _mean_over_processes(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        vector = torch.stack(list(sums.values()))
+        if self.world_size > 1:
+            vector = self.accelerator.reduce(vector, reduction="mean")
+        return dict(zip(sums, vector.tolist()))
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the networks hold the weights that are validated and published."""
+        return averaged(self.ema, self.parameters.values())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Lists of all processes, joined."""
+        if self.world_size == 1:
+            return list(value)
+        from accelerate.utils import gather_object
+
+        return gather_object(list(value))
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def learning_rate(self) -> float:
+        return float(self._inner_optimizer().param_groups[0]["lr"])
+
+    def take(self, data: dict[str, Any]) -> Checkpoint:
+        """Everything that a resume needs, as full CPU tensors and plain values."""
+        optimizer, plain = take_optimizer(self._inner_optimizer(), list(self.parameters))
+        streams = self.gather([(self.rank, take_rng(self.device))])
+        tensors = {
+            "trained": {name: whole(p).clone() for name, p in self.parameters.items()},
+            "optimizer": optimizer,
+            "rng": {f"{rank}/{name}": value for rank, found in streams for name, value in found.items()},
+        }
+        if self.ema is not None:
+            tensors["ema"] = {name: whole(value).clone() for name, value in zip(self.parameters, self.ema.shadow_params)}
+        state = {
+            "progress": asdict(self.progress),
+            "optimizer": plain,
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            "ema": None if self.ema is None else {k: v for k, v in self.ema.state_dict().items() if k != "shadow_params"},
+            "auto_weights": {name: asdict(auto) for name, auto in self.auto.items()},
+            "data": data,
+            "world_size": self.world_size,
+        }
+        return Checkpoint(tensors, state)
+
+    def give(self, checkpoint: Checkpoint, *, what: str) -> None:
+        """Continue exactly where `take` was called."""
+        tensors, state = checkpoint
+        give_trained(self.parameters, tensors["trained"], what=what)
+        give_optimizer(self._inner_optimizer(), self.parameters, tensors["optimizer"], state["optimizer"])
+        self.schedule.load_state_dict({**state["schedule"], "lr_lambdas": self.schedule.state_dict()["lr_lambdas"]})
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            shadows = dict(zip(self.parameters, (nn.Parameter(s, requires_grad=False) for s in self.ema.shadow_params)))
+            give_trained(shadows, tensors.get("ema", tensors["trained"]), what=what)
+            self.ema.load_state_dict({**(state["ema"] or {}), "shadow_params": [s.data for s in shadows.values()]})
+        known = {f.name for f in fields(Progress)}
+        self.progress = Progress(**{k: v for k, v in state["progress"].items() if k in known})
+        self.progress.skipped_in_a_row = 0
+        self.auto = {name: AutoWeight(**state["auto_weights"].get(name, {"steps": auto.steps})) for name, auto in self.auto.items()}
+        own = {name.split("/", 1)[1]: value for name, value in tensors["rng"].items() if name.startswith(f"{self.rank}/")}
+        if own:
+            give_rng(own, self.device)
+        else:  # more processes than before
+            _seed_everything(derive_seed(self.seed, "global", self.rank, self.progress.step))
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+
+def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: Path) -> Any:
+    """accelerate's view of the machine. Accumulation is ours (its means would be means of means), so it is told 1.
+
+    Raises:
+        UserError: the machine cannot do what the recipe asks for.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    if settings.cpu_threads is not None:
+        torch.set_num_threads(settings.cpu_threads)
+    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+    torch.backends.cudnn.allow_tf32 = settings.tf32
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            log_with=list(trackers) or None,
+            project_dir=str(run),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"training: this machine cannot run the recipe as it is: {error}") from error
+    accelerator.gradient_accumulation_steps = 1
+    return accelerator
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that draw from the global stream

@@ -1,0 +1,163 @@
+"""TrainState: everything a resume needs besides the frozen networks, taken from and given back to the live objects."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sslsr_diffusion.errors import UserError
+
+
+@dataclass
+class Progress:
+    """The counters of a run."""
+
+    step: int = 0  # optimizer steps tried
+    samples: int = 0  # samples seen, over all processes
+    skipped: int = 0  # steps without an update because of a loss or gradient that is not a number
+    skipped_in_a_row: int = 0
+    best: float | None = None  # best value of the deciding metric
+    best_step: int | None = None
+    seconds: float = 0.0  # spent in the loop
+    mean_loss: float | None = None  # running mean, against which a spike is measured
+
+
+@dataclass
+class AutoWeight:
+    """The automatic weight of one loss: median ratio of the largest other term to this one, then frozen."""
+
+    steps: int
+    ratios: list[float] = field(default_factory=list)
+    seen: int = 0
+
+    @property
+    def value(self) -> float:
+        return median(self.ratios) if self.ratios else 1.0
+
+    @property
+    def frozen(self) -> bool:
+        return self.seen >= self.steps
+
+    def observe(self, own: float, others: Iterable[float]) -> None:
+        """One optimizer step's weighted terms (means over the whole batch, so every process sees the same)."""
+        if self.frozen:
+            return
+        self.seen += 1
+        largest = max(others, default=0.0)
+        if own > 0 and largest > 0 and np.isfinite(own) and np.isfinite(largest):
+            self.ratios.append(largest / own)
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of what is trained, in a fixed order."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor on the CPU; for a sharded one (FSDP2) every process must call this."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.cpu()
+
+
+def put(target: Tensor, value: Tensor) -> None:
+    """Copy a full tensor into a live one, which may be sharded."""
+    mesh = getattr(target, "device_mesh", None)
+    if mesh is not None:
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(target.device), mesh, getattr(target, "placements", None))
+    target.detach().copy_(value)
+
+
+def take_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors as `parameter|key`, and everything that is no tensor."""
+    raw = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for position, entry in raw["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"{names[position]}|{key}"] = whole(value).clone()
+            else:
+                plain[f"{names[position]}|{key}"] = value
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in raw["param_groups"]]
+    return tensors, {"state": plain, "groups": groups}
+
+
+def give_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], plain: dict[str, Any]
+) -> None:
+    """The inverse of `take_optimizer`."""
+    names = list(parameters)
+    position = {name: i for i, name in enumerate(names)}
+    state: dict[int, dict[str, Any]] = {}
+    for joined, value in [*tensors.items(), *plain["state"].items()]:
+        name, _, key = joined.rpartition("|")
+        if isinstance(value, Tensor) and hasattr(parameters[name], "device_mesh") and value.shape == parameters[name].shape:
+            sharded = torch.zeros_like(parameters[name])
+            put(sharded, value)
+            value = sharded
+        state.setdefault(position[name], {})[key] = value
+    now = optimizer.state_dict()["param_groups"]
+    groups = [{**{k: _tuple(v) for k, v in saved.items()}, "params": live["params"]} for saved, live in zip(plain["groups"], now)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def take_rng(device: torch.device) -> dict[str, Tensor]:
+    """The state of every global random stream of this process."""
+    version, inner, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the global stream is what others draw from
+    streams = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *inner], dtype=torch.int64),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*numpy_state["state"]["key"].tolist(), numpy_state["state"]["pos"], numpy_state["has_gauss"]]),
+        "numpy_gauss": torch.tensor([numpy_state["gauss"]], dtype=torch.float64),
+    }
+    if device.type == "cuda":
+        streams["cuda"] = torch.cuda.get_rng_state(device)
+    return streams
+
+
+def give_rng(streams: dict[str, Tensor], device: torch.device) -> None:
+    """The inverse of `take_rng`."""
+    torch.set_rng_state(streams["torch"])
+    version, *inner = streams["python"].tolist()
+    gauss = float(streams["python_gauss"])
+    random.setstate((version, tuple(inner), None if gauss != gauss else gauss))
+    *keys, position, has_gauss = streams["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(streams["numpy_gauss"])))  # noqa: NPY002
+    if device.type == "cuda" and "cuda" in streams:
+        torch.cuda.set_rng_state(streams["cuda"], device)
+
+
+def give_trained(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], *, what: str) -> None:
+    """Copy saved tensors into the trained parameters.
+
+    Raises:
+        UserError: the names or shapes differ from those of the model that this recipe builds.
+    """
+    missing, extra = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
+    if missing or extra:
+        example = (missing or extra)[0]
+        raise UserError(
+            f"{what} belongs to another model: {len(missing)} trained tensors are missing in it and {len(extra)} are unknown here "
+            f"(for example {example}); use the recipe that it was made with."
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise UserError(f"{what}: {name} has shape {tuple(tensors[name].shape)}, this recipe builds {tuple(parameter.shape)}.")
+        put(parameter, tensors[name])
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,101 @@
+"""A pass over held-out pictures: metrics, and a grid LR bicubic · prediction · ground truth."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sslsr_diffusion.images import resize_bicubic
+from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.training.settings import ValidationSettings
+
+logger = logging.getLogger(__name__)
+
+
+class Pair(Protocol):
+    """A held-out picture with its fixed low-resolution version."""
+
+    name: str
+    lr: Tensor  # [3, h, w]
+    hr: Tensor  # [3, H, W]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a pass needs; `restore(lr [1, 3, h, w], hr [1, 3, H, W], seed) -> [1, 3, H, W]` hides the sampler."""
+
+    pairs: Sequence[Pair]
+    restore: Callable[[Tensor, Tensor, int], Tensor]
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
+    settings: ValidationSettings
+    label: str = "prediction"
+    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
+
+    def better(self, value: float, than: float | None) -> bool:
+        if than is None:
+            return value == value
+        return value > than if self.higher_is_better.get(self.settings.best, True) else value < than
+
+
+@dataclass
+class ValidationResult:
+    """Means over the pictures, of the prediction and of bicubic enlargement, and the grid."""
+
+    values: dict[str, float]
+    bicubic: dict[str, float]
+    rows: list[list[Tensor]]
+    captions: list[list[str]]
+
+
+@torch.no_grad()
+def validate(
+    validation: Validation,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Any], list[Any]] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> ValidationResult | None:
+    """Restore and measure this process's share of the pictures; every process returns the same means, None when stopped.
+
+    All processes restore the same number of pictures (sharded networks need everyone in every forward), so the last share
+    may repeat a picture; repeats are not counted.
+    """
+    pairs, found = validation.pairs, []
+    for turn in range(-(-len(pairs) // world_size)):
+        position = turn * world_size + rank
+        if should_stop() and world_size == 1:
+            return None
+        pair = pairs[min(position, len(pairs) - 1)]
+        entry = _measure(validation, pair, position)
+        if position < len(pairs):
+            found.append((position, *entry))
+    everything = sorted((gather(found) if gather else found), key=lambda e: e[0])
+    if not everything:
+        return None
+    names = list(validation.metrics)
+    mean = [{n: float(sum(e[side][n] for e in everything) / len(everything)) for n in names} for side in (1, 2)]
+    shown = [e for e in everything if e[3]]
+    return ValidationResult(mean[0], mean[1], [e[3] for e in shown], [e[4] for e in shown])
+
+
+def _measure(validation: Validation, pair: Pair, position: int) -> tuple[dict[str, float], dict[str, float], list[Tensor], list[str]]:
+    settings = validation.settings
+    lr, hr = pair.lr[None], pair.hr[None]
+    with torch.random.fork_rng(devices=[]):  # looking must not change what training draws next
+        restored = validation.restore(lr, hr, derive_seed(settings.seed, position)).float().cpu().clamp(0, 1)
+    bicubic = resize_bicubic(lr, size=(hr.shape[-2], hr.shape[-1])).clamp(0, 1)
+    values, baseline = (
+        {name: float(metric(picture, hr).mean()) for name, metric in validation.metrics.items()} for picture in (restored, bicubic)
+    )
+    if position >= settings.pictures:
+        return values, baseline, [], []
+    first = next(iter(values), None)
+    notes = ["", ""] if first is None else [f" {first} {side[first]:.2f}" for side in (baseline, values)]
+    captions = [f"LR bicubic{notes[0]}", f"{validation.label}{notes[1]}", f"ground truth {pair.name}"]
+    return values, baseline, [bicubic[0], restored[0], hr[0]], captions

@@ -1,4 +1,4 @@
-"""Scores: PSNR and SSIM in the core, the learned metrics through pyiqa, our SSG distance, and the report over them."""
+"""Scores: PSNR, SSIM, NIQE and the SSG distance in the core, the learned metrics through pyiqa, and the report over them."""
 
 from __future__ import annotations
 

@@ -1,121 +1,123 @@
-"""PSNR and SSIM in the field's convention, and the registry of every per-image metric.
-
-PSNR and SSIM need torch alone. A registered metric is `fn(restored, reference, *, crop_border, y_channel) -> [B]`, so that
-the command line, the report and training's validation score with the same code and the same words.
-"""
+"""The registry of metrics: one table for the command line, the report and training's validation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.evaluation import learned
+from sslsr_diffusion.evaluation.fidelity import psnr, ssim
+from sslsr_diffusion.evaluation.niqe import niqe, niqe_y
+from sslsr_diffusion.evaluation.ssg_distance import ssg_kl, ssg_l1, ssg_terms
+from sslsr_diffusion.evaluation.weights import WEIGHTS, digest
 
-LUMA = (65.481, 128.553, 24.966)  # BT.601 limited range: Y = 16 + LUMA . rgb, on the 0..255 scale for rgb in [0, 1]
-
-
-def psnr(restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_channel: bool = False) -> Tensor:
-    """Peak signal-to-noise ratio in dB: 10 log10(255^2 / MSE), inf for equal images   (BasicSR's convention).
-
-    Args:
-        restored: [B, 3 or 1, H, W] float in [0, 1].
-        reference: the same shape.
-        crop_border: pixels cut from each side first.
-        y_channel: compare the unrounded luma of BT.601 limited range instead of all channels.
-
-    Returns:
-        [B] float64 (float32 where the device has no float64).
-
-    Raises:
-        UserError: shapes differ, or nothing is left after the cut.
-    """
-    a, b = _prepare(restored, reference, crop_border, y_channel)
-    mse = (a - b).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(255.0**2 / mse)
-
-
-def ssim(restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_channel: bool = False) -> Tensor:
-    """Structural similarity, 11x11 Gaussian of sigma 1.5, valid area, mean of the channels   (Wang et al. 2004, BasicSR's convention).
-
-    SSIM = mean of (2 ma mb + C1)(2 sab + C2) / ((ma^2 + mb^2 + C1)(sa + sb + C2)), C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2
-
-    Args:
-        restored: [B, 3 or 1, H, W] float in [0, 1]; at least 11 x 11 after the cut.
-        reference: the same shape.
-        crop_border: pixels cut from each side first.
-        y_channel: compare the unrounded luma of BT.601 limited range instead of all channels.
-
-    Returns:
-        [B] float64 (float32 where the device has no float64).
-
-    Raises:
-        UserError: shapes differ, or less than 11 x 11 pixels are left after the cut.
-    """
-    a, b = _prepare(restored, reference, crop_border, y_channel)
-    if min(a.shape[-2:]) < 11:
-        raise UserError(f"SSIM needs at least 11 x 11 pixels, {_size(a)} are left after cutting {crop_border} from each side.")
-    mean_a, mean_b = _blur(a), _blur(b)
-    var_a = _blur(a * a) - mean_a.square()
-    var_b = _blur(b * b) - mean_b.square()
-    cov = _blur(a * b) - mean_a * mean_b
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    similarity = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2))
-    return similarity.mean(dim=(1, 2, 3))
-
-
-def luma(image: Tensor) -> Tensor:
-    """BT.601 limited-range luma of [B, 3, H, W] in [0, 1]: [B, 1, H, W] on the 0..255 scale (16..235), not rounded; gray passes as 255 x."""
-    if image.shape[1] == 1:
-        return image * 255
-    weights = torch.tensor(LUMA, dtype=image.dtype, device=image.device)
-    return torch.einsum("bchw,c->bhw", image, weights).unsqueeze(1) + 16
-
-
-def crop(image: Tensor, border: int) -> Tensor:
-    """`border` pixels cut from each side; UserError when nothing is left."""
-    if border < 0 or min(image.shape[-2:]) <= 2 * border:
-        raise UserError(f"crop_border: cannot cut {border} pixels from each side of an image of {_size(image)}.")
-    return image[..., border : image.shape[-2] - border, border : image.shape[-1] - border]
-
-
-def _prepare(restored: Tensor, reference: Tensor, border: int, y_channel: bool) -> tuple[Tensor, Tensor]:
-    """Both images cut, on the 0..255 scale, in the widest float the device has."""
-    if restored.ndim != 4 or restored.shape != reference.shape:
-        raise UserError(
-            f"expected two images [B, C, H, W] of one shape, came restored {tuple(restored.shape)} and reference {tuple(reference.shape)}."
-        )
-    dtype = torch.float32 if restored.device.type == "mps" else torch.float64
-    a, b = (crop(x.to(dtype), border) for x in (restored, reference))
-    return (luma(a), luma(b)) if y_channel else (a * 255, b * 255)
-
-
-def _blur(image: Tensor) -> Tensor:
-    """Separable 11-tap Gaussian of sigma 1.5 over the valid area: [B, C, H, W] -> [B, C, H-10, W-10]."""
-    at = torch.arange(-5, 6, dtype=image.dtype, device=image.device)
-    kernel = torch.exp(-at.square() / (2 * 1.5**2))
-    kernel = (kernel / kernel.sum()).expand(image.shape[1], 1, 1, 11)
-    image = functional.conv2d(image, kernel, groups=image.shape[1])
-    return functional.conv2d(image, kernel.transpose(2, 3), groups=image.shape[1])
-
-
-def _size(image: Tensor) -> str:
-    return f"{image.shape[-1]} x {image.shape[-2]}"
+__all__ = ["METRICS", "Metric", "convention", "psnr", "select", "ssim", "unavailable"]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number per image. `fn(restored, reference or None, *, crop_border, y_channel) -> [B]`."""
+    """One number per image: `fn(restored, reference or None, *, crop_border, y_channel) -> [B]`, images [B, 3, H, W] in [0, 1]."""
 
     fn: Callable[..., Tensor]
     higher_is_better: bool
     needs_reference: bool
+    label: str
+    digits: int  # decimals in tables
+    convention: str  # {channels}, {border}: as the options say
+    default: bool = True  # computed when nothing is asked for by name
+    whole_set: bool = False  # one number for all images together (FID); fn then gives the features [B, D]
+    joint: Callable[..., dict[str, Tensor]] | None = None  # gives this and its sisters in one pass
 
+
+def select(names: str) -> list[str]:
+    """`"psnr,ssim"`, `"default"` or `"all"` -> names; UserError lists the known ones."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    found: list[str] = []
+    for name in wanted:
+        if name in ("default", "all"):
+            found += [key for key, metric in METRICS.items() if metric.default or name == "all"]
+        elif name in METRICS:
+            found.append(name)
+        else:
+            raise UserError(f"--metrics: {name!r} is not known; expected some of {', '.join(METRICS)}, or default, or all.")
+    if not found:
+        raise UserError(f"--metrics: nothing was named; expected some of {', '.join(METRICS)}.")
+    return list(dict.fromkeys(found))
+
+
+def unavailable(name: str, *, download: bool = True) -> str | None:
+    """Why a metric cannot be computed here and what to do about it, or None. Missing weights are downloaded unless told not to."""
+    return learned.unavailable(name, download=download) if name in WEIGHTS else None
+
+
+def convention(name: str, *, crop_border: int, y_channel: bool) -> str:
+    """One line that says how the number comes about: channels, border, range, and the weights with their hash."""
+    metric = METRICS[name]
+    channels = "Y of YCbCr (BT.601, 16..235, not rounded)" if y_channel else "RGB"
+    text = metric.convention.format(channels=channels, border=f"border {crop_border} px cut")
+    files = [f"{file.name} (sha256 {digest(file.path)[:16]})" for file in WEIGHTS.get(name, ()) if file.path.is_file()]
+    if not files:
+        return text
+    from importlib.metadata import version
+
+    return f"{text}; pyiqa {version('pyiqa')}; weights {', '.join(files)}"
+
+
+_NIQE = "blocks of 96 x 96, 2 scales, border repeated, published parameters (shipped); {border}"
 
 METRICS: dict[str, Metric] = {
-    "psnr": Metric(psnr, higher_is_better=True, needs_reference=True),
-    "ssim": Metric(ssim, higher_is_better=True, needs_reference=True),
+    "psnr": Metric(psnr, True, True, "PSNR (dB)", 3, "{channels}, data range 255, {border}"),
+    "ssim": Metric(ssim, True, True, "SSIM", 4, "{channels}, data range 255, 11 x 11 Gaussian sigma 1.5, valid area, {border}"),
+    "lpips": Metric(
+        learned.learned("lpips", needs_reference=True), False, True, "LPIPS", 4, "AlexNet v0.1, RGB -1..1, no resize, {border}"
+    ),
+    "dists": Metric(learned.learned("dists", needs_reference=True), False, True, "DISTS", 4, "RGB 0..1, no resize, {border}"),
+    "fid": Metric(
+        learned.inception_features,
+        False,
+        True,
+        "FID",
+        2,
+        "InceptionV3 (FID weights), pool3 2048, RGB -1..1, bilinear to 299, whole images (no border is cut)",
+        whole_set=True,
+    ),
+    "niqe": Metric(niqe, False, False, "NIQE", 3, "full-range luma rounded to 8 bits (pyiqa's convention), " + _NIQE),
+    "niqe_y": Metric(niqe_y, False, False, "NIQE (Y)", 3, "Y 16..235 rounded to 8 bits (BasicSR's convention), " + _NIQE, default=False),
+    "clipiqa": Metric(
+        learned.learned("clipiqa", needs_reference=False),
+        True,
+        False,
+        "CLIPIQA",
+        4,
+        "CLIP RN50 without positional embedding, five prompt pairs, RGB with CLIP's mean and deviation, no resize, {border}",
+    ),
+    "musiq": Metric(
+        learned.learned("musiq", needs_reference=False),
+        True,
+        False,
+        "MUSIQ",
+        3,
+        "KonIQ-10k weights, RGB 0..1, multi-scale inside, {border}",
+    ),
+    "ssg_l1": Metric(
+        ssg_l1,
+        False,
+        True,
+        "SSG L1",
+        7,
+        "mean |T_sr - T_gt| on the ground truth's edge mask (Laplacian > 20), k 25, w 9, sigma 0.004, normalised, no stride, RGB 0..1, {border}",
+        joint=ssg_terms,
+    ),
+    "ssg_kl": Metric(
+        ssg_kl,
+        False,
+        True,
+        "SSG KL",
+        7,
+        "mean T_gt ln(T_gt / T_sr), clamped at 1e-10, on the ground truth's edge mask, k 25, w 9, sigma 0.004, normalised, RGB 0..1, {border}",
+        joint=ssg_terms,
+    ),
 }

@@ -1,0 +1,99 @@
+"""PSNR and SSIM in the field's convention, with torch alone; and the cut and the luma that the other metrics share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sslsr_diffusion.errors import UserError
+
+LUMA = (65.481, 128.553, 24.966)  # BT.601 limited range: Y = 16 + LUMA . rgb, on the 0..255 scale for rgb in [0, 1]
+
+
+def psnr(restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_channel: bool = False) -> Tensor:
+    """Peak signal-to-noise ratio in dB: 10 log10(255^2 / MSE), inf for equal images   (BasicSR's convention).
+
+    Args:
+        restored: [B, 3 or 1, H, W] float in [0, 1].
+        reference: the same shape.
+        crop_border: pixels cut from each side first.
+        y_channel: compare the unrounded luma of BT.601 limited range instead of all channels.
+
+    Returns:
+        [B] float64 (float32 where the device has no float64).
+
+    Raises:
+        UserError: shapes differ, or nothing is left after the cut.
+    """
+    a, b = _prepare(restored, reference, crop_border, y_channel)
+    mse = (a - b).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(255.0**2 / mse)
+
+
+def ssim(restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_channel: bool = False) -> Tensor:
+    """Structural similarity, 11x11 Gaussian of sigma 1.5, valid area, mean of the channels   (Wang et al. 2004, BasicSR's convention).
+
+    SSIM = mean of (2 ma mb + C1)(2 sab + C2) / ((ma^2 + mb^2 + C1)(sa + sb + C2)), C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2
+
+    Args:
+        restored: [B, 3 or 1, H, W] float in [0, 1]; at least 11 x 11 after the cut.
+        reference: the same shape.
+        crop_border: pixels cut from each side first.
+        y_channel: compare the unrounded luma of BT.601 limited range instead of all channels.
+
+    Returns:
+        [B] float64 (float32 where the device has no float64).
+
+    Raises:
+        UserError: shapes differ, or less than 11 x 11 pixels are left after the cut.
+    """
+    a, b = _prepare(restored, reference, crop_border, y_channel)
+    if min(a.shape[-2:]) < 11:
+        raise UserError(f"SSIM needs at least 11 x 11 pixels, {_size(a)} are left after cutting {crop_border} from each side.")
+    mean_a, mean_b = _blur(a), _blur(b)
+    var_a = _blur(a * a) - mean_a.square()
+    var_b = _blur(b * b) - mean_b.square()
+    cov = _blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2))
+    return similarity.mean(dim=(1, 2, 3))
+
+
+def luma(image: Tensor) -> Tensor:
+    """BT.601 limited-range luma of [B, 3, H, W] in [0, 1]: [B, 1, H, W] in 16..235, not rounded. Gray passes as 255 x."""
+    if image.shape[1] == 1:
+        return image * 255
+    weights = torch.tensor(LUMA, dtype=image.dtype, device=image.device)
+    return torch.einsum("bchw,c->bhw", image, weights).unsqueeze(1) + 16
+
+
+def crop(image: Tensor, border: int) -> Tensor:
+    """`border` pixels cut from each side; UserError when nothing is left."""
+    if border < 0 or min(image.shape[-2:]) <= 2 * border:
+        raise UserError(f"crop_border: cannot cut {border} pixels from each side of an image of {_size(image)}.")
+    return image[..., border : image.shape[-2] - border, border : image.shape[-1] - border]
+
+
+def _prepare(restored: Tensor, reference: Tensor, border: int, y_channel: bool) -> tuple[Tensor, Tensor]:
+    """Both images cut, on the 0..255 scale, in the widest float the device has."""
+    if restored.ndim != 4 or restored.shape != reference.shape:
+        raise UserError(
+            f"expected two images [B, C, H, W] of one shape, came restored {tuple(restored.shape)} and reference {tuple(reference.shape)}."
+        )
+    dtype = torch.float32 if restored.device.type == "mps" else torch.float64
+    a, b = (crop(x.to(dtype), border) for x in (restored, reference))
+    return (luma(a), luma(b)) if y_channel else (a * 255, b * 255)
+
+
+def _blur(image: Tensor) -> Tensor:
+    """Separable 11-tap Gaussian of sigma 1.5 over the valid area: [B, C, H, W] -> [B, C, H-10, W-10]."""
+    at = torch.arange(-5, 6, dtype=image.dtype, device=image.device)
+    kernel = torch.exp(-at.square() / (2 * 1.5**2))
+    kernel = (kernel / kernel.sum()).expand(image.shape[1], 1, 1, 11)
+    image = functional.conv2d(image, kernel, groups=image.shape[1])
+    return functional.conv2d(image, kernel.transpose(2, 3), groups=image.shape[1])
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[-1]} x {image.shape[-2]}"

@@ -1,0 +1,115 @@
+"""The learned metrics (LPIPS, DISTS, MUSIQ, CLIPIQA, the features of FID) through pyiqa, one image at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import logging
+import sys
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.evaluation.fidelity import crop
+from sslsr_diffusion.evaluation.weights import WEIGHTS, missing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+log = logging.getLogger(__name__)
+INSTALL = 'pip install "sslsr-diffusion[eval]"'
+
+
+def learned(name: str, *, needs_reference: bool) -> Callable[..., Tensor]:
+    """The metric function of pyiqa's `name`: RGB in [0, 1] (clamped), cut, not resized; [B] float64 on the CPU."""
+
+    def score(restored: Tensor, reference: Tensor | None = None, *, crop_border: int = 0, y_channel: bool = False) -> Tensor:
+        if needs_reference and reference is None:
+            raise UserError(f"{name} compares with a reference, but none was given.")
+        model = _model(name, str(restored.device), torch.hub.get_dir())
+        images = [crop(image, crop_border).float().clamp(0, 1) for image in (restored, reference) if image is not None]
+        singles = zip(*(image.split(1) for image in (images if needs_reference else images[:1])))
+        return torch.cat([model(*single).detach().reshape(1).double().cpu() for single in singles])
+
+    return score
+
+
+def inception_features(images: Tensor) -> Tensor:
+    """[B, 3, H, W] in [0, 1] -> [B, 2048] pool3 features, resized to 299 (bilinear) inside   (pytorch-fid, BasicSR's convention)."""
+    model = _model("fid", str(images.device), torch.hub.get_dir())
+    return torch.cat([model(image.float().clamp(0, 1))[0].reshape(1, -1).cpu() for image in images.split(1)])
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """|ma - mb|^2 + tr(Sa + Sb - 2 (Sa Sb)^(1/2)) of two sets of features [N, D]   (Heusel et al. 2017).
+
+    With centred and scaled features A, B (S = A^T A) the last trace is the nuclear norm of A B^T, an N x M matrix: exact even
+    where the covariances are singular (fewer images than features), where the usual matrix square root is not.
+    """
+    import numpy as np
+
+    if min(len(a), len(b)) < 2:
+        raise UserError(f"FID compares two sets of at least 2 images, came {len(a)} and {len(b)}.")
+    means = [x.mean(axis=0, dtype=np.float64) for x in (a, b)]
+    left, right = ((x.astype(np.float64) - m) / np.sqrt(len(x) - 1) for x, m in zip((a, b), means))
+    cross = np.linalg.svd(left @ right.T, compute_uv=False).sum()
+    return float(np.square(means[0] - means[1]).sum() + np.square(left).sum() + np.square(right).sum() - 2 * cross)
+
+
+def unavailable(name: str, *, download: bool = True) -> str | None:
+    """Why pyiqa's `name` cannot be computed here, with what to do about it; None when it can."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module("pyiqa")
+            if name == "clipiqa":
+                _import_clip()
+    except Exception as error:  # an import can fail in any way: a broken binary package raises OSError, an old one AttributeError
+        return f"needs pyiqa, whose import failed ({type(error).__name__}: {error}); {INSTALL}"
+    return missing(WEIGHTS[name], download=download)
+
+
+@functools.cache
+def _model(name: str, device: str, hub_folder: str) -> Any:
+    reason = unavailable(name)
+    if reason is not None:
+        raise (MissingDependency if "pip install" in reason else UserError)(f"{name}: {reason}")
+    import pyiqa
+    from pyiqa.utils import download_util
+
+    download_util.DEFAULT_CACHE_DIR = f"{hub_folder}/pyiqa"  # pyiqa reads torch's hub folder only once, at import
+    chatter = io.StringIO()
+    logging.getLogger("pyiqa").setLevel(logging.WARNING)
+    with contextlib.redirect_stdout(chatter):
+        if name == "fid":
+            from pyiqa.archs.inception import InceptionV3
+
+            model: Any = InceptionV3().to(device).eval()
+        else:
+            model = pyiqa.create_metric(name, device=torch.device(device))
+    log.debug("%s", chatter.getvalue().strip())
+    return model
+
+
+def _import_clip() -> None:
+    """OpenAI's clip package asks pkg_resources for `packaging` and nothing else; setuptools 81 removed pkg_resources.
+
+    For the length of this one import a stand-in answers; the environment is left as it was.
+    """
+    if "clip" in sys.modules or "pkg_resources" in sys.modules:
+        importlib.import_module("clip")
+        return
+    import packaging.version
+
+    stand_in: Any = types.ModuleType("pkg_resources")
+    stand_in.packaging = packaging
+    sys.modules["pkg_resources"] = stand_in
+    try:
+        importlib.import_module("clip")
+    finally:
+        del sys.modules["pkg_resources"]

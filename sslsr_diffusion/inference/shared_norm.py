@@ -1,0 +1,66 @@
+"""GroupNorm statistics of a whole picture for a network that only ever sees tiles of it.
+
+A GroupNorm over a tile takes the tile's own mean and variance, so that neighbouring tiles disagree about the same pixel.
+A first pass over all tiles records the statistics of every GroupNorm, a second one applies their pool: then every tile
+computes the same function, and two tiles agree wherever the overlap exceeds the convolutions' reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SharedGroupNorm:
+    """Records, then applies, one mean and variance per group for every GroupNorm inside a network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+        self._seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        with _hooks(self._norms, self._record):
+            yield
+
+    @contextmanager
+    def applying(self) -> Iterator[None]:
+        with _hooks(self._norms, self._apply):
+            yield
+
+    def _record(self, norm: nn.GroupNorm, args: tuple[Tensor], output: Tensor) -> None:
+        groups = args[0].float().reshape(args[0].shape[0], norm.num_groups, -1)
+        variance, mean = torch.var_mean(groups, dim=-1, correction=0)  # [n, groups]
+        self._seen.setdefault(norm, []).append((mean, variance))
+
+    def _apply(self, norm: nn.GroupNorm, args: tuple[Tensor], output: Tensor) -> Tensor:
+        x = args[0]
+        mean, variance = self._pooled(norm)
+        per_channel = norm.num_channels // norm.num_groups
+        gain = torch.rsqrt(variance + norm.eps).repeat_interleave(per_channel)
+        shift = -mean.repeat_interleave(per_channel) * gain
+        if norm.affine:
+            weight = norm.weight.float()
+            gain, shift = gain * weight, shift * weight + norm.bias.float()
+        shape = (1, -1, *(1,) * (x.ndim - 2))
+        return torch.addcmul(shift.reshape(shape), x.float(), gain.reshape(shape)).to(output.dtype)
+
+    def _pooled(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+        """Over equally large tiles: the mean of the means; the mean variance plus the variance of the means."""
+        means = torch.cat([mean for mean, _ in self._seen[norm]])
+        variances = torch.cat([variance for _, variance in self._seen[norm]])
+        return means.mean(0), variances.mean(0) + means.var(0, correction=0)
+
+
+@contextmanager
+def _hooks(norms: list[nn.GroupNorm], hook: Any) -> Iterator[None]:
+    handles = [norm.register_forward_hook(hook) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

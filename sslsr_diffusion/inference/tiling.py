@@ -1,0 +1,139 @@
+"""Overlapping tiles: where they lie, how they are weighed, how their results become one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from sslsr_diffusion.errors import UserError
+
+T = TypeVar("T")
+
+
+class Box(NamedTuple):
+    """A tile's rectangle."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def scaled(self, factor: int) -> Box:
+        return Box(*(factor * side for side in self))
+
+    def of(self, image: Tensor) -> Tensor:
+        """The view of [..., H, W] inside the rectangle."""
+        return image[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def tile_offsets(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin along one axis: every `tile - overlap`, the last flush with the end (specification 7.4, 7.5)."""
+    if not 0 <= overlap < tile:
+        raise UserError(f"tile_overlap: expected 0 up to less than the tile ({tile}), came {overlap}; choose a smaller overlap.")
+    if length <= tile:
+        return [0]
+    stride = tile - overlap
+    return [*range(0, length - tile, stride), length - tile]
+
+
+def tile_boxes(height: int, width: int, tile: int, overlap: int) -> list[Box]:
+    """Tiles that cover height x width, column of tiles by column; an axis shorter than the tile has one tile of its own length."""
+    return [
+        Box(top, left, min(tile, height), min(tile, width))
+        for left in tile_offsets(width, tile, overlap)
+        for top in tile_offsets(height, tile, overlap)
+    ]
+
+
+def tile_weights(height: int, width: int, *, off_centre: bool = False) -> Tensor:
+    """Gaussian weights of a tile, [height, width] float64.
+
+    w[y, x] = p(y; height) p(x; width),  p(i; n) = exp(-((i - (n-1)/2) / n)^2 / 0.02) / sqrt(0.02 pi)     (specification 7.4)
+
+    Args:
+        off_centre: the original's vertical centre n/2 instead of (n-1)/2, for parity.
+    """
+
+    def profile(length: int, centre: float) -> Tensor:
+        i = torch.arange(length, dtype=torch.float64)
+        return torch.exp(-(((i - centre) / length) ** 2) / 0.02) / (0.02 * torch.pi) ** 0.5
+
+    return profile(height, height / 2 if off_centre else (height - 1) / 2)[:, None] * profile(width, (width - 1) / 2)
+
+
+def blend(
+    run: Callable[[list[Tensor], list[int]], Tensor],
+    inputs: Sequence[Tensor],
+    boxes: Sequence[Box],
+    *,
+    zooms: Sequence[int] | None = None,
+    batch_size: int = 1,
+    off_centre: bool = False,
+) -> Tensor:
+    """One picture from overlapping tiles: sum of w run(tile) over sum of w.
+
+    Args:
+        run: (the n tiles of one batch, cut from each input, [n, C_i, h_i, w_i]; their n sample numbers) -> [n, C, h, w].
+        inputs: tensors [B, C_i, H zoom_i, W zoom_i] that are cut together.
+        boxes: rectangles of equal size on the H x W grid.
+        zooms: per input, how many of its pixels a cell of the grid has along a side; None: one.
+        batch_size: tiles (of any sample) per call of `run`.
+        off_centre: see `tile_weights`.
+    Returns:
+        [B, C, H z, W z] float32; z is read off the first result.
+    """
+    units = [(sample, box) for box in boxes for sample in range(len(inputs[0]))]
+    zooms = zooms or [1] * len(inputs)
+
+    def results() -> Iterator[tuple[int, Box, Tensor]]:
+        for chunk in batches(units, batch_size):
+            tiles = [torch.stack([box.scaled(z).of(x[sample]) for sample, box in chunk]) for x, z in zip(inputs, zooms)]
+            for (sample, box), result in zip(chunk, run(tiles, [sample for sample, _ in chunk])):
+                yield sample, box, result.float()
+
+    if len(boxes) == 1:
+        return torch.stack([result for _, _, result in results()])
+    return _weighted_mean(results(), boxes, len(inputs[0]), off_centre)
+
+
+def _weighted_mean(results: Iterator[tuple[int, Box, Tensor]], boxes: Sequence[Box], samples: int, off_centre: bool) -> Tensor:
+    height, width = max(b.top + b.height for b in boxes), max(b.left + b.width for b in boxes)
+    total: Tensor | None = None
+    for sample, box, result in results:
+        if total is None:
+            zoom = result.shape[-1] // box.width
+            weight = tile_weights(*result.shape[-2:], off_centre=off_centre).to(result)
+            total = result.new_zeros((samples, result.shape[0], height * zoom, width * zoom))
+            cover = result.new_zeros(total.shape[-2:])
+            for each in boxes:
+                each.scaled(zoom).of(cover).add_(weight)
+        box.scaled(zoom).of(total[sample]).add_(result * weight)
+    assert total is not None
+    return total.div_(cover)
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), max(1, size)):
+        yield items[start : start + max(1, size)]
+
+
+def pad_to(image: Tensor, height: int, width: int) -> Tensor:
+    """[..., H, W] continued on the right and below by reflection, folded as often as a small picture needs."""
+    return image.index_select(-2, _folded(image.shape[-2], height, image.device)).index_select(
+        -1, _folded(image.shape[-1], width, image.device)
+    )
+
+
+def _folded(length: int, wanted: int, device: torch.device) -> Tensor:
+    """Indices 0 .. length-1 .. 0 .. length-1 ..., without repeating the edge."""
+    period = max(1, 2 * (length - 1))
+    index = torch.arange(wanted, device=device) % period
+    return torch.minimum(index, period - index) if length > 1 else torch.zeros_like(index)
+
+
+def rounded_up(length: int, unit: int, least: int = 0) -> int:
+    """The least multiple of `unit` that is not below `length` nor below `least`."""
+    return -(-max(length, least) // unit) * unit

@@ -1,0 +1,203 @@
+"""A whole checkpoint to the components of a pipeline, and a pipeline folder back to the original's naming."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sslsr_diffusion.convert import shapes, stablesr
+from sslsr_diffusion.convert.stablesr import ENCODER, TEXT, UNET, VAE, Part, State
+from sslsr_diffusion.convert.unpickle import read_checkpoint
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder, load_preset, make_scheduler
+from sslsr_diffusion.models.base import Base, find_base
+from sslsr_diffusion.models.build import load_vae
+from sslsr_diffusion.models.text import load_text_encoder, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+FROM_BASE = ["vae/*", "text_encoder/*", "tokenizer/*"]
+
+Variant = Literal["512", "768v", "turbo", "face"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the weights do not say."""
+
+    prediction_type: str
+    sample_size: int  # latent side of the training crops, the natural tile
+    steps: int  # sampling steps that the release was published with
+    note: str = ""
+
+
+VARIANTS: dict[str, Preset] = {
+    "512": Preset("epsilon", 64, 200),
+    "768v": Preset("v_prediction", 96, 200),
+    "turbo": Preset("epsilon", 64, 4),
+    "face": Preset("v_prediction", 64, 200, "the published face recipe says v-prediction although it starts from the epsilon model"),
+}
+
+
+@dataclass
+class Conversion:
+    """Components of a pipeline, and what is worth telling about how they came about."""
+
+    components: dict[str, Any]
+    variant: str
+    notes: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)  # original names that no component takes
+
+
+def guess_variant(checkpoint: Path | str) -> Variant:
+    """By the released files' names: stablesr_768v_000139, stablesr_turbo, ...face..., everything else 512."""
+    name = Path(checkpoint).stem.lower()
+    for key in ("768v", "turbo", "face"):
+        if key in name:
+            return key
+    return "512"
+
+
+def components_from_checkpoint(
+    checkpoint: Path | str,
+    *,
+    vqgan: Path | str | None = None,
+    base: str | None = None,
+    variant: Variant | None = None,
+    head_channels: int = 64,
+) -> Conversion:
+    """Convert a released StableSR checkpoint.
+
+    Args:
+        checkpoint: .ckpt or .safetensors with `model.diffusion_model.` and `structcond_stage_model.` tensors.
+        vqgan: the CFW file; its autoencoder replaces the checkpoint's.
+        base: folder or hub id of Stable Diffusion 2.1 that gives what the checkpoint lacks (VAE, text encoder) and the tokenizer.
+        variant: which release; default: by the file's name.
+        head_channels: channels per attention head of the UNet (64 in Stable Diffusion 2).
+
+    Raises:
+        UserError: a file cannot be read, a tensor is missing, or a part is in neither the checkpoint nor the base.
+    """
+    chosen = variant or guess_variant(checkpoint)
+    preset = VARIANTS[chosen]
+    read = read_checkpoint(checkpoint)
+    result = Conversion({}, chosen, [preset.note] if preset.note else [])
+    if read.foreign:
+        result.notes.append(f"not loaded from {Path(checkpoint).name}: {', '.join(read.foreign)}")
+    state, found_base = read.tensors, find_base(base, parts=FROM_BASE) if base else None
+    parts: list[Part] = []
+
+    config = {**shapes.unet_config(state, head_channels), "sample_size": preset.sample_size}
+    if chosen == "768v":
+        config["upcast_attention"] = True
+    unet = _on_meta(SFTUNet2DConditionModel, config)
+    parts.append(_fill(unet, stablesr.convert_unet(state, unet.state_dict(), unet.config.layers_per_block)))
+    config = shapes.encoder_config(state)
+    encoder = _on_meta(StructuralEncoder, config)
+    heads, layers = config["num_attention_heads"], config["layers_per_block"]
+    parts.append(_fill(encoder, stablesr.convert_structural_encoder(state, encoder.state_dict(), layers, heads)))
+
+    vae, vae_part = _autoencoder(state, vqgan, found_base, result.notes)
+    text_encoder, text_part = _text_encoder(state, found_base, result.notes)
+    parts += [part for part in (vae_part, text_part) if part]
+    tokenizer = load_tokenizer(found_base) if found_base else None
+    if text_encoder is not None and tokenizer is None:
+        result.notes.append("no tokenizer: only the empty prompt works; give --base for prompts")
+    scheduler = make_scheduler({**load_preset("sd21")["scheduler"], "prediction_type": preset.prediction_type})
+    result.components.update(
+        vae=vae, unet=unet, structural_encoder=encoder, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
+    )
+    taken = {UNET, ENCODER, *((VAE,) if vae_part and not vqgan else ()), *((TEXT,) if text_part else ())}
+    result.unknown = sorted({n for part in parts for n in part.unknown} | {n for n in state if not n.startswith(tuple(taken))})
+    for component in (unet, encoder, vae):
+        component.eval()
+    return result
+
+
+def _autoencoder(state: State, vqgan: Path | str | None, base: Base | None, notes: list[str]) -> tuple[Any, Part | None]:
+    prefix = VAE
+    if vqgan:
+        state, prefix = read_checkpoint(vqgan).tensors, ""
+        # the CFW file also carries the losses' networks under `loss.`
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
+    if shapes.has_part(state, f"{prefix}encoder.") and shapes.has_part(state, f"{prefix}decoder."):
+        from diffusers import AutoencoderKL
+
+        config = shapes.vae_config(state, prefix)
+        vae = _on_meta(AutoencoderKLCFW if "num_fuse_blocks" in config else AutoencoderKL, config)
+        if vqgan and "num_fuse_blocks" not in config:
+            notes.append(f"{Path(vqgan).name} has no fusion layers: `fidelity` will have no effect")
+        return vae, _fill(vae, stablesr.convert_vae(state, vae.state_dict(), len(config["block_out_channels"]), prefix))
+    if base is None or not base.has("vae"):
+        raise UserError("the checkpoint holds no autoencoder; give --vqgan with the CFW file or --base with a Stable Diffusion 2.1 folder.")
+    notes.append(f"autoencoder from {base.name}")
+    return load_vae(base.folder), None
+
+
+def _text_encoder(state: State, base: Base | None, notes: list[str]) -> tuple[Any, Part | None]:
+    if shapes.has_part(state, f"{TEXT}transformer."):
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        with torch.device("meta"):
+            model = CLIPTextModel(CLIPTextConfig(**shapes.text_config(state)))
+        part = stablesr.convert_text_encoder(state, model.state_dict())
+        fresh = CLIPTextModel(model.config)  # its position ids are no weights and cannot stay on the meta device
+        return fresh, _fill(fresh, part)
+    if base is None or not base.has("text_encoder"):
+        raise UserError("the checkpoint holds no text encoder; give --base with a Stable Diffusion 2.1 folder or hub id.")
+    notes.append(f"text encoder from {base.name}")
+    return load_text_encoder(base), None
+
+
+def _on_meta(cls: Any, config: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return cls.from_config(config)
+
+
+def _fill(model: Any, part: Part) -> Part:
+    own = model.state_dict()
+    wrong = [f"{n} {tuple(t.shape)} instead of {tuple(own[n].shape)}" for n, t in part.tensors.items() if t.shape != own[n].shape]
+    if wrong:
+        raise UserError(f"the checkpoint's tensors do not fit: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}.")
+    model.load_state_dict(part.tensors, assign=True)
+    return part
+
+
+def original_from_folder(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A pipeline folder's tensors under the original's names: the diffusion checkpoint, and the CFW file (empty without CFW).
+
+    Raises:
+        UserError: the folder holds no StableSR pipeline.
+    """
+    base = find_base(str(folder))
+    unet, encoder, vae = base.config("unet"), base.config("structural_encoder"), base.config("vae")
+    state = stablesr.restore_unet(_tensors(base, "unet"), unet["layers_per_block"])
+    layers, heads = encoder["layers_per_block"], encoder["num_attention_heads"]
+    state |= stablesr.restore_structural_encoder(_tensors(base, "structural_encoder"), layers, heads)
+    autoencoder, levels = _tensors(base, "vae"), len(vae["block_out_channels"])
+    plain = {name: tensor for name, tensor in autoencoder.items() if not name.startswith("fusion_layers.")}
+    state |= stablesr.restore_vae(plain, levels)
+    if base.has("text_encoder"):
+        state |= stablesr.restore_text_encoder(_tensors(base, "text_encoder"))
+    cfw = stablesr.restore_vae(autoencoder, levels, prefix="") if len(plain) < len(autoencoder) else {}
+    return state, cfw
+
+
+def _tensors(base: Base, part: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    folder = base.folder / part
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        files = sorted(folder / name for name in set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        files = [f for f in sorted(folder.glob("*.safetensors")) if ".fp16." not in f.name and "non_ema" not in f.name][:1]
+    if not files:
+        raise UserError(f"{folder} holds no .safetensors weights; expected a saved pipeline.")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -187,7 +187,9 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
     message = (
         str(ctx["error"]) if kind == "value_error" and "error" in ctx else detail["msg"].replace("Input should be", "expected").rstrip(".")
     )
-    return f"{where}: {message.rstrip('.')}; came {_short(came)}." if kind != "value_error" else f"{where}: {message}"
+    if kind == "value_error":
+        return f"{where}: {message}" if path else message  # a rule over several sections names its keys itself
+    return f"{where}: {message.rstrip('.')}; came {_short(came)}."
 
 
 def _locate(model: type[BaseModel], loc: Sequence[int | str], kind: str) -> tuple[list[str], type[BaseModel] | None]:

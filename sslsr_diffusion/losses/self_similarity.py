@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sslsr_diffusion.losses.base import NoiseGate, decoded_active, pixels
@@ -34,6 +34,16 @@ class SelfSimilaritySettings(NoiseGate):
     published_range: bool = Field(
         False, description="Compare a [-1, 1] prediction with a [0, 1] ground truth, as the published diffusion code does by mistake."
     )
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> SelfSimilaritySettings:
+        if self.search_size % 2 == 0 or self.window_size % 2 == 0:
+            raise ValueError(f"search_size {self.search_size} and window_size {self.window_size} must both be odd.")
+        if self.window_size > self.search_size:
+            raise ValueError(f"window_size {self.window_size} must not exceed search_size {self.search_size}.")
+        if self.weight != "auto" and not self.weight >= 0:
+            raise ValueError(f"weight {self.weight} must be auto or a number of at least 0.")
+        return self
 
 
 class SelfSimilarityLoss:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -100,8 +100,7 @@ class DiffusionObjective:
         nets, t = self.networks, draws.given.t
         with torch.no_grad():
             z0 = nets.codec.encode(batch.hr, draws.noise["posterior_hr"]).float()  # [B, 3, H, W] -> [B, 4, H/8, W/8], scaled
-            lr = resize_bicubic(batch.lr, size=(batch.hr.shape[-2], batch.hr.shape[-1])).clamp(0, 1)
-            z_lr = nets.codec.encode(lr, draws.noise["posterior_lr"]).float()
+            z_lr = nets.codec.encode(upsampled(batch), draws.noise["posterior_lr"]).float()
         zt = nets.schedule.add_noise(z0, draws.noise["noise"], t)
         target = nets.schedule.target(z0, draws.noise["noise"], t)
         pred = module(zt, t, z_lr, nets.text).float()  # epsilon or v: only the schedule knows which
@@ -133,16 +132,8 @@ class AutoencoderObjective:
         self.module.to(device)
 
     def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
-        device, samples = batch.hr.device, batch.hr.shape[0]
-        given = Given(
-            t=torch.zeros(samples, dtype=torch.int64, device=device),
-            snr=torch.full((samples,), float("inf"), device=device),
-            decoded=torch.arange(samples, device=device),
-            hr=batch.hr,
-            mask=batch.mask,
-        )
         noise = per_sample_noise(self.seed, batch.index.tolist(), "posterior_hr", self.codec.noise_shape(batch.hr)[1:])
-        return Draws(given, {"posterior_hr": noise.to(device)})
+        return Draws(_everything(batch), {"posterior_hr": noise.to(batch.hr.device)})
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         sr, moments = module(batch.hr, draws.noise["posterior_hr"])
@@ -160,6 +151,64 @@ class Autoencoder(nn.Module):
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] in [0, 1] -> the reconstruction, and the moments [B, 2*c, h, w] of the latents."""
         return self._codec.autoencode(pixels, noise)
+
+
+class CFWObjective:
+    """StableSR stage 2: the decoder learns to use the encoder features of the low-resolution picture.
+
+    sr = decode(latents, features(bicubic(lr)));  the latents are what the frozen upscaler makes of lr, sampled on the fly
+    """
+
+    def __init__(self, networks: Any, *, seed: int, synthesize: Callable[[Tensor, list[int]], Tensor]) -> None:
+        """`synthesize(z_lr, global sample indices) -> latents` runs the frozen upscaler."""
+        self.networks = networks
+        self.module: nn.Module = FusedDecoder(networks.codec)
+        self.seed = seed
+        self.synthesize = synthesize
+
+    def to(self, device: torch.device) -> None:
+        self.networks = self.networks.to(device)
+
+    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+        noise = per_sample_noise(self.seed, batch.index.tolist(), "posterior_lr", self.networks.codec.noise_shape(batch.hr)[1:])
+        return Draws(_everything(batch), {"posterior_lr": noise.to(batch.hr.device)})
+
+    def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        with torch.no_grad():
+            z_lr, features = self.networks.codec.encode_with_features(upsampled(batch), draws.noise["posterior_lr"])
+            latents = self.synthesize(z_lr.float(), batch.index.tolist())
+        return Outputs(**vars(draws.given), sr=module(latents, features).float())
+
+
+class FusedDecoder(nn.Module):
+    """The CFW decoder as one trained module; only its fusion layers learn."""
+
+    def __init__(self, codec: Any) -> None:
+        super().__init__()
+        self.vae = codec.vae
+        self._codec = codec
+        self.vae.requires_grad_(False)
+        self.vae.fusion_layers.requires_grad_(True)
+
+    def forward(self, latents: Tensor, features: Sequence[Tensor]) -> Tensor:
+        return self._codec.decode(latents, features, fidelity=1.0)
+
+
+def upsampled(batch: Batch) -> Tensor:
+    """[B, 3, h, w] -> [B, 3, H, W] in [0, 1]: the low-resolution pictures at the size of the ground truth."""
+    return resize_bicubic(batch.lr, size=(batch.hr.shape[-2], batch.hr.shape[-1])).clamp(0, 1)
+
+
+def _everything(batch: Batch) -> Given:
+    """Stages without noise levels: every sample is seen, whole."""
+    samples, device = batch.hr.shape[0], batch.hr.device
+    return Given(
+        t=torch.zeros(samples, dtype=torch.int64, device=device),
+        snr=torch.full((samples,), float("inf"), device=device),
+        decoded=torch.arange(samples, device=device),
+        hr=batch.hr,
+        mask=batch.mask,
+    )
 
 
 def choose_pixels(

@@ -67,7 +67,10 @@ class RunFolder:
     def log_to_file(self) -> logging.Handler:
         handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logging.getLogger("sslsr_diffusion").addHandler(handler)
+        package = logging.getLogger("sslsr_diffusion")
+        package.addHandler(handler)
+        if package.getEffectiveLevel() > logging.INFO:
+            package.setLevel(logging.INFO)
         return handler
 
     def rewind_history(self, step: int) -> None:

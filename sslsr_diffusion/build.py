@@ -1,0 +1,273 @@
+"""From a recipe to a `Job`: parts are built here and meet as objects and callables. One function per stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslsr_diffusion.data import open_training_data, open_validation_pairs
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.evaluation.metrics import METRICS
+from sslsr_diffusion.losses import build_losses
+from sslsr_diffusion.models import build_autoencoder, build_networks
+from sslsr_diffusion.recipe import Recipe, resolved
+from sslsr_diffusion.seeding import derive_seed, sample_generator
+from sslsr_diffusion.training.fit import Job
+from sslsr_diffusion.training.objective import AutoencoderObjective, CFWObjective, DiffusionObjective, Objective
+from sslsr_diffusion.training.validation import Pair, Validation
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_PICTURES = 32  # crops from which a fresh autoencoder's scaling factor is measured
+
+
+def build(recipe: Recipe, *, publish: Callable[[Path, str], None] | None = None) -> Job:
+    """Networks, data, losses and callables of a recipe, ready for `fit`.
+
+    Raises:
+        UserError: a part cannot be built (the message says which key and why).
+    """
+    return STAGES[recipe.stage](recipe, publish)
+
+
+def _diffusion(recipe: Recipe, publish: Callable[[Path, str], None] | None) -> Job:
+    networks = build_networks(recipe.model, seed=recipe.seed)
+    _check_crop(recipe, networks.codec.scale * 2 ** (len(networks.denoiser.unet.down_blocks) - 1))
+    if recipe.training.gradient_checkpointing:
+        networks.denoiser.enable_gradient_checkpointing()
+        networks.codec.vae.enable_gradient_checkpointing()
+    objective = DiffusionObjective(networks, seed=recipe.seed, decode_crop=recipe.training.decode_crop)
+
+    def save_pipeline(folder: Path) -> None:
+        from sslsr_diffusion.inference import StableSRPipeline
+
+        StableSRPipeline(**objective.networks.components()).save_pretrained(folder, safe_serialization=True)
+
+    upscaler = Upscaler(lambda: objective.networks, recipe.scale, recipe.validation.steps)
+    return _job(
+        recipe,
+        objective,
+        prediction_type=networks.schedule.prediction_type,
+        restore=lambda lr, hr, seed: upscaler(lr, seed),
+        save_pipeline=save_pipeline,
+        base={"id": networks.base, "revision": networks.revision},
+        publish=publish,
+    )
+
+
+def _autoencoder(recipe: Recipe, publish: Callable[[Path, str], None] | None) -> Job:
+    codec = build_autoencoder(recipe.model, seed=recipe.seed)
+    _check_crop(recipe, codec.scale)
+    if recipe.training.gradient_checkpointing:
+        codec.vae.enable_gradient_checkpointing()
+    objective = AutoencoderObjective(codec, seed=recipe.seed)
+    device_of = lambda: next(codec.vae.parameters()).device  # noqa: E731
+
+    def reconstruct(lr: Tensor, hr: Tensor, seed: int) -> Tensor:
+        hr = hr.to(device_of())
+        noise = torch.randn(codec.noise_shape(hr), generator=torch.Generator().manual_seed(seed)).to(hr)
+        return codec.decode(codec.encode(hr, noise))
+
+    def save_vae(folder: Path) -> None:
+        codec.calibrate(_calibration_pixels(recipe).to(device_of()))
+        codec.vae.save_pretrained(folder / "vae", safe_serialization=True)
+
+    return _job(recipe, objective, restore=reconstruct, save_pipeline=save_vae, label="reconstruction", publish=None)
+
+
+def _cfw(recipe: Recipe, publish: Callable[[Path, str], None] | None) -> Job:
+    from sslsr_diffusion.models import AutoencoderKLCFW, Codec
+
+    networks = build_networks(recipe.model, seed=recipe.seed)
+    vae = networks.codec.vae
+    if not isinstance(vae, AutoencoderKLCFW):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(recipe.seed, "cfw"))
+            vae = AutoencoderKLCFW.from_autoencoder(vae)
+    networks = type(networks)(**{**vars(networks), "codec": Codec(vae)})
+    _check_crop(recipe, networks.codec.scale * 2 ** (len(networks.denoiser.unet.down_blocks) - 1))
+    if recipe.training.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    objective = CFWObjective(
+        networks,
+        seed=recipe.seed,
+        synthesize=lambda z_lr, indices: synthesize(objective.networks, z_lr, indices, recipe.training.synthesis_steps, recipe.seed),
+    )
+
+    def save_pipeline(folder: Path) -> None:
+        from sslsr_diffusion.inference import StableSRPipeline
+
+        StableSRPipeline(**objective.networks.components()).save_pretrained(folder, safe_serialization=True)
+
+    upscaler = Upscaler(lambda: objective.networks, recipe.scale, recipe.validation.steps)
+    return _job(
+        recipe,
+        objective,
+        restore=lambda lr, hr, seed: upscaler(lr, seed),
+        save_pipeline=save_pipeline,
+        base={"id": networks.base, "revision": networks.revision},
+        publish=publish,
+    )
+
+
+@torch.no_grad()
+def synthesize(networks: Any, z_lr: Tensor, indices: list[int], steps: int, seed: int) -> Tensor:
+    """What the frozen upscaler makes of low-resolution latents [B, c, h, w]; noise from (seed, sample index) alone."""
+    from sslsr_diffusion.inference.sampling import build_sampler, sample
+    from sslsr_diffusion.models import make_scheduler
+
+    def noise(purpose: str) -> Tensor:
+        drawn = [torch.randn(z_lr.shape[1:], generator=sample_generator(seed, i, purpose)) for i in indices]
+        return torch.stack(drawn).to(z_lr)
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        return networks.denoiser(x, torch.full((len(x),), int(t), device=x.device), z_lr, networks.text)
+
+    scheduler = make_scheduler(networks.scheduler_config)
+    seeds = [derive_seed(seed, i, "sampler") for i in indices]
+    sampler = build_sampler(None, scheduler, steps, strength=1.0, eta=0.0, seeds=seeds, device=z_lr.device)
+    start = sampler.start(z_lr, noise("start"), from_lr=True)
+    return sample(sampler, predict, start, lambda index: noise(f"step {index}"))
+
+
+def _job(
+    recipe: Recipe,
+    objective: Objective,
+    *,
+    restore: Callable[[Tensor, Tensor, int], Tensor],
+    save_pipeline: Callable[[Path], None],
+    prediction_type: str = "epsilon",
+    base: dict[str, Any] | None = None,
+    label: str = "prediction",
+    publish: Callable[[Path, str], None] | None = None,
+) -> Job:
+    training = recipe.training
+
+    def open_data(rank: int, world_size: int, state: dict[str, Any] | None) -> Any:
+        return open_training_data(
+            recipe.data,
+            crop_size=training.crop_size,
+            scale=recipe.scale,
+            seed=recipe.seed,
+            batch_size=training.batch_size,
+            rank=rank,
+            world_size=world_size,
+            state=state,
+        )
+
+    pairs = _validation_pairs(recipe)
+    validation = None
+    if pairs:
+        metrics = {name: _metric(name) for name in recipe.validation.metrics}
+        higher = {name: METRICS[name].higher_is_better for name in recipe.validation.metrics}
+        validation = Validation(pairs, restore, metrics, recipe.validation, label, higher)
+    return Job(
+        objective=objective,
+        losses=build_losses(recipe.losses, prediction_type=prediction_type),
+        training=training,
+        checkpoints=recipe.checkpoints,
+        output=recipe.output,
+        open_data=open_data,
+        save_pipeline=save_pipeline,
+        recipe=resolved(recipe),
+        seed=recipe.seed,
+        base=base or {},
+        validation=validation,
+        publish=publish,
+    )
+
+
+class Upscaler:
+    """The pipeline around the live networks, as a callable; the recipe's text context, encoded once, stands in for the text encoder."""
+
+    def __init__(self, networks: Callable[[], Any], scale: int, steps: int) -> None:
+        self._networks, self._scale, self._steps = networks, scale, steps
+        self._pipe: Any = None
+
+    def __call__(self, lr: Tensor, seed: int) -> Tensor:
+        """[1, 3, h, w] in [0, 1] -> [1, 3, scale * h, scale * w] in [0, 1]."""
+        if self._pipe is None:
+            self._pipe = self._build()
+        generator = torch.Generator().manual_seed(seed)
+        return self._pipe(lr, scale=self._scale, num_inference_steps=self._steps, generator=generator, output_type="pt").images
+
+    def _build(self) -> Any:
+        from sslsr_diffusion.inference import StableSRPipeline
+        from sslsr_diffusion.models import make_scheduler
+
+        networks = self._networks()
+        pipe = StableSRPipeline(
+            vae=networks.codec.vae,
+            unet=networks.denoiser.unet,
+            structural_encoder=networks.denoiser.structural_encoder,
+            scheduler=make_scheduler(networks.scheduler_config),
+            text_encoder=CachedText(networks.text),
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+class CachedText(nn.Module):
+    """Answers every prompt with the context that training uses."""
+
+    def __init__(self, text: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("text", text)
+        self.config = SimpleNamespace(max_position_embeddings=text.shape[1] if text.shape[1] > 2 else 77)
+        self.dtype = text.dtype
+
+    def forward(self, ids: Tensor) -> tuple[Tensor]:
+        return (self.get_buffer("text").expand(ids.shape[0], -1, -1),)
+
+
+def _validation_pairs(recipe: Recipe) -> list[Pair]:
+    if not recipe.validation.limit:
+        return []
+    return open_validation_pairs(
+        recipe.data, crop_size=recipe.validation.size, scale=recipe.scale, seed=recipe.validation.seed, limit=recipe.validation.limit
+    )
+
+
+def _metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    metric = METRICS.get(name)
+    if metric is None or metric.whole_set:
+        usable = [key for key, entry in METRICS.items() if not entry.whole_set]
+        raise UserError(f"validation.metrics: {name!r} cannot be measured per picture; expected some of {', '.join(usable)}.")
+    return lambda restored, reference: metric.fn(restored, reference if metric.needs_reference else None, crop_border=0, y_channel=False)
+
+
+def _check_crop(recipe: Recipe, unit: int) -> None:
+    """The networks halve the crop a fixed number of times."""
+    size = recipe.training.crop_size
+    if size % unit:
+        near = max(unit, round(size / unit) * unit)
+        raise UserError(f"training.crop_size: this model needs a multiple of {unit} pixels, came {size}; {near} would do.")
+
+
+def _calibration_pixels(recipe: Recipe) -> Tensor:
+    """[N, 3, H, W] crops as training sees them."""
+    loader = open_training_data(
+        recipe.data,
+        crop_size=recipe.training.crop_size,
+        scale=recipe.scale,
+        seed=derive_seed(recipe.seed, "calibration"),
+        batch_size=min(CALIBRATION_PICTURES, 8),
+    )
+    try:
+        batches = iter(loader)
+        return torch.cat([next(batches).hr for _ in range(CALIBRATION_PICTURES // 8)])
+    finally:
+        loader.close()
+
+
+STAGES: dict[str, Callable[[Recipe, Callable[[Path, str], None] | None], Job]] = {
+    "diffusion": _diffusion,
+    "autoencoder": _autoencoder,
+    "cfw": _cfw,
+}

@@ -1,0 +1,101 @@
+"""The losses against what they say, on values small enough to check by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from toys import smooth
+
+from sslsr_diffusion.losses import LOSSES, build_losses
+from sslsr_diffusion.losses.diffusion import DiffusionLoss, DiffusionSettings
+from sslsr_diffusion.losses.latent_kl import LatentKLLoss, LatentKLSettings
+from sslsr_diffusion.losses.pixel import PixelL1Loss, PixelL1Settings
+from sslsr_diffusion.losses.self_similarity import SelfSimilarityLoss, SelfSimilaritySettings, stride_pattern
+from sslsr_diffusion.ops import SelfSimilarityLoss as Operator
+from sslsr_diffusion.ops import apply_mask_stride
+from sslsr_diffusion.types import Given, Outputs
+
+
+def outputs(samples: int = 2, **values) -> Outputs:
+    defaults = {"t": torch.tensor([10, 900])[:samples], "snr": torch.tensor([50.0, 0.1])[:samples]}
+    return Outputs(**{**defaults, **values})
+
+
+def test_diffusion_is_the_mean_squared_error():
+    pred, target = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 2.0]])
+    value, terms = DiffusionLoss(DiffusionSettings(weight=2.0))(outputs(pred=pred, target=target))
+    assert terms["diffusion"] == pytest.approx((2.5 + 2.0) / 2)
+    assert value == pytest.approx(4.5)
+
+
+@pytest.mark.parametrize(("kind", "factors"), [("epsilon", (5 / 50, 1.0)), ("v_prediction", (5 / 51, 0.1 / 1.1))])
+def test_min_snr_weights(kind, factors):
+    pred, target = torch.ones(2, 3), torch.zeros(2, 3)
+    value, terms = DiffusionLoss(DiffusionSettings(min_snr_gamma=5.0), prediction_type=kind)(outputs(pred=pred, target=target))
+    assert terms["diffusion"] == 1  # raw is what is plotted
+    assert float(value) == pytest.approx(sum(factors) / 2)
+
+
+def test_pixel_gate_by_timestep_and_by_snr():
+    sr, hr = torch.zeros(2, 3, 4, 4), torch.stack([torch.full((3, 4, 4), 0.5), torch.ones(3, 4, 4)])
+    everything = outputs(sr=sr, hr=hr, decoded=torch.arange(2))
+    assert PixelL1Loss(PixelL1Settings(weight=1))(everything)[0] == 0.75
+    assert PixelL1Loss(PixelL1Settings(weight=1, max_timestep=500))(everything)[0] == 0.5
+    assert PixelL1Loss(PixelL1Settings(weight=1, min_snr=1.0))(everything)[0] == 0.5
+    assert PixelL1Loss(PixelL1Settings(weight=1, max_timestep=5))(everything)[0] == 0
+
+
+def test_latent_kl_is_zero_for_a_unit_gaussian():
+    loss = LatentKLLoss(LatentKLSettings(weight=1.0))
+    assert loss(outputs(moments=torch.zeros(2, 8, 3, 3)))[0] == 0
+    shifted = torch.zeros(2, 8, 3, 3)
+    shifted[:, :4] = 2.0
+    assert loss(outputs(moments=shifted))[0] == 2.0
+
+
+def test_self_similarity_equals_the_operator_with_stride_and_weights():
+    hr, sr = torch.stack([smooth(1), smooth(2)]), torch.stack([smooth(3), smooth(4)])
+    mask = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) < 0.2
+    settings = SelfSimilaritySettings(search_size=7, window_size=3, mask_stride=3, l1_weight=7, kl_weight=11, weight=0.5, backend="torch")
+    value, terms = SelfSimilarityLoss(settings)(outputs(sr=sr, hr=hr, mask=mask, decoded=torch.arange(2)))
+    want, parts = Operator(7, 3, l1_weight=7, kl_weight=11, mask_stride=3, backend="torch")(sr, hr, mask, return_terms=True)
+    torch.testing.assert_close(value, 0.5 * want)
+    assert terms["self_similarity/l1"] == parts["l1"]
+    assert SelfSimilarityLoss(settings).count(outputs(sr=sr, hr=hr, mask=mask, decoded=torch.arange(2))) == parts["rows"]
+
+
+def test_self_similarity_counts_only_samples_behind_the_gate():
+    mask = torch.ones(2, 1, 32, 32, dtype=torch.bool)
+    given = Given(t=torch.tensor([10, 900]), snr=torch.ones(2), decoded=torch.arange(2), mask=mask)
+    loss = SelfSimilarityLoss(SelfSimilaritySettings(max_timestep=500, mask_stride=1))
+    assert loss.count(given) == 32 * 32
+
+
+def test_stride_pattern_agrees_with_the_operator_and_is_anchored_at_the_crop():
+    full = torch.ones(1, 1, 30, 30, dtype=torch.bool)
+    whole = stride_pattern(Given(t=torch.zeros(1), snr=torch.zeros(1), mask=full), 3)
+    assert torch.equal(whole, apply_mask_stride(full, 3))
+    window = Given(t=torch.zeros(1), snr=torch.zeros(1), mask=full[..., 4:20, 7:25], origin=torch.tensor([[4, 7]]))
+    assert torch.equal(stride_pattern(window, 3), whole[..., 4:20, 7:25])
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [({"search_size": 24}, "odd"), ({"search_size": 7, "window_size": 9}, "must not exceed"), ({"weight": -1.0}, "at least 0")],
+)
+def test_impossible_self_similarity_settings(values, reason):
+    with pytest.raises(ValidationError, match=reason):
+        SelfSimilaritySettings(**values)
+
+
+def test_a_missing_input_is_named():
+    with pytest.raises(ValueError, match=r"Outputs\.sr"):
+        PixelL1Loss(PixelL1Settings())(outputs())
+    with pytest.raises(ValueError, match=r"Outputs\.moments"):
+        LatentKLLoss(LatentKLSettings())(outputs())
+
+
+def test_every_kind_can_be_built_from_its_defaults():
+    built = build_losses([settings() for settings, _ in LOSSES.values()])
+    assert [loss.name for loss in built] == list(LOSSES)

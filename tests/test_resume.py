@@ -1,0 +1,109 @@
+"""20 steps equal 10 + resume + 10, bit for bit on the CPU; damaged checkpoints and changed recipes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from toys import toy_job, toy_losses
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.training.checkpoints import read_checkpoint
+from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.training.resume import check_same_recipe, differences
+
+VARIANTS = {
+    "plain": {},
+    "ema": {"ema": {"decay": 0.9}},
+    "accumulate": {"accumulate": 3, "batch_size": 1},
+    "schedule": {"schedule": {"kind": "cosine", "warmup_steps": 3}},
+    "window": {"decode_crop": 4},
+}
+
+
+def same(a: Path, b: Path) -> None:
+    """Every tensor of two checkpoints, and their counters."""
+    first, second = read_checkpoint(a), read_checkpoint(b)
+    assert first.tensors.keys() == second.tensors.keys()
+    for stem, group in first.tensors.items():
+        assert group.keys() == second.tensors[stem].keys()
+        for name, value in group.items():
+            torch.testing.assert_close(value, second.tensors[stem][name], rtol=0, atol=0, msg=f"{stem} {name}", equal_nan=True)
+    for state in (first.state, second.state):
+        state["progress"].pop("seconds")
+        state.pop("recipe")
+    assert first.state == second.state
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_twenty_steps_equal_ten_and_ten(tmp_path, variant):
+    options = dict(VARIANTS[variant])
+    losses = lambda: toy_losses(max_timestep=600, weight="auto", auto_steps=14)  # noqa: E731 - calibration crosses the resume
+    fit(toy_job(tmp_path / "whole", losses=losses(), **options))
+    first = toy_job(tmp_path / "parts", losses=losses(), **options)
+    whole_schedule = first.training
+    fit(replace(first, training=whole_schedule.model_copy(update={"steps": 10})) if "schedule" not in options else stop_at_ten(first))
+    torch.rand(3)  # the global stream is somewhere else now
+    fit(toy_job(tmp_path / "parts", losses=losses(), **options), resume="latest")
+    same(tmp_path / "whole/checkpoint-20", tmp_path / "parts/checkpoint-20")
+
+
+def stop_at_ten(job):
+    """A job whose data source asks for a stop, as SIGTERM would: the schedule still spans 20 steps."""
+    import os
+    import signal
+
+    opened = job.open_data
+
+    def open_data(rank, world, state):
+        loader = opened(rank, world, state)
+        original = loader.__class__.__next__
+
+        class Stopping(loader.__class__):
+            def __next__(self):
+                if self.position == 9 * self.batch_size:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return original(self)
+
+        loader.__class__ = Stopping
+        return loader
+
+    return replace(job, open_data=open_data)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
+    fit(toy_job(tmp_path / "run"))
+    newest = tmp_path / "run/checkpoint-20/trained.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    result = fit(toy_job(tmp_path / "run"), resume="latest")
+    assert result.step == 20
+    assert "checkpoint-20 is passed over" in caplog.text
+    assert "resumed from" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_resume_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        fit(toy_job(tmp_path / "run"), resume="latest")
+
+
+def test_differences_name_the_full_path():
+    before = {"a": {"b": 1, "c": [1, {"d": 2}]}, "e": 1}
+    assert differences(before, {"a": {"b": 1, "c": [1, {"d": 3}]}, "f": 2}) == {"a.c.1.d": (2, 3), "e": (1, None), "f": (None, 2)}
+
+
+def test_a_changed_recipe_is_refused_unless_allowed(caplog):
+    before = {"training": {"steps": 10, "batch_size": 2, "accumulate": 1}, "losses": [{"weight": 1.0}]}
+    state = {"recipe": before, "world_size": 1}
+    longer = {**before, "training": {**before["training"], "steps": 20}}
+    check_same_recipe(state, longer, 1, allow=False)
+    assert "training.steps: 10 -> 20" in caplog.text
+    halved = {**before, "training": {"steps": 10, "batch_size": 1, "accumulate": 1}}
+    check_same_recipe(state, halved, 2, allow=False)  # two processes with half the batch see the same samples
+    with pytest.raises(UserError, match=r"training.batch_size: 2 -> 1"):
+        check_same_recipe(state, halved, 1, allow=False)
+    heavier = {**before, "losses": [{"weight": 2.0}]}
+    with pytest.raises(UserError, match=r"losses.0.weight: 1.0 -> 2.0"):
+        check_same_recipe(state, heavier, 1, allow=False)
+    check_same_recipe(state, heavier, 1, allow=True)

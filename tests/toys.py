@@ -1,0 +1,197 @@
+"""Networks and data of a few hundred numbers, with the seams of the real ones: the loop's tests run in milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sslsr_diffusion.images import resize_bicubic
+from sslsr_diffusion.losses import build_losses
+from sslsr_diffusion.losses.diffusion import DiffusionSettings
+from sslsr_diffusion.losses.pixel import PixelL1Settings
+from sslsr_diffusion.losses.self_similarity import SelfSimilaritySettings
+from sslsr_diffusion.seeding import sample_generator
+from sslsr_diffusion.training.fit import Job
+from sslsr_diffusion.training.objective import DiffusionObjective
+from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings
+from sslsr_diffusion.types import Batch
+
+SIZE = 32
+
+
+def smooth(seed: int, channels: int = 3, size: int = SIZE) -> Tensor:
+    """[channels, size, size] in [0, 1], smooth: white noise would make the graph one-hot."""
+    coarse = torch.rand(1, channels, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return resize_bicubic(coarse, size=(size, size))[0].clamp(0, 1)
+
+
+def toy_sample(index: int, seed: int = 0, density: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    hr = smooth(seed * 100_003 + index)
+    generator = sample_generator(seed, index, "mask")
+    share = float(torch.rand((), generator=generator)) ** 3 if density is None else density  # masks of very different sizes
+    mask = torch.rand(1, SIZE, SIZE, generator=generator) < share * 0.5
+    return hr, F.avg_pool2d(hr[None], 4)[0], mask
+
+
+def toy_batch(indices: list[int], seed: int = 0, density: float | None = None) -> Batch:
+    hr, lr, mask = (torch.stack(parts) for parts in zip(*(toy_sample(i, seed, density) for i in indices)))
+    return Batch(hr, lr, mask, torch.tensor(indices), tuple(f"{i}.png" for i in indices))
+
+
+class ToyLoader:
+    """The TrainingLoader seam: global micro-batch m of rank r holds samples [(m * world + r) * B, + B)."""
+
+    def __init__(self, rank: int, world_size: int, state: dict[str, Any] | None, *, batch_size: int, poison: range = range(0)) -> None:
+        self.rank, self.world_size, self.batch_size, self.poison = rank, world_size, batch_size, poison
+        self.position = 0 if state is None else state["samples"]
+
+    def __iter__(self) -> ToyLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        first = self.position + self.rank * self.batch_size
+        self.position += self.batch_size * self.world_size
+        batch = toy_batch(list(range(first, first + self.batch_size)))
+        return replace(batch, hr=batch.hr * float("nan")) if first in self.poison else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.position}
+
+    def problems(self) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+class ToyCodec:
+    """Scale 4, three latent channels; linear, so gradients are exact enough to compare."""
+
+    scale, latent_channels = 4, 3
+
+    def __init__(self) -> None:
+        self.vae = nn.ModuleDict({"enter": nn.Conv2d(3, 3, 4, 4), "leave": nn.ConvTranspose2d(3, 3, 4, 4)})
+        self.vae.requires_grad_(False)
+
+    def noise_shape(self, pixels: Tensor) -> tuple[int, ...]:
+        return (pixels.shape[0], 3, pixels.shape[-2] // 4, pixels.shape[-1] // 4)
+
+    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        return self.vae["enter"](pixels * 2 - 1) + 0.1 * noise
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae["leave"](latents) / 2 + 0.5
+
+
+class ToySchedule:
+    num_train_timesteps, prediction_type = 1000, "epsilon"
+    alphas_cumprod = torch.linspace(0.999, 0.05, 1000)
+
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.alphas_cumprod[t][:, None, None, None]
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        signal, sigma = self._levels(t)
+        return signal * z0 + sigma * noise
+
+    def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise
+
+    def x0(self, pred: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        signal, sigma = self._levels(t)
+        return (zt - sigma * pred) / signal
+
+    def snr(self, t: Tensor) -> Tensor:
+        return self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t])
+
+
+class ToyDenoiser(nn.Module):
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.frozen = nn.Conv2d(6, 8, 3, padding=1)
+        self.trained = nn.Conv2d(8, 3, 3, padding=1)
+        self.time = nn.Linear(1, 8)
+        self.dropout = nn.Dropout(dropout)  # draws from the global stream: a resume must restore it
+        self.frozen.requires_grad_(False)
+
+    def forward(self, zt: Tensor, t: Tensor, z_lr: Tensor, text: Tensor) -> Tensor:
+        h = self.frozen(torch.cat([zt, z_lr], dim=1)) + self.time(t[:, None].float() / 1000)[:, :, None, None]
+        return self.trained(self.dropout(torch.tanh(h)))
+
+
+@dataclass
+class ToyNetworks:
+    codec: ToyCodec
+    denoiser: ToyDenoiser
+    schedule: ToySchedule
+    text: Tensor
+
+    def to(self, device: Any) -> ToyNetworks:
+        self.codec.vae.to(device)
+        self.denoiser.to(device)
+        return self
+
+
+def toy_networks(dropout: float = 0.1) -> ToyNetworks:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return ToyNetworks(ToyCodec(), ToyDenoiser(dropout), ToySchedule(), torch.zeros(1, 1, 4))
+
+
+def toy_losses(max_timestep: int | None = None, weight: Any = 1.0, auto_steps: int = 4) -> list[Any]:
+    return build_losses(
+        [
+            DiffusionSettings(),
+            PixelL1Settings(max_timestep=max_timestep),
+            SelfSimilaritySettings(
+                max_timestep=max_timestep,
+                weight=weight,
+                auto_steps=auto_steps,
+                search_size=7,
+                window_size=3,
+                mask_stride=2,
+                backend="torch",
+            ),
+        ]
+    )
+
+
+def toy_job(
+    run: Path,
+    *,
+    dropout: float = 0.1,
+    losses: list[Any] | None = None,
+    decode_crop: int | None = None,
+    poison: range = range(0),
+    **training: Any,
+) -> Job:
+    settings = TrainingSettings.model_validate(
+        {"steps": 20, "batch_size": 2, "crop_size": SIZE, "log_every": 5, "optimizer": {"lr": 1e-2}, **training}
+    )
+    objective = DiffusionObjective(toy_networks(dropout), seed=3, decode_crop=decode_crop)
+
+    def save_pipeline(folder: Path) -> None:
+        torch.save({}, folder / "weights.pt")
+
+    return Job(
+        objective=objective,
+        losses=losses if losses is not None else toy_losses(),
+        training=settings,
+        checkpoints=CheckpointSettings(every=10),
+        output=OutputSettings(dir=str(run), trackers=()),
+        open_data=lambda rank, world, state: ToyLoader(rank, world, state, batch_size=settings.batch_size, poison=poison),
+        save_pipeline=save_pipeline,
+        recipe={"training": settings.model_dump(mode="json")},
+        seed=3,
+    )
+
+
+def namespace(**values: Any) -> SimpleNamespace:
+    return SimpleNamespace(**values)

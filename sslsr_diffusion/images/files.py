@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fnmatch
 import glob as globbing
 import logging
 import os
@@ -28,18 +29,21 @@ def list_images(source: Path | str, *, recursive: bool = True, skip_folder: Call
     A file that is named itself is always returned.
 
     Args:
-        source: a path, or a pattern with * ? [] (** with `recursive`) if no such path exists.
+        source: a path, or a pattern with * ? [] and ** (any depth) if no such path exists.
+        recursive: of a folder, also what lies in its sub-folders.
         skip_folder: called with each folder below the source; True leaves it out.
     Raises:
         UserError: there is nothing at `source`. (A folder without pictures gives an empty list.)
     """
     path = Path(source).expanduser()
+    skip = skip_folder or (lambda _: False)
     try:
         if path.is_dir():
-            return sorted(_walk(path, recursive, skip_folder))
+            folders = _folders(path, skip) if recursive else [path]
+            return sorted(file for folder in folders for file in _entries(folder) if _is_picture(file))
         if path.exists():
             return [path]
-        found = _match(str(path), recursive, skip_folder) if globbing.has_magic(str(path)) else []
+        found = sorted(_match(path, skip)) if globbing.has_magic(str(path)) else []
     except (OSError, ValueError) as error:
         raise UserError(f"{printable(path)}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
     if not found:
@@ -47,13 +51,21 @@ def list_images(source: Path | str, *, recursive: bool = True, skip_folder: Call
     return found
 
 
-def _match(pattern: str, recursive: bool, skip_folder: Callable[[Path], bool] | None) -> list[Path]:
-    found = (Path(name) for name in globbing.iglob(pattern, recursive=recursive))  # glob itself passes over hidden names
-    kept: dict[tuple[Path, str], Path] = {}
-    for path in sorted((p for p in found if _is_picture(p)), key=lambda p: (len(p.parts), p)):
-        if not (skip_folder and any(skip_folder(parent) for parent in path.parents)):
-            kept.setdefault((path.parent.resolve(), path.name), path)  # ** walks round in a loop of links
-    return sorted(kept.values())
+def _match(pattern: Path, skip: Callable[[Path], bool]) -> set[Path]:
+    """As the standard glob, which needs exponential time for ** in a tree whose links form a loop."""
+    *parents, last = pattern.parts[1:] if pattern.anchor else pattern.parts
+    folders = [Path(pattern.anchor or ".")]
+    for part in parents:
+        if part == "**":
+            folders = [below for folder in folders for below in _folders(folder, skip)]
+        elif globbing.has_magic(part):
+            below = [path for folder in folders for path in _entries(folder) if fnmatch.fnmatchcase(path.name, part) and path.is_dir()]
+            folders = [path for path in below if not path.name.startswith(".") and not skip(path)]
+        else:
+            folders = [folder / part for folder in folders if (folder / part).is_dir()]
+    if last == "**":
+        folders, last = [below for folder in folders for below in _folders(folder, skip)], "*"
+    return {path for folder in folders for path in _entries(folder) if fnmatch.fnmatchcase(path.name, last) and _is_picture(path)}
 
 
 def _is_picture(path: Path) -> bool:
@@ -63,17 +75,19 @@ def _is_picture(path: Path) -> bool:
         return False
 
 
-def _walk(root: Path, recursive: bool, skip_folder: Callable[[Path], bool] | None) -> Iterator[Path]:
-    """Real folders first, linked ones afterwards and only if not yet seen: a picture is found under its own name."""
+def _entries(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return sorted(folder / entry.name for entry in entries)
+
+
+def _folders(root: Path, skip: Callable[[Path], bool]) -> Iterator[Path]:
+    """Each real folder once; linked ones last, so that a picture is found under its own name."""
     seen: set[tuple[int, int]] = set()
-    linked: list[Path] = []
-    queue = [root]
+    queue, linked = [root], list[Path]()
     while queue or linked:
         folder = queue.pop() if queue else linked.pop(0)
         try:
-            status = folder.stat()
-            with os.scandir(folder) as entries:
-                listed = sorted((Path(entry.path) for entry in entries), key=lambda p: p.name)
+            status, below = folder.stat(), _entries(folder)
         except OSError as error:
             if folder == root:
                 raise
@@ -82,9 +96,8 @@ def _walk(root: Path, recursive: bool, skip_folder: Callable[[Path], bool] | Non
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        for path in listed:
-            if _is_picture(path):
-                yield path
-            elif recursive and not path.name.startswith(".") and path.is_dir() and not (skip_folder and skip_folder(path)):
+        yield folder
+        for path in below:
+            if not path.name.startswith(".") and path.is_dir() and not skip(path):
                 (linked if path.is_symlink() else queue).append(path)
         linked.sort()

@@ -34,23 +34,26 @@ def read_image(source: Path | str | bytes, *, name: str | None = None) -> Image:
         UnreadableImage: not a picture, damaged, cut off, empty, a decompression bomb, or of a kind that would lose values.
     """
     label = name or ("image" if isinstance(source, bytes) else printable(Path(source).name))
+    data = b""
     try:
         data = source if isinstance(source, bytes) else _read_bytes(Path(source))
         if not data:
             raise _Refused("the file is empty")
         return _decode(data)
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files, KeyError and struct.error included
-        raise UnreadableImage(f"{label}: {_reason(error)}.") from error
+        raise UnreadableImage(f"{label}: {_reason(error, data[:4])}.") from error
 
 
 class _Refused(Exception):
     """The message is the reason as the user reads it."""
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, magic: bytes) -> str:
     from PIL import UnidentifiedImageError
 
     text = str(error).strip().rstrip(".").splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, UnidentifiedImageError) and magic in (b"II*\0", b"MM\0*"):
+        return "damaged, or a TIFF of an unusual kind; save it as gray or RGB with 8 or 16 bits"
     if isinstance(error, UnidentifiedImageError):
         return "not a picture, damaged at the start, or of a format other than " + ", ".join(f for f in FORMATS if f not in ("DIB", "MPO"))
     if isinstance(error, OSError) and error.strerror:

@@ -6,6 +6,7 @@ import secrets
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +162,10 @@ def _tiff(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
     """The directory with EXIF and profile, then one deflated strip after another, with the horizontal predictor."""
     from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+    notes: tuple[str, ...] = ()
+    if image.gray and image.alpha is not None and image.bits == 16:  # hardly any reader knows this kind, ours neither
+        notes = ("the gray profile left out, 16-bit TIFF with alpha is colour",) if image.icc_profile else ()
+        image = replace(image, gray=False, icc_profile=None)
     samples = _samples(image)
     height, width, channels = samples.shape
     samples = samples.astype(samples.dtype.newbyteorder("<"))
@@ -188,7 +193,7 @@ def _tiff(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
         directory.tagtype[34675] = 7
         directory[34675] = image.icc_profile
     directory.tagtype[273] = directory.tagtype[279] = 4
-    return b"II*\0\x08\0\0\0" + directory.tobytes(8) + bytes(body), ()  # Pillow adds the directory's own length to 273
+    return b"II*\0\x08\0\0\0" + directory.tobytes(8) + bytes(body), notes  # Pillow adds the directory's own length to 273
 
 
 def _tiff_exif(image: Image, directory: Any) -> None:

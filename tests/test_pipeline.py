@@ -1,0 +1,306 @@
+"""StableSRPipeline at toy width: sizes, batches, arguments, files, tiles. Random weights: the machinery, not the picture, is tested."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+
+from sslsr_diffusion import StableSRPipeline
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, StructuralEncoder, build_networks
+
+STEPS = 2
+
+
+@functools.cache
+def components() -> dict:
+    parts = build_networks(ModelSettings(init="random", preset="tiny", train="all")).components()
+    # a freshly made encoder is silent in its residual branches; all weights should speak here
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in parts["structural_encoder"].parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+    return parts
+
+
+def make_pipeline(**replaced) -> StableSRPipeline:
+    pipe = StableSRPipeline(**{**components(), **replaced})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@functools.cache
+def plain() -> StableSRPipeline:
+    return make_pipeline()
+
+
+@functools.cache
+def with_cfw() -> StableSRPipeline:
+    torch.manual_seed(0)
+    return make_pipeline(vae=AutoencoderKLCFW.from_autoencoder(components()["vae"]).eval())
+
+
+@functools.cache
+def text_parts() -> dict:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=12,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+    class Letters:
+        """A tokenizer of the shape the pipeline uses."""
+
+        def __call__(self, texts, *, padding, max_length, truncation, return_tensors):
+            ids = [[0, *(ord(c) % 90 + 2 for c in text)][: max_length - 1] for text in texts]
+            return type("Encoding", (), {"input_ids": torch.tensor([[*row, *[1] * (max_length - len(row))] for row in ids])})
+
+    return {"text_encoder": CLIPTextModel(config).eval(), "tokenizer": Letters()}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def photo(height: int = 20, width: int = 28, seed: int = 0) -> torch.Tensor:
+    """Smooth, coloured, [3, h, w] in [0, 1]."""
+    coarse = torch.rand(1, 3, 5, 5, generator=seeded(seed))
+    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)[0].clamp(0, 1)
+
+
+def run(pipe: StableSRPipeline, image, **arguments):
+    return pipe(image, **{"num_inference_steps": STEPS, "generator": seeded(), "output_type": "pt", **arguments}).images
+
+
+@pytest.mark.parametrize("scale", [4, 2.5, 1])
+@pytest.mark.parametrize("size", [(16, 16), (17, 16), (16, 61), (19, 33), (40, 16), (1, 3)])
+def test_output_is_exactly_round_scale_times_size(size, scale):
+    got = run(plain(), photo(*size), scale=scale)
+    assert got.shape == (1, 3, *(max(1, round(scale * side)) for side in size))
+    assert got.isfinite().all()
+    assert 0 <= got.min()
+    assert got.max() <= 1
+
+
+@pytest.mark.parametrize("size", [(16, 70), (33, 47), (65, 18)])
+def test_tiled_output_has_the_exact_size_too(size):
+    out = plain()(photo(*size), num_inference_steps=STEPS, generator=seeded(), output_type="pt", tile=64, vae_tile=64, tile_overlap=16)
+    assert out.images.shape[-2:] == (4 * size[0], 4 * size[1])
+    assert (out.plans[0].tile, out.plans[0].vae_tile) == (64, 64)
+
+
+@pytest.mark.parametrize(("sampler", "tile"), [("ddpm", None), ("ddpm", 64), ("ddim", None), ("EulerAncestralDiscreteScheduler", None)])
+def test_a_picture_does_not_depend_on_its_batch(sampler, tile):
+    pictures = torch.stack([photo(seed=k) for k in range(3)])
+    arguments = {"sampler": sampler, "tile": tile, "eta": 0.7, "num_inference_steps": 4}
+    together = run(plain(), pictures, generator=[seeded(k) for k in range(3)], tile_batch_size=4, **arguments)
+    for k in range(3):
+        alone = run(plain(), pictures[k], generator=seeded(k), tile_batch_size=1, **arguments)
+        # convolutions add in another order for another batch size; a random network amplifies the last bit
+        torch.testing.assert_close(together[k], alone[0], atol=2e-4, rtol=0)
+    one_after_the_other = seeded(7)
+    in_a_row = run(plain(), pictures[:2], generator=seeded(7), **arguments)
+    for k in range(2):
+        alone = run(plain(), pictures[k], generator=one_after_the_other, **arguments)
+        torch.testing.assert_close(in_a_row[k], alone[0], atol=2e-4, rtol=0)
+
+
+def test_the_same_call_gives_the_same_bits():
+    assert torch.equal(run(plain(), photo()), run(plain(), photo()))
+    assert not torch.equal(run(plain(), photo()), run(plain(), photo(), generator=seeded(1)))
+
+
+def test_pictures_of_different_sizes_run_one_by_one():
+    pictures = [photo(20, 28), photo(16, 18, seed=1)]
+    got = run(plain(), pictures, generator=[seeded(0), seeded(1)])
+    assert [tuple(each.shape) for each in got] == [(3, 80, 112), (3, 64, 72)]
+    assert torch.equal(got[1], run(plain(), pictures[1], generator=seeded(1))[0])
+
+
+def test_every_kind_of_image_means_the_same_picture():
+    array = (photo(16, 20).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    wanted = run(plain(), torch.from_numpy(array).permute(2, 0, 1).float() / 255)
+    for image in (
+        PIL.Image.fromarray(array),
+        [PIL.Image.fromarray(array)],
+        array,
+        array[None],
+        array.astype(np.uint16) * 257,
+        array.astype(np.float32) / 255,
+        torch.from_numpy(array).permute(2, 0, 1),
+        PIL.Image.fromarray(array).convert("RGBA"),
+    ):
+        torch.testing.assert_close(run(plain(), image), wanted, atol=1e-4, rtol=0)  # 1/255 in float32 has two spellings
+
+
+def test_output_types_agree():
+    tensor = run(plain(), [photo(), photo(seed=1)])
+    array = run(plain(), [photo(), photo(seed=1)], output_type="np")
+    pictures = run(plain(), [photo(), photo(seed=1)], output_type="pil")
+    assert array.shape == (2, 80, 112, 3)
+    np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(np.asarray(pictures[1]), (array[1] * 255).round().astype(np.uint8))
+    assert torch.equal(
+        plain()(photo(), num_inference_steps=STEPS, generator=seeded(), output_type="pt", return_dict=False)[0][0], tensor[0]
+    )
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_prediction_type_comes_from_the_scheduler(prediction_type):
+    scheduler = type(components()["scheduler"]).from_config(components()["scheduler"].config, prediction_type=prediction_type)
+    got = run(make_pipeline(scheduler=scheduler), photo(), color_fix="none")
+    assert (prediction_type == "epsilon") == torch.equal(got, run(plain(), photo(), color_fix="none"))
+
+
+def test_the_pipelines_own_scheduler_is_the_default_sampler():
+    scheduler = UniPCMultistepScheduler.from_config(components()["scheduler"].config, timestep_spacing="linspace")
+    torch.testing.assert_close(run(make_pipeline(scheduler=scheduler), photo()), run(plain(), photo(), sampler="unipc"), atol=0, rtol=0)
+
+
+def test_strength_runs_the_last_steps_and_stays_nearer_to_the_picture():
+    seen: list[float] = []
+
+    def note(pipe, step, t, values):
+        seen.append(t)
+
+    run(plain(), photo(), num_inference_steps=10, strength=0.3, callback_on_step_end=note)
+    assert seen == [222, 111, 0]
+
+
+def test_callback_may_replace_the_latents():
+    got = run(plain(), photo(), callback_on_step_end=lambda pipe, step, t, values: {"latents": torch.zeros_like(values["latents"])})
+    again = run(plain(), photo(), generator=seeded(3), start="noise", callback_on_step_end=lambda p, s, t, v: {"latents": v["latents"] * 0})
+    assert torch.equal(got, again)
+
+
+def test_guidance_moves_away_from_the_negative_prompt():
+    pipe = make_pipeline(**text_parts())
+    plainly = run(pipe, photo(), prompt="sharp")
+    assert torch.equal(plainly, run(pipe, photo(), prompt="sharp", guidance_scale=1.0))
+    assert not torch.equal(plainly, run(pipe, photo()))
+    # c == u: nothing to move away from, whatever the scale
+    same = run(pipe, photo(), prompt="sharp", negative_prompt="sharp", guidance_scale=5.0)
+    torch.testing.assert_close(same, plainly, atol=2e-4, rtol=0)
+    guided = run(pipe, photo(), prompt="sharp", negative_prompt="blurred", guidance_scale=5.0)
+    assert not torch.allclose(guided, plainly, atol=1e-3)
+
+
+def test_guidance_in_a_batch_of_tiles_with_a_prompt_per_picture():
+    pipe = make_pipeline(**text_parts())
+    pictures = torch.stack([photo(), photo(seed=1)])
+    arguments = {"guidance_scale": 3.0, "tile": 64, "tile_overlap": 32, "negative_prompt": "blurred"}
+    together = run(pipe, pictures, prompt=["sharp", "soft"], generator=[seeded(0), seeded(1)], tile_batch_size=3, **arguments)
+    for k, prompt in enumerate(["sharp", "soft"]):
+        alone = run(pipe, pictures[k], prompt=prompt, generator=seeded(k), **arguments)
+        torch.testing.assert_close(together[k], alone[0], atol=2e-4, rtol=0)
+
+
+def test_fidelity_is_the_weight_of_the_fusion_layers():
+    whole = run(with_cfw(), photo(), fidelity=0.0)
+    torch.testing.assert_close(whole, run(plain(), photo()), atol=1e-5, rtol=0)  # w = 0 is the plain decoder
+    assert torch.equal(run(with_cfw(), photo()), run(with_cfw(), photo(), fidelity=0.5))
+    assert not torch.allclose(run(with_cfw(), photo(), fidelity=1.0), whole, atol=1e-3)
+    assert torch.equal(run(plain(), photo(), fidelity=0.9), run(plain(), photo()))  # a plain autoencoder ignores it
+
+
+def test_half_precision_runs_and_stays_near():
+    half = make_pipeline(**{name: part for name, part in build_networks(ModelSettings(init="random", preset="tiny")).components().items()})
+    half.to(torch.bfloat16)
+    got = run(half, photo())
+    assert got.dtype == torch.float32
+    assert got.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"output_type": "jpg"}, "output_type"),
+        ({"color_fix": "wavlet"}, "color_fix"),
+        ({"scale": 0}, "scale"),
+        ({"strength": 0}, "strength"),
+        ({"start": "noise", "strength": 0.5}, "strength 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"tile": 7}, "tile"),
+        ({"tile": 64, "tile_overlap": 64}, "tile_overlap"),
+        ({"tile_batch_size": 0}, "tile_batch_size"),
+        ({"sampler": "dpm"}, "sampler"),
+        ({"eta": 2}, "eta"),
+        ({"prompt": "a cat"}, "no text encoder"),
+        ({"prompt": ["", ""]}, "prompt"),
+        ({"generator": [seeded(), seeded()]}, "generator"),
+    ],
+)
+def test_impossible_arguments_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        run(plain(), photo(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [[], "photo.png", torch.zeros(1, 8, 8), torch.full((3, 8, 8), 2.0), torch.full((3, 8, 8), torch.nan), np.zeros((8, 8, 4)), 3],
+)
+def test_impossible_images_are_named(image):
+    with pytest.raises(UserError, match="image"):
+        run(plain(), image)
+
+
+def test_saved_pipeline_loads_elsewhere_and_gives_the_same_picture(tmp_path):
+    pipe = with_cfw()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableSRPipeline"
+    assert index["unet"] == ["sslsr_diffusion.models", "SFTUNet2DConditionModel"]
+    assert index["structural_encoder"] == ["sslsr_diffusion.models", "StructuralEncoder"]
+    assert index["vae"] == ["sslsr_diffusion.models", "AutoencoderKLCFW"]
+    assert index["text_encoder"] == [None, None]
+    assert not [path for path in (tmp_path / "pipeline").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+    (tmp_path / "elsewhere").mkdir()
+    torch.save(photo(), tmp_path / "photo.pt")
+    code = (
+        "import torch\n"
+        "from sslsr_diffusion import StableSRPipeline\n"
+        "pipe = StableSRPipeline.from_pretrained('../pipeline')\n"
+        "out = pipe(torch.load('../photo.pt'), num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type='pt')\n"
+        "torch.save(out.images, '../result.pt')\n"
+    )
+    subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", code], check=True, cwd=tmp_path / "elsewhere", capture_output=True)
+    torch.testing.assert_close(torch.load(tmp_path / "result.pt"), run(pipe, photo()), atol=1e-6, rtol=0)
+
+
+@pytest.mark.cuda
+def test_model_offload_moves_every_component_and_gives_the_same_picture():
+    pipe = make_pipeline(
+        **build_networks(ModelSettings(init="random", preset="tiny")).components(), text_encoder=text_parts()["text_encoder"]
+    )
+    want = run(pipe, photo())
+    visited: set[str] = set()
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    for name, part in modules.items():
+        leaf = next(m for m in part.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear))
+        leaf.register_forward_hook(lambda m, args, out, name=name: visited.add(name) if out.is_cuda else None)
+    pipe.enable_model_cpu_offload()
+    got = run(pipe, photo())
+    assert visited == set(modules)
+    assert all(next(part.parameters()).device.type == "cpu" for part in modules.values())
+    torch.testing.assert_close(got.cpu(), want, atol=2e-2, rtol=0)  # another device's convolutions through a random network
+
+
+def test_structural_encoder_is_what_the_issue_says():
+    assert isinstance(plain().structural_encoder, StructuralEncoder)

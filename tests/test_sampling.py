@@ -1,0 +1,237 @@
+"""Samplers against the published loops (tolerances of the goldens' README: error relative to the largest magnitude)."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from goldens import load_golden
+from torch import Tensor
+
+from sslsr_diffusion import models
+from sslsr_diffusion.convert.shapes import encoder_config, unet_config
+from sslsr_diffusion.convert.stablesr import convert_structural_encoder, convert_unet
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.denoising import TiledDenoiser
+from sslsr_diffusion.inference.sampling import (
+    SAMPLERS,
+    OriginalDDIM,
+    SpacedDDIM,
+    SpacedDDPM,
+    build_sampler,
+    clean_and_noise,
+    kept_steps,
+    sample,
+    spaced_timesteps,
+)
+from sslsr_diffusion.inference.tiling import tile_boxes
+from sslsr_diffusion.models import SFTUNet2DConditionModel, StructuralEncoder
+
+
+def make_scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
+    return models.make_scheduler({**models.load_preset("sd21")["scheduler"], "prediction_type": prediction_type})
+
+
+def alphas() -> Tensor:
+    return make_scheduler().alphas_cumprod
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+@functools.cache
+def golden_networks() -> tuple[SFTUNet2DConditionModel, StructuralEncoder]:
+    """The goldens' small networks, their weights carried over from the original names."""
+    state = {name: tensor.float() for name, tensor in load_golden("stablesr/model_weights").tensors.items()}
+    config = unet_config(state, head_channels=16)
+    unet = SFTUNet2DConditionModel.from_config(config).eval()
+    unet.load_state_dict(convert_unet(state, unet.state_dict(), config["layers_per_block"]).tensors)
+    config = encoder_config(state)
+    encoder = StructuralEncoder.from_config(config).eval()
+    encoder.load_state_dict(convert_structural_encoder(state, encoder.state_dict(), config["layers_per_block"]).tensors)
+    return unet, encoder
+
+
+def inputs_of(item: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    golden = load_golden(f"stablesr/{item}")
+    inputs = {name[3:]: tensor.float() for name, tensor in golden.tensors.items() if name.startswith("in.")}
+    outputs = {name[4:]: tensor for name, tensor in golden.tensors.items() if name.startswith("out.")}
+    return inputs, outputs, golden.index["config"]
+
+
+@torch.no_grad()
+def run_golden(item: str, sampler, x: Tensor, *, tile: int | None = None, overlap: int = 0, batch_size: int = 1):
+    """Run one stored loop; returns what each step left and the final latent."""
+    inputs, outputs, config = inputs_of(item)
+    height, width = x.shape[-2:]
+    predict = TiledDenoiser(
+        *golden_networks(),
+        inputs["lr_latent"],
+        inputs["context"],
+        tile_boxes(height, width, tile or max(height, width), overlap),
+        negative_text=inputs.get("negative_context"),
+        guidance_scale=config.get("guidance_scale", 1.0),
+        batch_size=batch_size,
+        off_centre=True,
+    )
+    steps: list[Tensor] = []
+
+    def keep(index: int, t: float, latents: Tensor) -> Tensor:
+        steps.append(latents)
+        return latents
+
+    final = sample(sampler, predict, x, lambda index: inputs[f"noise.{index}"], keep)
+    return steps, final, outputs
+
+
+@pytest.mark.parametrize("steps", [200, 50, 4])
+def test_schedules_golden(steps):
+    _, outputs, _ = inputs_of("schedules")
+    want = {name.split(".", 1)[1]: tensor for name, tensor in outputs.items() if name.startswith(f"spaced{steps}.")}
+    assert spaced_timesteps(steps) == want["timesteps"].tolist()
+    sampler = SpacedDDPM(alphas(), "epsilon", steps)
+    assert list(sampler.timesteps) == want["timesteps"].flip(0).tolist()
+    coefficients = torch.tensor([sampler.coefficients(i) for i in range(steps)], dtype=torch.float64).flip(0)
+    # 2e-5: the original keeps its betas in float32
+    assert error(coefficients[:, 0], want["posterior_mean_coef1"]) < 2e-5
+    assert error(coefficients[:, 1], want["posterior_mean_coef2"]) < 2e-5
+    assert error(coefficients[:, 2], want["posterior_log_variance_clipped"]) < 2e-5
+
+
+def test_ddpm_loop_golden():
+    inputs, outputs, config = inputs_of("ddpm_loop")
+    sampler = SpacedDDPM(alphas(), "epsilon", config["steps"])
+    x = sampler.start(inputs["lr_latent"], inputs["start_noise"], from_lr=True)
+    assert error(x, outputs["x_T"]) < 1e-6
+    steps, final, _ = run_golden("ddpm_loop", sampler, x, batch_size=2)
+    for k in range(config["steps"] - 1):
+        assert error(steps[k], outputs[f"after_step.{k}"]) < 3e-4
+    assert error(final, outputs["final"]) < 3e-4
+
+
+def test_canvas_loop_golden():
+    inputs, outputs, config = inputs_of("canvas_loop")
+    sampler = SpacedDDPM(alphas(), "epsilon", config["steps"])
+    _, final, _ = run_golden("canvas_loop", sampler, inputs["start_noise"], tile=64, overlap=32, batch_size=3)
+    assert error(final, outputs["final"]) < 3e-4
+
+
+def test_canvas_cfg_v_loop_golden():
+    inputs, outputs, config = inputs_of("canvas_cfg_v_loop")
+    sampler = SpacedDDPM(alphas(), "v_prediction", config["steps"])
+    x = sampler.start(inputs["lr_latent"], inputs["start_noise"], from_lr=True)
+    assert error(x, outputs["x_T"]) < 1e-6
+    steps, final, _ = run_golden("canvas_cfg_v_loop", sampler, x, tile=24, overlap=8, batch_size=2)
+    for k in range(config["steps"] - 1):
+        assert error(steps[k], outputs[f"after_step.{k}"]) < 3e-4
+    assert error(final, outputs["final"]) < 3e-4
+
+
+def test_ddim_golden_with_the_original_mismatch():
+    inputs, outputs, config = inputs_of("ddim_cfg")
+    sampler = OriginalDDIM(alphas(), "v_prediction", config["steps"], eta=config["eta"])
+    assert list(sampler.timesteps) == outputs["model_timesteps"].flip(0).tolist()
+    sigmas = torch.tensor([sampler.sigma(i) for i in range(config["steps"])], dtype=torch.float64).flip(0)
+    assert error(sigmas, outputs["sigmas"]) < 2e-5
+    steps, final, _ = run_golden("ddim_cfg", sampler, inputs["x_T"])
+    for k in range(config["steps"] - 1):
+        assert error(steps[k], outputs[f"after_step.{k}"]) < 1e-3
+    assert error(final, outputs["final"]) < 1e-3
+
+
+def test_spaced_timesteps_contain_both_ends():
+    assert spaced_timesteps(4) == [0, 333, 666, 999]
+    assert spaced_timesteps(1) == [999]
+    assert spaced_timesteps(1000) == list(range(1000))
+    for bad in (0, 1001):
+        with pytest.raises(UserError, match="1 to 1000"):
+            spaced_timesteps(bad)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_clean_and_noise_invert_the_forward_process(prediction_type):
+    x0, noise = torch.randn(2, 4, 5, 7), torch.randn(2, 4, 5, 7)
+    alpha = 0.3
+    x = alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise
+    pred = {"epsilon": noise, "v_prediction": alpha**0.5 * noise - (1 - alpha) ** 0.5 * x0, "sample": x0}[prediction_type]
+    got_x0, got_noise = clean_and_noise(pred, x, alpha, prediction_type)
+    torch.testing.assert_close(got_x0, x0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got_noise, noise, atol=1e-5, rtol=1e-5)
+
+
+def oracle(x0: Tensor, prediction_type: str, sampler):
+    """A perfect network: whatever x is, it answers with the epsilon or v that makes x0 the clean latent."""
+    full = alphas().double()
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        a = full[round(t)].item()
+        epsilon = (x - a**0.5 * x0) / (1 - a) ** 0.5
+        return epsilon if prediction_type == "epsilon" else a**0.5 * epsilon - (1 - a) ** 0.5 * x0
+
+    return predict
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("from_lr", [True, False])
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "ddim-original"])
+def test_every_sampler_finds_the_clean_latent_of_a_perfect_network(name, strength, from_lr, prediction_type):
+    if strength < 1 and not from_lr:
+        return  # the pipeline refuses it
+    x0, noise = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
+    sampler = build_sampler(name, make_scheduler(prediction_type), 10, strength=strength, eta=0.5, seeds=[1, 2])
+    x = sampler.start(torch.randn_like(x0), noise, from_lr=from_lr)
+    assert len(sampler.timesteps) == (10 if strength == 1 else 4)
+    got = sample(sampler, oracle(x0, prediction_type, sampler), x, lambda _: torch.randn_like(x0))
+    # the last step of the multistep solvers lands at sigma of timestep 0 or exactly at 0, hence 1e-2
+    torch.testing.assert_close(got, x0, atol=2e-2, rtol=1e-2)
+
+
+def test_named_samplers_begin_at_the_same_latent():
+    z_lr, noise = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8)
+    for from_lr in (True, False):
+        inputs = []
+        for name in SAMPLERS:
+            sampler = build_sampler(name, make_scheduler(), 8, seeds=[0])
+            assert round(sampler.timesteps[0]) == 999
+            inputs.append(sampler.model_input(sampler.start(z_lr, noise, from_lr=from_lr), 0))
+        for other in inputs[1:]:
+            torch.testing.assert_close(other, inputs[0], atol=2e-5, rtol=2e-5)
+
+
+def test_the_default_sampler_is_the_scheduler_s():
+    assert type(build_sampler(None, make_scheduler(), 4)) is SpacedDDPM
+    assert type(build_sampler(None, DDIMScheduler.from_config(make_scheduler().config), 4)) is SpacedDDIM
+    scheduler = UniPCMultistepScheduler.from_config(make_scheduler().config)
+    sampler = build_sampler(None, scheduler, 4, seeds=[0])
+    assert scheduler.num_inference_steps is None  # the pipeline's own object keeps no state of a run
+    assert len(sampler.timesteps) == 4
+    assert build_sampler("EulerAncestralDiscreteScheduler", EulerDiscreteScheduler.from_config(make_scheduler().config), 4, seeds=[0])
+
+
+def test_ddim_without_noise_ends_clean_and_its_pairing_is_right():
+    sampler = SpacedDDIM(alphas(), "epsilon", 10)
+    full = alphas().double().tolist()
+    assert sampler._alphas == [full[int(t)] for t in reversed(sampler.timesteps)]
+    assert sampler._alphas_prev[0] == 1.0
+
+
+@pytest.mark.parametrize(("strength", "kept"), [(1.0, 10), (0.55, 5), (0.3, 3), (0.001, 1)])
+def test_strength_keeps_the_last_steps(strength, kept):
+    assert kept_steps(10, strength) == kept
+    assert list(SpacedDDPM(alphas(), "epsilon", 10, strength=strength).timesteps) == spaced_timesteps(10)[:kept][::-1]
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, 1.5])
+def test_impossible_strength_is_refused(strength):
+    with pytest.raises(UserError, match="strength"):
+        kept_steps(10, strength)
+
+
+@pytest.mark.parametrize("name", ["dpmm", "DPMUnknownScheduler", "DiffusionPipeline"])
+def test_unknown_sampler_is_refused(name):
+    with pytest.raises(UserError, match="ddpm, ddim"):
+        build_sampler(name, make_scheduler(), 4)

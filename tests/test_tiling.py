@@ -1,0 +1,108 @@
+"""Where tiles lie and how they are blended, against the published rules and where those fail."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from goldens import load_golden
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.tiling import Box, blend, pad_to, rounded_up, tile_boxes, tile_offsets, tile_weights
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (48, 64)])
+def test_tile_weights_golden(width, height):
+    want = load_golden("stablesr/tile_weights").tensors[f"out.weights.w{width}h{height}"][0]
+    got = tile_weights(height, width, off_centre=True)
+    assert ((got - want).abs().max() / want.abs().max()).item() < 1e-12
+
+
+def test_our_tile_weights_are_symmetric():
+    weights = tile_weights(7, 12)
+    torch.testing.assert_close(weights, weights.flip(0).flip(1), atol=1e-12, rtol=1e-12)
+
+
+def test_image_splitter_golden():
+    golden = load_golden("stablesr/image_splitter")
+    size, stride = golden.index["config"]["size"], golden.index["config"]["stride"]
+    image = golden.tensors["in.image"].float()
+    boxes = tile_boxes(*image.shape[-2:], size, size - stride)
+    got = [[b.top, b.top + b.height, b.left, b.left + b.width] for b in boxes]
+    assert got == golden.tensors["out.boxes_h0_h1_w0_w1"].tolist()
+    visits = iter(range(len(boxes)))
+
+    def change(tiles, _):
+        n = next(visits)
+        return tiles[0] * (1 + 0.25 * n) + 0.1 * n
+
+    want = golden.tensors["out.gathered"]
+    blended = blend(change, [image], boxes, off_centre=True)
+    assert ((blended - want).abs().max() / want.abs().max()).item() < 2e-6
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 17, 31, 40, 63, 64, 65])
+@pytest.mark.parametrize(("tile", "overlap"), [(16, 0), (16, 8), (16, 15), (24, 5)])
+def test_tiles_cover_everything_with_at_least_the_overlap(length, tile, overlap):
+    offsets = tile_offsets(length, tile, overlap)
+    if length <= tile:
+        assert offsets == [0]
+        return
+    assert offsets[0] == 0
+    assert offsets[-1] == length - tile
+    gaps = np.diff(offsets)
+    assert (gaps > 0).all()
+    assert (gaps <= tile - overlap).all()
+
+
+def test_one_short_side_gets_tiles_of_its_own_length():
+    boxes = tile_boxes(9, 40, 16, 4)
+    assert {(b.height, b.width, b.top) for b in boxes} == {(9, 16, 0)}
+    assert [b.left for b in boxes] == [0, 12, 24]
+
+
+@pytest.mark.parametrize("overlap", [-1, 16, 20])
+def test_impossible_overlap_is_refused(overlap):
+    with pytest.raises(UserError, match="tile_overlap"):
+        tile_offsets(40, 16, overlap)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("size", [(10, 10), (10, 45), (45, 10), (37, 41)])
+def test_blending_unchanged_tiles_gives_the_picture_back(size, batch_size):
+    pictures = torch.rand(3, 2, *size)
+    got = blend(lambda tiles, _: tiles[0], [pictures], tile_boxes(*size, 16, 6), batch_size=batch_size)
+    torch.testing.assert_close(got, pictures, atol=1e-6, rtol=1e-6)
+
+
+def test_inputs_and_result_may_have_scales_of_their_own():
+    coarse, fine = torch.rand(2, 1, 20, 24), torch.rand(2, 3, 40, 48)
+
+    def run(tiles, samples):
+        assert len(samples) == len(tiles[0]) == len(tiles[1])
+        return torch.cat([tiles[0], tiles[1][..., ::2, ::2]], dim=1).repeat_interleave(4, -1).repeat_interleave(4, -2)
+
+    got = blend(run, [coarse, fine], tile_boxes(20, 24, 8, 4), zooms=[1, 2], batch_size=2)
+    want = run([coarse, fine], [0, 1])
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+def test_box_is_a_view():
+    image = torch.zeros(1, 6, 6)
+    Box(1, 2, 3, 2).of(image).add_(1)
+    assert image.sum() == 6
+    assert Box(1, 2, 3, 2).scaled(2) == Box(2, 4, 6, 4)
+
+
+@pytest.mark.parametrize(("size", "wanted"), [((1, 1), (5, 9)), ((2, 3), (8, 40)), ((5, 4), (5, 4)), ((7, 16), (64, 64))])
+def test_padding_folds_as_often_as_needed(size, wanted):
+    image = torch.rand(2, 3, *size)
+    got = pad_to(image, *wanted)
+    # numpy's reflect folds repeatedly
+    width = [(0, 0), (0, 0), (0, wanted[0] - size[0]), (0, wanted[1] - size[1])]
+    np.testing.assert_array_equal(got.numpy(), np.pad(image.numpy(), width, mode="reflect"))
+
+
+def test_rounded_up():
+    assert [rounded_up(n, 8) for n in (1, 8, 9)] == [8, 8, 16]
+    assert rounded_up(3, 8, least=17) == 24

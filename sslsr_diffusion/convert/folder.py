@@ -40,7 +40,7 @@ class Preset:
 VARIANTS: dict[str, Preset] = {
     "512": Preset("epsilon", 64, 200),
     "768v": Preset("v_prediction", 96, 200),
-    "turbo": Preset("epsilon", 64, 4),
+    "turbo": Preset("epsilon", 64, 4, "made for 4 sampling steps (num_inference_steps=4, infer.py --steps 4)"),
     "face": Preset("v_prediction", 64, 200, "the published face recipe says v-prediction although it starts from the epsilon model"),
 }
 
@@ -113,7 +113,9 @@ def components_from_checkpoint(
     result.components.update(
         vae=vae, unet=unet, structural_encoder=encoder, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
     )
-    taken = {UNET, ENCODER, *((VAE,) if vae_part and not vqgan else ()), *((TEXT,) if text_part else ())}
+    if vqgan and shapes.has_part(state, VAE):
+        result.notes.append(f"the checkpoint's own autoencoder gave way to {Path(vqgan).name}'s")
+    taken = {UNET, ENCODER, *((VAE,) if vae_part else ()), *((TEXT,) if text_part else ())}
     result.unknown = sorted({n for part in parts for n in part.unknown} | {n for n in state if not n.startswith(tuple(taken))})
     for component in (unet, encoder, vae):
         component.eval()

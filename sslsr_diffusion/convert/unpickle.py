@@ -37,13 +37,16 @@ class Checkpoint:
 
 
 class _Inert:
-    """Stands for any foreign object: can be made, filled and given a state, and does nothing."""
+    """Stands for any foreign object: can be made, called, filled and given a state, and does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+        return self
 
     def __setstate__(self, state: Any) -> None:
         pass

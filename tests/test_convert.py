@@ -1,0 +1,148 @@
+"""convert/folder.py and `sslsr convert stablesr`: whole files to pipeline folders and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from golden_models import HEAD_CHANNELS, golden_inputs, golden_outputs, original_state, random_like, relative_error
+from safetensors.torch import load_file, save_file
+from test_build import write_base
+from test_convert_names import open_clip
+from torch import Tensor
+from typer.testing import CliRunner
+
+from sslsr_diffusion.cli import app
+from sslsr_diffusion.convert import components_from_checkpoint, original_from_folder
+from sslsr_diffusion.convert.folder import guess_variant
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models import AutoencoderKLCFW, Denoiser
+
+EXTRA = {"betas": torch.zeros(1000), "mask_stride": torch.zeros(2, 2), "model_ema.decay": torch.tensor(0.9)}
+
+
+def checkpoint_state() -> dict[str, Tensor]:
+    """A StableSR checkpoint in miniature: UNet, encoder, plain autoencoder, OpenCLIP."""
+    vae = {f"first_stage_model.{k}": v for k, v in original_state("cfw_weights").items() if "fusion_layer" not in k}
+    return {**original_state(), **vae, **open_clip(width=32)}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("released")
+    torch.save({"state_dict": {**checkpoint_state(), **EXTRA}, "global_step": 117}, folder / "stablesr_000117.ckpt")
+    cfw = {**original_state("cfw_weights"), "loss.logvar": torch.zeros(())}
+    torch.save({"state_dict": cfw}, folder / "vqgan_cfw_00011.ckpt")
+    return folder / "stablesr_000117.ckpt", folder / "vqgan_cfw_00011.ckpt"
+
+
+@torch.no_grad()
+def test_the_converted_networks_predict_what_the_original_does(files: tuple[Path, Path]) -> None:
+    result = components_from_checkpoint(files[0], vqgan=files[1], head_channels=HEAD_CHANNELS)
+    parts = result.components
+    inputs, want = golden_inputs("stablesr/composed"), golden_outputs("stablesr/composed")
+    denoiser = Denoiser(parts["unet"], parts["structural_encoder"])
+    got = denoiser(inputs["x_t"], inputs["timesteps.0"], inputs["latent"], inputs["context"])
+    assert relative_error(got, want["case0.eps"]) < 1e-4  # the README's tolerance
+    assert isinstance(parts["vae"], AutoencoderKLCFW)
+    assert parts["scheduler"].config.prediction_type == "epsilon"
+    assert parts["text_encoder"].config.num_hidden_layers == 2
+    assert set(EXTRA) <= set(result.unknown)
+    assert "cond_stage_model.model.text_projection" in result.unknown
+    assert not any(p.is_meta for part in (parts["unet"], parts["text_encoder"], parts["vae"]) for p in part.parameters())
+
+
+def test_command_writes_a_pipeline_and_the_original_back_bit_by_bit(files: tuple[Path, Path], tmp_path: Path) -> None:
+    from sslsr_diffusion import StableSRPipeline
+
+    run = CliRunner().invoke
+    folder = tmp_path / "pipeline"
+    shown = run(app, ["convert", "stablesr", "--checkpoint", str(files[0]), "--vqgan", str(files[1]), "--output", str(folder)])
+    assert shown.exit_code == 0, shown.output
+    assert "StableSR 512 (epsilon)" in shown.output
+    assert "\n  mask_stride\n" in shown.output
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["unet"] == ["sslsr_diffusion.models", "SFTUNet2DConditionModel"]
+    assert index["structural_encoder"] == ["sslsr_diffusion.models", "StructuralEncoder"]
+    assert index["vae"] == ["sslsr_diffusion.models", "AutoencoderKLCFW"]
+    assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".ckpt", ".pt")]
+    pipe = StableSRPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)), num_inference_steps=1, output_type="pt").images
+    assert picture.shape[-2:] == (64, 64)
+
+    back = tmp_path / "back.safetensors"
+    shown = run(app, ["convert", "stablesr", "--to-original", "--checkpoint", str(folder), "--output", str(back)])
+    assert shown.exit_code == 0, shown.output
+    state, dropped = load_file(back), {"text_projection", "logit_scale"}
+    for name, tensor in checkpoint_state().items():
+        short = name.removeprefix("cond_stage_model.model.")
+        if short in dropped or short.startswith("transformer.resblocks.2."):
+            assert name not in state
+        else:
+            assert torch.equal(state.pop(name), tensor), name
+    assert not state
+    cfw = load_file(tmp_path / "back_vqgan_cfw.safetensors")
+    assert cfw.keys() == original_state("cfw_weights").keys()
+    assert all(torch.equal(tensor, cfw[name]) for name, tensor in original_state("cfw_weights").items())
+
+    # and once more: what was written back converts to the same tensors, from a .ckpt too
+    shown = run(app, ["convert", "stablesr", "--to-original", "--checkpoint", str(folder), "--output", str(tmp_path / "back.ckpt")])
+    again = components_from_checkpoint(tmp_path / "back.ckpt", vqgan=tmp_path / "back_vqgan_cfw.ckpt").components
+    for part in ("unet", "structural_encoder", "vae", "text_encoder"):
+        saved = getattr(pipe, part).state_dict()
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in again[part].state_dict().items()), part
+
+
+def test_text_encoder_and_vae_come_from_the_base_where_the_checkpoint_has_none(tmp_path: Path) -> None:
+    save_file(original_state(), tmp_path / "stablesr_768v_000139.safetensors")
+    base = write_base(tmp_path / "base")
+    result = components_from_checkpoint(tmp_path / "stablesr_768v_000139.safetensors", base=str(base))
+    assert result.variant == "768v"
+    assert result.components["scheduler"].config.prediction_type == "v_prediction"
+    assert result.components["unet"].config.upcast_attention
+    assert result.components["unet"].config.sample_size == 96
+    assert [note for note in result.notes if note.startswith(("autoencoder from", "text encoder from"))]
+    with pytest.raises(UserError, match="holds no autoencoder; give --vqgan"):
+        components_from_checkpoint(tmp_path / "stablesr_768v_000139.safetensors")
+    no_text = write_base(tmp_path / "no_text", text=False)
+    with pytest.raises(UserError, match="holds no text encoder; give --base"):
+        components_from_checkpoint(tmp_path / "stablesr_768v_000139.safetensors", base=str(no_text))
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("stablesr_000117.ckpt", "512"), ("stablesr_768v_000139.ckpt", "768v"), ("stablesr_turbo.ckpt", "turbo"), ("face_co.ckpt", "face")],
+)
+def test_released_files_are_known_by_name(name: str, variant: str) -> None:
+    assert guess_variant(Path("/some/768v/folder") / name) == variant
+
+
+def test_mistakes_get_one_sentence(files: tuple[Path, Path], tmp_path: Path) -> None:
+    state = checkpoint_state()
+    torch.save({"weights": random_like((2,), 0)}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="is it a complete StableSR checkpoint"):
+        components_from_checkpoint(tmp_path / "other.ckpt")
+    del state["model.diffusion_model.out.0.bias"]
+    torch.save(state, tmp_path / "cut.ckpt")
+    with pytest.raises(UserError, match=r"lacks 1 of the .*out\.0\.bias"):
+        components_from_checkpoint(tmp_path / "cut.ckpt", head_channels=HEAD_CHANNELS)
+    state["model.diffusion_model.out.0.bias"] = torch.zeros(7)
+    torch.save(state, tmp_path / "odd.ckpt")
+    with pytest.raises(UserError, match=r"do not fit: conv_norm_out\.bias"):
+        components_from_checkpoint(tmp_path / "odd.ckpt", head_channels=HEAD_CHANNELS)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    command = ["convert", "stablesr", "--checkpoint", str(files[0])]
+    for arguments, expected in (
+        (["--output", str(tmp_path / "full")], "already exists"),
+        (["--output", str(tmp_path / "new"), "--variant", "1024"], "expected one of auto"),
+        (["--output", str(tmp_path / "new.pt"), "--to-original"], "neither an existing folder"),
+    ):
+        result = CliRunner().invoke(app, [*command, *arguments])
+        assert isinstance(result.exception, UserError)
+        assert expected in str(result.exception)
+    with pytest.raises(UserError, match="has no structural_encoder"):
+        original_from_folder(write_base(tmp_path / "base", text=False))

@@ -1,0 +1,200 @@
+"""From a high-resolution crop to its low-resolution partner: presets, and the one place where a sample is degraded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, TypeAdapter, model_validator
+from torch import Tensor
+
+from sslsr_diffusion.config import Settings
+from sslsr_diffusion.data import operations
+from sslsr_diffusion.data.draws import Draws, Frame, Op, Probability
+from sslsr_diffusion.data.resizing import matlab_bicubic
+from sslsr_diffusion.data.steps import Step
+from sslsr_diffusion.images import resize_bicubic
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published degradation: its steps, whether the target is sharpened first, and how often nothing is done."""
+
+    steps: tuple[dict[str, Any], ...]
+    sharpen_target: bool = False
+    no_degradation_prob: float = 0.0
+    source: str = ""
+
+
+def _second_order(
+    sizes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]],
+    sigmas: tuple[tuple[float, float], tuple[float, float]],
+    resizes: tuple[dict[str, Any], dict[str, Any]],
+    noises: tuple[dict[str, Any], dict[str, Any]],
+    qualities: tuple[tuple[float, float], tuple[float, float]],
+    second_blur_prob: float,
+    final_sinc_prob: float,
+    quantize: bool,
+    **kernels: Any,
+) -> tuple[dict[str, Any], ...]:
+    """Real-ESRGAN's order: blur, resize, noise, JPEG; the same again; then the final sinc and JPEG in either order."""
+    last = [
+        [{"kind": "resize", "to": "target"}, {"kind": "sinc", "prob": final_sinc_prob, "sizes": sizes[2]}],
+        [{"kind": "jpeg", "quality": qualities[1]}],
+    ]
+    return (
+        {"kind": "blur", "sizes": sizes[0], "sigma": sigmas[0], **kernels},
+        {"kind": "resize", "to": "current", **resizes[0]},
+        {"kind": "noise", **noises[0]},
+        {"kind": "jpeg", "quality": qualities[0]},
+        {"kind": "blur", "prob": second_blur_prob, "sizes": sizes[1], "sigma": sigmas[1], **kernels},
+        {"kind": "resize", "to": "target", **resizes[1]},
+        {"kind": "noise", **noises[1]},
+        {"kind": "shuffle", "groups": last},
+        *([{"kind": "quantize"}] if quantize else []),
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    "stablesr_ssl": Preset(
+        _second_order(
+            sizes=((3, 21), (3, 11), (3, 11)),
+            sigmas=((0.2, 1.5), (0.2, 1.0)),
+            resizes=(
+                {"up_prob": 0.2, "down_prob": 0.7, "factors": (0.3, 1.5)},
+                {"up_prob": 0.3, "down_prob": 0.4, "factors": (0.6, 1.2)},
+            ),
+            noises=({"sigma": (1, 15), "poisson_scale": (0.05, 2.0)}, {"sigma": (1, 12), "poisson_scale": (0.05, 1.0)}),
+            qualities=((60, 95), (60, 100)),
+            second_blur_prob=0.5,
+            final_sinc_prob=0.8,
+            quantize=False,
+            beta_generalized=(0.5, 2.0),
+            beta_plateau=(1.0, 1.5),
+        ),
+        no_degradation_prob=0.01,
+        source="StableSR with SSL, configs/SSL/base.yaml",
+    ),
+    "real_esrgan": Preset(
+        _second_order(
+            sizes=((7, 21), (7, 21), (7, 21)),
+            sigmas=((0.2, 3.0), (0.2, 1.5)),
+            resizes=(
+                {"up_prob": 0.2, "down_prob": 0.7, "factors": (0.15, 1.5)},
+                {"up_prob": 0.3, "down_prob": 0.4, "factors": (0.3, 1.2)},
+            ),
+            noises=({"sigma": (1, 30), "poisson_scale": (0.05, 3.0)}, {"sigma": (1, 25), "poisson_scale": (0.05, 2.5)}),
+            qualities=((30, 95), (30, 95)),
+            second_blur_prob=0.8,
+            final_sinc_prob=0.8,
+            quantize=True,
+        ),
+        sharpen_target=True,
+        source="Real-ESRGAN x4plus",
+    ),
+    "mild": Preset(
+        _second_order(
+            sizes=((3, 7), (3, 5), (3, 5)),
+            sigmas=((0.1, 0.6), (0.1, 0.4)),
+            resizes=(
+                {"up_prob": 0.1, "down_prob": 0.85, "factors": (0.9, 1.1)},
+                {"up_prob": 0.1, "down_prob": 0.85, "factors": (0.9, 1.1)},
+            ),
+            noises=(
+                {"sigma": (1, 8), "poisson_scale": (0.05, 0.5), "gray_prob": 0.2},
+                {"sigma": (0, 4), "poisson_scale": (0, 0.3), "gray_prob": 0.2},
+            ),
+            qualities=((85, 95), (87, 95)),
+            second_blur_prob=0.8,
+            final_sinc_prob=0.1,
+            quantize=True,
+            families={"iso": 0.7, "aniso": 0.3},
+            sinc_prob=0.01,
+        ),
+        source="Real-ESRGAN with SSL",
+    ),
+    "bicubic": Preset(({"kind": "reduce"},), source="MATLAB imresize"),
+    "bsrgan": Preset(({"kind": "bsrgan"}, {"kind": "quantize"}), source="BSRGAN, training numbers of the SSL fork"),
+}
+
+
+class DegradationSettings(Settings):
+    """How low-resolution pictures are made from high-resolution crops."""
+
+    preset: Literal["stablesr_ssl", "real_esrgan", "mild", "bicubic", "bsrgan"] = Field(
+        "stablesr_ssl", description="A published degradation; it also gives the values that are left out below."
+    )
+    steps: list[Step] | None = Field(None, description="Your own steps, in order, instead of the preset's.", min_length=1)
+    sharpen_target: bool | None = Field(
+        None, description="Unsharp mask on the high-resolution crop before anything else; default: the preset's."
+    )
+    no_degradation_prob: Probability | None = Field(
+        None, description="Probability that a sample is only reduced (bicubic; at scale 1 untouched); default: the preset's."
+    )
+    pool_size: int = Field(
+        0,
+        ge=0,
+        description="Pair pool of the published training: hand out samples shuffled within this many, and draw resize, noise kind, order "
+        "once per batch; a multiple of the batch. 0: no pool, everything drawn per sample.",
+    )
+    device: Literal["cpu", "training"] = Field(
+        "cpu",
+        description="cpu: in the loader's workers; training: on the training device, after loading (small machines beside fast GPUs).",
+    )
+
+    @model_validator(mode="after")
+    def _own_steps_stand_alone(self) -> DegradationSettings:
+        if self.steps is not None and "preset" in self.model_fields_set:
+            raise ValueError("degradation: expected either preset or steps, came both; remove one")
+        return self
+
+
+class Degradation:
+    """Draws and carries out the degradation of one sample at a time; picklable, without state."""
+
+    def __init__(self, settings: DegradationSettings, scale: int) -> None:
+        preset = PRESETS[settings.preset]
+        own = settings.steps is not None
+        self.scale = scale
+        self.steps: Sequence[Step] = settings.steps if settings.steps is not None else _STEPS.validate_python(list(preset.steps))
+        self.sharpen_target = _first(settings.sharpen_target, False if own else preset.sharpen_target)
+        self.no_degradation_prob = _first(settings.no_degradation_prob, 0.0 if own else preset.no_degradation_prob)
+
+    def draw(self, height: int, width: int, own: torch.Generator, shared: torch.Generator | None = None) -> list[Op]:
+        """What will happen to a crop of that size; `shared` gives the draws that are the same for a batch (pair pool)."""
+        draws, frame = Draws(own, shared), Frame(height, width, self.scale)
+        if draws.shared.chance(self.no_degradation_prob):
+            return [Op("reduce", {"scale": self.scale})]
+        return [op for step in self.steps for op in step.draw(draws, frame)]
+
+    def target(self, hr: Tensor) -> Tensor:
+        """The high-resolution crop that training aims at: sharpened if the settings say so; [B, 3, H, W] in [0, 1]."""
+        return operations.sharpen(hr, torch.Generator(), weight=0.5, radius=50, threshold=10.0) if self.sharpen_target else hr
+
+    def apply(self, hr: Tensor, ops: Sequence[Op], generator: torch.Generator) -> Tensor:
+        """Carry out what was drawn.
+
+        Args:
+            hr: [B, 3, H, W] float32 in [0, 1].
+            ops: from `draw`.
+            generator: for noise fields, on hr's device.
+
+        Returns:
+            [B, 3, H // scale, W // scale] in [0, 1]. Steps that end at another size are followed by a bicubic reduction.
+        """
+        size = hr.shape[2] // self.scale, hr.shape[3] // self.scale
+        lr = operations.run(hr.contiguous(memory_format=torch.channels_last), ops, generator)
+        if tuple(lr.shape[2:]) != size:
+            whole = tuple(lr.shape[2:]) == tuple(hr.shape[2:])
+            lr = matlab_bicubic(lr, 1 / self.scale) if whole else resize_bicubic(lr, size)
+        return lr.clamp(0, 1).contiguous()
+
+
+def _first(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+_STEPS: TypeAdapter[list[Step]] = TypeAdapter(list[Step])
+DEGRADATIONS = PRESETS

@@ -1,0 +1,87 @@
+"""What a degradation step draws with and what it draws: random numbers for one sample, and operations as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+import torch
+from pydantic import AfterValidator, Field
+
+T = TypeVar("T")
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"expected [least, most], came {list(pair)}")
+    return pair
+
+
+def _odd(pair: tuple[int, int]) -> tuple[int, int]:
+    if pair[0] % 2 == 0 or pair[1] % 2 == 0 or not 1 <= pair[0] <= pair[1] <= 51:
+        raise ValueError(f"expected two odd sizes from 1 to 51, [least, most], came {list(pair)}")
+    return pair
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+OddSizes = Annotated[tuple[int, int], AfterValidator(_odd)]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One drawn operation: the name of a function in OPERATIONS and the numbers that it gets."""
+
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a draw may know: size of the crop in pixels, and how many times smaller the result is."""
+
+    height: int
+    width: int
+    scale: int
+
+    def target(self, factor: float = 1.0) -> tuple[int, int]:
+        """The size of the low-resolution picture, times a factor; never empty."""
+        return max(1, int(self.height / self.scale * factor)), max(1, int(self.width / self.scale * factor))
+
+
+class Draws:
+    """Random numbers for one sample. `shared` serves the choices that published pipelines make once for a whole batch."""
+
+    def __init__(self, own: torch.Generator, shared: torch.Generator | None = None) -> None:
+        self.own, self._shared = own, shared
+
+    @property
+    def shared(self) -> Draws:
+        return self if self._shared is None else Draws(self._shared)
+
+    def uniform(self, pair: tuple[float, float]) -> float:
+        return pair[0] + (pair[1] - pair[0]) * torch.rand((), generator=self.own, dtype=torch.float64).item()
+
+    def chance(self, probability: float) -> bool:
+        return self.uniform((0, 1)) < probability
+
+    def integer(self, low: int, high: int) -> int:
+        """Uniform from low to high, both included."""
+        return int(torch.randint(low, high + 1, (), generator=self.own))
+
+    def odd(self, pair: tuple[int, int]) -> int:
+        return pair[0] + 2 * self.integer(0, (pair[1] - pair[0]) // 2)
+
+    def pick(self, options: Sequence[T], weights: Sequence[float] | None = None) -> T:
+        if weights is None:
+            return options[self.integer(0, len(options) - 1)]
+        at = self.uniform((0, sum(weights)))
+        for option, weight in zip(options, weights, strict=True):
+            at -= weight
+            if at < 0:
+                return option
+        return options[max(i for i, weight in enumerate(weights) if weight > 0)]
+
+    def order(self, count: int) -> list[int]:
+        return torch.randperm(count, generator=self.own).tolist()

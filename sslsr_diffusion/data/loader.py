@@ -1,0 +1,243 @@
+"""The endless training loader: which samples come next, who makes them, and where a resume goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sslsr_diffusion.data.opencv import opencv
+from sslsr_diffusion.data.samples import Request, Sample, SampleMaker
+from sslsr_diffusion.data.schedule import Pool, SourceSchedule
+from sslsr_diffusion.data.settings import DataSettings
+from sslsr_diffusion.data.sources import IndexedSource, open_source
+from sslsr_diffusion.data.streams import Stream, is_stream
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.types import Batch
+
+log = logging.getLogger(__name__)
+_HOPELESS = 200  # streams only: so many batches in a row without one usable picture
+
+
+class Requests:
+    """The order of everything, in the main process alone: an endless iterator of micro-batches of requests.
+
+    After each batch it notes its state, because the workers run ahead of what training has seen.
+    """
+
+    def __init__(
+        self,
+        schedule: SourceSchedule,
+        streams: dict[int, Stream],
+        pool: Pool | None,
+        place: tuple[int, int, int],
+        lengths: list[int | None],
+    ) -> None:
+        self._schedule, self._streams, self._pool, self._lengths = schedule, streams, pool, lengths
+        self._rank, self._world, self._size = place
+        self.batch = 0
+        self.marks: deque[dict[str, Any]] = deque()
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        while True:
+            group = self.batch * self._world + self._rank
+            indices = list(range(group * self._size, (group + 1) * self._size))
+            if self._pool is not None:
+                indices = self._pool.exchange(indices, self.batch)
+            requests = [self._request(index) for index in indices]
+            self.batch += 1
+            self.marks.append(self.state_dict())
+            yield requests
+
+    def _request(self, index: int) -> Request:
+        source, ordinal = self._schedule.at(index)
+        item = next(self._streams[source]) if source in self._streams else None
+        return Request(index, index // self._size, source, ordinal, item)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"batch": self.batch, "lengths": self._lengths}
+        if self._pool is not None:
+            state["pool"] = list(self._pool.indices)
+        if self._streams:
+            state["streams"] = {str(k): stream.state_dict() for k, stream in self._streams.items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batch = int(state["batch"])
+        if self._pool is not None:
+            self._pool.indices = list(state.get("pool", []))
+        for key, stream_state in state.get("streams", {}).items():
+            if int(key) in self._streams:
+                self._streams[int(key)].load_state_dict(stream_state)
+
+
+class TrainingLoader:
+    """Iterates forever over this process's micro-batches; made by `open_training_data`."""
+
+    def __init__(
+        self, maker: SampleMaker, requests: Requests, settings: DataSettings, description: str, device: torch.device | None
+    ) -> None:
+        self._maker, self._requests, self._settings, self._description, self._device = maker, requests, settings, description, device
+        self._state = requests.state_dict()
+        self._problems: Counter[str] = Counter(text for source in maker.sources if source is not None for text in source.lost)
+        self._batches: Iterator[tuple[list[Sample], list[str]]] | None = None
+
+    def __iter__(self) -> TrainingLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        for _ in range(_HOPELESS):
+            if self._batches is None:
+                self._batches = self._start()
+            samples, problems = next(self._batches)
+            self._state = self._requests.marks.popleft()
+            self._note(problems)
+            if samples:
+                return self._collate(samples)
+        raise UserError(f"data: nothing is left to train on, {_HOPELESS} batches in a row held no usable picture; the last: {problems[-1]}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch handed out, as plain JSON values."""
+        return self._state
+
+    def problems(self) -> list[str]:
+        """The pictures that were replaced or padded so far, one sentence each, with how often it happened."""
+        return [text if count == 1 else f"{text} ({count} times)" for text, count in sorted(self._problems.items())]
+
+    def describe(self) -> str:
+        """One line: what is read and what is made of it."""
+        return self._description
+
+    def close(self) -> None:
+        """Stop the workers. The state stays valid; iterating again goes on there with new workers."""
+        if self._batches is not None:
+            self._batches = None
+            self._requests.marks.clear()
+            self._requests.load_state_dict(self._state)
+
+    def _start(self) -> Iterator[tuple[list[Sample], list[str]]]:
+        opencv()  # before any fork
+        workers = self._settings.workers
+        parallel: dict[str, Any] = {}
+        if workers:
+            parallel = {"prefetch_factor": self._settings.prefetch, "multiprocessing_context": self._settings.start_method}
+        return iter(
+            torch.utils.data.DataLoader(
+                self._maker,  # type: ignore[arg-type]  # it has __getitems__, which is all that a batch sampler needs
+                batch_sampler=self._requests,  # type: ignore[arg-type]
+                collate_fn=_unchanged,
+                num_workers=workers,
+                worker_init_fn=_one_thread,
+                **parallel,
+            )
+        )
+
+    def _note(self, problems: list[str]) -> None:
+        for text in problems:
+            if text not in self._problems:
+                log.warning("%s", text)
+        self._problems.update(problems)
+
+    def _collate(self, samples: list[Sample]) -> Batch:
+        return Batch(
+            hr=torch.stack([s.hr for s in samples]),
+            lr=torch.stack([self._degraded(s) for s in samples]),
+            mask=torch.stack([s.mask for s in samples]),
+            index=torch.tensor([s.index for s in samples]),
+            names=tuple(s.name for s in samples),
+        )
+
+    def _degraded(self, sample: Sample) -> torch.Tensor:
+        if sample.lr is not None:
+            return sample.lr
+        hr = sample.hr[None].to(self._device)
+        generator = torch.Generator(hr.device).manual_seed(derive_seed(self._maker.seed, sample.index, "noise"))
+        return self._maker.degradation.apply(hr, sample.ops, generator)[0].cpu()
+
+
+def open_training_data(
+    settings: DataSettings,
+    *,
+    crop_size: int,
+    scale: int,
+    seed: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    state: dict[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> TrainingLoader:
+    """Open the sources and return an endless loader of this process's micro-batches.
+
+    Micro-batch m of process `rank` holds the samples [(m * world_size + rank) * batch_size, + batch_size): N processes with batches of
+    B see what one process with batches of N * B sees. (Streams are divided among the processes instead.)
+
+    Args:
+        settings: the `data` section.
+        crop_size: side of the high-resolution crop in pixels, a multiple of `scale`.
+        scale: how many times smaller the low-resolution crop is, 1 to 8.
+        seed: everything random follows from it and the sample's index.
+        state: from `TrainingLoader.state_dict`, to go on there.
+        device: where degradation runs when `degradation.device` is `training`.
+
+    Raises:
+        UserError: nothing to train on, or sizes that do not fit.
+    """
+    check_sizes(crop_size, scale)
+    if not settings.sources:
+        raise UserError("data.sources: expected at least one source to train on, came none; for example [{kind: folder, path: photos}].")
+    pool = settings.degradation.pool_size
+    if pool % batch_size:
+        raise UserError(f"data.degradation.pool_size: expected a multiple of the batch of {batch_size}, came {pool}.")
+    streams = {i: Stream(s, seed, rank, world_size) for i, s in enumerate(settings.sources) if is_stream(s)}
+    sources: list[IndexedSource | None] = [None if i in streams else open_source(s) for i, s in enumerate(settings.sources)]
+    schedule = SourceSchedule([s.weight for s in settings.sources], seed)
+    lengths = [None if s is None else len(s) for s in sources]
+    exchange = Pool(pool, derive_seed(seed, "pool", rank)) if pool else None
+    requests = Requests(schedule, streams, exchange, (rank, world_size, batch_size), lengths)
+    if state is not None:
+        _check_state(state, lengths)
+        requests.load_state_dict(state)
+    return TrainingLoader(
+        SampleMaker(settings, sources, crop_size, scale, seed), requests, settings, _describe(settings, lengths, crop_size, scale), device
+    )
+
+
+def check_sizes(crop_size: int, scale: int) -> None:
+    if not 1 <= scale <= 8:
+        raise UserError(f"scale: expected a whole number from 1 to 8, came {scale}.")
+    if crop_size < scale or crop_size % scale:
+        raise UserError(f"crop size: expected a multiple of the scale {scale}, came {crop_size}.")
+
+
+def _check_state(state: dict[str, Any], lengths: list[int | None]) -> None:
+    """Another number of pictures is another order: say it, and go on."""
+    before = state.get("lengths")
+    if before is not None and before != lengths:
+        log.warning(
+            "The training pictures have changed since the checkpoint (%s then, %s now): the order continues differently.", before, lengths
+        )
+
+
+def _describe(settings: DataSettings, lengths: list[int | None], crop_size: int, scale: int) -> str:
+    parts = [
+        f"{'stream' if n is None else n} x {s.kind} {s.path}" + (f" (weight {s.weight:g})" if len(lengths) > 1 else "")
+        for s, n in zip(settings.sources, lengths)
+    ]
+    degradation = settings.degradation.preset if settings.degradation.steps is None else f"{len(settings.degradation.steps)} own steps"
+    return (
+        f"{', '.join(parts)}; crops of {crop_size} ({settings.crop.kind}), degradation {degradation} x{scale}, mask {settings.mask.kind}, "
+        f"{settings.workers} workers"
+    )
+
+
+def _unchanged(made: tuple[list[Sample], list[str]]) -> tuple[list[Sample], list[str]]:
+    return made
+
+
+def _one_thread(worker: int) -> None:
+    opencv()

@@ -1,0 +1,101 @@
+"""Edge masks by name, and a user's own mask files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sslsr_diffusion.data.opencv import opencv
+from sslsr_diffusion.data.settings import MaskSettings
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.images import printable, read_image
+from sslsr_diffusion.ops import edge_mask
+
+MASK_SUFFIXES = (".npy", ".mat", ".png")  # the first that exists counts
+
+
+class MaskMismatch(UserError):
+    """A mask file is missing, unreadable or of another size than its picture."""
+
+
+def make_mask(hr: Tensor, settings: MaskSettings, generator: torch.Generator) -> Tensor:
+    """The mask of a crop, before the cap: hr [B, 3, H, W] in [0, 1] -> bool [B, 1, H, W]."""
+    return MASKS[settings.kind](hr, settings, generator)
+
+
+def cap(mask: Tensor, settings: MaskSettings, generator: torch.Generator) -> Tensor:
+    return mask if settings.max_pixels is None else edge_mask.cap_mask(mask, settings.max_pixels, generator)
+
+
+def canny_mask(hr: Tensor, threshold: float) -> Tensor:
+    """OpenCV's Canny edges of the 8-bit luma, lower threshold half of the upper one."""
+    cv2 = opencv()
+
+    grey = edge_mask.grey_levels(hr.cpu())[:, 0].to(torch.uint8).numpy()
+    edges = np.stack([cv2.Canny(one, threshold / 2, threshold) for one in grey])
+    return torch.from_numpy(edges > 0)[:, None].to(hr.device)
+
+
+MASKS: dict[str, Callable[[Tensor, MaskSettings, torch.Generator], Tensor]] = {
+    "laplacian": lambda hr, settings, generator: edge_mask.laplacian_edge_mask(hr, settings.threshold),
+    "laplacian_abs": lambda hr, settings, generator: edge_mask.laplacian_abs_edge_mask(hr, settings.threshold),
+    "sobel": lambda hr, settings, generator: edge_mask.sobel_edge_mask(hr, settings.threshold),
+    "canny": lambda hr, settings, generator: canny_mask(hr, settings.threshold),
+    "all": lambda hr, settings, generator: edge_mask.full_mask(hr),
+    "random": lambda hr, settings, generator: edge_mask.random_mask(hr, settings.density, generator),
+}
+
+
+class MaskFiles:
+    """The mask files of a folder, found by the names of their pictures without suffix."""
+
+    def __init__(self, folder: str) -> None:
+        base = Path(folder).expanduser()
+        if not base.is_dir():
+            raise UserError(f"mask folder {printable(base)}: expected a folder, found none.")
+        self._folder = folder
+        self._found: dict[str, Path] = {}
+        for suffix in reversed(MASK_SUFFIXES):
+            self._found.update({path.stem: path for path in sorted(base.rglob(f"*{suffix}"))})
+        if not self._found:
+            raise UserError(f"mask folder {printable(base)}: expected {', '.join(MASK_SUFFIXES)} files, found none.")
+
+    def read(self, name: str, size: tuple[int, int]) -> NDArray[np.bool_]:
+        """The mask [H, W] of the picture called `name`, which has `size` (H, W) pixels."""
+        path = self._found.get(Path(name).stem)
+        if path is None:
+            raise MaskMismatch(f"{name}: no mask named {Path(name).stem} in {self._folder}.")
+        mask = read_mask(path)
+        if mask.shape != size:
+            raise MaskMismatch(f"{name}: {size[1]}x{size[0]} pixels, but its mask {path.name} has {mask.shape[1]}x{mask.shape[0]}.")
+        return mask
+
+
+def read_mask(path: Path) -> NDArray[np.bool_]:
+    """A mask file as bool [H, W]: .mat (key `mat`, not 0 counts), .npy (not 0 counts), .png (128 and more counts).
+
+    Raises:
+        MaskMismatch: the file is damaged or not of that form.
+    """
+    try:
+        if path.suffix == ".mat":
+            from scipy.io import loadmat
+
+            values = loadmat(path)["mat"]
+        elif path.suffix == ".npy":
+            values = np.load(path, allow_pickle=False)
+        else:
+            values = read_image(path).rgb[..., 0] >= 128
+    except UserError:
+        raise
+    except Exception as error:  # scipy raises nearly everything on damaged files
+        raise MaskMismatch(f"{printable(path)}: cannot be read as a mask ({type(error).__name__}: {error}).") from error
+    values = np.squeeze(values)
+    if values.ndim != 2:
+        raise MaskMismatch(f"{printable(path)}: expected a mask [H, W], came shape {list(values.shape)}.")
+    return values != 0

@@ -1,0 +1,104 @@
+"""The ways in which degradation pipelines resize, and the bicubic reduction of MATLAB, as small exact functions."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sslsr_diffusion.data.filters import from_pixels, to_pixels
+from sslsr_diffusion.data.opencv import opencv
+
+
+def interpolate(image: Tensor, mode: str, *, factor: float | None = None, size: tuple[int, int] | None = None) -> Tensor:
+    """Resize as torch's F.interpolate without antialiasing does; exactly one of factor and size.
+
+    With a factor the output has floor(n * factor) pixels and the sampling step is 1 / factor. `bicubic` has a = -0.75; `area` is
+    adaptive average pooling.
+
+    Args:
+        image: [B, C, H, W] float32.
+        mode: "area", "bilinear" or "bicubic".
+    """
+    height, width = image.shape[2:]
+    wanted = size if size is not None else (math.floor(height * float(factor)), math.floor(width * float(factor)))  # type: ignore[arg-type]
+    if wanted == (height, width) and (factor is None or factor == 1.0):
+        return image
+    # Both libraries copy an axis whose size stays (torch after flooring, OpenCV after rounding): there only torch is torch.
+    stays = factor is not None and any(n in (math.floor(n * factor), round(n * factor)) for n in (height, width))
+    if image.device.type == "cpu" and mode != "area" and not stays:
+        return _opencv(image, mode, factor, wanted)
+    if mode == "area":
+        return F.interpolate(image, size=wanted, mode="area")
+    if factor is not None:
+        return F.interpolate(image, scale_factor=factor, mode=mode, align_corners=False)
+    return F.interpolate(image, size=wanted, mode=mode, align_corners=False)
+
+
+def _opencv(image: Tensor, mode: str, factor: float | None, size: tuple[int, int]) -> Tensor:
+    """The same formulas in OpenCV, several times faster; it rounds the size up where torch floors it, so the edge is cut off."""
+    cv2 = opencv()
+
+    flag = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}[mode]
+    if factor is None:
+        return from_pixels([cv2.resize(p, size[::-1], interpolation=flag) for p in to_pixels(image)])
+    resized = [cv2.resize(p, None, fx=factor, fy=factor, interpolation=flag) for p in to_pixels(image)]
+    return from_pixels([np.ascontiguousarray(p[: size[0], : size[1]]) for p in resized])
+
+
+def area_average(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize to `size` by exact area averages (OpenCV's INTER_AREA), as BSRGAN does; [B, C, H, W] float32."""
+    cv2 = opencv()
+
+    resized = [cv2.resize(p, size[::-1], interpolation=cv2.INTER_AREA) for p in to_pixels(image.cpu())]
+    return from_pixels(resized).to(image.device)
+
+
+def matlab_bicubic(image: Tensor, scale: float, antialiasing: bool = True) -> Tensor:
+    """Bicubic resizing as MATLAB's imresize does it: a = -0.5, kernel widened when shrinking, symmetric border, not clipped.
+
+    Args:
+        image: [..., H, W] floating point.
+        scale: output size over input size.
+        antialiasing: widen the kernel when shrinking.
+
+    Returns:
+        [..., ceil(H * scale), ceil(W * scale)].
+    """
+    rows = _weights(image.shape[-2], scale, antialiasing).to(image)
+    columns = _weights(image.shape[-1], scale, antialiasing).to(image)
+    return rows @ image @ columns.T
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(length: int, scale: float, antialiasing: bool) -> Tensor:
+    """The dense matrix [ceil(length * scale), length] that resizes one axis."""
+    return torch.from_numpy(cubic_matrix(length, math.ceil(length * scale), scale, antialiasing))
+
+
+def cubic_matrix(length: int, wanted: int, scale: float, antialiasing: bool) -> NDArray[np.float64]:
+    """Rows of cubic weights: output x looks at input x / scale + 0.5 (1 - 1 / scale), 1-based; the border is mirrored."""
+    shrink = scale if scale < 1 and antialiasing else 1.0
+    width = 4.0 / shrink
+    centre = np.arange(1, wanted + 1) / scale + 0.5 * (1 - 1 / scale)
+    first = np.floor(centre - width / 2)
+    index = first[:, None] + np.arange(math.ceil(width) + 2)[None]
+    weights = shrink * _cubic(shrink * (centre[:, None] - index))
+    weights /= weights.sum(axis=1, keepdims=True)
+    folded = np.mod(index.astype(int) - 1, 2 * length)
+    folded = np.where(folded < length, folded, 2 * length - 1 - folded)
+    matrix = np.zeros((wanted, length))
+    np.add.at(matrix, (np.arange(wanted)[:, None], folded), weights)
+    return matrix
+
+
+def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    x = np.abs(x)
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return near * (x <= 1) + far * ((x > 1) & (x <= 2))

@@ -1,0 +1,189 @@
+"""One training sample from one request, and what happens when a file is bad. Runs in the loader's workers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sslsr_diffusion.data.degradation import Degradation
+from sslsr_diffusion.data.draws import Op
+from sslsr_diffusion.data.masks import MaskFiles, cap, make_mask
+from sslsr_diffusion.data.settings import DataSettings
+from sslsr_diffusion.data.sources import IndexedSource, Item
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.images import read_image, to_tensor
+from sslsr_diffusion.seeding import derive_seed, sample_generator
+
+
+class Request(NamedTuple):
+    """What the main process asks a worker for."""
+
+    index: int  # global sample index: the seed of everything random in the sample
+    group: int  # global micro-batch: the seed of draws that a pair pool shares
+    source: int
+    ordinal: int  # how many samples of this source came before, over all processes
+    item: Item | None = None  # streams carry their bytes with them
+
+
+@dataclass
+class Sample:
+    hr: Tensor  # [3, H, W]
+    lr: Tensor | None  # [3, H / scale, W / scale]; None: to be degraded on the training device
+    mask: Tensor  # [1, H, W]
+    index: int
+    name: str
+    ops: list[Op] = field(default_factory=list)
+
+
+class Unusable(UserError):
+    """A picture that can be read, but not used for this training."""
+
+
+class SampleMaker:
+    """Reads, crops, turns, masks and degrades. Picklable; `make` depends on its argument and the files alone."""
+
+    def __init__(self, settings: DataSettings, sources: Sequence[IndexedSource | None], crop_size: int, scale: int, seed: int) -> None:
+        self.settings, self.sources, self.crop_size, self.scale, self.seed = settings, sources, crop_size, scale, seed
+        self.degradation = Degradation(settings.degradation, scale)
+        self._mask_files = MaskFiles(settings.mask.folder) if settings.mask.folder else None
+        self._bad: dict[tuple[int, int], str] = {}  # spares a second attempt; changes no result
+
+    def __getitems__(self, requests: Sequence[Request]) -> tuple[list[Sample], list[str]]:
+        """The samples of a micro-batch and the problems on the way; DataLoader calls this.
+
+        A stream cannot be asked again, so its bad items are replaced by others of the same batch, cropped anew.
+        """
+        problems: list[str] = []
+        samples = [self._from_index(r, problems) if r.item is None else self._from_item(r, r.item, problems) for r in requests]
+        good = [(request.item, sample) for request, sample in zip(requests, samples) if sample is not None]
+        if not good:
+            return [], problems
+        for place, (request, sample) in enumerate(zip(requests, samples)):
+            if sample is None:
+                item = good[place % len(good)][0]
+                assert item is not None  # an indexed source raises rather than giving up
+                samples[place] = self._from_item(request, item, problems)
+        return [sample for sample in samples if sample is not None], problems
+
+    def _from_item(self, request: Request, item: Item, problems: list[str]) -> Sample | None:
+        try:
+            return self.make(request, item, problems)
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
+    def _from_index(self, request: Request, problems: list[str]) -> Sample:
+        """The requested picture or, while that is bad, the next one of this epoch's order: the same for any number of workers."""
+        source = self.sources[request.source]
+        assert source is not None
+        epoch, start = divmod(request.ordinal, len(source))
+        order = permutation(len(source), derive_seed(self.seed, "order", request.source, epoch))
+        for step in range(len(source)):
+            position = int(order[(start + step) % len(source)])
+            if (request.source, position) in self._bad:
+                problems.append(self._bad[request.source, position])
+                continue
+            try:
+                return self.make(request, source.item(position), problems)
+            except (UserError, OSError) as error:
+                self._bad[request.source, position] = str(error)
+                problems.append(str(error))
+        raise UserError(f"{source.name}: nothing is left to train on, all {len(source)} pictures are unusable; the first: {problems[0]}")
+
+    def make(self, request: Request, item: Item, problems: list[str]) -> Sample:
+        """One sample; a picture that was used all the same with a loss is mentioned in `problems`.
+
+        Raises:
+            UnreadableImage, Unusable, MaskMismatch: the picture cannot be used.
+        """
+        with_generator = functools.partial(sample_generator, self.seed, request.index)
+        planes = self._read(item, problems)
+        crops = self._crop(planes, with_generator("crop"), item.name)
+        hr = to_tensor(crops["hr"])[None]
+        hr = self.degradation.target(hr)
+        generator = with_generator("mask")
+        if "mask" in crops:
+            mask = torch.from_numpy(crops["mask"])[None, None]
+        else:
+            mask = make_mask(hr, self.settings.mask, generator)
+        mask = cap(mask, self.settings.mask, generator)
+        if "lr" in crops:
+            return Sample(hr[0], to_tensor(crops["lr"]), mask[0], request.index, item.name, [Op("real pair")])
+        shared = sample_generator(self.seed, request.group, "shared") if self.settings.degradation.pool_size else None
+        ops = self.degradation.draw(*hr.shape[2:], with_generator("degradation"), shared)
+        if self.settings.degradation.device == "training":
+            return Sample(hr[0], None, mask[0], request.index, item.name, ops)
+        lr = self.degradation.apply(hr, ops, with_generator("noise"))
+        return Sample(hr[0], lr[0], mask[0], request.index, item.name, ops)
+
+    def _read(self, item: Item, problems: list[str]) -> dict[str, NDArray[Any]]:
+        """The planes of an item at full size: hr, lr for real pairs, mask for mask files; padded where smaller than the crop."""
+        hr = read_image(item.hr, name=item.name).rgb
+        height, width = hr.shape[:2]
+        planes: dict[str, NDArray[Any]] = {"hr": hr}
+        if item.lr is not None:
+            planes["lr"] = lr = read_image(item.lr, name=f"{item.name} (low-resolution partner)").rgb
+            if (lr.shape[0] * self.scale, lr.shape[1] * self.scale) != (height, width):
+                came = f"{width}x{height} and {lr.shape[1]}x{lr.shape[0]} pixels"
+                raise Unusable(f"{item.name}: the sizes of the pair do not fit scale {self.scale}: {came}.")
+        if self._mask_files is not None:
+            planes["mask"] = self._mask_files.read(item.name, (height, width))
+        if min(height, width) < self.crop_size:
+            what = f"{item.name}: {width}x{height} pixels are less than the crop of {self.crop_size}"
+            if self.settings.small_images == "skip":
+                raise Unusable(f"{what}, left out.")
+            problems.append(f"{what}, reflected.")
+            planes = {name: _reflect(plane, self.crop_size // (self.scale if name == "lr" else 1)) for name, plane in planes.items()}
+        return planes
+
+    def _crop(self, planes: dict[str, NDArray[Any]], generator: torch.Generator, name: str) -> dict[str, NDArray[Any]]:
+        """An aligned window of all planes, mirrored and transposed alike; in pairs it starts on a low-resolution pixel."""
+        crop = self.settings.crop
+        grid = self.scale if "lr" in planes else 1
+        turns = [bool(t) for t in torch.rand(3, generator=generator) < 0.5]
+        window = (0, 0)
+        for attempt in range(crop.tries if crop.kind == "edge_aware" else 1):
+            window = tuple(  # type: ignore[assignment]
+                int(torch.randint(0, (n - self.crop_size) // grid + 1, (), generator=generator)) * grid for n in planes["hr"].shape[:2]
+            )
+            cut = {key: self._window(plane, window, self.scale if key == "lr" else 1) for key, plane in planes.items()}
+            if crop.kind == "random" or attempt == crop.tries - 1 or self._density(cut, generator) >= crop.least_density:
+                break
+        return {
+            key: _turn(plane, crop.hflip and turns[0], crop.rotate and turns[1], crop.rotate and turns[2]) for key, plane in cut.items()
+        }
+
+    def _window(self, plane: NDArray[Any], window: tuple[int, int], shrink: int) -> NDArray[Any]:
+        y, x, size = window[0] // shrink, window[1] // shrink, self.crop_size // shrink
+        return plane[y : y + size, x : x + size]
+
+    def _density(self, cut: dict[str, NDArray[Any]], generator: torch.Generator) -> float:
+        if "mask" in cut:
+            return float(cut["mask"].mean())
+        return float(make_mask(to_tensor(cut["hr"])[None], self.settings.mask, generator).float().mean())
+
+
+@functools.lru_cache(maxsize=8)
+def permutation(length: int, seed: int) -> Tensor:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+
+
+def _reflect(plane: NDArray[Any], size: int) -> NDArray[Any]:
+    """Grow both sides of the shorter axes to `size` by reflection, as often as it takes."""
+    missing = [max(0, size - n) for n in plane.shape[:2]]
+    pads = [(m // 2, m - m // 2) for m in missing] + [(0, 0)] * (plane.ndim - 2)
+    return np.pad(plane, pads, mode="symmetric")
+
+
+def _turn(plane: NDArray[Any], hflip: bool, vflip: bool, transpose: bool) -> NDArray[Any]:
+    plane = plane[:, ::-1] if hflip else plane
+    plane = plane[::-1] if vflip else plane
+    plane = plane.swapaxes(0, 1) if transpose else plane
+    return np.ascontiguousarray(plane)

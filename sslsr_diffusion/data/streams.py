@@ -1,0 +1,94 @@
+"""Sources that only go forward. They are read in the main process, as encoded bytes; the workers decode.
+
+So any number of workers sees the same samples, and a state is one position. Each process reads its own part
+(`split_dataset_by_node`: whole shards where they divide evenly, else every n-th row).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sslsr_diffusion.data.settings import Source
+from sslsr_diffusion.data.sources import Item, load_rows, row_item
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.seeding import derive_seed
+
+log = logging.getLogger(__name__)
+
+
+def is_stream(settings: Source) -> bool:
+    return bool(getattr(settings, "streaming", False))
+
+
+class Stream:
+    """An endless, resumable iterator of items: shards in an order per epoch, rows shuffled within windows.
+
+    A window is read, then handed out in random order. The state is the stream's state at the window's start and the place in it,
+    so a resume reads one window again and goes on exactly there.
+    """
+
+    def __init__(self, settings: Any, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self._settings, self._seed, self._place = settings, derive_seed(seed, "stream", settings.path), (rank, world_size)
+        self._rows = load_rows(settings, streaming=True)
+        self._epoch, self._start, self._used, self._seen = 0, None, 0, 0
+        self._window: list[Item] = []
+        self._iterator: Iterator[dict[str, Any]] | None = None
+        self._dataset: Any = None
+        self.name = settings.path
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Item:
+        if self._used >= len(self._window):
+            self._next_window()
+        self._used += 1
+        return self._window[self._used - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "row": self._seen, "used": self._used, "stream": self._start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._open(state["epoch"], state["row"], state["stream"])
+        self._window, self._used = [], 0
+        if state["used"]:
+            self._read_window()
+            self._used = state["used"]
+
+    def _open(self, epoch: int, row: int, state: dict[str, Any] | None) -> None:
+        from datasets.distributed import split_dataset_by_node
+
+        rank, world_size = self._place
+        shuffled = self._rows.shuffle(seed=derive_seed(self._seed, epoch) % 2**32, buffer_size=1)  # the order of shards alone
+        self._dataset = split_dataset_by_node(shuffled, rank=rank, world_size=world_size)
+        if state is not None:
+            self._dataset.load_state_dict(copy.deepcopy(state))
+        self._epoch, self._seen, self._iterator = epoch, row, iter(self._dataset)
+
+    def _next_window(self) -> None:
+        if self._iterator is None:
+            self._open(0, 0, None)
+        self._seen += len(self._window)
+        self._read_window()
+        if not self._window:
+            if self._seen == 0:
+                raise UserError(f"{self._settings.kind} source {self.name!r}: the stream has no rows for process {self._place[0]}.")
+            self._open(self._epoch + 1, 0, None)
+            self._read_window()
+
+    def _read_window(self) -> None:
+        assert self._iterator is not None
+        self._start = copy.deepcopy(self._dataset.state_dict())
+        rows: list[Item] = []
+        for row in self._iterator:
+            rows.append(row_item(f"{self.name}[{self._seen + len(rows)}]", row, self._settings.column, self._settings.lr_column))
+            if len(rows) == self._settings.shuffle_window:
+                break
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "window", self._epoch, self._seen))
+        self._window = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+        self._used = 0

@@ -1,10 +1,172 @@
-"""The compiled CPU backend."""
+"""The CPU backend: dense tiles on sixteen-lane vectors, compiled at first use by numba and cached for later processes.
+
+Loss and gradient of a tile are formed in one visit, so the fused loss needs the padded images, one gradient image per
+thread and a few megabytes of tile buffers, whatever the mask. Registered as torch operators: `torch.compile` traces past
+them, and inference neither computes nor keeps anything for a backward.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor
+
+from sslsr_diffusion.ops import _cpu_plan as plans
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot run on `device`; None: it can."""
-    return "its kernels are not part of this build."
+    if device.type != "cpu":
+        return f'it works on CPU tensors, and this one is on {device}; use backend="auto".'
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed: pip install numba."
+    return None
+
+
+@torch.library.custom_op("sslsr::graph_cpu", mutates_args=(), device_types="cpu")
+def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool) -> Tensor:
+    from sslsr_diffusion.ops import _cpu_tiles as compiled
+
+    channels = image.shape[1]
+    plan = plans.plan(mask, channels, search, window, normalize)
+    out = image.new_empty(len(plan.rows), search**2)
+    if len(out) == 0:
+        return out
+    padded, scale = plans.padded(image, search, window).numpy().ravel(), plans.scale(channels, window, sigma)
+
+    def work(worker: int) -> None:
+        compiled.graph_tiles(
+            padded, out.numpy(), plan.tiles[worker :: plan.workers], plan.positions, plan.rows, plan.layout,
+            plans.scratch(plan.layout, channels, window), scale, (0,) * channels, (0,) * window,
+        )  # fmt: skip
+
+    plans.share(plan, ("graph", channels, window), work)
+    return out
+
+
+@_graph.register_fake
+def _(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool) -> Tensor:
+    return image.new_empty(torch.library.get_ctx().new_dynamic_size(), search**2)
+
+
+@torch.library.custom_op("sslsr::graph_cpu_backward", mutates_args=(), device_types="cpu")
+def _graph_backward(
+    grad_out: Tensor, out: Tensor, image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool
+) -> Tensor:
+    from sslsr_diffusion.ops import _cpu_tiles as compiled
+
+    channels = image.shape[1]
+    plan = plans.plan(mask, channels, search, window, normalize)
+    if len(plan.rows) == 0:
+        return torch.zeros_like(image, memory_format=torch.contiguous_format)
+    padded, scale = plans.padded(image, search, window), plans.scale(channels, window, sigma)
+    parts = plans.gradients(plan, padded)
+    flat, pull = padded.numpy().ravel(), grad_out.contiguous().numpy()
+
+    def work(worker: int) -> None:
+        compiled.graph_gradient_tiles(
+            flat, out.numpy(), pull, parts[worker].numpy().ravel(), plan.tiles[worker :: plan.workers], plan.positions, plan.rows,
+            plan.layout, plans.scratch(plan.layout, channels, window), scale, (0,) * channels, (0,) * window,
+        )  # fmt: skip
+
+    plans.share(plan, ("graph gradient", channels, window), work)
+    return plans.total(parts, image.shape, search, window)
+
+
+@_graph_backward.register_fake
+def _(grad_out: Tensor, out: Tensor, image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool) -> Tensor:
+    return torch.empty_like(image, memory_format=torch.contiguous_format)
+
+
+def _graph_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    image, mask, *ctx.settings = inputs
+    ctx.save_for_backward(output, image, mask)
+
+
+def _graph_gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    return _graph_backward(grad_out, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+
+
+_graph.register_autograd(_graph_gradient, setup_context=_graph_context)
+
+
+@torch.library.custom_op("sslsr::loss_cpu", mutates_args=(), device_types="cpu")
+def _loss(
+    sr: Tensor, gt: Tensor, mask: Tensor, rows: Tensor, search: int, window: int, sigma: float, normalize: bool,
+    l1_weight: float, kl_weight: float, with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """total, l1, kl and the gradient of total: [] without with_gradient, since nothing would use it."""
+    from sslsr_diffusion.ops import _cpu_tiles as compiled
+
+    channels = sr.shape[1]
+    plan = plans.plan(mask, channels, search, window, normalize)
+    if len(plan.rows) == 0:
+        zero = sr.new_zeros(())
+        return zero, zero.clone(), zero.clone(), torch.zeros_like(sr, memory_format=torch.contiguous_format)[: sr.shape[0] * with_gradient]
+    padded, truth = (plans.padded(image, search, window) for image in (sr, gt))
+    parts = plans.gradients(plan, padded) if with_gradient else [sr.new_empty(0)] * plan.workers
+    sums = np.zeros((len(plan.tiles), 2))
+    flat, flat_truth = padded.numpy().ravel(), truth.numpy().ravel()
+
+    def work(worker: int) -> None:
+        compiled.loss_tiles(
+            flat, flat_truth, parts[worker].numpy().ravel(), plan.tiles[worker :: plan.workers], plan.positions, plan.layout,
+            plans.scratch(plan.layout, channels, window), sums[worker :: plan.workers], plans.scale(channels, window, sigma),
+            l1_weight, kl_weight, (0,) * channels, (0,) * window,
+        )  # fmt: skip
+
+    plans.share(plan, ("loss", channels, window), work)
+    share = 1 / (float(rows) * search**2)
+    l1, kl = sums.sum(0) * share
+    total = l1_weight * l1 + kl_weight * kl
+    gradient = plans.total(parts, sr.shape, search, window).mul_(share) if with_gradient else torch.empty_like(sr)[:0]
+    return sr.new_tensor(total), sr.new_tensor(l1), sr.new_tensor(kl), gradient
+
+
+@_loss.register_fake
+def _(
+    sr: Tensor, gt: Tensor, mask: Tensor, rows: Tensor, search: int, window: int, sigma: float, normalize: bool,
+    l1_weight: float, kl_weight: float, with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradient = torch.empty_like(sr, memory_format=torch.contiguous_format)
+    return sr.new_empty(()), sr.new_empty(()), sr.new_empty(()), gradient if with_gradient else gradient[:0].clone()
+
+
+def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[3])
+
+
+def _loss_gradient(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return gradient * grad_total, *(None,) * 10
+
+
+_loss.register_autograd(_loss_gradient, setup_context=_loss_context)
+
+
+def graph(image: Tensor, mask: Tensor, *, search_size: int, window_size: int, sigma: float, normalize: bool) -> Tensor:
+    """The graph [N, search_size^2], differentiable in image; arguments as in `self_similarity_graph`, already checked."""
+    return _graph(image, mask, search_size, window_size, sigma, normalize)
+
+
+def loss(
+    sr: Tensor,
+    gt: Tensor,
+    mask: Tensor,
+    *,
+    num_rows: float | Tensor | None,
+    search_size: int,
+    window_size: int,
+    sigma: float,
+    normalize: bool,
+    l1_weight: float,
+    kl_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, l1, kl) without ever holding a graph larger than a tile; total is differentiable in sr."""
+    rows = mask.sum() if num_rows is None else torch.as_tensor(num_rows)
+    with_gradient = sr.requires_grad and torch.is_grad_enabled()
+    total, l1, kl, _ = _loss(sr, gt, mask, rows, search_size, window_size, sigma, normalize, l1_weight, kl_weight, with_gradient)
+    return total, l1.detach(), kl.detach()

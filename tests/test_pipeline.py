@@ -15,14 +15,17 @@ from diffusers import UniPCMultistepScheduler
 
 from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, StructuralEncoder, build_networks
+from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_networks
 
 STEPS = 2
+# diffusers' schedulers convert their own tensors the way numpy 2 deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 @functools.cache
 def components() -> dict:
     parts = build_networks(ModelSettings(init="random", preset="tiny", train="all")).components()
+    parts["unet"].register_to_config(sample_size=16)  # pictures are padded to 64 x 64 output pixels at least
     # a freshly made encoder is silent in its residual branches; all weights should speak here
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -95,7 +98,7 @@ def test_output_is_exactly_round_scale_times_size(size, scale):
     got = run(plain(), photo(*size), scale=scale)
     assert got.shape == (1, 3, *(max(1, round(scale * side)) for side in size))
     assert got.isfinite().all()
-    assert 0 <= got.min()
+    assert got.min() >= 0
     assert got.max() <= 1
 
 
@@ -125,6 +128,16 @@ def test_a_picture_does_not_depend_on_its_batch(sampler, tile):
 def test_the_same_call_gives_the_same_bits():
     assert torch.equal(run(plain(), photo()), run(plain(), photo()))
     assert not torch.equal(run(plain(), photo()), run(plain(), photo(), generator=seeded(1)))
+
+
+def test_auto_takes_smaller_tiles_when_memory_is_short():
+    whole = plain()(photo(40, 40), num_inference_steps=1, output_type="pt", memory_budget=1 << 40).plans[0]
+    assert (whole.tile, whole.vae_tile) == (128, None)  # twice the training side at most
+    memory = plain().memory_model()
+    small = plain()(photo(40, 40), num_inference_steps=1, output_type="pt", memory_budget=memory.codec_bytes(32, 32)).plans[0]
+    assert (small.tile, small.vae_tile) == (128, 128)
+    least = plain()(photo(40, 40), num_inference_steps=1, output_type="pt", memory_budget=memory.denoise_bytes(16, 16)).plans[0]
+    assert (least.tile, least.vae_tile) == (64, 128)
 
 
 def test_pictures_of_different_sizes_run_one_by_one():
@@ -221,8 +234,7 @@ def test_fidelity_is_the_weight_of_the_fusion_layers():
 
 
 def test_half_precision_runs_and_stays_near():
-    half = make_pipeline(**{name: part for name, part in build_networks(ModelSettings(init="random", preset="tiny")).components().items()})
-    half.to(torch.bfloat16)
+    half = StableSRPipeline(**build_networks(ModelSettings(init="random", preset="tiny")).components()).to(torch.bfloat16)
     got = run(half, photo())
     assert got.dtype == torch.float32
     assert got.isfinite().all()
@@ -300,7 +312,3 @@ def test_model_offload_moves_every_component_and_gives_the_same_picture():
     assert visited == set(modules)
     assert all(next(part.parameters()).device.type == "cpu" for part in modules.values())
     torch.testing.assert_close(got.cpu(), want, atol=2e-2, rtol=0)  # another device's convolutions through a random network
-
-
-def test_structural_encoder_is_what_the_issue_says():
-    assert isinstance(plain().structural_encoder, StructuralEncoder)

@@ -29,6 +29,9 @@ from sslsr_diffusion.inference.sampling import (
 from sslsr_diffusion.inference.tiling import tile_boxes
 from sslsr_diffusion.models import SFTUNet2DConditionModel, StructuralEncoder
 
+# diffusers' schedulers convert their own tensors the way numpy 2 deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 
 def make_scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
     return models.make_scheduler({**models.load_preset("sd21")["scheduler"], "prediction_type": prediction_type})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -78,7 +78,7 @@ class StableSRPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"  # the structural encoder alternates with the UNet, so both stay
-    _optional_components = ("text_encoder", "tokenizer")
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
 
     def __init__(self, vae: Any, unet: Any, structural_encoder: Any, scheduler: Any, text_encoder: Any = None, tokenizer: Any = None):
         super().__init__()

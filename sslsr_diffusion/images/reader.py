@@ -94,7 +94,8 @@ def _decode(data: bytes) -> Image:
             image = _eight_bits(file)
             if kind != "TIFF":  # Pillow turns TIFF pictures itself
                 image = replace(image, rgb=_upright(image.rgb, turn), alpha=None if image.alpha is None else _upright(image.alpha, turn))
-    return replace(_with_profile(image), exif=exif, format=kind, notes=(*notes, *image.notes))
+    image = _with_profile(image)
+    return replace(image, exif=exif, format=kind, notes=(*notes, *image.notes))
 
 
 def _notes(file: Any, kind: str) -> tuple[str, ...]:
@@ -158,6 +159,8 @@ def _bits(file: Any, kind: str, data: bytes) -> int:
         raise _Refused(f"{bits[0]}-bit {what} values; expected 8 or 16 bits unsigned")
     if file.tag_v2.get(262) not in (1, 2):
         raise _Refused("16-bit TIFF of another kind than gray or RGB; save it as RGB or with 8 bits")
+    if file.tag_v2.get(284, 1) != 1:  # OpenCV would mix the planes up
+        raise _Refused("16-bit TIFF with separate colour planes; save it interleaved")
     return 16
 
 
@@ -169,7 +172,8 @@ def _sixteen_bits(data: bytes, file: Any, kind: str) -> Image:
     if kind == "PNG":
         transparent = next((body for name, body in metadata.png_chunks(data) if name == b"tRNS"), None)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it would print every damaged file to the terminal; we report it
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    unturned = metadata.updated_exif(data, file.size) if kind == "TIFF" else None  # or OpenCV turns the picture too
+    pixels = cv2.imdecode(np.frombuffer(unturned or data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16:
         raise _Refused("the pixels cannot be decoded; the file is cut off or damaged")
     if pixels.ndim == 2:

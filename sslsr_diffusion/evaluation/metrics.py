@@ -68,6 +68,8 @@ def convention(name: str, *, crop_border: int, y_channel: bool) -> str:
 
 _NIQE = "blocks of 96 x 96, 2 scales, border repeated, published parameters (shipped); {border}"
 
+_SSG = ", on the ground truth's edge mask (Laplacian > 20, no stride), k 25, w 9, sigma 0.004, rows normalised, RGB 0..1, {border}"
+
 METRICS: dict[str, Metric] = {
     "psnr": Metric(psnr, True, True, "PSNR (dB)", 3, "{channels}, data range 255, {border}"),
     "ssim": Metric(ssim, True, True, "SSIM", 4, "{channels}, data range 255, 11 x 11 Gaussian sigma 1.5, valid area, {border}"),
@@ -108,7 +110,7 @@ METRICS: dict[str, Metric] = {
         True,
         "SSG L1",
         7,
-        "mean |T_sr - T_gt| on the ground truth's edge mask (Laplacian > 20), k 25, w 9, sigma 0.004, normalised, no stride, RGB 0..1, {border}",
+        "mean |T_sr - T_gt|" + _SSG,
         joint=ssg_terms,
     ),
     "ssg_kl": Metric(
@@ -117,7 +119,7 @@ METRICS: dict[str, Metric] = {
         True,
         "SSG KL",
         7,
-        "mean T_gt ln(T_gt / T_sr), clamped at 1e-10, on the ground truth's edge mask, k 25, w 9, sigma 0.004, normalised, RGB 0..1, {border}",
+        "mean T_gt ln(T_gt / T_sr), clamped at 1e-10" + _SSG,
         joint=ssg_terms,
     ),
 }

@@ -1,4 +1,4 @@
-"""SSG distance: how far the self-similarity of a restored image is from the ground truth's; what SSL optimises, with nothing to download."""
+"""SSG distance: how far a restored image's self-similarity is from the ground truth's. It is what SSL optimises; no weights needed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,131 @@
+"""The worst and best images of every metric as zoomed windows side by side, with their edge masks."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sslsr_diffusion.evaluation.metrics import METRICS
+from sslsr_diffusion.evaluation.pairing import Item
+from sslsr_diffusion.evaluation.scoring import Scores, load_rgb
+from sslsr_diffusion.images import printable, resize_bicubic, to_array
+from sslsr_diffusion.ops import laplacian_edge_mask
+
+WINDOW = 128  # pixels of the reference
+THUMBNAIL = 240
+
+
+@dataclass(frozen=True)
+class Tile:
+    title: str
+    crop: str  # data URI
+    mask: str  # data URI
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    anchor: str
+    tags: tuple[str, ...]  # "worst PSNR (dB): bicubic 21.30, ours 22.10"
+    thumbnail: str  # data URI of the whole image
+    box: tuple[float, float, float, float]  # left, top, width, height of the window, in percent
+    window: int
+    size: tuple[int, int]
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One line of a metric's section: which image, with the number of every column."""
+
+    kind: str  # "worst" or "best"
+    name: str
+    anchor: str
+    values: dict[str, float]
+
+
+def pick(scores: Scores, examples: int) -> dict[str, list[Pick]]:
+    """Metric -> its worst and best images by the mean over the columns; at most `examples` of each, none twice."""
+    picks: dict[str, list[Pick]] = {}
+    for name, by in scores.values.items():
+        per_column = {column: values.mean(axis=1) for column, values in by.items()}
+        mean = np.mean(list(per_column.values()), axis=0)
+        order = [int(i) for i in np.argsort(mean if METRICS[name].higher_is_better else -mean, kind="stable") if not np.isnan(mean[i])]
+        count = min(examples, (len(order) + 1) // 2)
+        chosen = [("worst", i) for i in order[:count]] + [("best", i) for i in reversed(order[count:][-count:])]
+        picks[name] = [
+            Pick(kind, printable(scores.items[i].name), f"image-{i}", {c: float(v[i]) for c, v in per_column.items()}) for kind, i in chosen
+        ]
+    return picks
+
+
+def cards(scores: Scores, picks: dict[str, list[Pick]]) -> list[Card]:
+    """One card per picked image, in the order of the folder, however many metrics picked it."""
+    tags: dict[str, list[str]] = {}
+    for metric, chosen in picks.items():
+        for p in chosen:
+            tags.setdefault(p.anchor, []).append(f"{p.kind} {METRICS[metric].label}: {_numbers(p.values, METRICS[metric].digits)}")
+    return [_card(item, f"image-{i}", tags[f"image-{i}"]) for i, item in enumerate(scores.items) if f"image-{i}" in tags]
+
+
+def _numbers(values: dict[str, float], digits: int) -> str:
+    return ", ".join(f"{column} {value:.{digits}f}" for column, value in values.items())
+
+
+def _card(item: Item, anchor: str, tags: Sequence[str]) -> Card:
+    restored = {column: load_rgb(paths[0]) for column, paths in item.restored.items()}
+    reference = load_rgb(item.reference) if item.reference else None
+    height, width = next(iter(restored.values())).shape[-2:]
+    side = min(WINDOW, height, width)
+    top, left = _place(list(restored.values()), reference, side)
+    pictures: dict[str, Tensor] = {}
+    if item.lr:
+        pictures["LR bicubic"] = resize_bicubic(load_rgb(item.lr), (height, width)).clamp(0, 1)
+    pictures |= restored
+    if reference is not None:
+        pictures["reference"] = reference
+    window = (..., slice(top, top + side), slice(left, left + side))
+    tiles = [
+        Tile(title, _uri(to_array(picture[window][0])), _uri(laplacian_edge_mask(picture)[window][0, 0].numpy()))
+        for title, picture in pictures.items()
+    ]
+    whole = pictures.get("reference", next(reversed(list(restored.values()))))
+    scale = min(1.0, THUMBNAIL / max(height, width))
+    small = resize_bicubic(whole, (max(1, round(height * scale)), max(1, round(width * scale)))).clamp(0, 1)
+    box = (100 * left / width, 100 * top / height, 100 * side / width, 100 * side / height)
+    return Card(printable(item.name), anchor, tuple(tags), _uri(to_array(small[0]), "JPEG"), box, side, (width, height), tuple(tiles))
+
+
+def _place(restored: Sequence[Tensor], reference: Tensor | None, side: int) -> tuple[int, int]:
+    """Where to look: the window with the largest squared error (without a reference: with the most edge pixels); top, left."""
+    if reference is not None:
+        weight = torch.stack([(r - reference).square().mean(dim=1, keepdim=True) for r in restored]).mean(dim=0)
+    else:
+        weight = torch.stack([laplacian_edge_mask(r).float() for r in restored]).mean(dim=0)
+    stride = max(1, side // 16)
+    sums = functional.avg_pool2d(weight, side, stride)[0, 0]
+    best = int(sums.argmax())
+    return best // sums.shape[1] * stride, best % sums.shape[1] * stride
+
+
+def _uri(pixels: Any, kind: str = "WEBP") -> str:
+    """A data URI: lossless WebP for windows, one bit per pixel for masks, JPEG for the small overview."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    if pixels.dtype == bool:
+        Image.fromarray(pixels).save(out, "PNG", optimize=True)
+        kind = "PNG"
+    elif kind == "JPEG":
+        Image.fromarray(pixels).save(out, "JPEG", quality=85)
+    else:
+        Image.fromarray(pixels).save(out, "WEBP", lossless=True)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -1,0 +1,66 @@
+"""Results of one image at a time, appended as they come: an interrupted evaluation continues where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sslsr_diffusion.errors import UserError
+
+
+class Key(NamedTuple):
+    """What a number depends on: the files' contents and the metric with its whole convention (border, channels, weights)."""
+
+    restored: str  # SHA-256 of the file
+    reference: str  # SHA-256 of the file, or ""
+    metric: str
+    convention: str
+
+
+class ResultStore:
+    """Key -> value and the seconds it took, kept in a file of JSON lines."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._known: dict[Key, tuple[Any, float]] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._read()
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output.") from None
+
+    def _read(self) -> None:
+        if not self.path.is_file():
+            return
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
+            try:
+                row = json.loads(line)
+                self._known[Key(row["restored"], row["reference"], row["metric"], row["convention"])] = (
+                    row["value"],
+                    float(row["seconds"]),
+                )
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that was being written when the last run was stopped
+        if text and not text.endswith("\n"):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._known
+
+    def value(self, key: Key) -> Any:
+        return self._known[key][0]
+
+    def seconds(self, key: Key) -> float:
+        return self._known[key][1]
+
+    def put(self, key: Key, value: Any, seconds: float) -> None:
+        self._known[key] = (value, seconds)
+        self._file.write(json.dumps({**key._asdict(), "value": value, "seconds": round(seconds, 5)}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

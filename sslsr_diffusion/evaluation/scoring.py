@@ -1,0 +1,210 @@
+"""Every metric on every image of every column, read once, resumable; no printing, no choosing of files."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sslsr_diffusion import __version__
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.evaluation.learned import frechet_distance
+from sslsr_diffusion.evaluation.metrics import METRICS, convention
+from sslsr_diffusion.evaluation.pairing import Item
+from sslsr_diffusion.evaluation.results import Key, ResultStore
+from sslsr_diffusion.images import printable, read_image, to_tensor
+
+log = logging.getLogger(__name__)
+PIXEL_STD = "pixel_std"  # per-pixel standard deviation over the seeds, on the 0..255 scale
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured. Numbers are nan where a metric has none for an image (`problems` says why)."""
+
+    columns: tuple[str, ...]
+    items: tuple[Item, ...]
+    values: dict[str, dict[str, Array]]  # metric -> column -> [images, seeds]
+    whole_set: dict[str, dict[str, Array]]  # metric -> column -> [seeds]
+    pixel_std: dict[str, Array]  # column -> [images], only for columns with several seeds
+    conventions: dict[str, str]
+    seconds: dict[str, float]  # metric -> mean seconds per image
+    problems: tuple[str, ...] = ()
+
+
+@dataclass
+class _Run:
+    metrics: Sequence[str]
+    crop_border: int
+    y_channel: bool
+    device: str
+    store: ResultStore
+    conventions: dict[str, str]
+    problems: list[str] = field(default_factory=list)
+
+
+def score(
+    items: Sequence[Item],
+    metrics: Sequence[str],
+    store: ResultStore,
+    *,
+    crop_border: int = 0,
+    y_channel: bool = False,
+    device: str = "cpu",
+    progress: Callable[[str], Any] = lambda name: None,
+) -> Scores:
+    """Score the items; whatever `store` already knows for the same file contents and conventions is not computed again.
+
+    `progress` is called with the name of each image when it is done. Images that cannot be read are left out of every column and named
+    in `problems`.
+    """
+    conventions = {m: convention(m, crop_border=crop_border, y_channel=y_channel) for m in metrics}
+    run = _Run(metrics, crop_border, y_channel, device, store, conventions)
+    columns = tuple(items[0].restored)
+    rows: dict[str, dict[str, list[list[Any]]]] = {m: {c: [] for c in columns} for m in metrics}
+    spreads: dict[str, list[float]] = {c: [] for c in columns if len(items[0].restored[c]) > 1}
+    kept: list[Item] = []
+    timed: dict[str, list[float]] = {m: [] for m in metrics}
+    for item in items:
+        try:
+            found = _score_item(run, item, timed)
+        except UserError as error:
+            run.problems.append(f"{printable(item.name)} is left out: {error}")
+        else:
+            kept.append(item)
+            for metric in metrics:
+                for column in columns:
+                    rows[metric][column].append([seed[metric] for seed in found[column]])
+            for column in spreads:
+                spreads[column].append(_spread(run, item, column))
+        progress(item.name)
+    if not kept:
+        raise UserError("no image could be scored: " + " ".join(run.problems[:3]))
+    per_image = {m: {c: np.array(v, dtype=np.float64) for c, v in by.items()} for m, by in rows.items() if not METRICS[m].whole_set}
+    whole = {m: {c: _set_distance(rows[m][c]) for c in columns} for m in metrics if METRICS[m].whole_set}
+    return Scores(
+        columns,
+        tuple(kept),
+        per_image,
+        whole,
+        {c: np.array(v) for c, v in spreads.items()},
+        conventions,
+        {m: float(np.mean(t)) for m, t in timed.items() if t},
+        tuple(dict.fromkeys(run.problems)),
+    )
+
+
+def _score_item(run: _Run, item: Item, timed: dict[str, list[float]]) -> dict[str, list[dict[str, Any]]]:
+    """Column -> per seed: metric -> number (or, for metrics over the whole set, the features of restored and reference)."""
+    reference = _File(item.reference) if item.reference else None
+    found: dict[str, list[dict[str, Any]]] = {}
+    for column, paths in item.restored.items():
+        found[column] = []
+        for path in paths:
+            file = _File(path)
+            values: dict[str, Any] = {}
+            for metric in run.metrics:
+                if METRICS[metric].whole_set:
+                    assert reference is not None
+                    values[metric] = (_features(run, metric, file, timed), _features(run, metric, reference, timed))
+                else:
+                    values[metric] = _value(run, metric, file, reference, timed)
+            found[column].append(values)
+    return found
+
+
+def _value(run: _Run, name: str, file: _File, reference: _File | None, timed: dict[str, list[float]]) -> float:
+    """One metric of one image, from the store or computed now (and put there)."""
+    metric = METRICS[name]
+    against = reference if metric.needs_reference else None
+    key = _key(run, name, file, against)
+    if key not in run.store:
+        images = (file.tensor(run.device), against.tensor(run.device) if against else None)
+        started = time.perf_counter()
+        options = {"crop_border": run.crop_border, "y_channel": run.y_channel}
+        try:
+            scores = metric.joint(*images, **options) if metric.joint else {name: metric.fn(*images, **options)}
+        except UserError as error:
+            run.problems.append(f"{metric.label} has no value for {printable(file.path)}: {error}")
+            return float("nan")
+        seconds = (time.perf_counter() - started) / len(scores)
+        for sister, value in scores.items():
+            if sister in run.metrics:
+                run.store.put(_key(run, sister, file, against), _plain(value), seconds)
+    timed[name].append(run.store.seconds(key))
+    return float(run.store.value(key))
+
+
+def _features(run: _Run, name: str, file: _File, timed: dict[str, list[float]]) -> NDArray[np.float32]:
+    key = _key(run, name, file, None)
+    if key not in run.store:
+        started = time.perf_counter()
+        features = METRICS[name].fn(file.tensor(run.device))[0].numpy().astype("<f4")
+        run.store.put(key, base64.b64encode(features.tobytes()).decode(), time.perf_counter() - started)
+    timed[name].append(run.store.seconds(key))
+    return np.frombuffer(base64.b64decode(run.store.value(key)), "<f4")
+
+
+def _set_distance(rows: list[list[Any]]) -> Array:
+    """[images][seeds] of (restored, reference) features -> distance per seed; nan with fewer than two images."""
+    if len(rows) < 2:
+        return np.full(len(rows[0]), np.nan)
+    return np.array([frechet_distance(*(np.stack([row[seed][side] for row in rows]) for side in (0, 1))) for seed in range(len(rows[0]))])
+
+
+def _spread(run: _Run, item: Item, column: str) -> float:
+    """Standard deviation over the seeds (n - 1), per pixel and channel, averaged over the image; 0..255 scale."""
+    files = [_File(path) for path in item.restored[column]]
+    key = Key(hashlib.sha256("".join(f.digest for f in files).encode()).hexdigest(), "", PIXEL_STD, __version__)
+    if key not in run.store:
+        started = time.perf_counter()
+        deviation = torch.cat([f.tensor("cpu") for f in files]).double().std(dim=0).mean().item() * 255
+        run.store.put(key, deviation, time.perf_counter() - started)
+    return float(run.store.value(key))
+
+
+def _key(run: _Run, metric: str, file: _File, reference: _File | None) -> Key:
+    return Key(file.digest, reference.digest if reference else "", metric, f"{__version__}: {run.conventions[metric]}")
+
+
+def _plain(value: Tensor) -> float:
+    return float(value.reshape(-1)[0])
+
+
+class _File:
+    """A picture that is read once, and decoded only when a number is missing."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._bytes = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{printable(path)} cannot be read ({error.strerror}).") from None
+        self.digest = hashlib.sha256(self._bytes).hexdigest()
+        self._tensor: Tensor | None = None
+
+    def tensor(self, device: str) -> Tensor:
+        if self._tensor is None:
+            self._tensor = load_rgb(self._bytes, name=str(self.path)).to(device)
+        return self._tensor
+
+
+def load_rgb(source: Path | bytes, *, name: str | None = None) -> Tensor:
+    """[1, 3, H, W] float32 in [0, 1]; where there is transparency, as seen on white."""
+    image = read_image(source, name=name)
+    rgb = to_tensor(image.rgb)[None]
+    if image.alpha is None:
+        return rgb
+    alpha = to_tensor(image.alpha)[None]
+    return rgb * alpha + (1 - alpha)

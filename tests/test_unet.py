@@ -228,3 +228,21 @@ def test_layers_move_and_change_type_together() -> None:
 def test_weights_of_the_fixture_are_all_used() -> None:
     names = [n for n in original_state() if n.startswith("model.diffusion_model.")]
     assert len(names) == len(golden_unet().state_dict())
+
+
+@torch.no_grad()
+def test_layerwise_casting_halves_the_bytes_and_keeps_the_prediction() -> None:
+    model = tiny().eval()
+    x, t, text, features = tiny_inputs(12)
+    want = model(x, t, text, features=features).sample
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert {p.dtype for name, p in model.named_parameters() if "conv1.weight" in name} == {torch.bfloat16}
+    got = model(x, t, text, features=features).sample
+    assert (got - want).norm() < 0.02 * want.norm()  # weights of 8 bits of mantissa
+
+
+@torch.no_grad()
+def test_torch_compile_sees_one_graph() -> None:
+    x, t, text, features = tiny_inputs(13)
+    compiled = torch.compile(tiny().eval(), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, t, text, features=features).sample, tiny().eval()(x, t, text, features=features).sample)

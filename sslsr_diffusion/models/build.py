@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,10 @@ class Networks:
         return {name: (_count(module), _count(module, trained=True)) for name, module in parts.items()}
 
     def to(self, device: torch.device | str) -> Networks:
-        """Move the modules in place and return networks whose text context is on `device` too."""
+        """Move the modules in place; the networks that come back have text context and schedule on `device` too."""
         self.codec.vae.to(device)
         self.denoiser.to(device)
-        return Networks(**{**vars(self), "text": self.text.to(device)})
+        return replace(self, text=self.text.to(device), schedule=self.schedule.to(device))
 
 
 def _count(module: nn.Module, trained: bool = False) -> int:
@@ -90,7 +90,7 @@ def build_networks(settings: ModelSettings, *, device: torch.device | str = "cpu
     _check_fit(networks)
     networks.codec.vae.requires_grad_(False).eval()
     trained = networks.denoiser.set_trainable(settings.train)
-    networks = Networks(**{**vars(networks), "trained": trained})
+    networks = replace(networks, trained=trained)
     return networks if meta else networks.to(device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,10 @@ class Schedule:
         if kind not in ("epsilon", "v_prediction"):
             raise ValueError(f"expected a scheduler with prediction_type 'epsilon' or 'v_prediction', got {kind!r}.")
         return cls(scheduler.alphas_cumprod.float().cpu(), kind)
+
+    def to(self, device: torch.device | str) -> Schedule:
+        """The same schedule with its table on `device`, so that a step does not copy it there."""
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
     @property
     def num_train_timesteps(self) -> int:

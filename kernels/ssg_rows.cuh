@@ -82,7 +82,7 @@ __device__ int select_pixels(Shared& s, const unsigned char* mask, int height, i
 // Channels c0 .. c0 + kGroup of the square around (y, x), reflected at the border; channels that do not exist are 0.
 __device__ void load_square(Shared& s, const float* __restrict__ image, int channels, int c0, int height, int width, int y, int x) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll 4
+#pragma unroll 2
     for (int line = warp; line < kGroup * kSearch; line += kWarps) {
         const int c = line / kSearch, iy = line % kSearch, uy = iy - (kRadius - kHalf);
         const bool exists = c0 + c < channels;

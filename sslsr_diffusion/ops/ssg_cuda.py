@@ -140,7 +140,8 @@ def _(image: Tensor, mask: Tensor, pixels: Tensor, search_size: int, *_: Any) ->
     "sslsr::ssg_graph_backward",
     mutates_args=(),
     device_types="cuda",
-    schema="(Tensor image, Tensor mask, Tensor rows, Tensor grad_rows, int search_size, int window_size, float sigma, bool normalize) -> Tensor",
+    schema="(Tensor image, Tensor mask, Tensor rows, Tensor grad_rows, int search_size, int window_size, float sigma, bool normalize) "
+    "-> Tensor",
 )
 def _graph_backward_op(
     image: Tensor, mask: Tensor, rows: Tensor, grad_rows: Tensor, search_size: int, window_size: int, sigma: float, normalize: bool

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <setjmp.h>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -46,15 +47,18 @@ namespace emulation {
 constexpr size_t kStack = 256 * 1024;
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
+// ucontext only starts a fiber; switching by _setjmp and _longjmp saves the two system calls of swapcontext.
 struct Fiber {
-    ucontext_t context;
+    ucontext_t start;
+    jmp_buf resume;
+    bool started = false;
     std::unique_ptr<char[]> stack{new char[kStack]};
     State state = State::done;
 };
 
 struct Block {
     std::vector<std::unique_ptr<Fiber>> fibers;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     unsigned current = 0, size = 0;
     void (*body)(void*) = nullptr;
     void* argument = nullptr;
@@ -65,12 +69,19 @@ inline Block block;
 inline void pause(State why) {
     Fiber& self = *block.fibers[block.current];
     self.state = why;
-    swapcontext(&self.context, &block.scheduler);
+    if (_setjmp(self.resume) == 0) _longjmp(block.scheduler, 1);
 }
 
 inline void enter() {
     block.body(block.argument);
     pause(State::done);
+}
+
+inline void run_fiber(Fiber& fiber) {
+    if (_setjmp(block.scheduler) != 0) return;
+    if (fiber.started) _longjmp(fiber.resume, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
 }
 
 // Lets go the groups of fibers (a warp, or the block) that have all arrived; true when anything could go on.
@@ -91,12 +102,13 @@ inline void run_block(bool reverse) {
     for (unsigned i = 0; i < block.size; ++i) {
         if (block.fibers.size() <= i) block.fibers.push_back(std::make_unique<Fiber>());
         Fiber& fiber = *block.fibers[i];
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStack;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, enter, 0);
+        getcontext(&fiber.start);
+        fiber.start.uc_stack.ss_sp = fiber.stack.get();
+        fiber.start.uc_stack.ss_size = kStack;
+        fiber.start.uc_link = nullptr;
+        makecontext(&fiber.start, enter, 0);
         fiber.state = State::ready;
+        fiber.started = false;
     }
     for (;;) {
         unsigned done = 0;
@@ -104,7 +116,7 @@ inline void run_block(bool reverse) {
             block.current = reverse ? block.size - 1 - i : i;
             Fiber& fiber = *block.fibers[block.current];
             threadIdx = {block.current, 0, 0};
-            if (fiber.state == State::ready) swapcontext(&block.scheduler, &fiber.context);
+            if (fiber.state == State::ready) run_fiber(fiber);
             done += fiber.state == State::done;
         }
         if (done == block.size) return;

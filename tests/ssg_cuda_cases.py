@@ -1,0 +1,92 @@
+"""Cases that the CUDA kernels are tested on, emulated and on a GPU alike, and what is compared there. Needs torch alone."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sslsr_diffusion.ops import ssg_reference
+
+
+class Case(NamedTuple):
+    shape: tuple[int, int, int, int]
+    search: int = 25
+    window: int = 9
+    sigma: float = 0.02
+    normalize: bool = True
+    density: float = 0.1
+
+    def settings(self) -> dict[str, Any]:
+        return {"search_size": self.search, "window_size": self.window, "sigma": self.sigma, "normalize": self.normalize}
+
+
+CASES = {
+    "published": Case((1, 3, 26, 19), sigma=0.004),
+    "smallest image": Case((2, 3, 13, 14), sigma=0.01, normalize=False),
+    "six channels in two groups": Case((1, 6, 17, 11), search=11, window=5),
+    "five channels, the last group not full": Case((1, 5, 12, 12), search=11, window=5, normalize=False, density=0.3),
+    "one channel": Case((2, 1, 10, 15), search=7, window=3, density=0.4),
+    "full mask": Case((1, 3, 9, 17), search=7, window=3, density=1.0),
+    "window of one": Case((1, 2, 7, 8), search=9, window=1, density=0.5),
+    "window as large as the search": Case((1, 3, 9, 8), search=7, window=7, density=0.5),
+    "search of three": Case((2, 3, 5, 6), search=3, window=3, density=0.6),
+    "many offsets per thread": Case((1, 2, 30, 27), search=51, window=3, density=0.01),
+    "wide window": Case((1, 3, 18, 17), search=31, window=21, density=0.03),
+}
+
+
+class Inputs(NamedTuple):
+    sr: Tensor
+    gt: Tensor
+    mask: Tensor
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Smooth images (on white noise the graph is one-hot and proves nothing), some masked corners; the last mask of a batch is empty."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, channels, height, width = case.shape
+    noise = torch.rand(batch, channels, height + 4, width + 4, generator=generator, dtype=torch.float64)
+    gt = (F.avg_pool2d(noise, 5, stride=1) - 0.5) * 2 + 0.5
+    sr = gt + 0.05 * torch.randn(gt.shape, generator=generator, dtype=torch.float64)
+    mask = torch.rand(batch, 1, height, width, generator=generator) < case.density
+    mask[0, 0, 0, 0] = mask[0, 0, -1, -1] = mask[0, 0, height // 2, 0] = True
+    if batch > 1:
+        mask[-1] = False
+    return Inputs(sr.float(), gt.float(), mask)
+
+
+def reference_loss(inputs: Inputs, case: Case, weights: tuple[float, float], num_rows: float | None = None) -> tuple[Tensor, ...]:
+    """(total, l1, kl, gradient) in float64, by the definition and autograd."""
+    sr = inputs.sr.double().requires_grad_()
+    named = {"num_rows": num_rows, "l1_weight": weights[0], "kl_weight": weights[1], **case.settings()}
+    total, l1, kl = ssg_reference.loss(sr, inputs.gt.double(), inputs.mask, **named)
+    (gradient,) = torch.autograd.grad(total, sr)
+    return total.detach(), l1, kl, gradient
+
+
+def reference_graph(inputs: Inputs, case: Case, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    """(graph, gradient) in float64."""
+    image = inputs.sr.double().requires_grad_()
+    graph = ssg_reference.graph(image, inputs.mask, **case.settings())
+    (gradient,) = torch.autograd.grad(graph, image, cotangent.double())
+    return graph.detach(), gradient
+
+
+def assert_same_gradient(got: Tensor, want: Tensor, worst: float = 5e-5) -> None:
+    """Element-wise against the largest entry, and as a vector. The float32 reference itself stays below 4e-6 and 2e-6 here; the rest is
+    room for another order of summation, and for the sign of a near-tie, which moves one entry of the L1 term.
+    """
+    got = got.double().cpu()
+    assert got.shape == want.shape
+    assert (got - want).abs().max() <= worst * want.abs().max(), (got - want).abs().max() / want.abs().max()
+    assert (got - want).norm() <= 2e-5 * want.norm(), (got - want).norm() / want.norm()
+
+
+def golden_mask(mask: Tensor, stride: int) -> Tensor:
+    """The stored mask [B, H, W] of golden/ssl/loss as bool [B, 1, H, W] with its stride applied."""
+    y, x = torch.arange(mask.shape[1])[:, None], torch.arange(mask.shape[2])
+    keep = (y % stride == x % stride) if stride > 1 else torch.ones_like(y == x)
+    return ((mask == 1) & keep)[:, None].contiguous()

@@ -1,0 +1,67 @@
+"""Every CUDA source compiles, for every architecture we name, with the constants the host computes. Needs nvcc, no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sslsr_diffusion.ops import cupy_loader
+from sslsr_diffusion.ops.ssg_cuda_plan import plan_row
+
+NVCC = shutil.which("nvcc")
+KERNELS = Path(__file__).parents[1] / "kernels"
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+# the opt-in limit of shared memory per block of each architecture, in bytes
+SHARED_LIMIT = {"sm_75": 65536, "sm_80": 166912, "sm_90": 232448, "sm_120": 101376}
+FILES = ("ssg_loss.cu", "ssg_graph.cu", "ssg_gather.cu", "ssg_direct.cu")
+
+
+def compile_for(arch: str, file: str, defines: tuple[str, ...], folder: Path) -> str:
+    (folder / file).write_text(cupy_loader.read_source(file))  # as CuPy gets it: one text, includes put in
+    flags = ["-std=c++17", f"-arch={arch}", "-Xptxas", "-v", "-cubin", "-Werror", "all-warnings"]
+    done = subprocess.run(
+        [str(NVCC), *flags, *(f"-D{d}" for d in defines), "-o", folder / "out.cubin", folder / file],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def defines_of(file: str, arch: str, search: int = 25, window: int = 9, channels: int = 3) -> tuple[str, ...]:
+    return plan_row(search, window, channels, SHARED_LIMIT[arch]).defines() if file in ("ssg_loss.cu", "ssg_graph.cu") else ()
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("file", FILES)
+def test_compiles_without_spills(file, arch, tmp_path):
+    report = compile_for(arch, file, defines_of(file, arch), tmp_path)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    assert spills
+    assert set(spills) == {"0"}, report
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("search", "window", "channels"), [(3, 1, 1), (31, 31, 3), (41, 9, 6)])
+def test_compiles_for_other_sizes(search, window, channels, tmp_path):
+    compile_for("sm_90", "ssg_loss.cu", defines_of("ssg_loss.cu", "sm_90", search, window, channels), tmp_path)
+
+
+@needs_nvcc
+def test_a_wrong_count_of_shared_memory_does_not_compile(tmp_path):
+    defines = tuple(re.sub(r"(SHARED_BYTES=)\d+", r"\g<1>1024", define) for define in defines_of("ssg_loss.cu", "sm_90"))
+    with pytest.raises(AssertionError, match="count of shared memory"):
+        compile_for("sm_90", "ssg_loss.cu", defines, tmp_path)
+
+
+def test_every_source_is_known_and_the_folder_has_no_python():
+    names = {path.name for path in KERNELS.iterdir()}
+    assert names == {*FILES, "ssg_rows.cuh"}  # a .py here would shadow the Hugging Face package `kernels`
+    assert '#include "' not in cupy_loader.read_source("ssg_loss.cu")

@@ -1,0 +1,272 @@
+"""The CUDA kernels, unchanged and launched with the host's own geometry, on a CPU: values and gradients against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulation.emulator import COMPILER, SHARED_LIMIT, EmulatedLauncher
+from goldens import load_golden
+from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, golden_mask, make_inputs, reference_graph, reference_loss
+
+from sslsr_diffusion.ops import ssg_cuda, ssg_direct
+from sslsr_diffusion.ops.ssg_cuda_plan import Settings, run_graph, run_graph_backward, run_loss
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
+
+WEIGHTS = (700.0, 900.0)
+
+
+def settings_of(case: Case) -> Settings:
+    return Settings(case.search, case.window, case.sigma, case.normalize)
+
+
+def emulate_loss(inputs: Inputs, settings: Settings, weights=WEIGHTS, reverse=False, with_gradient=True, **named):
+    launch = EmulatedLauncher(reverse)
+    sums, gradient = run_loss(launch, *inputs, settings, weights, with_gradient=with_gradient, shared_limit=SHARED_LIMIT, **named)
+    return sums, gradient, launch
+
+
+# ---- stored results of the published code
+
+
+@pytest.mark.parametrize("entry", load_golden("ssl/ssg").index, ids=lambda entry: entry["name"])
+def test_golden_graphs(entry):
+    tensors = load_golden("ssl/ssg").tensors
+    image = tensors[entry["image"]].float()[None].contiguous()
+    pixels = tensors[f"{entry['name']}.mask"].flatten().nonzero().squeeze(1)
+    settings = Settings(entry["search"], entry["window"], entry["sigma"], entry["normalise"])
+    got = run_graph(EmulatedLauncher(), image, pixels, settings, shared_limit=SHARED_LIMIT)
+    worst = max(2e-6 if entry["normalise"] else 1e-5, 4 * entry["f32_max_abs_dev"])  # the README's
+    assert not got.isnan().any()
+    assert (got - tensors[f"{entry['name']}.ssg64"]).abs().max() <= worst
+
+
+@pytest.mark.parametrize("entry", load_golden("ssl/loss").index, ids=lambda entry: entry["name"])
+def test_golden_losses(entry):
+    name, tensors = entry["name"], load_golden("ssl/loss").tensors
+    mask = golden_mask(tensors[f"{name}.mask"], entry["mask_stride"])
+    inputs = Inputs(tensors[f"{name}.sr"].float().contiguous(), tensors[f"{name}.gt"].float().contiguous(), mask)
+    settings = Settings(entry["search"], entry["window"], entry["sigma"], entry["normalise"])
+    entries = entry["rows"] * entry["search"] ** 2
+    assert mask.sum() == entry["rows"]
+    for weights, term in (((1.0, 0.0), "l1"), ((0.0, 1.0), "kl")):
+        sums, gradient, _ = emulate_loss(inputs, settings, weights)
+        got = {"l1": float(sums[0]) / entries, "kl": float(sums[1]) / entries}
+        want = tensors[f"{name}.grad_{term}"]
+        error = (gradient.double() / entries - want).abs().max()
+        if name == "identical":
+            assert got == {"l1": 0.0, "kl": 0.0}
+            assert error <= (0 if term == "l1" else 1e-7)
+        else:
+            assert got == pytest.approx({"l1": entry["l1"], "kl": entry["kl"]}, rel=5e-5)
+            assert error <= 5e-4 * want.abs().max()
+
+
+# ---- against the float64 reference
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_loss_matches_float64_reference(case):
+    inputs = make_inputs(case)
+    _, l1, kl, want = reference_loss(inputs, case, WEIGHTS)
+    sums, gradient, launch = emulate_loss(inputs, settings_of(case))
+    entries = int(inputs.mask.sum()) * case.search**2
+    assert launch.launches == ["ssg_loss", "ssg_gather"]
+    assert sums[0] / entries == pytest.approx(float(l1), rel=1e-5)  # up to 1323 float32 terms in a distance
+    assert sums[1] / entries == pytest.approx(float(kl), rel=2e-5)  # a sum with cancelling signs
+    assert_same_gradient(gradient / entries, want)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_graph_matches_float64_reference(case):
+    inputs = make_inputs(case)
+    pixels = inputs.mask.flatten().nonzero().squeeze(1)
+    cotangent = torch.randn(len(pixels), case.search**2, generator=torch.Generator().manual_seed(1))
+    want, want_gradient = reference_graph(inputs, case, cotangent)
+    launch = EmulatedLauncher()
+    rows = run_graph(launch, inputs.sr, pixels, settings_of(case), shared_limit=SHARED_LIMIT)
+    gradient = run_graph_backward(launch, inputs.sr, inputs.mask, rows, cotangent, settings_of(case), shared_limit=SHARED_LIMIT)
+    assert (rows - want).abs().max() <= 2e-6
+    assert_same_gradient(gradient, want_gradient)
+
+
+def test_kl_of_almost_equal_images_keeps_its_digits():
+    """Here KL is of second order in the difference while its terms are of first: an error in ln Z would swamp it."""
+    case = Case((1, 3, 20, 20), sigma=0.004)
+    inputs = make_inputs(case)
+    inputs = inputs._replace(sr=inputs.gt + 0.002 * (inputs.sr - inputs.gt))
+    _, _, want, _ = reference_loss(inputs, case, WEIGHTS)
+    sums, _, _ = emulate_loss(inputs, settings_of(case), with_gradient=False)
+    assert sums[1] / (int(inputs.mask.sum()) * 625) == pytest.approx(float(want), rel=1e-3, abs=1e-11)
+
+
+# ---- what a GPU would only show now and then
+
+
+@pytest.mark.parametrize("name", ["published", "full mask", "many offsets per thread"])
+def test_same_bits_in_any_order_of_threads(name):
+    """A missing barrier lets a thread read what the one before it has, or has not yet, written."""
+    inputs = make_inputs(CASES[name])
+    forward, backward = (emulate_loss(inputs, settings_of(CASES[name]), reverse=reverse) for reverse in (False, True))
+    assert torch.equal(forward[0], backward[0])
+    assert torch.equal(forward[1], backward[1])
+
+
+def test_graph_backward_has_the_same_bits_in_any_order_of_threads():
+    case = CASES["one channel"]
+    inputs = make_inputs(case)
+    rows = torch.rand(int(inputs.mask.sum()), case.search**2)
+    results = [
+        run_graph_backward(EmulatedLauncher(reverse), inputs.sr, inputs.mask, rows, 1 - rows, settings_of(case), shared_limit=SHARED_LIMIT)
+        for reverse in (False, True)
+    ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("slot_bytes", [1, 40_000, 90_000])
+def test_what_does_not_fit_is_done_in_several_launches(slot_bytes):
+    case = Case((3, 3, 18, 33), search=7, window=3, density=0.2)
+    inputs = make_inputs(case)
+    whole, pieces = (emulate_loss(inputs, settings_of(case), **named) for named in ({}, {"slot_bytes": slot_bytes}))
+    assert whole[2].launches == ["ssg_loss", "ssg_gather"]
+    assert len(pieces[2].launches) > 2
+    torch.testing.assert_close(pieces[0], whole[0], rtol=1e-12, atol=0)  # double sums, other tiles
+    torch.testing.assert_close(pieces[1], whole[1], rtol=1e-4, atol=1e-5 * float(whole[1].abs().max()))
+
+
+def test_without_a_gradient_the_values_are_the_same_and_nothing_is_kept():
+    inputs = make_inputs(CASES["full mask"])
+    settings = settings_of(CASES["full mask"])
+    with_gradient, without = emulate_loss(inputs, settings), emulate_loss(inputs, settings, with_gradient=False)
+    assert without[2].launches == ["ssg_loss"]
+    assert without[1].numel() == 0
+    assert torch.equal(with_gradient[0], without[0])
+
+
+def test_empty_masks():
+    inputs = make_inputs(CASES["full mask"])
+    inputs = inputs._replace(mask=torch.zeros_like(inputs.mask))
+    sums, gradient, _ = emulate_loss(inputs, settings_of(CASES["full mask"]))
+    assert torch.equal(sums, torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(gradient, torch.zeros_like(inputs.sr))
+
+
+@pytest.mark.parametrize(
+    ("image", "name"), [(torch.full((1, 3, 14, 15), 0.7), "constant"), (torch.randn(1, 3, 14, 15) * 50, "far outside")]
+)
+def test_strange_pictures_give_numbers(image, name):
+    mask = torch.ones(1, 1, 14, 15, dtype=torch.bool)
+    mask[..., 1::2] = False
+    sums, gradient, _ = emulate_loss(Inputs(image, image.flip(3).contiguous(), mask), Settings(7, 3, 0.004, True))
+    assert sums.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+# ---- the glue: torch ops over the emulated launcher
+
+
+@pytest.fixture(scope="module")
+def cpu_ops():
+    """Gives the custom ops a CPU kernel that emulates: opcheck, autograd and torch.compile then run without a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssg_cuda, "_launcher", lambda device: (EmulatedLauncher(), SHARED_LIMIT))
+        for op in (ssg_cuda._loss_op, ssg_cuda._graph_op, ssg_cuda._graph_backward_op):
+            op.register_kernel("cpu")(op._init_fn)
+        yield
+
+
+SMALL = Case((2, 3, 9, 10), search=7, window=3, density=0.3)
+NAMED = {**SMALL.settings(), "l1_weight": WEIGHTS[0], "kl_weight": WEIGHTS[1]}
+
+
+@pytest.mark.parametrize("num_rows", [None, 11.5, torch.tensor(0.125)])
+def test_loss_glue(cpu_ops, num_rows):
+    inputs = make_inputs(SMALL)
+    sr = inputs.sr.clone().requires_grad_()
+    total, l1, kl = ssg_cuda.loss(sr, inputs.gt, inputs.mask, num_rows=num_rows, **NAMED)
+    want = reference_loss(inputs, SMALL, WEIGHTS, None if num_rows is None else float(num_rows))
+    torch.testing.assert_close(torch.stack([total, l1, kl]).double(), torch.stack(want[:3]), rtol=5e-6, atol=0)
+    assert (total.dtype, total.shape, l1.requires_grad, kl.requires_grad) == (torch.float32, (), False, False)
+    (3 * total).backward()
+    assert_same_gradient(sr.grad / 3, want[3])
+
+
+def test_loss_glue_on_an_empty_mask(cpu_ops):
+    inputs = make_inputs(SMALL)
+    sr = inputs.sr.clone().requires_grad_()
+    total, l1, kl = ssg_cuda.loss(sr, inputs.gt, torch.zeros_like(inputs.mask), num_rows=None, **NAMED)
+    total.backward()
+    assert torch.equal(torch.stack([total, l1, kl]), torch.zeros(3))
+    assert torch.equal(sr.grad, torch.zeros_like(sr))
+
+
+def test_graph_glue(cpu_ops):
+    inputs = make_inputs(SMALL)
+    image = inputs.sr.to(memory_format=torch.channels_last).requires_grad_()
+    rows = ssg_cuda.graph(image, inputs.mask, **SMALL.settings())
+    cotangent = torch.randn(rows.shape, generator=torch.Generator().manual_seed(2))
+    want, want_gradient = reference_graph(inputs, SMALL, cotangent)
+    assert (rows - want).abs().max() <= 2e-6
+    (got,) = torch.autograd.grad(rows, image, cotangent)
+    assert_same_gradient(got, want_gradient)
+    empty = ssg_cuda.graph(image, torch.zeros_like(inputs.mask), **SMALL.settings())
+    assert empty.shape == (0, 49)
+    assert torch.equal(torch.autograd.grad(empty.sum(), image)[0], torch.zeros_like(image))
+
+
+def test_a_second_derivative_raises(cpu_ops):
+    inputs = make_inputs(SMALL)
+    sr = inputs.sr.clone().requires_grad_()
+    for value in (
+        ssg_cuda.loss(sr, inputs.gt, inputs.mask, num_rows=None, **NAMED)[0],
+        ssg_cuda.graph(sr, inputs.mask, **SMALL.settings()).square().sum(),
+    ):
+        (gradient,) = torch.autograd.grad(value, sr, create_graph=True)
+        with pytest.raises(RuntimeError):
+            gradient.square().sum().backward()
+
+
+def test_opcheck(cpu_ops):
+    inputs = make_inputs(SMALL)
+    sr = inputs.sr.clone().requires_grad_()
+    pixels = inputs.mask.flatten().nonzero().squeeze(1)
+    rows = torch.rand(len(pixels), 49)
+    for with_gradient in (True, False):
+        image = sr if with_gradient else inputs.sr
+        torch.library.opcheck(ssg_cuda._loss_op, (image, inputs.gt, inputs.mask, 7, 3, 0.02, True, 1.0, 2.0, with_gradient))
+    torch.library.opcheck(ssg_cuda._graph_op, (sr, inputs.mask, pixels, 7, 3, 0.02, True))
+    torch.library.opcheck(ssg_cuda._graph_backward_op, (inputs.sr, inputs.mask, rows, rows.flip(1).contiguous(), 7, 3, 0.02, True))
+    torch.library.opcheck(ssg_cuda._loss_backward_op, (inputs.sr, torch.tensor(2.0, dtype=torch.float64)))
+
+
+def test_compiles_into_one_graph(cpu_ops):
+    inputs = make_inputs(SMALL)
+
+    def step(sr):
+        return ssg_cuda.loss(sr * 1.5, inputs.gt, inputs.mask, num_rows=None, **NAMED)[0]
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        sr = inputs.sr.clone().requires_grad_()
+        total = run(sr)
+        total.backward()
+        results.append((total.detach(), sr.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+# ---- the direct formulation agrees
+
+
+@pytest.mark.parametrize("name", ["published", "one channel", "five channels, the last group not full"])
+def test_direct_loss_matches_float64_reference(name):
+    case, inputs = CASES[name], make_inputs(CASES[name])
+    sr = inputs.sr.clone().requires_grad_()
+    weights = {"l1_weight": WEIGHTS[0], "kl_weight": WEIGHTS[1]}
+    total, l1, kl = ssg_direct.direct_loss(
+        sr, inputs.gt, inputs.mask, num_rows=None, **case.settings(), **weights, block=64, launch=EmulatedLauncher()
+    )
+    total.backward()
+    want = reference_loss(inputs, case, WEIGHTS)
+    torch.testing.assert_close(torch.stack([total, l1, kl]).detach().double(), torch.stack(want[:3]), rtol=2e-5, atol=0)
+    assert_same_gradient(sr.grad, want[3])

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from sslsr_diffusion.images.files import IMAGE_SUFFIXES, list_images, printable
 from sslsr_diffusion.images.picture import Image, UnreadableImage
-from sslsr_diffusion.images.reader import MAX_PIXELS, read_image
+from sslsr_diffusion.images.reader import MAX_PIXELS, format_of, read_image
 from sslsr_diffusion.images.tensors import resize_bicubic, to_array, to_tensor
-from sslsr_diffusion.images.writers import SUFFIXES, atomic_write, write_image
+from sslsr_diffusion.images.writers import SUFFIXES, atomic_write, suffixes_of, write_image
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -19,10 +19,12 @@ __all__ = [
     "Image",
     "UnreadableImage",
     "atomic_write",
+    "format_of",
     "list_images",
     "printable",
     "read_image",
     "resize_bicubic",
+    "suffixes_of",
     "to_array",
     "to_tensor",
     "write_image",

@@ -44,6 +44,32 @@ def read_image(source: Path | str | bytes, *, name: str | None = None) -> Image:
         raise UnreadableImage(f"{label}: {_reason(error, data[:4])}.") from error
 
 
+_MAGIC = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+}
+
+
+def format_of(path: Path) -> str | None:
+    """The format that a file's first bytes promise, as `Image.format` would say; None for all that cannot be written anyway."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError:
+        return None
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "WEBP"
+    return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
+
+
 class _Refused(Exception):
     """The message is the reason as the user reads it."""
 

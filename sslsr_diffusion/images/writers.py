@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sslsr_diffusion.images.picture import Image
 
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # format -> suffix of a new file
+_FURTHER = {"JPEG": (".jpeg", ".jpe", ".jfif"), "TIFF": (".tiff",)}
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 LARGEST_JPEG_EXIF = 65533 - len(PREFIX)
 
@@ -37,8 +38,8 @@ def write_image(path: Path | str, image: Image, *, format: str | None = None, qu
         OSError: the file cannot be written.
     """
     path = Path(path)
-    wanted = format or {".jpeg": "JPEG", ".tiff": "TIFF"}.get(path.suffix.lower())
-    wanted = wanted or next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix.lower()), path.suffix or "no suffix")
+    named = (name for name in SUFFIXES if path.suffix.lower() in suffixes_of(name))
+    wanted = format or next(named, path.suffix or "no suffix")
     if wanted not in SUFFIXES:
         raise UserError(f"cannot write {wanted!r}: expected one of {', '.join(SUFFIXES)}.")
     if max(image.size) > LARGEST_SIDE.get(wanted, max(image.size)):
@@ -47,6 +48,11 @@ def write_image(path: Path | str, image: Image, *, format: str | None = None, qu
     data, notes = _ENCODERS[wanted](image, quality)
     atomic_write(path, data)
     return notes
+
+
+def suffixes_of(format: str) -> tuple[str, ...]:
+    """The suffixes under which a format of `SUFFIXES` may be written, lower case."""
+    return (SUFFIXES[format], *_FURTHER.get(format, ()))
 
 
 def atomic_write(path: Path | str, data: bytes) -> None:

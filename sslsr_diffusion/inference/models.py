@@ -1,0 +1,105 @@
+"""Which model to upscale with: the newest finished run, a folder, or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sslsr_diffusion.errors import UserError
+
+PIPELINE_CLASS = "StableSRPipeline"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def newest_run(runs: Path) -> Path:
+    """The pipeline folder of the run in `runs` that finished last.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [index.parent for index in runs.glob("*/pipeline/model_index.json") if _is_upscaler(index)]
+    if not found:
+        raise UserError(
+            f"no finished run in {runs}/ (expected {runs}/NAME/pipeline/model_index.json); train one with "
+            "`accelerate launch train.py --config configs/tiny.yaml`, or pass --model with a folder or a hub id."
+        )
+    return max(found, key=lambda folder: (folder / "model_index.json").stat().st_mtime_ns)
+
+
+def _is_upscaler(index: Path) -> bool:
+    try:
+        return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == PIPELINE_CLASS
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def find_model(model: str, revision: str | None = None) -> tuple[Path, str]:
+    """The local folder of a model, downloaded first if it is a hub id, and a fingerprint that changes with its weights.
+
+    Raises:
+        UserError: there is no such folder or repository, or it holds no upscaler.
+    """
+    folder = Path(model).expanduser()
+    if (folder / "pipeline" / "model_index.json").is_file():  # a run folder
+        folder = folder / "pipeline"
+    if not folder.exists():
+        if not _HUB_ID.fullmatch(model):
+            raise UserError(f"--model {model}: no such folder, and not a hub id (user/name).")
+        folder = _download(model, revision)
+        return folder, f"{model}@{folder.name}"
+    if not _is_upscaler(folder / "model_index.json"):
+        raise UserError(
+            f"--model {model}: expected a folder with a model_index.json of {PIPELINE_CLASS}; a run folder has it in pipeline/ "
+            "once the run is finished, and `sslsr export` makes one from a checkpoint."
+        )
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    states = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return folder, hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    from sslsr_diffusion.inference.pipeline import StableSRPipeline
+
+    try:
+        return Path(StableSRPipeline.download(model, revision=revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(f"--model {model}: no such folder, and no such repository on the hub{at} (or it is private: log in).") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--model {model}: no such folder, and the hub cannot be reached ({reason[:160]}).") from None
+
+
+def load_pipeline(folder: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
+    """The pipeline of a folder on a device, ready to be called.
+
+    Args:
+        device: "auto" (the first GPU, else the CPU) or a torch device.
+        dtype: "auto" (float16 on a GPU, float32 on the CPU), "float32", "float16" or "bfloat16".
+    Raises:
+        UserError: the device is not there, or the folder's files are incomplete or damaged.
+    """
+    import torch
+
+    from sslsr_diffusion.inference.pipeline import StableSRPipeline
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu.")
+    kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else torch.float16
+    try:
+        pipe = StableSRPipeline.from_pretrained(folder, torch_dtype=kind, local_files_only=True)
+        pipe.to(device)
+    except UserError:
+        raise
+    except Exception as error:  # diffusers and safetensors raise many kinds on incomplete folders
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--model {folder}: cannot be loaded ({reason[:200]}).") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

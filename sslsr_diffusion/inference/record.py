@@ -1,0 +1,74 @@
+"""What an output folder remembers of how its pictures were made: one JSON line per event, so a crash costs at most the last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RECORD_NAME = ".sslsr-infer.jsonl"
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """A short name for a set of JSON-able settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class Record:
+    """The events of one output folder; the last one of each output counts.
+
+    `begin` is written before the picture and `finish` after it: one without the other was interrupted and is done again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / RECORD_NAME
+        self._last: dict[str, dict[str, Any]] = {}
+        try:
+            lines = self.file.read_bytes().splitlines()
+        except FileNotFoundError:
+            lines = []
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:  # cut off by a crash
+                continue
+            if isinstance(event, dict) and isinstance(event.get("output"), str):
+                self._last[event["output"]] = event
+
+    def knows(self, output: str) -> bool:
+        return output in self._last
+
+    def is_done(self, output: str, settings: str, source: Path) -> bool:
+        """Was `output` finished from the same bytes with the same settings? Hashes only if size or time differ."""
+        event = self._last.get(output, {})
+        if event.get("state") != "done" or event.get("settings") != settings:
+            return False
+        status = source.stat()
+        if [status.st_size, status.st_mtime_ns] == event.get("stat"):
+            return True
+        return sha256(source) == event.get("input")
+
+    def begin(self, output: str) -> None:
+        self._append({"output": output, "state": "begun"})
+
+    def finish(self, output: str, settings: str, source: Path, input_hash: str, stat: os.stat_result) -> None:
+        known = {"settings": settings, "input": input_hash, "stat": [stat.st_size, stat.st_mtime_ns]}
+        self._append({"output": output, "state": "done", "source": source.name, **known})
+
+    def _append(self, event: dict[str, Any]) -> None:
+        # one write of one line, begun on a fresh line: several processes may share the folder, and one may have been cut off
+        line = b"\n" + json.dumps(event).encode() + b"\n"  # ASCII: surrogates of odd names survive as \udc..
+        handle = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(handle, line)
+        finally:
+            os.close(handle)
+        self._last[event["output"]] = event
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

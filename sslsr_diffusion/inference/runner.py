@@ -1,0 +1,253 @@
+"""Upscale files, folders and patterns: every good picture is done, every bad one named, nothing else touched."""
+
+from __future__ import annotations
+
+import glob as globbing
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.images import (
+    SUFFIXES,
+    Image,
+    format_of,
+    list_images,
+    printable,
+    read_image,
+    resize_bicubic,
+    suffixes_of,
+    to_array,
+    to_tensor,
+    write_image,
+)
+from sslsr_diffusion.inference.record import RECORD_NAME, Record, digest_of
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]  # done so far, total, name of the next picture ("" at the end)
+FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "tif": "TIFF"}  # --format
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """How the pictures of one run are made and stored."""
+
+    scale: float = 4.0  # output pixels per input pixel
+    seed: int = 0  # of every picture: a result depends on the picture and the settings, not on its neighbours
+    call: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the pipeline: num_inference_steps, tile, color_fix, ...
+    format: str | None = None  # a value of FORMATS; None: the input's, PNG where that cannot be written
+    quality: int = 95  # 1 to 100, JPEG and WebP
+    overwrite: bool = False  # do again what is done, and replace files that we did not write
+    model: str = ""  # fingerprint of the model: another one means other settings
+
+    @property
+    def digest(self) -> str:
+        kept = {"scale": self.scale, "seed": self.seed, "call": dict(self.call), "quality": self.quality, "model": self.model}
+        return digest_of(kept)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to be made."""
+
+    source: Path
+    name: str  # printable, relative to the input folder
+    target: Path  # relative to the output folder
+    format: str
+
+
+@dataclass
+class RunnerReport:
+    """What became of the pictures, by their printable names."""
+
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    renamed: list[tuple[str, str]] = field(default_factory=list)  # name, output: another picture had taken its name
+    notes: list[tuple[str, str]] = field(default_factory=list)  # name, what could not be kept
+
+
+@dataclass
+class Plan:
+    """The work of one call: what is to be made, and what is already known about the rest."""
+
+    output: Path
+    options: RunnerOptions
+    todo: list[Item]
+    report: RunnerReport
+    record: Record
+
+
+def upscale_files(
+    pipe: Any,
+    inputs: str | Path | Sequence[str | Path],
+    output_dir: str | Path,
+    options: RunnerOptions,
+    *,
+    progress: Progress | None = None,
+) -> RunnerReport:
+    """Upscale every picture of `inputs` into `output_dir`, sub-folders kept.
+
+    Args:
+        pipe: a StableSRPipeline, or anything called like it with a tensor and output_type="pt".
+        inputs: file, folder or glob pattern, or several.
+        progress: called before each picture and at the end.
+    Raises:
+        UserError: nothing to read, nowhere to write, or the output folder is the input folder. One bad picture raises nothing.
+    """
+    return run_plan(pipe, plan_files(inputs, output_dir, options), progress=progress)
+
+
+def plan_files(inputs: str | Path | Sequence[str | Path], output_dir: str | Path, options: RunnerOptions) -> Plan:
+    """Decide what is to be made under which name; opens the output folder, reads no picture whole."""
+    output = Path(output_dir).expanduser()
+    sources = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    found = [entry for source in sources for entry in _find(source, output)]
+    if not found:
+        raise UserError(f"--input {', '.join(printable(str(s)) for s in sources)}: no pictures there.")
+    record = _open_output(output)
+    plan = Plan(output, options, [], RunnerReport(), record)
+    root, originals = output.resolve(), {path.resolve() for path, _ in found}
+    taken: set[Path] = set()
+    for path, relative in found:
+        item = _item(path, relative, options, taken)
+        if item.target != _plain_target(relative, item.format):
+            plan.report.renamed.append((item.name, printable(item.target)))
+        reason = _obstacle(item, root, originals, plan)
+        if reason is None:
+            plan.todo.append(item)
+        elif reason:
+            plan.report.failed.append((item.name, reason))
+        else:
+            plan.report.skipped.append(item.name)
+    return plan
+
+
+def _find(source: str | Path, output: Path) -> list[tuple[Path, Path]]:
+    """(file, path relative to the input folder); former outputs below the input folder are never read again."""
+    path, resolved = Path(source).expanduser(), output.resolve()
+    root = path if path.is_dir() else path.parent if path.exists() else _fixed_part(path)
+    if root.resolve() == resolved:
+        raise UserError(f"--output {printable(output)}: is the folder of the input pictures; choose another one, they would be replaced.")
+    files = list_images(source, skip_folder=lambda folder: folder.resolve() == resolved or (folder / RECORD_NAME).exists())
+    return [(file, file.relative_to(root)) for file in files]
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder of a glob pattern before its first wildcard."""
+    fixed = Path(pattern.anchor)
+    for part in (pattern.parts[1:] if pattern.anchor else pattern.parts)[:-1]:
+        if globbing.has_magic(part):
+            break
+        fixed /= part
+    return fixed
+
+
+def _open_output(output: Path) -> Record:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        record = Record(output)
+        record.file.touch()
+    except OSError as error:
+        raise UserError(f"--output {printable(output)}: cannot be written ({error.strerror}); choose another folder.") from None
+    return record
+
+
+def _plain_target(relative: Path, format: str) -> Path:
+    suffix = relative.suffix if relative.suffix.lower() in suffixes_of(format) else SUFFIXES[format]
+    return relative.with_name(relative.name.removesuffix(relative.suffix) + suffix)
+
+
+def _item(path: Path, relative: Path, options: RunnerOptions, taken: set[Path]) -> Item:
+    format = options.format or format_of(path)
+    format = format if format in SUFFIXES else "PNG"
+    target = _plain_target(relative, format)
+    number = 0
+    while target in taken:
+        target = relative.with_name(relative.name + (f".{number}" if number else "") + SUFFIXES[format])
+        number += 1
+    taken.add(target)
+    return Item(path, printable(relative), target, format)
+
+
+def _obstacle(item: Item, root: Path, originals: set[Path], plan: Plan) -> str | None:
+    """None: to be made; "": already done; else the reason why it must not be made."""
+    target = plan.output / item.target
+    try:
+        if root not in target.parent.resolve().joinpath("x").parents:
+            return "its folder in the output is a link that leads out of it"
+        if target.resolve() in originals:
+            return "its output would replace an input picture; choose another --output"
+        if plan.options.overwrite or not target.exists():
+            return None
+        key = item.target.as_posix()
+        if not plan.record.knows(key):
+            return f"{printable(item.target)} is already there and was not made by this command; --overwrite replaces it"
+        return "" if plan.record.is_done(key, plan.options.digest, item.source) else None
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def run_plan(pipe: Any, plan: Plan, *, progress: Progress | None = None) -> RunnerReport:
+    """Make the pictures of a plan, one after the other."""
+    report, total = plan.report, len(plan.todo)
+    for position, item in enumerate(plan.todo):
+        if progress:
+            progress(position, total, item.name)
+        try:
+            notes = _make(pipe, item, plan)
+        except Exception as error:  # whatever a picture does to the libraries, its neighbours are done
+            log.debug("%s failed", item.name, exc_info=True)
+            report.failed.append((item.name, _reason(error, item)))
+            continue
+        report.done.append(item.name)
+        report.notes.extend((item.name, note) for note in notes)
+    if progress:
+        progress(total, total, "")
+    return report
+
+
+def _reason(error: Exception, item: Item) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be written ({error.strerror})"
+    text = printable(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
+    return text.removeprefix(f"{printable(item.source.name)}: ")[:300]
+
+
+def _make(pipe: Any, item: Item, plan: Plan) -> tuple[str, ...]:
+    key, target, stat = item.target.as_posix(), plan.output / item.target, item.source.stat()
+    image = read_image(item.source)
+    result = upscale_image(pipe, image, plan.options)
+    plan.record.begin(key)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    notes = write_image(target, result, format=item.format, quality=plan.options.quality)
+    with item.source.open("rb") as file:
+        input_hash = hashlib.file_digest(file, "sha256").hexdigest()
+    plan.record.finish(key, plan.options.digest, item.source, input_hash, stat)
+    return (*image.notes, *notes)
+
+
+def upscale_image(pipe: Any, image: Image, options: RunnerOptions) -> Image:
+    """The picture enlarged by the pipeline, its alpha by bicubic, with profile, EXIF, depth and format of the original.
+
+    Raises:
+        ValueError: the pipeline refused the picture, or answered with a wrong size.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(options.seed)
+    given = to_tensor(image.rgb)
+    answer = pipe(image=given, scale=options.scale, generator=generator, output_type="pt", **options.call).images[0]
+    size = tuple(max(1, round(options.scale * side)) for side in image.size)
+    if tuple(answer.shape) != (3, *size):
+        raise ValueError(f"expected {size[1]} x {size[0]} pixels from the pipeline, came {list(answer.shape)}")
+    dtype, alpha = image.rgb.dtype, None
+    if image.gray:
+        answer = answer.mean(dim=0, keepdim=True).expand(3, -1, -1)
+    if image.alpha is not None:
+        alpha = to_array(resize_bicubic(to_tensor(image.alpha)[None], (size[0], size[1]))[0], dtype)[..., 0]
+    return replace(image, rgb=to_array(answer, dtype), alpha=alpha, notes=())

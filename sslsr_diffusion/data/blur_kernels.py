@@ -122,7 +122,8 @@ def _normal(q: NDArray[np.float64]) -> Kernel:
 
 def _grid(size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     axis = np.arange(size) - (size - 1) / 2
-    return tuple(np.meshgrid(axis, axis))  # type: ignore[return-value]
+    x, y = np.meshgrid(axis, axis)
+    return x, y
 
 
 def _quadratic_form(size: int, variance_x: float, variance_y: float, theta: float) -> NDArray[np.float64]:

@@ -45,8 +45,9 @@ class BsrganStep(Settings):
             [self._jpeg(draws)] if draws.chance(self.jpeg_prob) else [],
         ]
         order = draws.order(len(parts))
-        first, last = sorted((order.index(2), order.index(3)))
-        order[first], order[last] = 2, 3
+        places = sorted((order.index(2), order.index(3)))  # the sub-sampling comes before the last resize
+        for place, later in zip(places, (2, 3)):
+            order[place] = later
         return [*ops, *(op for i in order for op in parts[i]), self._jpeg(draws)]
 
     def _blur(self, draws: Draws, factor: int) -> Op:

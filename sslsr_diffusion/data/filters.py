@@ -105,10 +105,11 @@ def _filter_pixels(pixels: NDArray[np.float32], kernel: Kernel) -> NDArray[np.fl
     lines = _separate(kernel)
     if lines is None:
         return cv2.filter2D(pixels, cv2.CV_32F, kernel.astype(np.float32), borderType=cv2.BORDER_REFLECT_101)
-    total = None
+    total: NDArray[np.float32] | None = None
     for column, row in lines:
         part = cv2.sepFilter2D(pixels, cv2.CV_32F, row, column, borderType=cv2.BORDER_REFLECT_101)
         total = part if total is None else cv2.add(total, part, dst=total)
+    assert total is not None
     return total
 
 

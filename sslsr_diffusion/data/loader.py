@@ -127,9 +127,9 @@ class TrainingLoader:
             parallel = {"prefetch_factor": self._settings.prefetch, "multiprocessing_context": self._settings.start_method}
         return iter(
             torch.utils.data.DataLoader(
-                self._maker,  # type: ignore[arg-type]  # it has __getitems__, which is all that a batch sampler needs
-                batch_sampler=self._requests,  # type: ignore[arg-type]
-                collate_fn=_unchanged,
+                self._maker,  # type: ignore[arg-type]  # it has __getitems__, all that a batch sampler needs
+                batch_sampler=self._requests,
+                collate_fn=_unchanged,  # type: ignore[arg-type]
                 num_workers=workers,
                 worker_init_fn=_one_thread,
                 **parallel,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from sslsr_diffusion.images import read_image, to_tensor
 from sslsr_diffusion.seeding import derive_seed, sample_generator
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True)
+class Request:
     """What the main process asks a worker for."""
 
     index: int  # global sample index: the seed of everything random in the sample
@@ -117,7 +118,7 @@ class SampleMaker:
         if "lr" in crops:
             return Sample(hr[0], to_tensor(crops["lr"]), mask[0], request.index, item.name, [Op("real pair")])
         shared = sample_generator(self.seed, request.group, "shared") if self.settings.degradation.pool_size else None
-        ops = self.degradation.draw(*hr.shape[2:], with_generator("degradation"), shared)
+        ops = self.degradation.draw(hr.shape[2], hr.shape[3], with_generator("degradation"), shared)
         if self.settings.degradation.device == "training":
             return Sample(hr[0], None, mask[0], request.index, item.name, ops)
         lr = self.degradation.apply(hr, ops, with_generator("noise"))

@@ -54,7 +54,8 @@ class Table:
     """Rows of a Hugging Face data set; pictures come as encoded bytes and are decoded by our own reader."""
 
     def __init__(self, name: str, dataset: Any, column: str, lr_column: str | None) -> None:
-        self.name, self._dataset, self._column, self._lr_column, self.lost = name, dataset, column, lr_column, []
+        self.name, self._dataset, self._column, self._lr_column = name, dataset, column, lr_column
+        self.lost: list[str] = []
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -67,7 +68,8 @@ class Tar:
     """Pictures in local tar files, found once by their headers and then read at random."""
 
     def __init__(self, name: str, shards: Sequence[Path]) -> None:
-        self.name, self._shards, self.lost = name, list(shards), []
+        self.name, self._shards = name, list(shards)
+        self.lost: list[str] = []
         self._members: list[tuple[int, int, int, str]] = []  # shard, offset, bytes, name
         for number, shard in enumerate(self._shards):
             self._index(number, shard)

@@ -1,5 +1,227 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-def evaluate() -> None:
-    """Stub."""
+import typer
+
+from sslsr_diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from sslsr_diffusion.evaluation.dataset import Dataset
+    from sslsr_diffusion.evaluation.pairing import Pairing
+    from sslsr_diffusion.evaluation.scoring import Scores
+
+
+def evaluate(
+    restored: Annotated[
+        list[str] | None,
+        typer.Option(help="[NAME=]DIR of a model's results; repeat for more columns. The same NAME again is another seed of that model."),
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="Folder of the ground truths.")] = None,
+    lr: Annotated[Path | None, typer.Option(help="Folder of the low-resolution inputs, shown in the report.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="[NAME=]pipeline folder, run folder or hub id: upscales the dataset first; repeatable.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder with lr/ and hr/, or LR_DIR,HR_DIR, or a folder of photographs (shrunk by --scale). Replaces --reference."
+        ),
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Names with commas between them, 'default' or 'all'; --list-metrics shows them.")
+    ] = "default",
+    crop_border: Annotated[int, typer.Option(min=0, help="Pixels cut from each side before scoring (FID: none). The SSL paper: 4.")] = 0,
+    y_channel: Annotated[bool, typer.Option("--y-channel", help="PSNR and SSIM on Y of YCbCr instead of RGB.")] = False,
+    suffix: Annotated[str, typer.Option(help="What restored files have after the reference's stem, for example _x4.")] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, summary.json, metrics.csv.")] = Path("evaluation"),
+    examples: Annotated[int, typer.Option(min=0, max=20, help="Worst and best images shown per metric.")] = 2,
+    strict: Annotated[bool, typer.Option("--strict", help="A metric that cannot be computed, or an image left out, is an error.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Download no weights.")] = False,
+    weights_dir: Annotated[
+        Path | None, typer.Option(help="Where the weights lie: a folder with pyiqa/, checkpoints/, clip/. [default: ~/.cache/torch/hub]")
+    ] = None,
+    list_metrics: Annotated[
+        bool, typer.Option("--list-metrics", help="Show every metric, its convention and what it lacks; then exit.")
+    ] = False,
+    scale: Annotated[int, typer.Option(min=1, max=16, help="Shrinking of a --dataset of photographs.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="With --model: results per image, to measure their spread.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="With --model: the first seed.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="With --model: sampling steps. [default: the pipeline's]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """Score results (or a model, which upscales first) and put the columns side by side: table, CSV, JSON and an HTML report.
+
+    What was computed before is kept in results.jsonl of the output folder: an interrupted run goes on where it was.
+    """
+    import os
+
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if weights_dir:
+        from sslsr_diffusion.evaluation.weights import use_folder
+
+        use_folder(weights_dir)
+    if list_metrics:
+        return _list_metrics()
+    _check_arguments(restored, reference, model, dataset)
+    chosen, lacking = _available(metrics, has_reference=bool(reference or dataset), strict=strict)
+    columns = _columns(restored or [])
+    if dataset:
+        from sslsr_diffusion.evaluation.dataset import find_dataset
+
+        pairs = find_dataset(dataset, scale=scale, made=output / "dataset")
+        reference, lr = pairs.hr, pairs.lr
+        for name, path in (_named(text) for text in model or []):
+            columns.setdefault(_free(name, columns), []).extend(
+                _upscale(path, pairs, output / "images" / name, range(seed, seed + seeds), steps, device)
+            )
+    from sslsr_diffusion.evaluation.pairing import pair_files
+
+    pairing = pair_files(columns, reference, lr, suffix=suffix)
+    scores = _score(pairing, chosen, output, crop_border, y_channel, device)
+    options = {"crop_border": crop_border, "y_channel": y_channel, **({"suffix": suffix} if suffix else {})}
+    problems = _write(scores, pairing, lacking, output, options, examples)
+    if strict and problems:
+        raise UserError(f"--strict: {len(problems)} remark(s), see above; the first: {problems[0]}")
+
+
+def _check_arguments(restored: Any, reference: Path | None, model: Any, dataset: str | None) -> None:
+    if not restored and not model:
+        raise UserError("expected --restored DIR (with --reference DIR), or --model PATH with --dataset DIR; neither came.")
+    if model and not dataset:
+        raise UserError("--model needs --dataset: a folder with lr/ and hr/, LR_DIR,HR_DIR or a folder of photographs.")
+    if dataset and reference:
+        raise UserError("--dataset brings its own references; give either --dataset or --reference.")
+
+
+def _available(names: str, *, has_reference: bool, strict: bool) -> tuple[list[str], dict[str, str]]:
+    """What can be computed, and why the rest cannot."""
+    from sslsr_diffusion.evaluation.metrics import METRICS, select, unavailable
+
+    wanted = select(names)
+    lacking: dict[str, str] = {}
+    for name in wanted:
+        if METRICS[name].needs_reference and not has_reference:
+            reason: str | None = "compares with a reference; give --reference DIR"
+        else:
+            reason = unavailable(name)
+            if reason and strict:
+                raise UserError(f"--strict: {METRICS[name].label} {reason}.")
+        if reason:
+            lacking[name] = reason
+    chosen = [name for name in wanted if name not in lacking]
+    if not chosen:
+        raise UserError("no metric can be computed: " + "; ".join(f"{METRICS[n].label} {reason}" for n, reason in lacking.items()) + ".")
+    return chosen, lacking
+
+
+def _columns(texts: Sequence[str]) -> dict[str, list[Path]]:
+    columns: dict[str, list[Path]] = {}
+    for name, path in (_named(text) for text in texts):
+        columns.setdefault(name, []).append(Path(path).expanduser())
+    return columns
+
+
+def _named(text: str) -> tuple[str, str]:
+    """`NAME=PATH`, or a path whose last part is the name (of a run's pipeline/: the run's name)."""
+    name, equals, path = text.partition("=")
+    if equals and name and "/" not in name and not Path(text).exists():
+        return name, path
+    folder = Path(text)
+    return (folder.parent.name if folder.name == "pipeline" else folder.name) or text, text
+
+
+def _free(name: str, columns: dict[str, list[Path]]) -> str:
+    if name in columns:
+        raise UserError(f"--model {name}: a column of that name is there already; choose another with NAME=PATH.")
+    return name
+
+
+def _upscale(path: str, pairs: Dataset, folder: Path, seeds: range, steps: int | None, device: str) -> list[Path]:
+    """One folder of results per seed, made by the same runner as `sslsr infer`; what is done is skipped."""
+    from sslsr_diffusion.evaluation.dataset import scale_of
+    from sslsr_diffusion.inference.models import find_model, load_pipeline
+    from sslsr_diffusion.inference.runner import RunnerOptions, plan_files, run_plan
+
+    source, fingerprint = find_model(path, None)
+    scale, pipe, folders = scale_of(pairs), None, []
+    for seed in seeds:
+        options = RunnerOptions(
+            scale, seed, {"num_inference_steps": steps, "tile": "auto"} if steps else {"tile": "auto"}, "PNG", model=fingerprint
+        )
+        plan = plan_files(pairs.lr, folder / f"seed{seed}", options)
+        if plan.todo:
+            pipe = pipe or load_pipeline(source, device=device, dtype="auto")
+            label = f"upscaling with {folder.name}, seed {seed}"
+            plan.report = _with_bar(label, len(plan.todo), lambda tick: run_plan(pipe, plan, progress=lambda *_: tick()))  # noqa: B023
+        for name, reason in plan.report.failed:
+            typer.echo(f"failed: {name}: {reason}", err=True)
+        folders.append(folder / f"seed{seed}")
+    return folders
+
+
+def _score(pairing: Pairing, chosen: list[str], output: Path, crop_border: int, y_channel: bool, device: str) -> Scores:
+    import torch
+
+    from sslsr_diffusion.evaluation.results import ResultStore
+    from sslsr_diffusion.evaluation.scoring import score
+
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    store = ResultStore(output / "results.jsonl")
+    try:
+        return _with_bar(
+            "scoring",
+            len(pairing.items),
+            lambda tick: score(
+                pairing.items, chosen, store, crop_border=crop_border, y_channel=y_channel, device=place, progress=lambda _: tick()
+            ),
+        )
+    finally:
+        store.close()
+
+
+def _with_bar(label: str, total: int, work: Callable[[Callable[[], None]], Any]) -> Any:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit="image", dynamic_ncols=True) as bar:
+        try:
+            return work(lambda: (bar.update(1), None)[1])
+        except KeyboardInterrupt:
+            bar.close()
+            typer.echo("interrupted; the same command goes on from here", err=True)
+            raise typer.Exit(130) from None
+
+
+def _write(scores: Scores, pairing: Pairing, lacking: dict[str, str], output: Path, options: dict[str, Any], examples: int) -> list[str]:
+    from sslsr_diffusion.evaluation.metrics import METRICS
+    from sslsr_diffusion.evaluation.report import render_report
+    from sslsr_diffusion.evaluation.summary import summarize, text_table, to_csv, to_json
+    from sslsr_diffusion.images import atomic_write
+
+    summary = summarize(scores, options=options, unavailable=lacking, problems=pairing.problems)
+    atomic_write(output / "metrics.csv", to_csv(scores).encode())
+    atomic_write(output / "summary.json", to_json(summary).encode())
+    atomic_write(output / "report.html", render_report(summary, scores, examples=examples).encode("utf-8", "backslashreplace"))
+    typer.echo(f"\n{summary['images']} images; means with 95 % bootstrap intervals, * best, ↑ higher is better, ↓ lower is better\n")
+    typer.echo(text_table(summary))
+    for name, reason in lacking.items():
+        typer.echo(f"not computed: {METRICS[name].label} {reason}", err=True)
+    problems: list[str] = summary["problems"]
+    for problem in problems:
+        typer.echo(f"remark: {problem}", err=True)
+    typer.echo(f"\n{output / 'report.html'}, summary.json, metrics.csv")
+    return problems
+
+
+def _list_metrics() -> None:
+    from sslsr_diffusion.evaluation.metrics import METRICS, convention, unavailable
+
+    for name, metric in METRICS.items():
+        arrow = "higher is better" if metric.higher_is_better else "lower is better"
+        typer.echo(f"{name}: {arrow}{'' if metric.needs_reference else ', needs no reference'}{'' if metric.default else ', only by name'}")
+        typer.echo(f"    {convention(name, crop_border=0, y_channel=False)}")
+        reason = unavailable(name, download=False)
+        typer.echo(f"    {'ready' if reason is None else reason}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.errors import UserError
@@ -71,8 +72,10 @@ def _autoencoder(recipe: Recipe, publish: Callable[[Path, str], None] | None) ->
 
     def reconstruct(lr: Tensor, hr: Tensor, seed: int) -> Tensor:
         hr = hr.to(device_of())
-        noise = torch.randn(codec.noise_shape(hr), generator=torch.Generator().manual_seed(seed)).to(hr)
-        return codec.decode(codec.encode(hr, noise))
+        height, width = hr.shape[-2:]
+        padded = F.pad(hr, (0, -width % codec.scale, 0, -height % codec.scale), mode="replicate")
+        noise = torch.randn(codec.noise_shape(padded), generator=torch.Generator().manual_seed(seed)).to(hr)
+        return codec.decode(codec.encode(padded, noise))[..., :height, :width]
 
     def save_vae(folder: Path) -> None:
         codec.calibrate(_calibration_pixels(recipe).to(device_of()))

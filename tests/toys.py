@@ -49,7 +49,7 @@ class ToyLoader:
 
     def __init__(self, rank: int, world_size: int, state: dict[str, Any] | None, *, batch_size: int, poison: range = range(0)) -> None:
         self.rank, self.world_size, self.batch_size, self.poison = rank, world_size, batch_size, poison
-        self.position = 0 if state is None else state["samples"]
+        self.position = 0 if state is None else state["batch"] * batch_size * world_size
 
     def __iter__(self) -> ToyLoader:
         return self
@@ -61,7 +61,7 @@ class ToyLoader:
         return replace(batch, hr=batch.hr * float("nan")) if first in self.poison else batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.position}
+        return {"batch": self.position // (self.batch_size * self.world_size)}
 
     def problems(self) -> list[str]:
         return []

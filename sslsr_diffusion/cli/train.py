@@ -1,5 +1,51 @@
+"""`train.py` and `sslsr train`: one run from one recipe."""
+
 from __future__ import annotations
 
+from typing import Annotated, Any
 
-def train() -> None:
-    """Stub."""
+import typer
+
+
+def train(
+    config: Annotated[str, typer.Option("--config", "-c", help="A recipe file, or the name of a shipped one (see `sslsr init`).")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value: --set training.steps=100 (repeatable).")] = None,
+    resume: Annotated[str | None, typer.Option(help="`latest`, a checkpoint folder, a run folder, or a hub id.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the checks, then stop.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Move an earlier run in output.dir aside and begin anew.")] = False,
+    allow_recipe_change: Annotated[bool, typer.Option(help="Go on from a checkpoint of another recipe all the same.")] = False,
+) -> None:
+    """Fine-tune an upscaler (or train an autoencoder) as a recipe says."""
+    from sslsr_diffusion.recipe import load_recipe
+
+    recipe = load_recipe(config, set_ or [])
+    if dry_run:
+        from sslsr_diffusion.dry_run import dry_run as check
+
+        raise typer.Exit(0 if check(recipe, typer.echo, resume=resume is not None or restart) else 2)
+    _train(recipe, resume, restart=restart, allow_recipe_change=allow_recipe_change)
+
+
+def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_change: bool) -> None:
+    import os
+
+    from sslsr_diffusion.build import build
+    from sslsr_diffusion.recipe import run_folder
+    from sslsr_diffusion.training.fit import fit
+    from sslsr_diffusion.training.run_folder import RunFolder
+
+    main = int(os.environ.get("RANK", "0")) == 0
+    folder = RunFolder(run_folder(recipe))
+    if resume is None and main:
+        if restart:
+            folder.move_aside()
+        folder.check_free()
+    result = fit(build(recipe), resume=resume, allow_recipe_change=allow_recipe_change)
+    if not main:
+        return
+    for problem in result.problems:
+        typer.echo(f"training data: {problem}", err=True)
+    if result.stopped:
+        typer.echo(f"Stopped at step {result.step} ({result.stopped}). Go on with: --resume latest")
+        return
+    typer.echo(f"Done: {result.step} steps. Pipeline: {result.pipeline}  Pictures: {result.run}/pictures  Curves: {result.run}/loss.png")

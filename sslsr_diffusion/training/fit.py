@@ -17,7 +17,7 @@ from sslsr_diffusion.training.checkpoints import find_checkpoint, prune_checkpoi
 from sslsr_diffusion.training.objective import Objective
 from sslsr_diffusion.training.plots import plot_losses
 from sslsr_diffusion.training.reporting import Reporter
-from sslsr_diffusion.training.resume import check_same_recipe
+from sslsr_diffusion.training.resume import check_same_recipe, data_state
 from sslsr_diffusion.training.run_folder import RunFolder, write_folder
 from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings
@@ -67,18 +67,18 @@ def fit(job: Job, *, resume: str | None = None, allow_recipe_change: bool = Fals
     settings, folder = job.training, RunFolder(Path(job.output.dir))
     checkpoint_path = find_checkpoint(resume, folder.path) if resume else None
     session = Session(job.objective, job.losses, settings, seed=job.seed, trackers=job.output.trackers, run=folder.path)
-    data_state = None
+    position = None
     if checkpoint_path is not None:
         checkpoint = read_checkpoint(checkpoint_path)
         check_same_recipe(checkpoint.state, job.recipe, session.world_size, allow=allow_recipe_change)
         session.give(checkpoint, what=str(checkpoint_path))
-        data_state = checkpoint.state["data"]
+        position = data_state(checkpoint.state, session.rank, session.world_size, settings.batch_size, allow=allow_recipe_change)
     progress = session.progress
     if session.main:
         folder.start(job.recipe)
         folder.rewind_history(progress.step)
     session.barrier()
-    loader = job.open_data(session.rank, session.world_size, data_state)
+    loader = job.open_data(session.rank, session.world_size, position)
     with StopWatch() as watch, Reporter(session, folder, settings, resumed=checkpoint_path) as reporter:
         try:
             stopped = _loop(job, session, folder, loader, watch, reporter)

@@ -66,6 +66,25 @@ def check_same_recipe(state: Mapping[str, Any], recipe: Mapping[str, Any], world
         logger.warning("recipe changed since the checkpoint: %s", line)
 
 
+def data_state(state: Mapping[str, Any], rank: int, world_size: int, batch_size: int, *, allow: bool) -> dict[str, Any]:
+    """Where this process's data goes on; on another number of processes the global sample index decides.
+
+    Raises:
+        UserError: a pool or a stream is divided among the processes and cannot be divided anew, and `allow` is False.
+    """
+    positions, before = state["data"], int(state["recipe"]["training"]["batch_size"])
+    if state["world_size"] == world_size and before == batch_size:
+        return dict(positions[rank])
+    position = positions[0]
+    if (position.get("pool") or position.get("streams")) and not allow:
+        raise UserError(
+            f"--resume: a pool or a stream was divided among {state['world_size']} processes; go on with as many and the same batch size, "
+            f"or --allow-recipe-change to start it anew."
+        )
+    per_batch = world_size * batch_size
+    return {"batch": -(-int(position["batch"]) * state["world_size"] * before // per_batch)}
+
+
 def _samples_per_step(recipe: Mapping[str, Any], world_size: int) -> int | None:
     training = recipe.get("training", {})
     try:

@@ -184,7 +184,7 @@ class Session:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             "ema": None if self.ema is None else {k: v for k, v in self.ema.state_dict().items() if k != "shadow_params"},
             "auto_weights": {name: asdict(auto) for name, auto in self.auto.items()},
-            "data": data,
+            "data": self.gather([data]),  # one position per process
             "world_size": self.world_size,
         }
         return Checkpoint(tensors, state)

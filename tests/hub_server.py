@@ -8,6 +8,7 @@ checks that every xorb a shard names was uploaded, and that a commit names only 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -233,6 +234,14 @@ class HubServer:
     def reconstruct(self, m: re.Match[str], body: bytes, headers: Any) -> Any:
         return 200, {}, self.xet.reconstruction(m["hash"], self.url, _range(headers))
 
+    def reconstruct_v2(self, m: re.Match[str], body: bytes, headers: Any) -> Any:
+        plan = self.xet.reconstruction(m["hash"], self.url, _range(headers))
+        plan["xorbs"] = {
+            xorb: [{"url": piece["url"], "ranges": [{"chunks": piece["range"], "bytes": piece["url_range"]}]} for piece in pieces]
+            for xorb, pieces in plan.pop("fetch_info").items()
+        }
+        return 200, {}, plan
+
     def xet_data(self, m: re.Match[str], body: bytes, headers: Any) -> Any:
         return _part(self.xet.xorbs[m["hash"]], headers)
 
@@ -338,7 +347,8 @@ _ROUTES: list[tuple[str, str, Callable[..., Any], bool]] = [  # method, path, ca
     ("POST", r"/v1/shards", HubServer.shard, False),
     ("POST", r"/v2/shards", HubServer.shard_events, False),
     ("GET", r"/v\d/chunks?/[\w-]+/(?P<hash>\w+)", HubServer.chunk, False),
-    ("GET", r"/v1/reconstructions?/(?P<hash>\w+)", HubServer.reconstruct, False),
+    ("GET", r"/v1/reconstructions/(?P<hash>\w+)", HubServer.reconstruct, False),
+    ("GET", r"/v2/reconstructions/(?P<hash>\w+)", HubServer.reconstruct_v2, False),
     ("GET", r"/xet-data/(?P<hash>\w+)", HubServer.xet_data, False),
     ("GET", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", HubServer.resolve, False),
 ]
@@ -408,10 +418,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = _answer
 
     def handle(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the client hung up
             super().handle()
-        except OSError:
-            pass  # the client hung up
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

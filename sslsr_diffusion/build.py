@@ -223,7 +223,14 @@ class CachedText(nn.Module):
         super().__init__()
         self.register_buffer("text", text)
         self.config = SimpleNamespace(max_position_embeddings=text.shape[1] if text.shape[1] > 2 else 77)
-        self.dtype = text.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.get_buffer("text").device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.get_buffer("text").dtype
 
     def forward(self, ids: Tensor) -> tuple[Tensor]:
         return (self.get_buffer("text").expand(ids.shape[0], -1, -1),)

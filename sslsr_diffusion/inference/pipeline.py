@@ -80,7 +80,8 @@ class StableSRPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->unet->vae"  # the structural encoder alternates with the UNet, so both stay
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
 
-    def __init__(self, vae: Any, unet: Any, structural_encoder: Any, scheduler: Any, text_encoder: Any = None, tokenizer: Any = None):
+    # no annotations: diffusers checks components against them, and before 0.36 it fails on those that are not plain classes
+    def __init__(self, vae, unet, structural_encoder, scheduler, text_encoder=None, tokenizer=None):
         super().__init__()
         self.register_modules(
             vae=vae,

@@ -81,7 +81,11 @@ def _for_each_count(builder: ir.IRBuilder, w: int, count: Value, write: Callable
 
 
 def _vertical(
-    builder: ir.IRBuilder, count: int, steps: Value, read: Callable[[Value], Value], write: Callable[[Value, Value], None]
+    builder: ir.IRBuilder,
+    count: int,
+    steps: Value,
+    read: Callable[[Value], Value],
+    write: Callable[[Value, Value], None],
 ) -> None:
     """write(row, sum of read(row) .. read(row + count - 1)) for 8 * steps rows; may read up to 7 rows above row 0."""
     warm = -(-(count - 1) // _ROWS)
@@ -100,17 +104,29 @@ def _vertical(
 
 
 @kernel
+def take_block(builder: ir.IRBuilder, image: Pointer, at: Value, plane: Value, stride: Value, out: Pointer, rows: Value, c: int) -> None:
+    """Sixteen columns of the image as out[row][channel][16]: read hundreds of times, so aligned and close together."""
+
+    def step(i: Value, _: list[Value]) -> list[Value]:
+        for ch in range(c):
+            out.store((i * c + ch) * LANES, image.load(at + i * stride + plane * ch))
+        return []
+
+    loop(builder, rows, [], step)
+
+
+@kernel
 def vertical_differences(
-    builder: ir.IRBuilder, image: Pointer, base: Value, moved: Value, plane: Value, stride: Value, out: Pointer, at: Value, out_stride: Value,
-    steps: Value, count: Value, c: int, w: int,
+    builder: ir.IRBuilder, blocks: Pointer, base: Value, moved: Value, out: Pointer, at: Value, out_stride: Value, steps: Value,
+    count: Value, c: int, w: int,
 ) -> None:  # fmt: skip
-    """out[at + row * out_stride] = sum of `count` rows of sum_c (image[moved] - image[base])^2, for 8 * steps rows."""
+    """out[at + row * out_stride] = sum of `count` rows of sum_c (moved - base)^2, for 8 * steps rows of two blocks of `take_block`."""
 
     def squared(row: Value) -> Value:
         total = None
         for channel in range(c):
-            step = row * stride + plane * channel
-            difference = image.load(moved + step) - image.load(base + step)
+            step = (row * c + channel) * LANES
+            difference = blocks.load(moved + step) - blocks.load(base + step)
             total = difference * difference if total is None else difference.fma(difference, total)
         assert total is not None
         return total
@@ -272,8 +288,8 @@ def adjoint(
 
 @kernel
 def interact(
-    builder: ir.IRBuilder, force: Pointer, plane_force: Value, image: Pointer, base: Value, moved: Value, plane: Value, stride: Value,
-    partner: Pointer, own: Pointer, at: Value, own_plane: Value, own_stride: Value, spent: Pointer, rows: Value, search: Value, c: int,
+    builder: ir.IRBuilder, force: Pointer, plane_force: Value, blocks: Pointer, base: Value, moved: Value, partner: Pointer,
+    own: Pointer, at: Value, own_plane: Value, own_stride: Value, spent: Pointer, rows: Value, search: Value, c: int,
 ) -> None:  # fmt: skip
     """All vertical offsets of one column block: with B = force, F = B (P(x+d) - P(x)); own -= F, partner(x+d) += F, spent += B.
 
@@ -283,14 +299,14 @@ def interact(
 
     def pair(i: Value, _: list[Value]) -> list[Value]:
         y = i * 2
-        here = [[image.load(base + (y + r) * stride + plane * ch) for ch in range(c)] for r in range(2)]
+        here = [[blocks.load(base + ((y + r) * c + ch) * LANES) for ch in range(c)] for r in range(2)]
 
         def meet(t: Value, sums: list[Value]) -> list[Value]:
             pulls = [force.load((t + 1) * plane_force + y * LANES), force.load(t * plane_force + (y + 1) * LANES)]
             result = [sums[0] + pulls[0], sums[1] + pulls[1]]
             for ch in range(c):
-                there = image.load(moved + (y + t) * stride + plane * ch)
                 place = ((y + t) * c + ch) * LANES
+                there = blocks.load(moved + place)
                 received = partner.load(place)
                 for r in range(2):
                     difference = there - here[r][ch]

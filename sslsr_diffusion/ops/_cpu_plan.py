@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 _logger = logging.getLogger(__name__)
 _TILE_BYTES = 8_000_000  # of one graph of one tile
-_SLACK = 8  # rows above and below that the vertical sums may touch
+_SLACK = 16  # rows of zeros above and below an image: vertical sums and blocks touch them
 _ready: set[tuple[object, ...]] = set()
 _compiling = threading.Lock()
 
@@ -35,6 +35,10 @@ class Plan(NamedTuple):
     rows: np.ndarray
     workers: int
 
+    def part(self, worker: int) -> np.ndarray:
+        """One thread's tiles: every workers-th."""
+        return np.ascontiguousarray(self.tiles[worker :: self.workers])
+
 
 def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
@@ -45,13 +49,13 @@ def _shape_of_tiles(height: int, width: int, images: int, search: int, window: i
     grown = 2 * (window // 2)
     widest = 88 if tight else 136
     columns = -(-width // widest)
-    tile_width = -(-width // columns)
+    tile_width = _round_up(-(-width // columns), 16)
     tallest = 16 if tight else 40
     while tight and tallest > 8 and tallest * tile_width * search**2 * 4 > _TILE_BYTES:
         tallest -= 8
-    while tight and tile_width > 16 and tallest * _round_up(tile_width, 16) * search**2 * 4 > _TILE_BYTES:
-        columns += 1
-        tile_width = -(-width // columns)
+    while tight and tile_width > 16 and tallest * tile_width * search**2 * 4 > _TILE_BYTES:
+        tile_width -= 16
+        columns = -(-width // tile_width)
 
     def cost(tile_height: int) -> int:
         bands = -(-height // tile_height)
@@ -69,48 +73,50 @@ def plan(mask: Tensor, channels: int, search: int, window: int, normalize: bool)
     workers = max(1, torch.get_num_threads())
     for tight in (False, True):
         tile_height, tile_width = _shape_of_tiles(height, width, batch, search, window, workers, tight=tight)
-        row = _round_up(tile_width, 16)
-        counts, positions, rows = compiled.bucket(marked, tile_height, tile_width, row)
-        dense = counts > 0.6 * tile_height * row
-        most = int(np.where(dense, tile_height * row, counts).max())
+        counts, positions, rows = compiled.bucket(marked, tile_height, tile_width)
+        dense = counts > 0.6 * tile_height * tile_width
+        most = int(np.where(dense, tile_height * tile_width, counts).max())
         if most * search**2 * 4 <= _TILE_BYTES:
             break
-    stride, plane_rows = padded_shape(height, width, search, window)
-    plane = stride * plane_rows
+    down, across = -(-height // tile_height), -(-width // tile_width)
+    stride = _round_up(_lead(reach) + across * tile_width + 2 * (reach + half) + 32, 16)
+    plane = stride * (down * tile_height + 2 * (reach + half + _SLACK))
     layout = compiled.Layout(
-        search=search, reach=reach, half=half, height=tile_height, width=tile_width, row=row,
+        search=search, reach=reach, half=half, height=tile_height, row=tile_width,
         vectors=-(-(tile_width + 2 * half) // 16), grown=tile_height + 2 * half, room=_round_up(most, 16), plane=plane, stride=stride,
         normalize=int(normalize),
     )  # fmt: skip
     number = np.flatnonzero(counts)
-    down, across = -(-height // tile_height), -(-width // tile_width)
     image, band, column = number // (down * across), number // across % down, number % across
-    origin = image * channels * plane + (band * tile_height + reach + _SLACK) * stride + column * tile_width + reach
+    origin = image * channels * plane + (band * tile_height + reach + _SLACK) * stride + column * tile_width + _lead(reach) + reach
     first = np.cumsum(counts) - counts
     tiles = np.stack([origin, first[number], counts[number], dense[number].astype(np.int64)], axis=1)
     return Plan(layout, tiles, positions, rows, min(workers, len(tiles)))
 
 
-def padded_shape(height: int, width: int, search: int, window: int) -> tuple[int, int]:
-    margin = search // 2 + window // 2
-    return _round_up(width + 2 * margin + 32, 16), height + 2 * margin + 2 * _SLACK + 8 + window
+def _lead(reach: int) -> int:
+    """Columns of zeros to the left of the padded image: tiles then begin on a cache line."""
+    return -reach % 16
 
 
-def padded(image: Tensor, search: int, window: int) -> Tensor:
-    """[B, C, rows, stride]: the reflect-padded image in the middle of zeros, so that no load leaves the buffer."""
-    reach, half = search // 2, window // 2
+def _inside(buffer: Tensor, height: int, width: int, layout: Any) -> Tensor:
+    """The reflect-padded image in its buffer, which has zeros around it so that no load leaves it."""
+    top, left = _SLACK + layout.half, _lead(layout.reach) + layout.half
+    return buffer[:, :, top : top + height + 2 * layout.reach, left : left + width + 2 * layout.reach]
+
+
+def padded(image: Tensor, layout: Any) -> Tensor:
+    """[B, C, rows, stride]: the image reflected by reach, in a buffer as `_inside` describes."""
     batch, channels, height, width = image.shape
-    stride, rows = padded_shape(height, width, search, window)
-    out = image.new_zeros(batch, channels, rows, stride)
-    inside = out[:, :, _SLACK + half : _SLACK + half + height + 2 * reach, half : half + width + 2 * reach]
-    inside.copy_(F.pad(image.detach(), (reach,) * 4, mode="reflect"))
+    out = torch.zeros(batch, channels, layout.plane // layout.stride, layout.stride)
+    _inside(out, height, width, layout).copy_(F.pad(image.detach(), (layout.reach,) * 4, mode="reflect"))
     return out
 
 
-def unpad(gradient: Tensor, height: int, width: int, search: int, window: int) -> Tensor:
+def _unpad(gradient: Tensor, height: int, width: int, layout: Any) -> Tensor:
     """The adjoint of `padded`: the border folded back onto the pixels it was reflected from."""
-    reach, half = search // 2, window // 2
-    gradient = gradient[:, :, _SLACK + half : _SLACK + half + height + 2 * reach, half : half + width + 2 * reach]
+    reach = layout.reach
+    gradient = _inside(gradient, height, width, layout)
     for dim, size in ((2, height), (3, width)):
         inner = gradient.narrow(dim, reach, size)
         if reach:
@@ -128,7 +134,7 @@ def scratch(layout: Any, channels: int, window: int) -> Any:
     entries, steps = layout.search**2, _round_up(layout.grown, 8)
     across = margin + _round_up(window, 16) + 16
     sizes = {
-        "maps": (layout.search * (layout.height + 4 * half) + 2 * _SLACK + 8 + window) * margin + 64,
+        "maps": (layout.search * (layout.height + 4 * half) + 2 * _SLACK + window) * margin + 64,
         "distance": area + margin + 16,
         "picked": layout.room,
         "outside": window * window * area,
@@ -143,6 +149,7 @@ def scratch(layout: Any, channels: int, window: int) -> Any:
         "adjoint": layout.room,
         "total": layout.room,
         "force": (layout.search + 2) * steps * 16,
+        "blocks": (2 * layout.grown + layout.search + 4 * _SLACK) * channels * 16,
         "partner": (layout.grown + layout.search) * channels * 16,
         "own": channels * layout.grown * margin,
         "spent": layout.grown * margin,
@@ -195,11 +202,13 @@ def scale(channels: int, window: int, sigma: float) -> float:
     return -LOG2E / (channels * window**2 * sigma)
 
 
-def gradients(plan: Plan, image: Tensor) -> list[Tensor]:
-    return [torch.zeros_like(image) for _ in range(plan.workers)]
+def gradients(workers: int, image: Tensor) -> list[Tensor]:
+    """A gradient image for each thread."""
+    return [torch.zeros_like(image) for _ in range(workers)]
 
 
-def total(parts: list[Tensor], shape: torch.Size, search: int, window: int) -> Tensor:
+def total(parts: list[Tensor], shape: torch.Size, layout: Any) -> Tensor:
+    """The threads' gradients of the padded image, added up and folded to the image's shape."""
     for other in parts[1:]:
         parts[0] += other
-    return unpad(parts[0], shape[2], shape[3], search, window)
+    return _unpad(parts[0], shape[2], shape[3], layout)

@@ -16,7 +16,8 @@ import numpy as np
 from sslsr_diffusion.ops import _cpu_kernels as kernels
 from sslsr_diffusion.ops import _simd
 
-vertical_differences, vertical_sums, horizontal_sums = kernels.vertical_differences, kernels.vertical_sums, kernels.horizontal_sums
+take_block, vertical_differences = kernels.take_block, kernels.vertical_differences
+vertical_sums, horizontal_sums = kernels.vertical_sums, kernels.horizontal_sums
 exponents, weights, compare, adjoint = kernels.exponents, kernels.weights, kernels.compare, kernels.adjoint
 interact, hand_over, settle = kernels.interact, kernels.hand_over, kernels.settle
 energies, outside_columns, outside_rows = kernels.energies, kernels.outside_columns, kernels.outside_rows
@@ -24,6 +25,7 @@ energies, outside_columns, outside_rows = kernels.energies, kernels.outside_colu
 LOG2E = 1 / math.log(2)
 LN2 = math.log(2)
 ROW_EPS = 1e-10
+_SLACK = 8  # rows above and below a tile that the vertical sums touch
 
 
 class Layout(NamedTuple):
@@ -33,8 +35,7 @@ class Layout(NamedTuple):
     reach: int
     half: int
     height: int  # of a tile: a multiple of 8
-    width: int
-    row: int  # tile row of distances, rounded up to whole vectors
+    row: int  # width of a tile: a multiple of 16
     vectors: int  # of a grown tile's row
     grown: int  # rows of a grown tile
     room: int  # pixels of the fullest tile, rounded up
@@ -61,6 +62,7 @@ class Scratch(NamedTuple):
     adjoint: np.ndarray
     total: np.ndarray
     force: np.ndarray  # [search + 2][rows][16]
+    blocks: np.ndarray  # see `_take_blocks`
     partner: np.ndarray
     own: np.ndarray
     spent: np.ndarray
@@ -86,6 +88,18 @@ def _tile_outside(image, base, tile_pos, count, dense, layout, s, c, w):
 
 
 @numba.njit(nogil=True)
+def _take_blocks(image, at, dx, layout, s, c):
+    """The column block of the tile and of its partners dx away, with rows of slack around; returns where the partners' row -reach is."""
+    row = len(c) * 16
+    own = layout.grown + 2 * _SLACK
+    take_block(image, at - _SLACK * layout.stride, layout.plane, layout.stride, s.blocks, own, c)
+    partners = s.blocks[own * row :]
+    top = at - (layout.reach + _SLACK) * layout.stride + dx
+    take_block(image, top, layout.plane, layout.stride, partners, layout.grown + layout.search + 2 * _SLACK, c)
+    return (own + _SLACK) * row
+
+
+@numba.njit(nogil=True)
 def _tile_exponents(image, base, tile_pos, dense, layout, s, out, sums, scale, c, w):
     """out[offset] = log2 of the un-normalised weights of the tile's pixels, sums = their row sums; returns pixels per offset."""
     search, reach, half = layout.search, layout.reach, layout.half
@@ -99,18 +113,19 @@ def _tile_exponents(image, base, tile_pos, dense, layout, s, out, sums, scale, c
     sums[:used] = 0
     margin = layout.vectors * 16
     rows = layout.height + 4 * half
-    start = (8 + 2 * half) * margin
+    start = (_SLACK + 2 * half) * margin
     for ix in range(search):
         dx = ix - reach
         low_x, high_x = max(-half, -reach - dx), min(half, reach - dx)
         cut_x = half + dx - max(half - reach, min(reach - half, dx))
         for block in range(layout.vectors):
+            moved = _take_blocks(image, base + block * 16, dx, layout, s, c)
             for iy in range(search):
                 dy = iy - reach
                 low, high = max(-half, -reach - dy), min(half, reach - dy)
-                here = base + (half + low) * layout.stride + block * 16
+                here = (half + low) * len(c) * 16
                 vertical_differences(
-                    image, here, here + dy * layout.stride + dx, layout.plane, layout.stride,
+                    s.blocks, _SLACK * len(c) * 16 + here, moved + here + iy * len(c) * 16,
                     s.maps, start + iy * rows * margin + block * 16, margin, layout.height // 8, high - low + 1, c, w,
                 )  # fmt: skip
         for iy in range(search):
@@ -136,7 +151,7 @@ def _tile_gradient(image, gradient, base, tile_pos, dense, used, layout, s, c, w
     search, reach, half, room = layout.search, layout.reach, layout.half, layout.room
     margin = layout.vectors * 16
     rows = layout.height + 4 * half
-    start = (8 + 2 * half) * margin
+    start = (_SLACK + 2 * half) * margin
     across = len(s.dense) // layout.height
     grown_steps = (layout.grown + 7) // 8
     force_plane = grown_steps * 8 * 16
@@ -159,18 +174,20 @@ def _tile_gradient(image, gradient, base, tile_pos, dense, used, layout, s, c, w
             for iy in range(search):
                 dy = iy - reach
                 low, high = max(-half, -reach - dy), min(half, reach - dy)
-                place = (8 + iy * rows + half - high) * margin + block * 16
+                place = (_SLACK + iy * rows + half - high) * margin + block * 16
                 vertical_sums(s.maps, place, margin, s.force, (iy + 1) * force_plane, 16, grown_steps, high - low + 1, w)
-            moved = base - reach * layout.stride + dx + block * 16
+            moved = _take_blocks(image, base + block * 16, dx, layout, s, c)
             interact(
-                s.force, force_plane, image, base + block * 16, moved, layout.plane, layout.stride, s.partner, s.own, block * 16,
+                s.force, force_plane, s.blocks, _SLACK * len(c) * 16, moved, s.partner, s.own, block * 16,
                 layout.grown * margin, margin, s.spent, layout.grown, search, c,
             )  # fmt: skip
-            hand_over(s.partner, gradient, moved, layout.plane, layout.stride, layout.grown + search, c)
+            hand_over(
+                s.partner, gradient, base - reach * layout.stride + dx + block * 16, layout.plane, layout.stride, layout.grown + search, c
+            )
     _place(s.total, tile_pos, dense, s.dense, across, layout)
     horizontal_sums(s.dense, 0, across, s.maps, start, margin, layout.height, layout.vectors, len(w), w)
     for block in range(layout.vectors):
-        vertical_sums(s.maps, 8 * margin + block * 16, margin, s.box, block * 16, margin, grown_steps, len(w), w)
+        vertical_sums(s.maps, _SLACK * margin + block * 16, margin, s.box, block * 16, margin, grown_steps, len(w), w)
     settle(
         image, gradient, base, layout.plane, layout.stride, s.own, layout.grown * margin, margin, s.box, s.spent, layout.grown,
         layout.vectors, c,
@@ -186,8 +203,8 @@ def _place(values, tile_pos, dense, target, across, layout):
             target[y * across + left : y * across + left + layout.row] = values[y * layout.row : (y + 1) * layout.row]
     else:
         for i in range(len(tile_pos)):
-            y = tile_pos[i] // layout.row
-            target[y * across + left + tile_pos[i] - y * layout.row] = values[i]
+            y = tile_pos[i] // np.uint32(layout.row)
+            target[tile_pos[i] + y * np.uint32(across - layout.row) + np.uint32(left)] = values[i]
 
 
 @numba.njit(nogil=True)
@@ -195,7 +212,7 @@ def _tile_factor(tile_pos, dense, used, room, pixels, value):
     """factor = value at masked pixels, 0 at the padding."""
     pixels[8 * room : 8 * room + used] = 0
     for i in range(len(tile_pos)):
-        pixels[8 * room + (tile_pos[i] if dense else i)] = value
+        pixels[8 * room + (np.int64(tile_pos[i]) if dense else i)] = value
 
 
 @numba.njit(nogil=True)
@@ -215,7 +232,7 @@ def _tile_loss(used, l1_weight, kl_weight, layout, s, tile_pos, dense):
         compare(s.first, s.second, offset * used, pixels, room, l1_weight, kl_weight, used // 16)
     l1 = kl = 0.0
     for i in range(len(tile_pos)):
-        p = tile_pos[i] if dense else i
+        p = np.int64(tile_pos[i]) if dense else i
         l1 += pixels[3 * room + p]
         kl += np.float64(pixels[4 * room + p]) - s.sums[p] * pixels[5 * room + p]
     if not layout.normalize:
@@ -248,8 +265,8 @@ def _graph_tiles(image, out, tiles, positions, rows, layout, s, scale, c, w):
         for offset in range(entries):
             weights(s.first, offset * used, s.pixels, used // 16)
         for i in range(count):
-            p = tile_pos[i] if dense else i
-            row = rows[first + i]
+            p = np.int64(tile_pos[i]) if dense else i
+            row = np.int64(rows[first + i])
             for offset in range(entries):
                 out[row, offset] = s.first[offset * used + p]
 
@@ -265,8 +282,8 @@ def _graph_gradient_tiles(image, out, out_gradient, gradient, tiles, positions, 
         s.second[: entries * used] = 0
         s.pixels[6 * room : 7 * room] = 0
         for i in range(count):
-            p = tile_pos[i] if dense else i
-            row = rows[first + i]
+            p = np.int64(tile_pos[i]) if dense else i
+            row = np.int64(rows[first + i])
             mean = 0.0
             for offset in range(entries):
                 pull = out[row, offset] * out_gradient[row, offset]
@@ -279,7 +296,7 @@ def _graph_gradient_tiles(image, out, out_gradient, gradient, tiles, positions, 
 
 
 @numba.njit(nogil=True)
-def _bucket(mask, height, width, row):
+def _bucket(mask, height, width):
     """Masked pixels by tile: (counts per tile, position in the tile, row of the graph), tiles in raster order."""
     batch, rows, columns = mask.shape
     down, across = -(-rows // height), -(-columns // width)
@@ -292,14 +309,14 @@ def _bucket(mask, height, width, row):
     for t in range(1, len(counts)):
         free[t] = free[t - 1] + counts[t - 1]
     total = counts.sum()
-    positions, order = np.empty(total, np.int32), np.empty(total, np.int32)
+    positions, order = np.empty(total, np.uint32), np.empty(total, np.uint32)  # unsigned: indexing needs no test for negatives
     line = 0
     for b in range(batch):
         for y in range(rows):
             for x in range(columns):
                 if mask[b, y, x]:
                     t = (b * down + y // height) * across + x // width
-                    positions[free[t]], order[free[t]] = y % height * row + x % width, line
+                    positions[free[t]], order[free[t]] = y % height * width + x % width, line
                     free[t] += 1
                     line += 1
     return counts, positions, order
@@ -324,9 +341,9 @@ def _compiled(stamp: str) -> tuple[Any, ...]:
         _graph_gradient_tiles(image, out, out_gradient, gradient, tiles, positions, rows, layout, s, scale, c, w)
 
     @numba.njit(nogil=True, cache=True)
-    def bucket(mask, height, width, row):
+    def bucket(mask, height, width):
         stamp  # noqa: B018
-        return _bucket(mask, height, width, row)
+        return _bucket(mask, height, width)
 
     return loss_tiles, graph_tiles, graph_gradient_tiles, bucket
 

@@ -161,7 +161,7 @@ def kernel(emit: Callable[..., None]) -> Any:
     names = list(inspect.signature(emit).parameters)[1:]
 
     def typed(_context: Any, *arguments: types.Type) -> tuple[Any, Any]:
-        static = [argument.count if isinstance(argument, types.BaseTuple) else None for argument in arguments]
+        static = [argument.count if isinstance(argument, types.UniTuple) else None for argument in arguments]
 
         def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
             passed = [

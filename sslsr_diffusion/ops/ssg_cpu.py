@@ -35,11 +35,11 @@ def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, 
     out = image.new_empty(len(plan.rows), search**2)
     if len(out) == 0:
         return out
-    padded, scale = plans.padded(image, search, window).numpy().ravel(), plans.scale(channels, window, sigma)
+    padded, scale = plans.padded(image, plan.layout).numpy().ravel(), plans.scale(channels, window, sigma)
 
     def work(worker: int) -> None:
         compiled.graph_tiles(
-            padded, out.numpy(), plan.tiles[worker :: plan.workers], plan.positions, plan.rows, plan.layout,
+            padded, out.numpy(), plan.part(worker), plan.positions, plan.rows, plan.layout,
             plans.scratch(plan.layout, channels, window), scale, (0,) * channels, (0,) * window,
         )  # fmt: skip
 
@@ -62,18 +62,18 @@ def _graph_backward(
     plan = plans.plan(mask, channels, search, window, normalize)
     if len(plan.rows) == 0:
         return torch.zeros_like(image, memory_format=torch.contiguous_format)
-    padded, scale = plans.padded(image, search, window), plans.scale(channels, window, sigma)
-    parts = plans.gradients(plan, padded)
+    padded, scale = plans.padded(image, plan.layout), plans.scale(channels, window, sigma)
+    parts = plans.gradients(plan.workers, padded)
     flat, pull = padded.numpy().ravel(), grad_out.contiguous().numpy()
 
     def work(worker: int) -> None:
         compiled.graph_gradient_tiles(
-            flat, out.numpy(), pull, parts[worker].numpy().ravel(), plan.tiles[worker :: plan.workers], plan.positions, plan.rows,
+            flat, out.numpy(), pull, parts[worker].numpy().ravel(), plan.part(worker), plan.positions, plan.rows,
             plan.layout, plans.scratch(plan.layout, channels, window), scale, (0,) * channels, (0,) * window,
         )  # fmt: skip
 
     plans.share(plan, ("graph gradient", channels, window), work)
-    return plans.total(parts, image.shape, search, window)
+    return plans.total(parts, image.shape, plan.layout)
 
 
 @_graph_backward.register_fake
@@ -106,23 +106,26 @@ def _loss(
     if len(plan.rows) == 0:
         zero = sr.new_zeros(())
         return zero, zero.clone(), zero.clone(), torch.zeros_like(sr, memory_format=torch.contiguous_format)[: sr.shape[0] * with_gradient]
-    padded, truth = (plans.padded(image, search, window) for image in (sr, gt))
-    parts = plans.gradients(plan, padded) if with_gradient else [sr.new_empty(0)] * plan.workers
-    sums = np.zeros((len(plan.tiles), 2))
+    padded, truth = (plans.padded(image, plan.layout) for image in (sr, gt))
+    parts = plans.gradients(plan.workers, padded) if with_gradient else [sr.new_empty(0)] * plan.workers
+    sums = np.zeros((len(plan.tiles), 2))  # by tile: the order of the sum does not depend on the number of threads
     flat, flat_truth = padded.numpy().ravel(), truth.numpy().ravel()
 
     def work(worker: int) -> None:
+        tiles = plan.part(worker)
+        own = np.zeros((len(tiles), 2))
         compiled.loss_tiles(
-            flat, flat_truth, parts[worker].numpy().ravel(), plan.tiles[worker :: plan.workers], plan.positions, plan.layout,
-            plans.scratch(plan.layout, channels, window), sums[worker :: plan.workers], plans.scale(channels, window, sigma),
+            flat, flat_truth, parts[worker].numpy().ravel(), tiles, plan.positions, plan.layout,
+            plans.scratch(plan.layout, channels, window), own, plans.scale(channels, window, sigma),
             l1_weight, kl_weight, (0,) * channels, (0,) * window,
         )  # fmt: skip
+        sums[worker :: plan.workers] = own
 
     plans.share(plan, ("loss", channels, window), work)
     share = 1 / (float(rows) * search**2)
     l1, kl = sums.sum(0) * share
     total = l1_weight * l1 + kl_weight * kl
-    gradient = plans.total(parts, sr.shape, search, window).mul_(share) if with_gradient else torch.empty_like(sr)[:0]
+    gradient = plans.total(parts, sr.shape, plan.layout).mul_(share) if with_gradient else torch.empty_like(sr)[:0]
     return sr.new_tensor(total), sr.new_tensor(l1), sr.new_tensor(kl), gradient
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from sslsr_diffusion.ops import cupy_loader
 from sslsr_diffusion.ops.ssg_cuda_plan import plan_row
@@ -59,6 +61,23 @@ def test_a_wrong_count_of_shared_memory_does_not_compile(tmp_path):
     defines = tuple(re.sub(r"(SHARED_BYTES=)\d+", r"\g<1>1024", define) for define in defines_of("ssg_loss.cu", "sm_90"))
     with pytest.raises(AssertionError, match="count of shared memory"):
         compile_for("sm_90", "ssg_loss.cu", defines, tmp_path)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_compiles_with_the_runtime_compiler_that_cupy_uses(file):
+    """NVRTC knows no standard headers, and comes with torch's CUDA wheels: it needs neither nvcc nor a GPU."""
+    if not (libraries := sorted(Path(torch.__file__).parents[1].glob("nvidia/**/libnvrtc.so.*"))):
+        pytest.skip("this torch has no libnvrtc")
+    nvrtc = ctypes.CDLL(str(libraries[0]))
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), cupy_loader.read_source(file).encode(), b"", 0, None, None) == 0
+    options = ["-std=c++17", "-arch=sm_90", "-ftz=true", *(f"-D{d}" for d in defines_of(file, "sm_90"))]  # the ftz is CuPy's
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options)))
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, text)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    assert failed == 0, text.value.decode()
 
 
 def test_every_source_is_known_and_the_folder_has_no_python():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from emulation.emulator import COMPILER, SHARED_LIMIT, EmulatedLauncher
 from goldens import load_golden
 from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, golden_mask, make_inputs, reference_graph, reference_loss
 
-from sslsr_diffusion.ops import ssg_cuda, ssg_direct
+from sslsr_diffusion.ops import SelfSimilarityLoss, ssg_cuda, ssg_direct
 from sslsr_diffusion.ops.ssg_cuda_plan import Settings, run_graph, run_graph_backward, run_loss
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
@@ -239,11 +243,17 @@ def test_opcheck(cpu_ops):
     torch.library.opcheck(ssg_cuda._loss_backward_op, (inputs.sr, torch.tensor(2.0, dtype=torch.float64)))
 
 
-def test_compiles_into_one_graph(cpu_ops):
+def test_the_module_compiles_into_one_graph(cpu_ops, monkeypatch):
+    """Through the public module, with the real question whether a GPU's backend is available."""
+    ask = ssg_cuda.unavailable
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    monkeypatch.setattr(ssg_cuda, "unavailable", lambda device: ask(torch.device("cuda", 0)))
+    monkeypatch.setattr(torch.version, "hip", None)
     inputs = make_inputs(SMALL)
+    ssl = SelfSimilarityLoss(**NAMED, mask_stride=2, backend="cuda")
 
     def step(sr):
-        return ssg_cuda.loss(sr * 1.5, inputs.gt, inputs.mask, num_rows=None, **NAMED)[0]
+        return ssl(sr * 1.5, inputs.gt, inputs.mask)
 
     results = []
     for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
@@ -270,3 +280,36 @@ def test_direct_loss_matches_float64_reference(name):
     want = reference_loss(inputs, case, WEIGHTS)
     torch.testing.assert_close(torch.stack([total, l1, kl]).detach().double(), torch.stack(want[:3]), rtol=2e-5, atol=0)
     assert_same_gradient(sr.grad, want[3])
+
+
+# ---- the emulation finds what it is there to find
+
+BROKEN = {
+    "a thread that skips a barrier": ("if (threadIdx.x != 3) __syncthreads(); out[threadIdx.x] = 1.f;", "wait at a barrier"),
+    "a write past shared memory": ("shared_memory[4].x = 1.f; out[threadIdx.x] = 1.f;", "past the end of shared memory"),
+    "a write past a tensor": ("out[threadIdx.x + 1] = 1.f;", "outside of the tensor"),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_emulation_finds(body, message, tmp_path):
+    file = tmp_path / "broken.cu"
+    file.write_text(f'extern __shared__ float4 shared_memory[];\nextern "C" __global__ void broken(float* out) {{ {body} }}\n')
+    with pytest.raises(RuntimeError, match=message):
+        EmulatedLauncher()(str(file), "broken", (), 1, 64, 64, [torch.zeros(64)])
+    with pytest.raises(RuntimeError, match="the kernel takes p, the host sends pi"):
+        EmulatedLauncher()(str(file), "broken", (), 1, 64, 64, [torch.zeros(64), np.int32(1)])
+
+
+def test_emulation_shows_a_missing_barrier_by_another_order(tmp_path):
+    file = tmp_path / "race.cu"
+    file.write_text("""extern __shared__ float4 shared_memory[];
+extern "C" __global__ void race(float* out) {
+    float* line = reinterpret_cast<float*>(shared_memory);
+    line[threadIdx.x] = (float)threadIdx.x;
+    out[threadIdx.x] = line[(threadIdx.x + 63) % 64];
+}""")
+    results = [torch.zeros(64), torch.zeros(64)]
+    for reverse, out in enumerate(results):
+        EmulatedLauncher(bool(reverse))(str(file), "race", (), 1, 64, 256, [out])
+    assert not torch.equal(*results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import threading
@@ -40,6 +41,11 @@ def unavailable(device: torch.device) -> str | None:
     return f"{missing[0]} is neither in {SOURCE_FOLDERS[0]} nor in {SOURCE_FOLDERS[1]}; install the package again." if missing else None
 
 
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes seconds: torch.compile asks once
+# and does not look into imports and files.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def find_source(name: str) -> Path | None:
     return next((folder / name for folder in SOURCE_FOLDERS if (folder / name).is_file()), None)
 
@@ -54,9 +60,14 @@ def read_source(name: str) -> str:
 
 def shared_memory_limit(device: torch.device) -> int:
     """Bytes of shared memory a block may ask for."""
+    return _shared_memory_limit(_index(device))
+
+
+@functools.cache
+def _shared_memory_limit(index: int) -> int:
     import cupy
 
-    return int(cupy.cuda.Device(_index(device)).attributes["MaxSharedMemoryPerBlockOptin"])
+    return int(cupy.cuda.Device(index).attributes["MaxSharedMemoryPerBlockOptin"])
 
 
 class CupyLauncher:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from sslsr_diffusion.ops import ssg_cpu, ssg_cuda, ssg_reference, ssg_torch
 from sslsr_diffusion.ops.errors import BackendUnavailable
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -93,7 +93,7 @@ def in_full_precision(image: Tensor) -> Tensor:
 def backend_module(name: str) -> ModuleType:
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, came {name!r}.")
-    return import_module(BACKENDS[name])
+    return BACKENDS[name]
 
 
 def choose_backend(name: str, image: Tensor) -> ModuleType:
@@ -112,9 +112,4 @@ def choose_backend(name: str, image: Tensor) -> ModuleType:
     return module
 
 
-BACKENDS = {
-    "reference": "sslsr_diffusion.ops.ssg_reference",
-    "torch": "sslsr_diffusion.ops.ssg_torch",
-    "cpu": "sslsr_diffusion.ops.ssg_cpu",
-    "cuda": "sslsr_diffusion.ops.ssg_cuda",
-}
+BACKENDS = {"reference": ssg_reference, "torch": ssg_torch, "cpu": ssg_cpu, "cuda": ssg_cuda}

@@ -42,8 +42,12 @@ def loss(
     """(total, l1, kl) without ever holding the graph or waiting for the GPU; total is differentiable in sr, once."""
     with_gradient = sr.requires_grad and torch.is_grad_enabled()
     weighted, sums, _ = _loss_op(sr, gt, mask, search_size, window_size, sigma, normalize, l1_weight, kl_weight, with_gradient)
-    rows = mask.sum() if num_rows is None else torch.as_tensor(num_rows, device=sr.device)
-    entries = rows.detach().double().clamp_min(_FEWEST_ROWS) * search_size**2
+    rows = mask.sum() if num_rows is None else num_rows
+    if isinstance(rows, Tensor):
+        rows = rows.detach().double().clamp_min(_FEWEST_ROWS)
+    else:
+        rows = max(float(rows), _FEWEST_ROWS)  # stays on the host: as a tensor its copy would be waited for
+    entries = rows * search_size**2
     l1, kl = (sums / entries).float().unbind()
     return (weighted / entries).float(), l1.detach(), kl.detach()
 

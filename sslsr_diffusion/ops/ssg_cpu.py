@@ -64,11 +64,11 @@ def _graph_backward(
         return torch.zeros_like(image, memory_format=torch.contiguous_format)
     padded, scale = plans.padded(image, plan.layout), plans.scale(channels, window, sigma)
     parts = plans.gradients(plan.workers, padded)
-    flat, pull = padded.numpy().ravel(), grad_out.contiguous().numpy()
+    flat, pull = padded.numpy().ravel(), grad_out.detach().contiguous().numpy()
 
     def work(worker: int) -> None:
         compiled.graph_gradient_tiles(
-            flat, out.numpy(), pull, parts[worker].numpy().ravel(), plan.part(worker), plan.positions, plan.rows,
+            flat, out.detach().numpy(), pull, parts[worker].numpy().ravel(), plan.part(worker), plan.positions, plan.rows,
             plan.layout, plans.scratch(plan.layout, channels, window), scale, (0,) * channels, (0,) * window,
         )  # fmt: skip
 
@@ -93,6 +93,10 @@ def _graph_gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 _graph.register_autograd(_graph_gradient, setup_context=_graph_context)
 
 
+def _gradient_shape(sr: Tensor, with_gradient: bool) -> tuple[int, ...]:
+    return (sr.shape[0] if with_gradient else 0, *sr.shape[1:])
+
+
 @torch.library.custom_op("sslsr::loss_cpu", mutates_args=(), device_types="cpu")
 def _loss(
     sr: Tensor, gt: Tensor, mask: Tensor, rows: Tensor, search: int, window: int, sigma: float, normalize: bool,
@@ -105,7 +109,7 @@ def _loss(
     plan = plans.plan(mask, channels, search, window, normalize)
     if len(plan.rows) == 0:
         zero = sr.new_zeros(())
-        return zero, zero.clone(), zero.clone(), torch.zeros_like(sr, memory_format=torch.contiguous_format)[: sr.shape[0] * with_gradient]
+        return zero, zero.clone(), zero.clone(), sr.new_zeros(_gradient_shape(sr, with_gradient))
     padded, truth = (plans.padded(image, plan.layout) for image in (sr, gt))
     parts = plans.gradients(plan.workers, padded) if with_gradient else [sr.new_empty(0)] * plan.workers
     sums = np.zeros((len(plan.tiles), 2))  # by tile: the order of the sum does not depend on the number of threads
@@ -122,10 +126,10 @@ def _loss(
         sums[worker :: plan.workers] = own
 
     plans.share(plan, ("loss", channels, window), work)
-    share = 1 / (float(rows) * search**2)
+    share = 1 / (max(float(rows), 1e-12) * search**2)
     l1, kl = sums.sum(0) * share
     total = l1_weight * l1 + kl_weight * kl
-    gradient = plans.total(parts, sr.shape, plan.layout).mul_(share) if with_gradient else torch.empty_like(sr)[:0]
+    gradient = plans.total(parts, sr.shape, plan.layout).mul_(share) if with_gradient else sr.new_empty(_gradient_shape(sr, False))
     return sr.new_tensor(total), sr.new_tensor(l1), sr.new_tensor(kl), gradient
 
 
@@ -134,8 +138,7 @@ def _(
     sr: Tensor, gt: Tensor, mask: Tensor, rows: Tensor, search: int, window: int, sigma: float, normalize: bool,
     l1_weight: float, kl_weight: float, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    gradient = torch.empty_like(sr, memory_format=torch.contiguous_format)
-    return sr.new_empty(()), sr.new_empty(()), sr.new_empty(()), gradient if with_gradient else gradient[:0].clone()
+    return sr.new_empty(()), sr.new_empty(()), sr.new_empty(()), sr.new_empty(_gradient_shape(sr, with_gradient))
 
 
 def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

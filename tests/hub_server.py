@@ -179,7 +179,7 @@ class HubServer:
         name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
         if name in self.repositories:
             return 409, {}, {"error": "exists", "url": f"{self.url}/{name}"}
-        self.repositories[name] = Repository(private=bool(wanted.get("private")))
+        self.repositories[name] = Repository(private=wanted.get("visibility") == "private" or bool(wanted.get("private")))
         self.repositories[name].commits.append((_commit_id(name, 0), "initial commit", {}))
         return 200, {}, {"url": f"{self.url}/{name}", "name": name, "id": name}
 

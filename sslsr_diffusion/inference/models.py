@@ -63,16 +63,31 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str]:
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    from sslsr_diffusion.inference.pipeline import StableSRPipeline
-
     try:
-        return Path(StableSRPipeline.download(model, revision=revision))
+        folder = download_files(model, revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         at = f" at revision {revision}" if revision else ""
         raise UserError(f"--model {model}: no such folder, and no such repository on the hub{at} (or it is private: log in).") from None
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--model {model}: no such folder, and the hub cannot be reached ({reason[:160]}).") from None
+    if not _is_upscaler(folder / "model_index.json"):
+        raise UserError(
+            f"--model {model}: that repository holds no {PIPELINE_CLASS} (its model_index.json names another class, or is missing)."
+        )
+    return folder
+
+
+def download_files(model: str, **options: Any) -> Path:
+    """A pipeline's repository in the hub's cache: its JSON, tokenizer texts and safetensors, nothing that could be a pickle.
+
+    Args:
+        options: revision, cache_dir, token, force_download, local_files_only of huggingface_hub.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+    return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["state/*"], **options))
 
 
 def load_pipeline(folder: Path, *, device: str = "auto", dtype: str = "auto") -> Any:

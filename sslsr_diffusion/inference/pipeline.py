@@ -18,6 +18,7 @@ from sslsr_diffusion.inference.codec_tiles import TiledCodec
 from sslsr_diffusion.inference.color_fix import COLOR_FIXES, color_fix
 from sslsr_diffusion.inference.denoising import TiledDenoiser
 from sslsr_diffusion.inference.memory import MemoryModel, free_bytes
+from sslsr_diffusion.inference.models import download_files
 from sslsr_diffusion.inference.noise import Generators, ImageNoise, image_seeds
 from sslsr_diffusion.inference.pictures import OUTPUT_TYPES, from_tensors, to_tensors
 from sslsr_diffusion.inference.plan import Plan, Tile, make_plan
@@ -92,6 +93,12 @@ class StableSRPipeline(DiffusionPipeline):
             tokenizer=tokenizer,
         )
         self._memory: MemoryModel | None = None
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **options: Any) -> str:
+        """A repository as a local folder; diffusers' own method refuses components that live in another package than itself."""
+        kept = ("revision", "cache_dir", "token", "force_download", "local_files_only")
+        return str(download_files(pretrained_model_name, **{name: options[name] for name in kept if options.get(name) is not None}))
 
     @torch.no_grad()
     def __call__(

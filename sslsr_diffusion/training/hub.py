@@ -149,16 +149,19 @@ class HubPublisher:
                     return
                 mine, self._waiting, self._wanted, self._busy = self._waiting, None, False, True
             assert mine is not None
-            failed = False
+            failed, pause = False, None
             try:
                 self.published.append(self._commit(mine))
                 log.info("hub: published to %s: %s", self.repo_id, mine.message)
             except Exception as error:  # a refused upload is never worth a run
-                failed = True
+                failed, pause = True, _retry_after(error)
                 self._warn(error)
             with self._changed:
                 if failed:
                     self._waiting = self._waiting.over(mine) if self._waiting else mine
+                if pause is not None:  # the hub asked for patience: try again by ourselves, not before
+                    self._changed.wait_for(lambda: self._closed, pause)
+                    self._wanted = True
                 self._busy = False
                 self._changed.notify_all()
             if not failed:
@@ -210,6 +213,17 @@ class HubPublisher:
         log.warning("hub: not published to %s (%s); tried again at the next checkpoint", self.repo_id, text[:300])
 
 
+def _retry_after(error: Exception) -> float | None:
+    """Seconds that a 429 or 503 answer asks to wait (at most ten minutes); None for all else."""
+    response = getattr(error, "response", None)
+    if getattr(response, "status_code", None) not in (429, 503):
+        return None
+    try:
+        return min(max(float(response.headers["Retry-After"]), 1.0), 600.0)  # type: ignore[union-attr]
+    except (KeyError, ValueError):
+        return None
+
+
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
@@ -232,7 +246,12 @@ def _quiet() -> Iterator[None]:
 
 
 def resolve_checkpoint_from_hub(
-    repo_id: str, revision: str | None = None, *, token: str | None = None, cache_dir: Path | None = None
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    token: str | None = None,
+    endpoint: str | None = None,
+    cache_dir: Path | None = None,
 ) -> Path:
     """The folder of the checkpoint that a run published with `push_state`, downloaded: for `--resume user/name` or `user/name@revision`.
 
@@ -245,7 +264,9 @@ def resolve_checkpoint_from_hub(
     name, _, pinned = repo_id.partition("@")
     revision = revision or pinned or None
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=f"{STATE}/*", token=token, cache_dir=cache_dir))
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=f"{STATE}/*", token=token, endpoint=endpoint, cache_dir=cache_dir)
+        )
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise UserError(f"--resume {repo_id}: no such folder, and no such repository or revision on the hub (or it is private).") from None
     except Exception as error:

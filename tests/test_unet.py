@@ -241,6 +241,7 @@ def test_layerwise_casting_halves_the_bytes_and_keeps_the_prediction() -> None:
     assert (got - want).norm() < 0.02 * want.norm()  # weights of 8 bits of mantissa
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_torch_compile_sees_one_graph() -> None:
     x, t, text, features = tiny_inputs(13)

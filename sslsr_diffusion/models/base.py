@@ -73,25 +73,26 @@ def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
         RevisionNotFoundError,
     )
 
-    local = "or any local folder in diffusers format"
+    gone = f"Stability AI took its 2.1 models down in November 2025: use {DEFAULT_BASE}, or any local folder in diffusers format."
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", *patterns], ignore_patterns=IGNORED))
     except GatedRepoError:
-        raise UserError(f"model.base: {name} asks for accepted terms; accept them on its page and run `hf auth login`, {local}.") from None
-    except RepositoryNotFoundError:
         raise UserError(
-            f"model.base: {name!r} does not exist on the hub (or is private and no login was given); "
-            f"Stability AI took its 2.1 models down in November 2025: use {DEFAULT_BASE}, {local}."
+            f"model.base: {name} asks for accepted terms; accept them on its page and run `hf auth login`, or use any local folder in diffusers format."
         ) from None
+    except RepositoryNotFoundError:
+        raise UserError(f"model.base: {name!r} does not exist on the hub (or is private and no login was given); " + gone) from None
     except RevisionNotFoundError:
         raise UserError(f"model.revision: {name} has no revision {revision!r}; leave it out for the newest one.") from None
+    except HFValidationError:
+        raise UserError(f"model.base: {name!r} is neither an existing folder nor a valid hub id (owner/name).") from None
     except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if name.startswith("stabilityai/stable-diffusion-2"):
+            raise UserError(f"model.base: {name} is not in the local cache and cannot be fetched; {gone}") from None
         raise UserError(
             f"model.base: {name} is not in the local cache and the hub cannot be reached ({_short(error)}); connect once so that it is "
             f"cached (unset HF_HUB_OFFLINE if it is set), set model.base to a local folder, or train from scratch with model.init=random."
         ) from None
-    except HFValidationError as error:
-        raise UserError(f"model.base: {name!r} is neither an existing folder nor a valid hub id ({_short(error)}).") from None
 
 
 def _short(error: Exception) -> str:

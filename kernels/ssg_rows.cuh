@@ -108,6 +108,9 @@ __device__ __forceinline__ void add_distances(const Shared& s, float (&dist)[kRo
 #pragma unroll 1
         for (int c = 0; c < kGroup; ++c) {
             const float* corner = s.patch + c * kPlane + run_line(item) * kStride + run_start(item);
+            float sum[kRun];    // of this channel: shorter chains of additions round less
+#pragma unroll
+            for (int v = 0; v < kRun; ++v) sum[v] = 0.f;
 #pragma unroll 1
             for (int uy = 0; uy < kWindow; ++uy) {
                 float z[kRun + kWindow - 1];
@@ -124,11 +127,13 @@ __device__ __forceinline__ void add_distances(const Shared& s, float (&dist)[kRo
 #pragma unroll
                         for (int v = 0; v < kRun; ++v) {
                             const float difference = z[v + ux] - centre[i];
-                            dist[round][v] = fmaf(difference, difference, dist[round][v]);
+                            sum[v] = fmaf(difference, difference, sum[v]);
                         }
                     }
                 }
             }
+#pragma unroll
+            for (int v = 0; v < kRun; ++v) dist[round][v] += sum[v];
         }
     }
 }

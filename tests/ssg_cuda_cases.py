@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +46,23 @@ class Inputs(NamedTuple):
     mask: Tensor
 
 
-def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Smooth images (on white noise the graph is one-hot and proves nothing), some masked corners; the last mask of a batch is empty."""
+@functools.cache
+def make_inputs(case: Case) -> Inputs:
+    """Smooth images (on white noise the graph is one-hot and proves nothing), some masked corners; the last mask of a batch is empty.
+
+    The first seed is taken for which T_sr and T_gt nowhere almost agree: at a tie, rounding decides about the sign in the L1
+    gradient, in any float32 code, and one flipped entry is worth 2 % of the largest gradient.
+    """
+    for seed in itertools.count():
+        inputs = draw_inputs(case, seed)
+        sr, gt = (ssg_reference.graph(image.double(), inputs.mask, **case.settings()) for image in (inputs.sr, inputs.gt))
+        relevant = (gt > 1e-5) & (gt < 1)  # un-normalised, the centre is 1 in both, exactly
+        if ((sr - gt).abs() > 2e-6 * gt)[relevant].all():
+            return inputs
+    raise AssertionError
+
+
+def draw_inputs(case: Case, seed: int) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     batch, channels, height, width = case.shape
     noise = torch.rand(batch, channels, height + 4, width + 4, generator=generator, dtype=torch.float64)
@@ -75,14 +92,14 @@ def reference_graph(inputs: Inputs, case: Case, cotangent: Tensor) -> tuple[Tens
     return graph.detach(), gradient
 
 
-def assert_same_gradient(got: Tensor, want: Tensor, worst: float = 5e-5) -> None:
-    """Element-wise against the largest entry, and as a vector. The float32 reference itself stays below 4e-6 and 2e-6 here; the rest is
-    room for another order of summation, and for the sign of a near-tie, which moves one entry of the L1 term.
+def assert_same_gradient(got: Tensor, want: Tensor) -> None:
+    """Element-wise against the largest entry, and as a vector. The float32 reference itself stays below 1e-5 and 3e-6 on these cases;
+    the rest is another order of summation.
     """
     got = got.double().cpu()
     assert got.shape == want.shape
-    assert (got - want).abs().max() <= worst * want.abs().max(), (got - want).abs().max() / want.abs().max()
-    assert (got - want).norm() <= 2e-5 * want.norm(), (got - want).norm() / want.norm()
+    assert (got - want).abs().max() <= 3e-5 * want.abs().max(), (got - want).abs().max() / want.abs().max()
+    assert (got - want).norm() <= 1e-5 * want.norm(), (got - want).norm() / want.norm()
 
 
 def golden_mask(mask: Tensor, stride: int) -> Tensor:

@@ -72,13 +72,14 @@ def test_golden_losses(entry):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_loss_matches_float64_reference(case):
     inputs = make_inputs(case)
-    _, l1, kl, want = reference_loss(inputs, case, WEIGHTS)
-    sums, gradient, launch = emulate_loss(inputs, settings_of(case))
     entries = int(inputs.mask.sum()) * case.search**2
-    assert launch.launches == ["ssg_loss", "ssg_gather"]
-    assert sums[0] / entries == pytest.approx(float(l1), rel=1e-5)  # up to 1323 float32 terms in a distance
-    assert sums[1] / entries == pytest.approx(float(kl), rel=2e-5)  # a sum with cancelling signs
-    assert_same_gradient(gradient / entries, want)
+    for weights in ((0.0, 900.0), (700.0, 0.0)):
+        _, l1, kl, want = reference_loss(inputs, case, weights)
+        sums, gradient, launch = emulate_loss(inputs, settings_of(case), weights)
+        assert launch.launches == ["ssg_loss", "ssg_gather"]
+        assert sums[0] / entries == pytest.approx(float(l1), rel=1e-5)  # up to 1323 float32 terms in a distance
+        assert sums[1] / entries == pytest.approx(float(kl), rel=2e-5)  # a sum with cancelling signs
+        assert_same_gradient(gradient / entries, want)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, golden_mask, make_inputs, reference_graph, reference_loss
+from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, draw_inputs, golden_mask, make_inputs, reference_graph, reference_loss
 
 from sslsr_diffusion.ops import BackendUnavailable, SelfSimilarityLoss, cupy_loader, self_similarity_graph, ssg_cuda, ssg_cuda_plan
 from sslsr_diffusion.ops.ssg_direct import direct_loss
@@ -26,30 +26,31 @@ def on_gpu(inputs: Inputs) -> Inputs:
     return Inputs(*(tensor.cuda() for tensor in inputs))
 
 
-def module(case: Case, **named) -> SelfSimilarityLoss:
-    return SelfSimilarityLoss(**case.settings(), l1_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], backend="cuda", **named)
+def module(case: Case, weights: tuple[float, float] = WEIGHTS) -> SelfSimilarityLoss:
+    return SelfSimilarityLoss(**case.settings(), l1_weight=weights[0], kl_weight=weights[1], backend="cuda")
 
 
-def loss_and_gradient(inputs: Inputs, case: Case, **named):
+def loss_and_gradient(inputs: Inputs, case: Case, weights: tuple[float, float] = WEIGHTS, **named):
     sr = inputs.sr.clone().requires_grad_()
-    total, terms = module(case)(sr, inputs.gt, inputs.mask, return_terms=True, **named)
+    total, terms = module(case, weights)(sr, inputs.gt, inputs.mask, return_terms=True, **named)
     total.backward()
     return total.detach(), terms["l1"], terms["kl"], sr.grad
 
 
 def large_case(density: float = 0.1, size: int = 512) -> tuple[Case, Inputs]:
     case = Case((1, 3, size, size), sigma=0.004, density=density)
-    return case, on_gpu(make_inputs(case))
+    return case, on_gpu(draw_inputs(case, seed=0))
 
 
 @cuda
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_loss_matches_float64_reference(case):
     inputs = make_inputs(case)
-    want = reference_loss(inputs, case, WEIGHTS)
-    got = loss_and_gradient(on_gpu(inputs), case)
-    torch.testing.assert_close(torch.stack(got[:3]).cpu().double(), torch.stack(want[:3]), rtol=2e-5, atol=0)
-    assert_same_gradient(got[3], want[3])
+    for weights in ((0.0, 900.0), (700.0, 0.0)):
+        want = reference_loss(inputs, case, weights)
+        got = loss_and_gradient(on_gpu(inputs), case, weights)
+        torch.testing.assert_close(torch.stack(got[:3]).cpu().double(), torch.stack(want[:3]), rtol=2e-5, atol=0)
+        assert_same_gradient(got[3], want[3])
 
 
 @cuda

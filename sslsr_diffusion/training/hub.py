@@ -102,7 +102,7 @@ class HubPublisher:
         with self._changed:
             return self._changed.wait_for(lambda: not self._busy and not self._wanted, timeout)
 
-    def close(self, *, timeout: float = 3600.0, attempts: int = 5, pause: float = 20.0) -> bool:
+    def close(self, *, timeout: float = 3600.0, attempts: int = 3, pause: float = 20.0) -> bool:
         """At the end of the run: wait for the upload, try again a few times; True if everything is published.
 
         What could not be published stays in the run folder; a warning says so.
@@ -129,7 +129,9 @@ class HubPublisher:
         self._number += 1
         base = self._scratch or folder.parent
         snapshot = base / f".publishing-{os.getpid()}-{self._number}"
-        shutil.rmtree(snapshot, ignore_errors=True)
+        for leftover in base.glob(".publishing-*"):  # of a run that was killed
+            if leftover == snapshot or not leftover.name.startswith(f".publishing-{os.getpid()}-"):
+                shutil.rmtree(leftover, ignore_errors=True)
         shutil.copytree(folder, snapshot, copy_function=_link)
         files = sorted(path for path in snapshot.rglob("*") if path.is_file() and not path.name.startswith("."))
         return snapshot, {path.relative_to(snapshot).as_posix(): path for path in files}

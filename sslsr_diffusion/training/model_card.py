@@ -1,0 +1,158 @@
+"""The model card: what was trained, from what, how good it is, how to use it. Nothing of the machine or its user gets into it."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sslsr_diffusion import __version__
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+_SECRET_KEY = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
+_TOKEN = re.compile(r"\b(?:hf|sk|gh[pousr]|github_pat|xox[a-z])[_-][A-Za-z0-9_-]{8,}")
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+_PATH = re.compile(r"(?:file:/*|(?<![\w:/.~])(?:[A-Za-z]:[\\/]|\\\\|~[\w.-]*/|/(?=[\w.~-])))[^\s'\"`,;()\[\]{}<>|]*")
+_WHOLE_PATH = re.compile(r"(?:file:/|[A-Za-z]:[\\/]|\\\\|~|/(?!/)|\.\.[\\/])")
+_COMMON_NAMES = {"root", "user", "users", "home", "ubuntu", "admin", "nobody", "docker", "runner", "localhost"}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+LICENCES = {  # of known bases; the model is derived from its base
+    "sd2-community/": "openrail++",
+    "stabilityai/stable-diffusion-2": "openrail++",
+}
+
+
+def model_card(
+    repo_id: str,
+    recipe: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
+    pictures: Sequence[str] = (),
+    *,
+    base: str | None = None,
+    base_revision: str | None = None,
+    licence: str | None = None,
+) -> str:
+    """A README.md with YAML metadata.
+
+    Args:
+        repo_id: `user/name` of the repository the card is for.
+        recipe: the resolved recipe; keys of secrets and the output section are left out, absolute paths shortened.
+        metrics: measured values by name; a row of the run's history does as well ("validation/psnr", "step").
+        pictures: paths of sample pictures in the repository.
+        base: hub id of what was fine-tuned; a local folder is not named; None: random weights.
+        licence: a licence id of the hub; default: that of a known base, apache-2.0 for random weights, else "other".
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    known_base = base if base and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
+    licence = licence or _licence_of(base, known_base)
+    values = _metrics(metrics or {})
+    template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Markdown, not HTML
+    return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        metadata=yaml.safe_dump(_metadata(repo_id, known_base, licence, values), sort_keys=False, allow_unicode=True),
+        title=repo_id.rpartition("/")[2],
+        repo_id=repo_id,
+        version=__version__,
+        base=base,
+        base_link=f"[{known_base}](https://huggingface.co/{known_base})" if known_base else "a local model",
+        base_revision=base_revision if base_revision and re.fullmatch(r"[\w.-]+", base_revision) else None,
+        loss_names=_loss_names(recipe),
+        scale=recipe.get("scale", 4),
+        metrics=[(name, f"{value:.4g}") for name, value in values.items()],
+        step=(metrics or {}).get("step"),
+        pictures=[{"alt": Path(path).stem, "path": path.replace(" ", "%20")} for path in pictures],
+        recipe=yaml.safe_dump(scrub({k: v for k, v in recipe.items() if k != "output"}), sort_keys=False, allow_unicode=True).replace(
+            "```", "'''"
+        ),
+        licence_text=f"`{licence}`" + (" (see the base model)" if licence == "other" else "") + ".",
+    )
+
+
+def card_files(metrics: Mapping[str, Any], pictures: Sequence[Path], **card: Any) -> dict[str, Path | bytes]:
+    """What goes beside the pipeline: the card as README.md, and the pictures that it shows in samples/.
+
+    Args:
+        card: the further arguments of `model_card`: repo_id, recipe, base, ...
+    """
+    named: dict[str, Path | bytes] = {f"samples/{scrub_text(picture.name)}": picture for picture in pictures}
+    text = model_card(metrics=metrics, pictures=list(named), **card)
+    return {"README.md": text.encode(), **named}
+
+
+def _licence_of(base: str | None, known_base: str | None) -> str:
+    if base is None:
+        return "apache-2.0"
+    return next((licence for prefix, licence in LICENCES.items() if (known_base or "").startswith(prefix)), "other")
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """Finite numbers; of a history row only what validation measured."""
+    prefix = "validation/" if any(str(name).startswith("validation/") for name in row) else ""
+    chosen = {str(name).removeprefix(prefix): value for name, value in row.items() if str(name).startswith(prefix) and name != "step"}
+    numbers = {name: float(value) for name, value in chosen.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _metadata(repo_id: str, base: str | None, licence: str, metrics: Mapping[str, float]) -> dict[str, Any]:
+    found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "image-to-image", "license": licence}
+    if licence == "other":
+        found |= {"license_name": "licence-of-the-base-model"}
+    if base:
+        found |= {"base_model": base}
+    found["tags"] = ["super-resolution", "image-upscaling", "StableSR", "self-similarity", "sslsr-diffusion"]
+    if metrics:
+        result = {
+            "task": {"type": "image-to-image", "name": "Image super-resolution"},
+            "dataset": {"type": "held-out", "name": "Held-out pictures of the recipe"},
+            "metrics": [{"type": name, "value": round(value, 6)} for name, value in metrics.items()],
+        }
+        found["model-index"] = [{"name": repo_id.rpartition("/")[2], "results": [result]}]
+    return found
+
+
+def _loss_names(recipe: Mapping[str, Any]) -> str:
+    kinds = [str(loss.get("kind", "")).replace("_", " ") for loss in recipe.get("losses", []) if isinstance(loss, Mapping)]
+    words = [f"the {kind} loss" for kind in kinds if kind]
+    return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + words[-1] if words else ""
+
+
+def scrub(value: Any) -> Any:
+    """The same data without secrets, absolute paths and the names of this user and machine."""
+    if isinstance(value, Mapping):
+        return {scrub_text(str(key)): scrub(inner) for key, inner in value.items() if not _SECRET_KEY.search(str(key))}
+    if isinstance(value, list | tuple):
+        return [scrub(inner) for inner in value]
+    return scrub_text(value) if isinstance(value, str) else value
+
+
+def scrub_text(text: str) -> str:
+    text = _TOKEN.sub("(secret)", text)
+    text = _USER_IN_URL.sub("", text)
+    text = _last_part(text) if _WHOLE_PATH.match(text) else _PATH.sub(lambda match: _last_part(match[0]), text)
+    for name in _private_names():
+        text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", "user", text)
+    return text
+
+
+def _last_part(path: str) -> str:
+    """The name of the file or folder alone; not even that for a home folder."""
+    parts = [part for part in re.split(r"[\\/]+", path) if part not in ("", ".", "..", "file:") and not part.startswith("~")]
+    homes = {"home", "Users"}
+    if not parts or (len(parts) == 2 and parts[0] in homes) or (len(parts) == 1 and parts[0] in homes):
+        return "(local path)"
+    return parts[-1]
+
+
+def _private_names() -> Iterable[str]:
+    names = {os.environ.get(key, "") for key in ("USER", "LOGNAME", "USERNAME", "SUDO_USER")} | {Path.home().name, platform.node()}
+    with contextlib.suppress(KeyError, OSError):  # no such user in this container
+        names.add(getpass.getuser())
+    return sorted((name for name in names if len(name) > 2 and name.lower() not in _COMMON_NAMES), key=len, reverse=True)

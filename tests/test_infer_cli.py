@@ -1,0 +1,191 @@
+"""infer.py as its user meets it: exit codes, sentences, bad neighbours, and how fast --help answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import typer
+from torch.nn.functional import interpolate
+from typer.testing import CliRunner
+
+from sslsr_diffusion.cli.infer import infer
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.images import Image, read_image, write_image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """In the model's place a pipe that enlarges by nearest neighbour and notes what it was called with."""
+    seen = []
+
+    def pipe(*, image, scale, **options):
+        seen.append(options)
+        size = tuple(round(scale * side) for side in image.shape[1:])
+        return SimpleNamespace(images=interpolate(image[None], size=size, mode="nearest"))
+
+    def load(folder, **where):
+        seen.append(where)
+        return pipe
+
+    monkeypatch.setattr("sslsr_diffusion.inference.models.load_pipeline", load)
+    return seen
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, calls):
+    """A working folder with one finished run and some pictures."""
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "runs" / "mine" / "pipeline"
+    model.mkdir(parents=True)
+    (model / "model_index.json").write_text(json.dumps({"_class_name": "StableSRPipeline"}))
+    for name in ("a.png", "sub/b.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_image(tmp_path / "in" / name, Image(np.random.default_rng(0).integers(0, 256, (20, 16, 3), dtype=np.uint8)))
+    return tmp_path
+
+
+def run(*arguments):
+    app = typer.Typer()
+    app.command()(infer)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_newest_run_is_taken_and_said(desk, calls):
+    result = run("--input", "in", "--steps", 3, "--tile", 256, "--color-fix", "adain", "--scale", 2, "--seed", 9)
+    assert result.exit_code == 0, result.output
+    assert "model: runs/mine/pipeline (the newest finished run" in result.output
+    assert "2 done; results in results" in result.output
+    assert read_image(desk / "results" / "sub" / "b.jpg").size == (40, 32)
+    assert calls[0] == {"device": "auto", "dtype": "auto"}
+    assert calls[1]["num_inference_steps"] == 3
+    assert calls[1]["tile"] == 256
+    assert calls[1]["color_fix"] == "adain"
+    assert calls[1]["generator"].initial_seed() == 9
+
+
+def test_the_second_time_not_even_the_model_is_loaded(desk, calls):
+    assert run("--input", "in").exit_code == 0
+    calls.clear()
+    result = run("--input", "in")
+    assert result.exit_code == 0
+    assert "0 done, 2 skipped" in result.output
+    assert calls == []
+    assert "2 done" in run("--input", "in", "--overwrite").output
+    assert "2 done" in run("--input", "in", "--steps", 7).output
+
+
+def test_bad_files_are_lines_at_the_end_and_exit_code_one(desk):
+    good = (desk / "in" / "sub" / "b.jpg").read_bytes()
+    (desk / "in" / "cut.jpg").write_bytes(good[:300])
+    (desk / "in" / os.fsdecode(b"caf\xe9\n.png")).write_bytes(b"")
+    result = run("--input", "in", "--format", "png")
+    assert result.exit_code == 1
+    assert "2 done, 2 failed" in result.output
+    assert result.output.splitlines()[-2:] == ["failed: caf\\xe9\\n.png: the file is empty.", "failed: cut.jpg: the file is cut off."]
+    assert (desk / "results" / "sub" / "b.png").is_file()
+
+
+def test_name_collisions_and_losses_are_listed(desk):
+    rgb = read_image(desk / "in" / "a.png").rgb
+    write_image(desk / "in" / "a.tif", Image(rgb, np.full(rgb.shape[:2], 9, np.uint8)))
+    result = run("--input", "in", "--format", "jpg")
+    assert result.exit_code == 0
+    assert "renamed: a.tif -> a.tif.jpg" in result.output
+    assert "note: a.tif: alpha flattened on white" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--input", "nowhere"], "found nothing"),
+        (["--input", "in", "--model", "runs/other"], "no such folder|not a hub id|cannot be reached"),
+        (["--input", "in", "--model", "in"], "expected a folder with a model_index.json"),
+        (["--input", "in", "--tile", "big"], "expected a side in output pixels"),
+        (["--input", "in", "--output", "in"], "folder of the input pictures"),
+        (["--input", "in", "--output", "in/a.png"], "cannot be written"),
+    ],
+)
+def test_mistakes_of_the_user_are_one_sentence(desk, arguments, sentence):
+    result = run(*arguments)
+    assert isinstance(result.exception, UserError)
+    assert "\n" not in str(result.exception)
+    import re
+
+    assert re.search(sentence, str(result.exception)), str(result.exception)
+
+
+def test_no_finished_run(desk):
+    (desk / "runs" / "mine" / "pipeline" / "model_index.json").unlink()
+    result = run("--input", "in")
+    assert "no finished run in runs/" in str(result.exception)
+    assert "--model" in str(result.exception)
+
+
+def test_wrong_values_are_refused_by_the_parser(desk):
+    for arguments in (["--color-fix", "magic"], ["--format", "gif"], ["--scale", "0"], ["--steps", "0"], ["--seed", "-1"]):
+        assert run("--input", "in", *arguments).exit_code == 2
+
+
+def test_interrupted_in_the_middle(desk, monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sslsr_diffusion.inference.models.load_pipeline", lambda folder, **_: interrupted)
+    result = run("--input", "in")
+    assert result.exit_code == 130
+    assert "goes on from here" in result.output
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    """0.3 s of processor time on an idle machine; the bound leaves room for a busy one."""
+    spent = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        shown = subprocess.run([sys.executable, str(ROOT / "infer.py"), "--help"], capture_output=True, text=True, check=True)
+        spent.append(time.perf_counter() - begin)
+    for option in ["--input", "--model", "--output", "--scale", "--steps", "--seed", "--tile", "--color-fix", "--format", "--overwrite"]:
+        assert option in shown.stdout
+    assert min(spent) < 1.0, spent
+    code = (
+        "import sys, sslsr_diffusion.cli; print([m for m in ('torch', 'numpy', 'diffusers', 'PIL', 'cv2', 'pydantic') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert "torch" not in loaded
+    assert "diffusers" not in loaded
+
+
+MAKE_MODEL = """
+import sys
+from sslsr_diffusion import StableSRPipeline
+from sslsr_diffusion.models import ModelSettings, build_networks
+parts = build_networks(ModelSettings(init="random", preset="tiny", train="all")).components()
+parts["unet"].register_to_config(sample_size=16)
+StableSRPipeline(**parts).save_pretrained(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_the_shipped_pictures_through_a_real_pipeline(tmp_path):
+    """Random weights: sizes, formats and metadata count here, not the look. Every kind of file that examples/lr holds."""
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    model = tmp_path / "runs" / "toy" / "pipeline"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", MAKE_MODEL, str(model)], check=True, env=quiet, cwd=tmp_path, timeout=240)
+    command = [sys.executable, str(ROOT / "infer.py"), "--input", str(ROOT / "examples" / "lr"), "--steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=quiet, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "newest finished run" in done.stdout
+    for source in (path for path in (ROOT / "examples" / "lr").rglob("*") if path.is_file()):
+        before, after = read_image(source), read_image(tmp_path / "results" / source.relative_to(ROOT / "examples" / "lr"))
+        assert after.size == (4 * before.size[0], 4 * before.size[1])
+        assert (after.format, after.bits, after.gray, after.icc_profile) == (before.format, before.bits, before.gray, before.icc_profile)
+        assert (after.alpha is None, after.exif is None) == (before.alpha is None, before.exif is None)

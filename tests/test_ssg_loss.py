@@ -1,0 +1,228 @@
+"""SelfSimilarityLoss on every portable backend: golden values and gradients, means over processes, the corners."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from goldens import load_golden
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ssg_inputs import assert_close, make_pair
+
+from sslsr_diffusion.ops import SelfSimilarityLoss, apply_mask_stride, laplacian_edge_mask, self_similarity_graph
+
+GOLDEN = load_golden("ssl/loss")
+FLOAT32, FLOAT64 = torch.float32, torch.float64
+EVERY = [("reference", FLOAT64), ("reference", FLOAT32), ("torch", FLOAT64), ("torch", FLOAT32), ("cpu", FLOAT32)]
+FUSED = ["reference", "torch", "cpu"]
+SMALL = {"search_size": 7, "window_size": 3, "sigma": 0.05}  # a size that the golden cases compile anyway
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+@pytest.mark.parametrize("case", GOLDEN.index, ids=lambda case: case["name"])
+def test_golden(case, backend, dtype):
+    name = case["name"]
+    sr, gt = (GOLDEN.tensors[f"{name}.{side}"].to(dtype) for side in ("sr", "gt"))
+    mask = GOLDEN.tensors[f"{name}.mask"][:, None]
+    exact = dtype == FLOAT64
+    for weights, key in (((1, 0), "grad_l1"), ((0, 1), "grad_kl"), ((1000, 1000), "grad_both")):
+        want = GOLDEN.tensors.get(f"{name}.{key}")
+        if want is None:
+            continue
+        ssl = SelfSimilarityLoss(
+            case["search"], case["window"], case["sigma"], case["normalise"], *weights, max(1, case["mask_stride"]), backend
+        )
+        x = sr.clone().requires_grad_()
+        loss, terms = ssl(x, gt, mask, return_terms=True)
+        loss.backward()
+        assert terms["rows"] == case["rows"]
+        assert loss.item() == pytest.approx(weights[0] * terms["l1"].item() + weights[1] * terms["kl"].item(), rel=1e-6)
+        # the golden README's tolerances
+        if name == "identical":
+            assert abs(terms["l1"]) <= 1e-8
+            assert abs(terms["kl"]) <= 1e-8
+            unit = x.grad.abs().max() / max(weights)
+            assert unit == 0 if key == "grad_l1" else unit <= (1e-9 if exact else 1e-7)
+            continue
+        for term in ("l1", "kl"):
+            assert terms[term].item() == pytest.approx(case[term], rel=1e-10 if exact else 5e-5)
+        assert (x.grad - want).abs().max() <= (1e-9 if exact else 5e-4) * want.abs().max()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    size=st.tuples(st.integers(1, 3), st.integers(13, 40), st.integers(13, 40)),
+    search=st.sampled_from((9, 13, 25)),
+    sigma=st.sampled_from((0.004, 0.02, 1.0)),
+    normalize=st.booleans(),
+    weights=st.sampled_from(((0.0, 1.0), (1.0, 0.0), (1000.0, 500.0))),
+    density=st.sampled_from((0.02, 0.2, 1.0)),
+    upstream=st.floats(-3, 3),
+    seed=st.integers(0, 99),
+)
+def test_matches_float64_reference(backend, size, search, sigma, normalize, weights, density, upstream, seed):
+    sr, gt, mask = make_pair(size[0], 3, *size[1:], density=density, seed=seed)
+    options = {
+        "search_size": search,
+        "window_size": 9,
+        "sigma": sigma,
+        "normalize": normalize,
+        "l1_weight": weights[0],
+        "kl_weight": weights[1],
+    }
+
+    def run(name, dtype):
+        x = sr.to(dtype, copy=True).requires_grad_()
+        loss, terms = SelfSimilarityLoss(**options, backend=name)(x, gt.to(dtype), mask, num_rows=17.5, return_terms=True)
+        (gradient,) = torch.autograd.grad(loss, x, torch.tensor(upstream, dtype=dtype))
+        return loss.detach(), terms, gradient
+
+    want, want_terms, want_gradient = run("reference", FLOAT64)
+    got, terms, gradient = run(backend, FLOAT32)
+    # values: rounding of distances, magnified by 1 / sigma; gradients: sign(T_sr - T_gt) may flip at near-ties in any float32 code
+    for key in ("l1", "kl"):
+        assert terms[key].item() == pytest.approx(want_terms[key].item(), rel=1e-4, abs=1e-9)
+    assert got.item() == pytest.approx(want.item(), rel=1e-4, abs=1e-9)
+    assert_close(gradient, want_gradient, 2e-3 if weights[0] else 2e-4, "gradient")
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_kl_of_nearly_equal_images(backend):
+    """The KL is second order in a small difference: log Z kept in float32 alone would miss this by 1e-4 (measured)."""
+    sr, gt, mask = make_pair(1, 3, 48, 48, density=0.1, seed=3)
+    sr = (gt + 0.02 * (sr - gt)).float().double()
+    want = SelfSimilarityLoss(backend="reference")(sr, gt, mask, return_terms=True)[1]["kl"].item()
+    got = SelfSimilarityLoss(backend=backend)(sr.float(), gt.float(), mask, return_terms=True)[1]["kl"].item()
+    assert want < 1e-6
+    assert got == pytest.approx(want, rel=5e-5)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_equal_images(backend, normalize):
+    image = make_pair(2, 3, 30, 33, density=0.3, seed=1)[1].float()
+    mask = torch.rand(2, 1, 30, 33) < 0.3
+    for weights in ((1.0, 0.0), (0.0, 1.0)):
+        x = image.clone().requires_grad_()
+        ssl = SelfSimilarityLoss(25, 9, 0.004, normalize, *weights, backend=backend)
+        loss, terms = ssl(x, image, mask, return_terms=True)
+        loss.backward()
+        assert terms["l1"] == 0
+        assert abs(terms["kl"]) <= (0 if backend == "cpu" else 1e-9)
+        if weights[0]:
+            assert (x.grad == 0).all()
+        elif normalize:
+            assert x.grad.abs().max() <= 1e-7
+        else:
+            assert x.grad.abs().max() > 1e-4  # un-normalised rows are no distributions: documented
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_empty_mask_is_zero_with_a_graph(backend):
+    sr = torch.full((2, 3, 16, 16), float("nan"), requires_grad=True)
+    loss, terms = SelfSimilarityLoss(**SMALL, backend=backend)(sr, torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16), return_terms=True)
+    loss.backward()
+    assert loss.item() == terms["l1"] == terms["kl"] == terms["rows"] == 0
+    assert (sr.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_processes_equal_one_big_batch(backend):
+    """Three processes with one image each, gradients averaged as DDP does; one of them has no masked pixel."""
+    sr, gt, mask = make_pair(3, 3, 20, 22, density=0.2, seed=7)
+    sr, gt = sr.float(), gt.float()
+    ssl = SelfSimilarityLoss(**SMALL, l1_weight=700, kl_weight=900, backend=backend)
+    whole = sr.clone().requires_grad_()
+    want = ssl(whole, gt, mask)
+    want.backward()
+    rows = mask.sum() / 3  # all_reduce(rows) / world_size
+    got, gradients = 0.0, []
+    for i in range(3):
+        part = sr[i : i + 1].clone().requires_grad_()
+        loss = ssl(part, gt[i : i + 1], mask[i : i + 1], num_rows=rows)
+        loss.backward()
+        got += loss.item() / 3
+        gradients.append(part.grad / 3)
+    assert got == pytest.approx(want.item(), rel=1e-5)
+    assert_close(torch.cat(gradients), whole.grad.double(), 1e-5, "gradient")
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_mask_default_stride_and_terms(backend):
+    sr, gt, _ = (t.float() if t.is_floating_point() else t for t in make_pair(2, 3, 24, 27, density=0.5, seed=2))
+    ssl = SelfSimilarityLoss(**SMALL, mask_stride=3, backend=backend)
+    by_default, terms = ssl(sr, gt, return_terms=True)
+    mask = apply_mask_stride(laplacian_edge_mask(gt), 3)
+    assert terms["rows"] == mask.sum() > 0
+    options = {**SMALL, "backend": backend}
+    difference = self_similarity_graph(sr, mask, **options) - self_similarity_graph(gt, mask, **options)
+    assert terms["l1"].item() == pytest.approx(difference.abs().mean().item(), rel=1e-4)
+    assert torch.equal(by_default, SelfSimilarityLoss(**SMALL, backend=backend)(sr, gt, mask))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_inference_saves_nothing(backend):
+    sr, gt, mask = make_pair(1, 3, 20, 20, density=0.3, seed=0)
+    ssl = SelfSimilarityLoss(**SMALL, backend=backend)
+    with_gradient = ssl(sr.float().requires_grad_(), gt.float(), mask)
+    with torch.no_grad():
+        without = ssl(sr.float().requires_grad_(), gt.float(), mask)
+    assert without.grad_fn is None
+    assert without.item() == with_gradient.item()
+
+
+def test_autocast_and_half():
+    sr, gt, mask = make_pair(1, 3, 20, 20, density=0.3, seed=0)
+    ssl = SelfSimilarityLoss(**SMALL)
+    low = sr.bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = ssl(low, gt.float(), mask)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == ssl(low.detach().float(), gt.float(), mask).item()
+    assert low.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "both_sides"),
+    [
+        ({"gt": torch.rand(1, 3, 16, 17)}, r"shape of sr \[1, 3, 16, 16\], came \[1, 3, 16, 17\]"),
+        ({"gt": torch.rand(1, 3, 16, 16).double()}, r"dtype of sr torch.float32, came torch.float64"),
+        ({"gt": torch.rand(1, 3, 16, 16).to("meta")}, r"device of sr cpu, came on meta"),
+        ({"mask": torch.ones(1, 16, 16)}, r"\[1, 1, 16, 16\].*came \[1, 16, 16\]"),
+        ({"num_rows": -1}, r"num_rows: .*came -1"),
+        ({"num_rows": torch.ones(2)}, r"0-dim tensor, came shape \[2\]"),
+    ],
+)
+def test_mistakes_show_both_sides(change, both_sides):
+    inputs = {"sr": torch.rand(1, 3, 16, 16), "gt": torch.rand(1, 3, 16, 16), "mask": torch.ones(1, 1, 16, 16), **change}
+    with pytest.raises(ValueError, match=both_sides):
+        SelfSimilarityLoss(**SMALL)(**inputs)
+
+
+@pytest.mark.parametrize(
+    "option", [{"l1_weight": -1}, {"kl_weight": float("nan")}, {"mask_stride": 0}, {"window_size": 4}, {"backend": "fast"}]
+)
+def test_settings_are_checked(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        SelfSimilarityLoss(**option)
+
+
+def test_gt_never_receives_a_gradient():
+    sr, gt, mask = make_pair(1, 3, 16, 16, density=0.3, seed=0)
+    gt = gt.float().requires_grad_()
+    for backend in FUSED:
+        SelfSimilarityLoss(**SMALL, backend=backend)(sr.float().requires_grad_(), gt, mask).backward()
+        assert gt.grad is None
+
+
+def test_the_example_runs(capsys):
+    example = Path(__file__).parent.parent / "examples" / "add_the_loss.py"
+    assert len(example.read_text().splitlines()) <= 30
+    runpy.run_path(str(example), run_name="__main__")
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < losses[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sslsr_diffusion.config import parse
 from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.metrics import METRICS
@@ -19,8 +20,11 @@ from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.models import build_autoencoder, build_networks
 from sslsr_diffusion.recipe import Recipe, resolved
 from sslsr_diffusion.seeding import derive_seed, sample_generator
-from sslsr_diffusion.training.fit import Job
+from sslsr_diffusion.training.checkpoints import read_checkpoint
+from sslsr_diffusion.training.fit import Job, Publisher
 from sslsr_diffusion.training.objective import AutoencoderObjective, CFWObjective, DiffusionObjective, Objective
+from sslsr_diffusion.training.run_folder import write_folder
+from sslsr_diffusion.training.state import give_trained, trained_parameters
 from sslsr_diffusion.training.validation import Pair, Validation
 
 logger = logging.getLogger(__name__)
@@ -28,16 +32,35 @@ logger = logging.getLogger(__name__)
 CALIBRATION_PICTURES = 32  # crops from which a fresh autoencoder's scaling factor is measured
 
 
-def build(recipe: Recipe, *, publish: Callable[[Path, str], None] | None = None) -> Job:
+def build(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
     """Networks, data, losses and callables of a recipe, ready for `fit`.
 
     Raises:
         UserError: a part cannot be built (the message says which key and why).
     """
-    return STAGES[recipe.stage](recipe, publish)
+    return STAGES[recipe.stage](recipe, publisher)
 
 
-def _diffusion(recipe: Recipe, publish: Callable[[Path, str], None] | None) -> Job:
+def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True) -> int:
+    """Write the pipeline of a checkpoint: networks from its recipe and base, trained tensors from it; returns its step.
+
+    Raises:
+        UserError: the checkpoint is damaged, or belongs to a model that can no longer be built.
+    """
+    tensors, state = read_checkpoint(folder)
+    recipe = parse(Recipe, state["recipe"])
+    base = state.get("base") or {}
+    if base.get("revision"):  # the very commit that was fine-tuned
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": base["revision"]})})
+    job = build(recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"limit": 0})}))
+    weights = tensors.get("ema", tensors["trained"]) if averaged else tensors["trained"]
+    give_trained(trained_parameters(job.objective.module), weights, what=str(folder))
+    job.objective.module.eval()
+    write_folder(output, job.save_pipeline)
+    return int(state["progress"]["step"])
+
+
+def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
     networks = build_networks(recipe.model, seed=recipe.seed)
     _check_crop(recipe, networks.codec.scale * 2 ** (len(networks.denoiser.unet.down_blocks) - 1))
     if recipe.training.gradient_checkpointing:
@@ -58,11 +81,11 @@ def _diffusion(recipe: Recipe, publish: Callable[[Path, str], None] | None) -> J
         restore=lambda lr, hr, seed: upscaler(lr, seed),
         save_pipeline=save_pipeline,
         base={"id": networks.base, "revision": networks.revision},
-        publish=publish,
+        publisher=publisher,
     )
 
 
-def _autoencoder(recipe: Recipe, publish: Callable[[Path, str], None] | None) -> Job:
+def _autoencoder(recipe: Recipe, publisher: Publisher | None) -> Job:
     codec = build_autoencoder(recipe.model, seed=recipe.seed)
     _check_crop(recipe, codec.scale)
     if recipe.training.gradient_checkpointing:
@@ -81,10 +104,10 @@ def _autoencoder(recipe: Recipe, publish: Callable[[Path, str], None] | None) ->
         codec.calibrate(_calibration_pixels(recipe).to(device_of()))
         codec.vae.save_pretrained(folder / "vae", safe_serialization=True)
 
-    return _job(recipe, objective, restore=reconstruct, save_pipeline=save_vae, label="reconstruction", publish=None)
+    return _job(recipe, objective, restore=reconstruct, save_pipeline=save_vae, label="reconstruction", publisher=None)
 
 
-def _cfw(recipe: Recipe, publish: Callable[[Path, str], None] | None) -> Job:
+def _cfw(recipe: Recipe, publisher: Publisher | None) -> Job:
     from sslsr_diffusion.models import AutoencoderKLCFW, Codec
 
     networks = build_networks(recipe.model, seed=recipe.seed)
@@ -115,7 +138,7 @@ def _cfw(recipe: Recipe, publish: Callable[[Path, str], None] | None) -> Job:
         restore=lambda lr, hr, seed: upscaler(lr, seed),
         save_pipeline=save_pipeline,
         base={"id": networks.base, "revision": networks.revision},
-        publish=publish,
+        publisher=publisher,
     )
 
 
@@ -148,7 +171,7 @@ def _job(
     prediction_type: str = "epsilon",
     base: dict[str, Any] | None = None,
     label: str = "prediction",
-    publish: Callable[[Path, str], None] | None = None,
+    publisher: Publisher | None = None,
 ) -> Job:
     training = recipe.training
 
@@ -178,11 +201,12 @@ def _job(
         output=recipe.output,
         open_data=open_data,
         save_pipeline=save_pipeline,
+        export=export_checkpoint,
         recipe=resolved(recipe),
         seed=recipe.seed,
         base=base or {},
         validation=validation,
-        publish=publish,
+        publisher=publisher,
     )
 
 
@@ -236,7 +260,7 @@ class CachedText(nn.Module):
         return (self.get_buffer("text").expand(ids.shape[0], -1, -1),)
 
 
-def _validation_pairs(recipe: Recipe) -> list[Pair]:
+def _validation_pairs(recipe: Recipe) -> Sequence[Pair]:
     if not recipe.validation.limit:
         return []
     return open_validation_pairs(
@@ -276,7 +300,7 @@ def _calibration_pixels(recipe: Recipe) -> Tensor:
         loader.close()
 
 
-STAGES: dict[str, Callable[[Recipe, Callable[[Path, str], None] | None], Job]] = {
+STAGES: dict[str, Callable[[Recipe, Publisher | None], Job]] = {
     "diffusion": _diffusion,
     "autoencoder": _autoencoder,
     "cfw": _cfw,

@@ -188,6 +188,7 @@ def toy_job(
         output=OutputSettings(dir=str(run), trackers=()),
         open_data=lambda rank, world, state: ToyLoader(rank, world, state, batch_size=settings.batch_size, poison=poison),
         save_pipeline=save_pipeline,
+        export=lambda checkpoint, folder: None,
         recipe={"training": settings.model_dump(mode="json")},
         seed=3,
     )

@@ -1,5 +1,25 @@
+"""`sslsr export`: a complete pipeline folder from a checkpoint."""
+
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
 
-def export() -> None:
-    """Stub."""
+import typer
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, a run's best/ folder, or a run folder (its newest checkpoint).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the pipeline to.")],
+    raw: Annotated[bool, typer.Option("--raw", help="The trained weights themselves, not their moving average.")] = False,
+) -> None:
+    """Make a diffusers pipeline folder from a checkpoint: frozen weights come from its base, trained ones from the checkpoint."""
+    from sslsr_diffusion.build import export_checkpoint
+    from sslsr_diffusion.errors import UserError
+    from sslsr_diffusion.training.checkpoints import find_checkpoint
+
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"--output {output}: expected a new or empty folder; this one has files in it.")
+    folder = find_checkpoint(str(checkpoint), checkpoint)
+    step = export_checkpoint(folder, output, averaged=not raw)
+    typer.echo(f"{folder} (step {step}) -> {output}")

@@ -1,5 +1,41 @@
+"""`sslsr init`: copy a shipped recipe to edit it."""
+
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
 
-def init() -> None:
-    """Stub."""
+import typer
+
+
+def init(
+    name: Annotated[str | None, typer.Argument(help="A shipped recipe; without it they are listed.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: NAME.yaml here.")] = None,
+) -> None:
+    """Copy a shipped recipe (and what it extends) into the current folder."""
+    import yaml
+
+    from sslsr_diffusion.config import find_recipe, shipped_recipes
+    from sslsr_diffusion.errors import UserError
+
+    shipped = shipped_recipes()
+    if name is None:
+        for stem, path in shipped.items():
+            first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            typer.echo(f"{stem:<24} {first}")
+        return
+    source = find_recipe(name)
+    target = output or Path(f"{source.stem}.yaml")
+    wanted = {target: source}
+    parent = (yaml.safe_load(source.read_text(encoding="utf-8")) or {}).get("extends")
+    if parent:
+        wanted[target.parent / parent] = source.parent / parent
+    for path in wanted:
+        if path.exists() and path == target:
+            raise UserError(f"{path} is already there; choose another name with --output.")
+    for path, original in wanted.items():
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(original.read_bytes())
+            typer.echo(f"wrote {path}")
+    typer.echo(f"Edit it, then: sslsr train --config {target} --dry-run")

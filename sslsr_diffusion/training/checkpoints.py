@@ -112,7 +112,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def find_checkpoint(where: str, run: Path) -> Path:
-    """The folder for `--resume`: `latest`, a checkpoint folder, or a run folder.
+    """The folder for `--resume`: `latest`, a checkpoint folder, a run folder, or a hub id with a published state.
 
     Raises:
         UserError: there is no whole checkpoint there.
@@ -121,6 +121,10 @@ def find_checkpoint(where: str, run: Path) -> Path:
     if where != "latest" and (folder / MANIFEST).is_file():
         return folder
     found = latest_checkpoint(folder)
+    if found is None and where != "latest" and not folder.exists() and where.count("/") == 1 and not folder.is_absolute():
+        from sslsr_diffusion.training.hub import resolve_checkpoint_from_hub
+
+        return resolve_checkpoint_from_hub(where)
     if found is None:
         raise UserError(f"--resume {where}: no whole checkpoint in {folder}; leave --resume out to start from the beginning.")
     return found

@@ -6,10 +6,10 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.losses import Loss
@@ -28,6 +28,14 @@ from sslsr_diffusion.training.validation import Validation, ValidationResult, va
 logger = logging.getLogger(__name__)
 
 
+class Publisher(Protocol):
+    """Sends folders to a hub in the background and never raises."""
+
+    def publish(self, folder: Path, message: str, *, files: Mapping[str, Path | bytes] | None = None) -> None: ...
+    def checkpoint(self, folder: Path | None = None) -> None: ...
+    def close(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Job:
     """A run, built: objects and callables, so that the loop knows no models, data or hub."""
@@ -39,11 +47,13 @@ class Job:
     output: OutputSettings
     open_data: Callable[[int, int, dict[str, Any] | None], Any]  # rank, world_size, state -> TrainingLoader
     save_pipeline: Callable[[Path], None]  # write the networks' present weights as a folder
+    export: Callable[[Path, Path], Any]  # checkpoint folder, pipeline folder: the same from a checkpoint, on a CPU
     recipe: dict[str, Any]  # resolved, kept in the run folder and in every checkpoint
     seed: int = 0
     base: dict[str, Any] = field(default_factory=dict)  # id and revision of what was fine-tuned
     validation: Validation | None = None
-    publish: Callable[[Path, str], None] | None = None  # folder, message; must not raise
+    publisher: Publisher | None = None
+    card: Callable[[dict[str, float], list[Path]], dict[str, Path | bytes]] | None = None  # metrics, pictures -> files beside the pipeline
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,13 @@ def _loop(job: Job, session: Session, folder: RunFolder, loader: Any, watch: Sto
         stopped = (watch.reason() or "another process was asked to stop") if session.stop_asked else None
         failed = progress.skipped_in_a_row >= settings.non_finite_limit
         done = progress.step >= settings.steps
-        if job.validation is not None and not stopped and not failed and _due(progress.step, job.validation.settings.every, done):
+        if (
+            job.validation is not None
+            and not session.sharded
+            and not stopped
+            and not failed
+            and _due(progress.step, job.validation.settings.every, done)
+        ):
             _look(job, session, folder, watch, reporter)
         if stopped or failed or _due(progress.step, job.checkpoints.every, done):
             _save(job, session, folder, loader)
@@ -159,10 +175,11 @@ def _keep_best(job: Job, session: Session, folder: RunFolder) -> None:
     state = {"progress": {"step": session.progress.step, "best": session.progress.best}, "recipe": job.recipe, "base": job.base}
     try:
         write_checkpoint(folder.best, {"trained": tensors}, state)
-        if job.publish is not None:
-            target = folder.path / "publish" / f"step-{session.progress.step}"
+        if job.publisher is not None:
+            target = folder.path / ".tmp-publish"  # the publisher links the files, so the folder may go at once
             write_folder(target, job.save_pipeline)
-            job.publish(target, f"Best so far, step {session.progress.step}")
+            job.publisher.publish(target, f"Best so far, step {session.progress.step}", files=_card(job, folder))
+            shutil.rmtree(target, ignore_errors=True)
     except OSError as error:
         logger.warning("the best weights could not be kept: %s", error)
 
@@ -192,14 +209,25 @@ def _finish(job: Job, session: Session, folder: RunFolder) -> Path:
         weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     else:
         weights = session.averaged()
-    with weights:
-        session.objective.module.eval()
-        if session.main:
+    session.objective.module.eval()
+    if session.main and session.sharded:  # no process holds whole weights; the last checkpoint does
+        job.export(folder.path / f"checkpoint-{session.progress.step}", folder.pipeline)
+    elif session.main:
+        with weights:
             write_folder(folder.pipeline, job.save_pipeline)
     if session.main:
         plot_losses(folder.history(), folder.path / "loss.png")
-        if job.publish is not None:
-            job.publish(folder.pipeline, f"Step {session.progress.step}")
-        shutil.rmtree(folder.path / "publish", ignore_errors=True)
+        if job.publisher is not None:
+            job.publisher.publish(folder.pipeline, f"Step {session.progress.step}", files=_card(job, folder))
+            job.publisher.close()
     session.barrier()
     return folder.pipeline
+
+
+def _card(job: Job, folder: RunFolder) -> dict[str, Path | bytes]:
+    """The model card and sample pictures of the newest validation pass."""
+    if job.card is None:
+        return {}
+    measured = [row for row in folder.history() if any(key.startswith("validation/") for key in row)]
+    pictures = sorted(folder.pictures.glob("step-*.png"))[-1:]
+    return job.card(measured[-1] if measured else {}, pictures)

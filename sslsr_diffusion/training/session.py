@@ -63,6 +63,7 @@ class Session:
         self.main: bool = self.accelerator.is_main_process
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
+        self.sharded: bool = str(self.accelerator.distributed_type).endswith("FSDP")
         _seed_everything(derive_seed(seed, "global", self.rank))
         objective.to(self.device)
         objective.module.train()
@@ -238,6 +239,11 @@ def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: P
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"training: this machine cannot run the recipe as it is: {error}") from error
     accelerator.gradient_accumulation_steps = 1
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if kind == "FSDP" and not accelerator.is_fsdp2:
+        raise UserError("training: expected FSDP2 (fsdp_version: 2), the accelerate configuration asks for FSDP 1.")
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise UserError(f"training: {kind} is not supported; configs/accelerate/fsdp2.yaml divides the same states among GPUs.")
     return accelerator
 
 

@@ -20,9 +20,12 @@ logger = logging.getLogger(__name__)
 class Pair(Protocol):
     """A held-out picture with its fixed low-resolution version."""
 
-    name: str
-    lr: Tensor  # [3, h, w]
-    hr: Tensor  # [3, H, W]
+    @property
+    def name(self) -> str: ...
+    @property
+    def lr(self) -> Tensor: ...  # [3, h, w]
+    @property
+    def hr(self) -> Tensor: ...  # [3, H, W]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""`--dry-run`: the resolved recipe, a line per check, parameters and memory on the meta device; no weights are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import yaml
+
+from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.recipe import Recipe, resolved, run_folder
+
+Verdict = Literal["ok", "missing", "not reachable"]
+
+
+class Check(NamedTuple):
+    what: str
+    verdict: Verdict
+    detail: str
+
+
+def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False) -> bool:
+    """Say everything about a run that can be known without starting it; False if something that training needs is missing."""
+    from sslsr_diffusion.memory_estimate import describe_memory, describe_parameters
+
+    say(yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True).rstrip())
+    checks = run_checks(recipe, resume=resume)
+    say("\nchecks")
+    for check in checks:
+        say(f"  {check.what:<12} {check.verdict:<14} {check.detail}")
+    vae_missing = any(check.what == "model.vae" and check.verdict != "ok" for check in checks)
+    say("")
+    if vae_missing:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vae": None})})
+    try:
+        for line in [*describe_parameters(recipe), *describe_memory(recipe)]:
+            say(line)
+    except UserError as error:
+        say(f"parameters and memory cannot be counted: {error}")
+    return all(check.verdict == "ok" for check in checks)
+
+
+def run_checks(recipe: Recipe, *, resume: bool = False) -> list[Check]:
+    """Data, model and output, one entry each."""
+    checks = [*_data(recipe), *_model(recipe), _optimizer(recipe), _output(recipe, resume)]
+    return [check for check in checks if check is not None]
+
+
+def _data(recipe: Recipe) -> list[Check | None]:
+    from sslsr_diffusion.data.sources import open_source
+
+    checks: list[Check | None] = []
+    groups = [("data", recipe.data.sources)] + ([("validation", recipe.data.validation)] if recipe.validation.limit else [])
+    for what, sources in groups:
+        if not sources:
+            missing = what == "data"
+            checks.append(
+                Check(what, "missing", "data.sources is empty; give at least one source")
+                if missing
+                else Check(what, "ok", "none asked for")
+            )
+        for source in sources:
+            if source.kind == "hub" or "://" in str(source.path):
+                checks.append(_hub(what, str(source.path), getattr(source, "revision", None), "dataset"))
+                continue
+            try:
+                checks.append(Check(what, "ok", f"{source.kind} {source.path}: {len(open_source(source))} pictures"))
+            except (UserError, MissingDependency, OSError) as error:
+                checks.append(Check(what, "missing", str(error)))
+    return checks
+
+
+def _model(recipe: Recipe) -> list[Check | None]:
+    model, checks = recipe.model, []
+    if model.init == "random":
+        checks.append(Check("model", "ok", f"architecture {model.preset}, weights drawn"))
+    elif Path(model.base).expanduser().is_dir():
+        has = [part for part in ("unet", "vae", "scheduler") if (Path(model.base).expanduser() / part).is_dir()]
+        complete = len(has) == 3
+        checks.append(
+            Check("model", "ok" if complete else "missing", f"{model.base}: found {', '.join(has) or 'no unet, vae or scheduler'}")
+        )
+    else:
+        checks.append(_hub("model", model.base, model.revision, "model"))
+    if model.vae is not None:
+        folder = Path(model.vae).expanduser()
+        found = any((candidate / "config.json").is_file() for candidate in (folder, folder / "vae"))
+        checks.append(
+            Check("model.vae", "ok" if found else "missing", model.vae if found else f"{model.vae} holds no autoencoder; train one first")
+        )
+    return [*checks]
+
+
+def _hub(what: str, name: str, revision: str | None, kind: str) -> Check:
+    """Whether a hub id is cached, or exists as far as the network can tell; asks for no files."""
+    if "://" in name:
+        return Check(what, "ok", f"{name} (a URL; it is opened when training starts)")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        snapshot_download(name, revision=revision, repo_type=kind, local_files_only=True, allow_patterns=["*.json", "*.md"])
+        return Check(what, "ok", f"{name} (in the local cache)")
+    except HFValidationError:
+        return Check(what, "missing", f"{name!r} is neither an existing folder nor a valid hub id")
+    except (LocalEntryNotFoundError, FileNotFoundError, OSError):
+        pass
+    try:
+        info = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=5)
+        return Check(what, "ok", f"{name} on the hub, commit {str(info.sha)[:12]}; it is downloaded when training starts")
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return Check(what, "missing", f"{name} does not exist on the hub, or is private and no login was given")
+    except Exception as error:  # every way in which a network can fail
+        return Check(what, "not reachable", f"{name} is not in the local cache and the hub does not answer ({type(error).__name__})")
+
+
+def _optimizer(recipe: Recipe) -> Check | None:
+    if recipe.training.optimizer.kind != "adamw8bit":
+        return None
+    import importlib.util
+
+    found = importlib.util.find_spec("bitsandbytes") is not None
+    return Check(
+        "optimizer", "ok" if found else "missing", "bitsandbytes" if found else "adamw8bit needs: pip install 'sslsr-diffusion[adam8bit]'"
+    )
+
+
+def _output(recipe: Recipe, resume: bool) -> Check:
+    from sslsr_diffusion.training.run_folder import RunFolder
+
+    path = run_folder(recipe)
+    standing = path
+    while not standing.exists() and standing != standing.parent:
+        standing = standing.parent
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        return Check("output", "missing", f"{path}: {standing} is not a folder that can be written")
+    if not resume:
+        try:
+            RunFolder(path).check_free()
+        except UserError as error:
+            return Check("output", "missing", str(error))
+    return Check("output", "ok", str(path))

@@ -1,0 +1,183 @@
+"""The loop: files of a run, stopping by signal, numbers going wrong, a full disk, automatic weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from test_two_processes import environment
+from torch.nn import functional as F
+from toys import smooth, toy_job, toy_losses
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.training import fit as fit_module
+from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
+from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, ValidationSettings
+from sslsr_diffusion.training.state import AutoWeight
+from sslsr_diffusion.training.validation import Validation
+
+
+class PicturePair(NamedTuple):
+    name: str
+    lr: torch.Tensor
+    hr: torch.Tensor
+
+
+def validation(every: int = 10, **values) -> Validation:
+    pairs = [PicturePair(f"p{i}.png", F.avg_pool2d(smooth(i)[None], 4)[0], smooth(i)) for i in range(3)]
+    settings = ValidationSettings(every=every, metrics=("mse",), best="mse", pictures=2, **values)
+    return Validation(
+        pairs,
+        restore=lambda lr, hr, seed: hr + 0.1 * torch.randn(hr.shape, generator=torch.Generator().manual_seed(seed)),
+        metrics={"mse": lambda a, b: (a - b).square().mean(dim=(1, 2, 3))},
+        settings=settings,
+        higher_is_better={"mse": False},
+    )
+
+
+def test_a_run_folder_explains_itself(tmp_path):
+    job = replace(toy_job(tmp_path / "run", ema={"decay": 0.9}), validation=validation(), output=OutputSettings(dir=str(tmp_path / "run")))
+    result = fit(job)
+    assert result.step == 20
+    assert result.stopped is None
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names >= {"recipe.yaml", "versions.json", "log.txt", "history.jsonl", "loss.png", "pictures", "pipeline", "best", "tensorboard"}
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-20"]
+    assert not list((tmp_path / "run").glob(".tmp*"))
+    rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    logged = [row for row in rows if "loss/diffusion" in row]
+    assert [row["step"] for row in logged] == [5, 10, 15, 20]
+    assert {"loss/self_similarity/kl", "train/lr", "train/seconds_per_step", "train/mask_density"} <= logged[0].keys()
+    assert [row["step"] for row in rows if "validation/mse" in row] == [10, 20]
+    from PIL import Image
+
+    with Image.open(tmp_path / "run/pictures/step-000020.png") as grid:
+        assert grid.size[0] > 3 * 32
+    assert read_checkpoint(tmp_path / "run/best").state["progress"]["best"] == pytest.approx(0.01, rel=0.3)
+
+
+def test_looking_does_not_change_training(tmp_path):
+    fit(toy_job(tmp_path / "blind"))
+    fit(replace(toy_job(tmp_path / "seeing"), validation=validation(every=3)))
+    blind, seeing = (read_checkpoint(tmp_path / n / "checkpoint-20").tensors["trained"] for n in ("blind", "seeing"))
+    assert all(torch.equal(blind[name], seeing[name]) for name in blind)
+
+
+def test_non_finite_steps_are_skipped_and_counted(tmp_path, caplog):
+    result = fit(toy_job(tmp_path / "run", poison=range(6, 10)))
+    assert result.step == 20
+    state = read_checkpoint(tmp_path / "run/checkpoint-20").state
+    assert state["progress"]["skipped"] == 2
+    assert state["progress"]["skipped_in_a_row"] == 0
+    assert "step 4 skipped" in caplog.text
+    assert "6.png" in caplog.text
+
+
+def test_too_many_in_a_row_stop_with_the_last_good_weights(tmp_path):
+    fit(toy_job(tmp_path / "good", steps=3))
+    with pytest.raises(UserError, match=r"4 steps in a row .* not a number"):
+        fit(toy_job(tmp_path / "run", poison=range(6, 99), non_finite_limit=4))
+    stopped = read_checkpoint(tmp_path / "run/checkpoint-7")
+    good = read_checkpoint(tmp_path / "good/checkpoint-3")
+    assert all(torch.equal(stopped.tensors["trained"][name], value) for name, value in good.tensors["trained"].items())
+    assert not (tmp_path / "run/pipeline").exists()
+
+
+def test_a_full_disk_costs_a_warning_or_the_run_by_policy(tmp_path, monkeypatch, caplog):
+    real = fit_module.write_checkpoint
+
+    def full(folder, *rest):
+        if folder.name == "checkpoint-20":
+            raise OSError(28, "No space left on device")
+        real(folder, *rest)
+
+    monkeypatch.setattr(fit_module, "write_checkpoint", full)
+    assert fit(toy_job(tmp_path / "a")).step == 20
+    assert "could not be written" in caplog.text
+    assert latest_checkpoint(tmp_path / "a") == tmp_path / "a/checkpoint-10"
+    with pytest.raises(UserError, match="on_failure is stop"):
+        fit(replace(toy_job(tmp_path / "b"), checkpoints=CheckpointSettings(every=10, on_failure="stop")))
+
+
+def test_auto_weight_is_the_median_ratio_then_frozen(tmp_path):
+    auto = AutoWeight(steps=3)
+    assert auto.value == 1.0
+    for own, others in [(0.5, [1.0, 2.0]), (0.0, [1.0]), (1.0, [3.0])]:
+        auto.observe(own, others)
+    assert auto.frozen
+    assert auto.value == 3.5
+    auto.observe(1.0, [100.0])
+    assert auto.value == 3.5
+    fit(toy_job(tmp_path / "run", losses=toy_losses(weight="auto", auto_steps=4)))
+    kept = read_checkpoint(tmp_path / "run/checkpoint-20").state["auto_weights"]["self_similarity"]
+    assert kept["seen"] == 4
+    assert len(kept["ratios"]) <= 4
+    assert "train/auto_weight/self_similarity" in (tmp_path / "run/history.jsonl").read_text()
+
+
+def test_a_fixed_batch_is_learned(tmp_path):
+    """With fixed t and noise every loss term falls: the same samples over and over."""
+    job = toy_job(tmp_path / "run", steps=60, dropout=0, optimizer={"lr": 3e-2})
+    opened = job.open_data
+
+    def open_data(rank, world, state):
+        loader = opened(rank, world, state)
+        batch = next(loader)
+        loader.__class__ = type("Fixed", (loader.__class__,), {"__next__": lambda self: batch})
+        return loader
+
+    fit(replace(job, open_data=open_data))
+    rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    for term in ("diffusion", "pixel_l1", "self_similarity/l1", "self_similarity/kl"):
+        assert rows[-1][f"loss/{term}"] < rows[0][f"loss/{term}"], term
+
+
+def start(folder: Path, *launcher: str) -> subprocess.Popen[bytes]:
+    options = json.dumps({"steps": 100000, "batch_size": 1, "log_every": 1})
+    command = [sys.executable, *launcher, str(Path(__file__).parent / "toy_run.py"), str(folder), options]
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def wait_for(condition, seconds: float = 90) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def started(folder: Path) -> bool:
+    return (folder / "history.jsonl").is_file() and (folder / "history.jsonl").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint(tmp_path, number):
+    process = start(tmp_path / "run")
+    assert wait_for(lambda: started(tmp_path / "run"))
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 0
+    assert latest_checkpoint(tmp_path / "run") is not None
+    assert f"{signal.Signals(number).name} received" in (tmp_path / "run/log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_launchers_death_leaves_a_checkpoint(tmp_path):
+    """`accelerate launch` does not forward SIGTERM to its child; the child notices that its parent is gone."""
+    process = start(tmp_path / "run", "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1")
+    assert wait_for(lambda: started(tmp_path / "run"))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert wait_for(lambda: latest_checkpoint(tmp_path / "run") is not None, 30)
+    assert wait_for(lambda: "the launcher is gone" in (tmp_path / "run/log.txt").read_text(), 30)

@@ -1,0 +1,58 @@
+"""Two processes on gloo see the samples and compute the gradients of one process with the whole batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sslsr_diffusion.training.checkpoints import read_checkpoint
+
+HERE = Path(__file__).parent
+# eps 1 makes AdamW's first steps proportional to the gradient: the weights compare the gradients
+LINEAR = {"steps": 3, "optimizer": {"lr": 0.5, "eps": 1.0, "weight_decay": 0.0}, "max_grad_norm": None}
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
+
+
+def run(folder: Path, processes: int, options: dict, *extra: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, str(HERE / "toy_run.py"), str(folder), json.dumps(options), *extra]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=True)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    """With gates, masks of very different sizes, accumulation and windows at once; 1e-6 of the norm is float32's sum in another order."""
+    options = {**LINEAR, "steps": 1, "max_timestep": 800, "decode_crop": 4}
+    run(tmp_path / "one", 1, {**options, "batch_size": 4})
+    done = run(tmp_path / "two", 2, {**options, "batch_size": 1, "accumulate": 2})
+    one, two = (read_checkpoint(tmp_path / name / "checkpoint-1") for name in ("one", "two"))
+    for name, value in one.tensors["trained"].items():
+        assert (two.tensors["trained"][name] - value).norm() <= 1e-6 * value.norm(), name
+    assert one.state["progress"]["samples"] == two.state["progress"]["samples"] == 4
+    assert two.state["progress"]["mean_loss"] == pytest.approx(one.state["progress"]["mean_loss"], rel=1e-5)
+    assert done.stderr.count("1/1") >= 1
+    assert done.stderr.count("train:   0%") == 1  # one progress bar
+    assert len(list((tmp_path / "two").glob("checkpoint-*"))) == 1
+    assert len((tmp_path / "two/log.txt").read_text().split("started at step 0")) == 2  # one log
+    assert {name.split("/")[0] for name in two.tensors["rng"]} == {"0", "1"}
+
+
+@pytest.mark.slow
+def test_resume_on_another_number_of_processes(tmp_path):
+    """Two steps on two processes and one more on one: the global sample index goes on where it was."""
+    options = {**LINEAR, "batch_size": 2}
+    run(tmp_path / "whole", 1, {**options, "batch_size": 4})
+    run(tmp_path / "parts", 2, {**options, "steps": 2})
+    run(tmp_path / "parts", 1, {**options, "batch_size": 4}, "--resume")
+    one, two = (read_checkpoint(tmp_path / name / "checkpoint-3") for name in ("whole", "parts"))
+    for name, value in one.tensors["trained"].items():
+        torch.testing.assert_close(two.tensors["trained"][name], value, rtol=1e-5, atol=1e-6)

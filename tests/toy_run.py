@@ -1,0 +1,25 @@
+"""Runs a toy job as a script, for tests that need processes: toy_run.py RUN_FOLDER JSON_OF_TRAINING_SETTINGS [--resume]"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from toys import toy_job, toy_losses
+
+from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.training.settings import CheckpointSettings
+
+
+def main() -> None:
+    run, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    losses = toy_losses(max_timestep=options.pop("max_timestep", None))
+    checkpoints = CheckpointSettings(**options.pop("checkpoints", {"every": 0}))
+    job = toy_job(run, losses=losses, dropout=0, decode_crop=options.pop("decode_crop", None), **options)
+    fit(replace(job, checkpoints=checkpoints), resume="latest" if "--resume" in sys.argv else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import json
 import math
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from goldens import load_golden
+from PIL import Image
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.fidelity import crop, luma
-from sslsr_diffusion.evaluation.metrics import METRICS, psnr, ssim
+from sslsr_diffusion.evaluation.metrics import METRICS, convention, psnr, select, ssim, unavailable
 
+BENCHMARK = os.environ.get("SSLSR_BENCHMARK_DIR")
 PAIRS = load_golden("ssl/metrics").index["pairs"]
 
 
@@ -80,6 +86,45 @@ def test_too_small_images_are_an_error_that_says_so():
         crop(image, 9)
 
 
-def test_the_registry_says_the_direction():
+def test_pyiqas_ssim_differs_by_rounding_and_by_what_is_negative():
+    restored, reference = pair("noise")  # 8-bit RGB, structure nowhere negative: both conventions are one
+    ours, theirs = METRICS["ssim_basicsr"].fn, METRICS["ssim"].fn
+    assert ours is ssim
+    assert theirs(restored, reference).item() == pytest.approx(ours(restored, reference).item(), abs=1e-8)  # float32 pixels are not whole
+    assert theirs(restored, reference, y_channel=True).item() != pytest.approx(ours(restored, reference, y_channel=True).item(), abs=1e-6)
+    waves = torch.linspace(0, 60, 40).sin().mul(0.4).expand(1, 3, 40, 40)  # the reference upside down
+    assert ours(0.5 + waves, 0.5 - waves).item() < 0
+    assert theirs(0.5 + waves, 0.5 - waves).item() == 0
+
+
+@pytest.mark.skipif(not BENCHMARK, reason="SSLSR_BENCHMARK_DIR is not set")
+def test_psnr_and_ssim_match_the_benchmark_log():
+    folder = Path(BENCHMARK)
+    for row in json.loads((folder / "published_metrics.json").read_text()):
+        restored, reference = (read(folder / side / row["file"]) for side in ("published", "hr"))
+        assert psnr(restored, reference, y_channel=True).item() == pytest.approx(row["psnr_y"], abs=1e-3), row["file"]
+        assert METRICS["ssim"].fn(restored, reference, y_channel=True).item() == pytest.approx(row["ssim_y"], abs=1e-4), row["file"]
+
+
+def read(path: Path) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+
+
+def test_names_are_chosen_in_order_and_once():
+    assert select("niqe, psnr,psnr") == ["niqe", "psnr"]
+    assert set(select("all")) == set(METRICS)
+    assert set(select("all")) - set(select("default")) == {"ssim_basicsr", "niqe_basicsr"}
+    for text in ("", "psnr,nope"):
+        with pytest.raises(UserError, match="expected some of psnr"):
+            select(text)
+
+
+def test_the_registry_says_the_direction_and_the_convention():
     assert METRICS["psnr"].higher_is_better
     assert METRICS["ssim"].needs_reference
+    assert not METRICS["niqe"].higher_is_better
+    assert not METRICS["niqe"].needs_reference
+    text = convention("ssim", crop_border=4, y_channel=True)
+    assert "Y of YCbCr" in text
+    assert "border 4 px" in text
+    assert all(unavailable(name) is None for name in ("psnr", "ssim", "niqe", "ssg_l1"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sslsr_diffusion.errors import UserError
 
+Convention = Literal["basicsr", "pyiqa"]
 LUMA = (65.481, 128.553, 24.966)  # BT.601 limited range: Y = 16 + LUMA . rgb, on the 0..255 scale for rgb in [0, 1]
 
 
@@ -31,16 +34,19 @@ def psnr(restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_channel
     return 10 * torch.log10(255.0**2 / mse)
 
 
-def ssim(restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_channel: bool = False) -> Tensor:
-    """Structural similarity, 11x11 Gaussian of sigma 1.5, valid area, mean of the channels   (Wang et al. 2004, BasicSR's convention).
+def ssim(
+    restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_channel: bool = False, convention: Convention = "basicsr"
+) -> Tensor:
+    """Structural similarity, 11x11 Gaussian of sigma 1.5, valid area, mean of the channels   (Wang et al. 2004).
 
-    SSIM = mean of (2 ma mb + C1)(2 sab + C2) / ((ma^2 + mb^2 + C1)(sa + sb + C2)), C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2
+    SSIM = mean of (2 ma mb + C1) / (ma^2 + mb^2 + C1) * (2 sab + C2) / (sa + sb + C2), C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2
 
     Args:
         restored: [B, 3 or 1, H, W] float in [0, 1]; at least 11 x 11 after the cut.
         reference: the same shape.
         crop_border: pixels cut from each side first.
-        y_channel: compare the unrounded luma of BT.601 limited range instead of all channels.
+        y_channel: compare the luma of BT.601 limited range instead of all channels.
+        convention: "basicsr" as written above; "pyiqa" rounds to 8 bits first and counts a negative second factor as 0.
 
     Returns:
         [B] float64 (float32 where the device has no float64).
@@ -51,13 +57,17 @@ def ssim(restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_channel
     a, b = _prepare(restored, reference, crop_border, y_channel)
     if min(a.shape[-2:]) < 11:
         raise UserError(f"SSIM needs at least 11 x 11 pixels, {_size(a)} are left after cutting {crop_border} from each side.")
+    if convention == "pyiqa":
+        a, b = a.round(), b.round()
     mean_a, mean_b = _blur(a), _blur(b)
     var_a = _blur(a * a) - mean_a.square()
     var_b = _blur(b * b) - mean_b.square()
     cov = _blur(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    similarity = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2))
-    return similarity.mean(dim=(1, 2, 3))
+    structure = (2 * cov + c2) / (var_a + var_b + c2)
+    if convention == "pyiqa":
+        structure = structure.clamp_min(0)
+    return ((2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1) * structure).mean(dim=(1, 2, 3))
 
 
 def luma(image: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def pick(scores: Scores, examples: int) -> dict[str, list[Pick]]:
         mean = np.mean(list(per_column.values()), axis=0)
         order = [int(i) for i in np.argsort(mean if METRICS[name].higher_is_better else -mean, kind="stable") if not np.isnan(mean[i])]
         count = min(examples, (len(order) + 1) // 2)
-        chosen = [("worst", i) for i in order[:count]] + [("best", i) for i in reversed(order[count:][-count:])]
+        best = order[max(count, len(order) - count) :]
+        chosen = [("worst", i) for i in order[:count]] + [("best", i) for i in reversed(best)]
         picks[name] = [
             Pick(kind, printable(scores.items[i].name), f"image-{i}", {c: float(v[i]) for c, v in per_column.items()}) for kind, i in chosen
         ]

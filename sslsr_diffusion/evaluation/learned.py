@@ -9,6 +9,7 @@ import io
 import logging
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,9 @@ def learned(name: str, *, needs_reference: bool) -> Callable[..., Tensor]:
 def inception_features(images: Tensor) -> Tensor:
     """[B, 3, H, W] in [0, 1] -> [B, 2048] pool3 features, resized to 299 (bilinear) inside   (pytorch-fid, BasicSR's convention)."""
     model = _model("fid", str(images.device), torch.hub.get_dir())
-    return torch.cat([model(image.float().clamp(0, 1))[0].reshape(1, -1).cpu() for image in images.split(1)])
+    return torch.cat(
+        [model(image.float().clamp(0, 1), resize_input=True, normalize_input=True)[0].reshape(1, -1).cpu() for image in images.split(1)]
+    )
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -85,7 +88,8 @@ def _model(name: str, device: str, hub_folder: str) -> Any:
     download_util.DEFAULT_CACHE_DIR = f"{hub_folder}/pyiqa"  # pyiqa reads torch's hub folder only once, at import
     chatter = io.StringIO()
     logging.getLogger("pyiqa").setLevel(logging.WARNING)
-    with contextlib.redirect_stdout(chatter):
+    with contextlib.redirect_stdout(chatter), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pyiqa's ways of calling torchvision
         if name == "fid":
             from pyiqa.archs.inception import InceptionV3
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation import learned
 from sslsr_diffusion.evaluation.fidelity import psnr, ssim
-from sslsr_diffusion.evaluation.niqe import niqe, niqe_y
+from sslsr_diffusion.evaluation.niqe import niqe
 from sslsr_diffusion.evaluation.ssg_distance import ssg_kl, ssg_l1, ssg_terms
 from sslsr_diffusion.evaluation.weights import WEIGHTS, digest
 
@@ -56,7 +57,7 @@ def unavailable(name: str, *, download: bool = True) -> str | None:
 def convention(name: str, *, crop_border: int, y_channel: bool) -> str:
     """One line that says how the number comes about: channels, border, range, and the weights with their hash."""
     metric = METRICS[name]
-    channels = "Y of YCbCr (BT.601, 16..235, not rounded)" if y_channel else "RGB"
+    channels = "Y of YCbCr (BT.601, 16..235)" if y_channel else "RGB"
     text = metric.convention.format(channels=channels, border=f"border {crop_border} px cut")
     files = [f"{file.name} (sha256 {digest(file.path)[:16]})" for file in WEIGHTS.get(name, ()) if file.path.is_file()]
     if not files:
@@ -66,13 +67,22 @@ def convention(name: str, *, crop_border: int, y_channel: bool) -> str:
     return f"{text}; pyiqa {version('pyiqa')}; weights {', '.join(files)}"
 
 
+_SSIM = "data range 255, 11 x 11 Gaussian sigma 1.5, valid area, {border}"
 _NIQE = "blocks of 96 x 96, 2 scales, border repeated, published parameters (shipped); {border}"
 
 _SSG = ", on the ground truth's edge mask (Laplacian > 20, no stride), k 25, w 9, sigma 0.004, rows normalised, RGB 0..1, {border}"
 
 METRICS: dict[str, Metric] = {
-    "psnr": Metric(psnr, True, True, "PSNR (dB)", 3, "{channels}, data range 255, {border}"),
-    "ssim": Metric(ssim, True, True, "SSIM", 4, "{channels}, data range 255, 11 x 11 Gaussian sigma 1.5, valid area, {border}"),
+    "psnr": Metric(psnr, True, True, "PSNR (dB)", 3, "{channels}, not rounded, data range 255, {border}"),
+    "ssim": Metric(
+        partial(ssim, convention="pyiqa"),
+        True,
+        True,
+        "SSIM",
+        4,
+        "{channels}, rounded to 8 bits, negative structure counts 0 (pyiqa's convention), " + _SSIM,
+    ),
+    "ssim_basicsr": Metric(ssim, True, True, "SSIM (BasicSR)", 4, "{channels} (BasicSR's convention), " + _SSIM, default=False),
     "lpips": Metric(
         learned.learned("lpips", needs_reference=True), False, True, "LPIPS", 4, "AlexNet v0.1, RGB -1..1, no resize, {border}"
     ),
@@ -86,8 +96,12 @@ METRICS: dict[str, Metric] = {
         "InceptionV3 (FID weights), pool3 2048, RGB -1..1, bilinear to 299, whole images (no border is cut)",
         whole_set=True,
     ),
-    "niqe": Metric(niqe, False, False, "NIQE", 3, "full-range luma rounded to 8 bits (pyiqa's convention), " + _NIQE),
-    "niqe_y": Metric(niqe_y, False, False, "NIQE (Y)", 3, "Y 16..235 rounded to 8 bits (BasicSR's convention), " + _NIQE, default=False),
+    "niqe": Metric(
+        partial(niqe, convention="pyiqa"), False, False, "NIQE", 3, "full-range luma rounded to 8 bits (pyiqa's convention), " + _NIQE
+    ),
+    "niqe_basicsr": Metric(
+        niqe, False, False, "NIQE (BasicSR)", 3, "Y 16..235 rounded to 8 bits (BasicSR's convention), " + _NIQE, default=False
+    ),
     "clipiqa": Metric(
         learned.learned("clipiqa", needs_reference=False),
         True,

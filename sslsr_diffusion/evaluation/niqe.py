@@ -1,8 +1,8 @@
 """NIQE with the published parameters, in numpy and scipy alone: no package and no download is needed.
 
-Two conventions are in use. `niqe` is pyiqa's (full-range luma), `niqe_y` BasicSR's (limited-range luma). They also round
-differently, which matters: on exactly flat areas (sky, black bars) the rounding of the local mean is itself what is measured, and
-decides up to 0.1 of the score. BasicSR filters float32 images; pyiqa filters float64 images with a kernel of float32 numbers.
+BasicSR scores the limited-range luma, pyiqa the full-range one. They also round differently, which matters: on exactly flat areas
+(sky, black bars) the rounding of the local mean is itself what is measured, and decides up to 0.1 of the score. BasicSR filters
+float32 images; pyiqa filters float64 images with a kernel of float32 numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.evaluation.fidelity import crop, luma
+from sslsr_diffusion.evaluation.fidelity import Convention, crop, luma
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,17 +26,24 @@ SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))
 FULL_RANGE = (0.299, 0.587, 0.114)
 
 
-def niqe(restored: Tensor, reference: Tensor | None = None, *, crop_border: int = 0, y_channel: bool = False) -> Tensor:
-    """Distance of an image's local statistics from those of natural photographs; lower is better   (Mittal et al. 2012), pyiqa's luma.
+def niqe(
+    restored: Tensor,
+    reference: Tensor | None = None,
+    *,
+    crop_border: int = 0,
+    y_channel: bool = False,
+    convention: Convention = "basicsr",
+) -> Tensor:
+    """Distance of an image's local statistics from those of natural photographs; lower is better   (Mittal et al. 2012).
 
     NIQE = sqrt((m - n)^T ((S + N) / 2)^+ (m - n)): mean and covariance of 36 features over blocks of 96 x 96, at two scales
 
     Args:
-        restored: [B, 3 or 1, H, W] float in [0, 1]; two blocks of 96 x 96 or more after the cut. Scored on the full-range luma
-            (0.299, 0.587, 0.114), rounded to 8 bits.
+        restored: [B, 3 or 1, H, W] float in [0, 1]; two blocks of 96 x 96 or more after the cut. Its luma is rounded to 8 bits.
         reference: not used.
         crop_border: pixels cut from each side first.
-        y_channel: not used; `niqe_y` scores the limited-range luma.
+        y_channel: not used.
+        convention: "basicsr" scores the luma of BT.601 limited range (16..235), "pyiqa" that of full range (0..255).
 
     Returns:
         [B] float64 on the CPU; nan where fewer than two blocks have any texture.
@@ -44,14 +51,12 @@ def niqe(restored: Tensor, reference: Tensor | None = None, *, crop_border: int 
     Raises:
         UserError: fewer than two blocks fit.
     """
+    image = restored.float()
+    if convention == "basicsr":
+        return _scores(luma(image), crop_border, pixels="float32", kernel="float64")
     weights = torch.tensor(FULL_RANGE, dtype=torch.float32, device=restored.device)
-    gray = restored.float() * 255 if restored.shape[1] == 1 else torch.einsum("bchw,c->bhw", restored.float(), weights)[:, None] * 255
-    return _scores(gray, crop_border, pixels="float64", kernel="float32")
-
-
-def niqe_y(restored: Tensor, reference: Tensor | None = None, *, crop_border: int = 0, y_channel: bool = False) -> Tensor:
-    """NIQE on the limited-range luma of BT.601 (16..235): BasicSR's convention, and the published project's with crop_border 4."""
-    return _scores(luma(restored.float()), crop_border, pixels="float32", kernel="float64")
+    gray = image if image.shape[1] == 1 else torch.einsum("bchw,c->bhw", image, weights)[:, None]
+    return _scores(gray * 255, crop_border, pixels="float64", kernel="float32")
 
 
 def _scores(gray: Tensor, border: int, *, pixels: str, kernel: str) -> Tensor:

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_samples import folders, noisy, picture, write
+from typer.testing import CliRunner
+
+import sslsr_diffusion.inference.models as models
+from sslsr_diffusion.cli import app
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.evaluation.metrics import METRICS
+
+BENCHMARK = os.environ.get("SSLSR_BENCHMARK_DIR")
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))  # no weights here, whatever lies in the home folder
+
+    def run(*args: object):
+        result = CliRunner().invoke(app, ["evaluate", "--offline", *map(str, args)], catch_exceptions=True)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return run
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_two_columns_and_what_an_offline_user_sees(tmp_path, call):
+    where = folders(tmp_path, 3, ours=3, other=9)
+    result = call("--restored", f"A={where['ours']}", "--restored", where["other"], "--reference", where["hr"], "--crop-border", 4)
+    assert result.exit_code == 0
+    assert re.search(r"PSNR \(dB\) ↑ +\d+\.\d+\*", result.stdout)
+    assert "not computed: LPIPS weights are missing and no download was tried (offline); download https://" in result.stderr
+    assert f"to {tmp_path / 'hub' / 'pyiqa' / 'musiq_koniq_ckpt-e95806b9.pth'}" in result.stderr
+    found = summary(tmp_path / "evaluation")
+    assert found["columns"] == ["A", "other"]
+    assert found["metrics"]["psnr"]["best"] == ["A"]
+    assert "border 4" in found["metrics"]["ssg_l1"]["convention"]
+    assert set(found["unavailable"]) >= {"lpips", "dists", "fid", "clipiqa", "musiq"}
+    assert (tmp_path / "evaluation" / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "evaluation" / "metrics.csv").read_text().startswith("image,model,seed,psnr,ssim,niqe,ssg_l1,ssg_kl\n")
+
+
+def test_strict_refuses_before_anything_is_computed(tmp_path, call):
+    where = folders(tmp_path, 1, ours=3)
+    with pytest.raises(UserError, match="--strict: LPIPS weights are missing"):
+        call("--restored", where["ours"], "--reference", where["hr"], "--strict")
+    assert not (tmp_path / "evaluation").exists()
+    assert call("--restored", where["ours"], "--reference", where["hr"], "--strict", "--metrics", "psnr").exit_code == 0
+
+
+def test_strict_refuses_missing_images_after_the_rest_is_written(tmp_path, call):
+    where = folders(tmp_path, 2, ours=3)
+    (where["ours"] / "scene0.png").unlink()
+    with pytest.raises(UserError, match=r"--strict: 1 remark.* ours has no file for 1 of the images: scene0"):
+        call("--restored", where["ours"], "--reference", where["hr"], "--strict", "--metrics", "psnr")
+    assert summary(tmp_path / "evaluation")["images"] == 1
+
+
+def test_without_a_reference_only_metrics_that_need_none(tmp_path, call):
+    write(tmp_path / "ours" / "a.png", np.tile(picture(0, 96, 96), (1, 2, 1)))
+    result = call("--restored", tmp_path / "ours")
+    assert result.exit_code == 0
+    found = summary(tmp_path / "evaluation")
+    assert list(found["metrics"]) == ["niqe"]
+    assert "give --reference DIR" in found["unavailable"]["psnr"]
+
+
+def test_the_same_name_again_is_another_seed(tmp_path, call):
+    where = folders(tmp_path, 2, first=3, second=3)
+    for i in range(2):
+        write(where["second"] / f"scene{i}.png", noisy(picture(i), 3, seed=10 + i))
+    call("--restored", f"ours={where['first']}", "--restored", f"ours={where['second']}", "--reference", where["hr"], "--metrics", "psnr")
+    found = summary(tmp_path / "evaluation")
+    assert found["columns"] == ["ours"]
+    assert found["spread"]["ours"]["seeds"] == 2
+    assert found["spread"]["ours"]["pixel_std"] > 1
+
+
+class Nearest:
+    """Called like a pipeline; enlarges, with noise from the seed."""
+
+    def __call__(self, image, scale=4, generator=None, **_):
+        out = torch.nn.functional.interpolate(image if image.ndim == 4 else image[None], scale_factor=scale)
+        noise = torch.randn(out.shape, generator=generator)
+        return type("Output", (), {"images": (out + 0.02 * noise).clamp(0, 1)})()
+
+
+def test_a_model_upscales_first_and_is_not_asked_twice(tmp_path, call, monkeypatch):
+    where = folders(tmp_path / "set", 2, ours=3)
+    loads = []
+    monkeypatch.setattr(models, "find_model", lambda path, revision: (Path(path), "fingerprint"))
+    monkeypatch.setattr(models, "load_pipeline", lambda *args, **options: loads.append(1) or Nearest())
+    arguments = ("--model", "m=some/model", "--seeds", 2, "--dataset", tmp_path / "set", "--restored", where["ours"], "--metrics", "psnr")
+    assert call(*arguments).exit_code == 0
+    found = summary(tmp_path / "evaluation")
+    assert found["columns"] == ["ours", "m"]
+    assert found["spread"]["m"]["seeds"] == 2
+    assert found["spread"]["m"]["pixel_std"] > 1
+    assert sorted(p.name for p in (tmp_path / "evaluation" / "images" / "m" / "seed1").glob("*.png")) == ["scene0.png", "scene1.png"]
+    assert "LR bicubic" in (tmp_path / "evaluation" / "report.html").read_text()
+    assert call(*arguments).exit_code == 0
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "expected --restored DIR"),
+        (("--model", "x"), "--model needs --dataset"),
+        (("--restored", "x", "--dataset", "y", "--reference", "z"), "give either --dataset or --reference"),
+        (("--restored", "x", "--metrics", "pnsr"), "'pnsr' is not known; expected some of psnr, ssim"),
+        (("--restored", "x", "--metrics", "psnr"), r"no metric can be computed: PSNR \(dB\) compares with a reference"),
+        (("--restored", "x", "--metrics", "niqe"), "found nothing there"),
+    ],
+)
+def test_mistakes_are_told(arguments, message, call):
+    with pytest.raises(UserError, match=message):
+        call(*arguments)
+
+
+def test_list_metrics_names_each_with_its_convention(call):
+    result = call("--list-metrics")
+    assert result.exit_code == 0
+    assert [line.split(":")[0] for line in result.stdout.splitlines() if not line.startswith(" ")] == list(METRICS)
+    assert result.stdout.count("    ready") >= 6
+
+
+def test_help_is_quick_to_import():
+    code = "import sys; import sslsr_diffusion.cli.evaluate; print([m for m in ('torch', 'numpy', 'pyiqa') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(not BENCHMARK, reason="SSLSR_BENCHMARK_DIR is not set")
+def test_the_published_numbers_of_the_benchmark(tmp_path, call):
+    folder = Path(BENCHMARK)
+    call("--restored", folder / "published", "--reference", folder / "hr", "--y-channel", "--metrics", "psnr,ssim,niqe")
+    rows = (tmp_path / "evaluation" / "metrics.csv").read_text().splitlines()
+    ours = {name: dict(zip(rows[0].split(",")[3:], map(float, values))) for name, _, _, *values in (row.split(",") for row in rows[1:])}
+    published = json.loads((folder / "published_metrics.json").read_text())
+    assert len(ours) == len(published) == 12
+    for row in published:
+        got = ours[Path(row["file"]).stem]
+        assert got["psnr"] == pytest.approx(row["psnr_y"], abs=1e-3)
+        assert got["ssim"] == pytest.approx(row["ssim_y"], abs=1e-4)
+        assert got["niqe"] == pytest.approx(row["niqe"], abs=5e-3)

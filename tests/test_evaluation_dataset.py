@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+from evaluation_samples import folders, picture, write
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.evaluation.dataset import find_dataset, scale_of
+from sslsr_diffusion.evaluation.scoring import load_rgb
+
+
+def test_a_folder_with_both_sides_or_two_folders(tmp_path):
+    where = folders(tmp_path, 2)
+    made = tmp_path / "made"
+    for text in (str(tmp_path), f"{where['lr']},{where['hr']}"):
+        found = find_dataset(text, scale=4, made=made)
+        assert (found.lr, found.hr) == (where["lr"], where["hr"])
+        assert scale_of(found) == 4
+    assert not made.exists()
+
+
+def test_photographs_are_cut_and_shrunk(tmp_path):
+    write(tmp_path / "photos" / "sub" / "a.jpg", picture(0, 43, 49))
+    found = find_dataset(str(tmp_path / "photos"), scale=4, made=tmp_path / "made")
+    assert load_rgb(found.hr / "sub" / "a.png").shape[-2:] == (40, 48)
+    assert load_rgb(found.lr / "sub" / "a.png").shape[-2:] == (10, 12)
+    assert scale_of(found) == 4
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    with pytest.raises(UserError, match="is not a folder; expected a folder with lr/ and hr/"):
+        find_dataset(str(tmp_path / "no"), scale=4, made=tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no pictures"):
+        find_dataset(str(tmp_path / "empty"), scale=4, made=tmp_path)
+    write(tmp_path / "a" / "x.png", picture(0))
+    write(tmp_path / "b" / "y.png", picture(0))
+    with pytest.raises(UserError, match="one of the same stem"):
+        scale_of(find_dataset(f"{tmp_path / 'a'},{tmp_path / 'b'}", scale=4, made=tmp_path))

@@ -20,7 +20,7 @@ from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.types import Batch
 
 log = logging.getLogger(__name__)
-_HOPELESS = 200  # streams only: so many batches in a row without one usable picture
+_HOPELESS = 50  # streams only: so many batches in a row without one usable picture
 
 
 class Requests:

@@ -7,6 +7,7 @@ So any number of workers sees the same samples, and a state is one position. Eac
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -64,7 +65,10 @@ class Stream:
         from datasets.distributed import split_dataset_by_node
 
         rank, world_size = self._place
-        shuffled = self._rows.shuffle(seed=derive_seed(self._seed, epoch) % 2**32, buffer_size=1)  # the order of shards alone
+        options: dict[str, Any] = {"seed": derive_seed(self._seed, epoch) % 2**32, "buffer_size": 1}  # the order of shards alone
+        if "max_buffer_input_shards" in inspect.signature(self._rows.shuffle).parameters:
+            options["max_buffer_input_shards"] = 1  # newer releases else mix shards in threads, and sleep at the end of each epoch
+        shuffled = self._rows.shuffle(**options)
         self._dataset = split_dataset_by_node(shuffled, rank=rank, world_size=world_size)
         if state is not None:
             self._dataset.load_state_dict(copy.deepcopy(state))

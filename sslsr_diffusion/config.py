@@ -24,7 +24,7 @@ S = TypeVar("S", bound="Settings")
 class Settings(BaseModel):
     """Base of every section of a recipe: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class RecipeError(UserError):

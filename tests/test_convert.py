@@ -54,7 +54,6 @@ def test_the_converted_networks_predict_what_the_original_does(files: tuple[Path
     assert not any(p.is_meta for part in (parts["unet"], parts["text_encoder"], parts["vae"]) for p in part.parameters())
 
 
-@pytest.mark.slow
 def test_command_writes_a_pipeline_and_the_original_back_bit_by_bit(files: tuple[Path, Path], tmp_path: Path) -> None:
     from sslsr_diffusion import StableSRPipeline
 
@@ -70,9 +69,9 @@ def test_command_writes_a_pipeline_and_the_original_back_bit_by_bit(files: tuple
     assert index["vae"] == ["sslsr_diffusion.models", "AutoencoderKLCFW"]
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".ckpt", ".pt")]
     pipe = StableSRPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    picture = pipe(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)), num_inference_steps=1, output_type="pt").images
-    assert picture.shape[-2:] == (64, 64)
+    assert pipe.vae.config.num_fuse_blocks == 1
+    assert pipe.text_encoder is not None
+    assert pipe.tokenizer is None
 
     back = tmp_path / "back.safetensors"
     shown = run(app, ["convert", "stablesr", "--to-original", "--checkpoint", str(folder), "--output", str(back)])

@@ -78,7 +78,7 @@ def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", *patterns], ignore_patterns=IGNORED))
     except GatedRepoError:
         raise UserError(
-            f"model.base: {name} asks for accepted terms; accept them on its page and run `hf auth login`, or use any local folder in diffusers format."
+            f"model.base: {name} asks for accepted terms: accept them on its page, then `hf auth login`; or use a folder."
         ) from None
     except RepositoryNotFoundError:
         raise UserError(f"model.base: {name!r} does not exist on the hub (or is private and no login was given); " + gone) from None

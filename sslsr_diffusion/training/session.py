@@ -223,7 +223,6 @@ def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: P
         UserError: the machine cannot do what the recipe asks for.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
 
     if settings.cpu_threads is not None:
         torch.set_num_threads(settings.cpu_threads)
@@ -234,7 +233,6 @@ def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: P
             mixed_precision=settings.mixed_precision,
             log_with=list(trackers) or None,
             project_dir=str(run),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"training: this machine cannot run the recipe as it is: {error}") from error

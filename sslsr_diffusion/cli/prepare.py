@@ -1,10 +1,156 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Stub.")
+if TYPE_CHECKING:
+    from sslsr_diffusion.data.preparation import Job
+
+app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.")
+
+Input = Annotated[str, typer.Option("--input", help="A folder, a picture or a pattern.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder for the results; what is there already is kept.")]
+Processes = Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")]
 
 
-@app.callback()
-def _root() -> None:
-    pass
+@app.command()
+def multiscale(
+    source: Input, output: Output, shortest_edge: Annotated[int, typer.Option(min=1, help="Pixels.")] = 512, processes: Processes = 0
+) -> None:
+    """Copies at 0.75, 0.6, 1/3 and with the shorter side exactly --shortest-edge, as in the published preparation."""
+    from sslsr_diffusion.data import preparation
+
+    _run(preparation.job(preparation.multiscale, output=output, shortest_edge=shortest_edge), source, output, processes)
+
+
+@app.command()
+def crops(
+    source: Input,
+    output: Output,
+    size: Annotated[int, typer.Option(min=1, help="Side of a sub-image in pixels.")] = 512,
+    step: Annotated[int, typer.Option(min=1, help="Distance of sub-images in pixels.")] = 256,
+    processes: Processes = 0,
+) -> None:
+    """Cut pictures into overlapping sub-images; pictures that are too small are named, never lost."""
+    from sslsr_diffusion.data import preparation
+
+    _run(preparation.job(preparation.crops, output=output, size=size, step=step), source, output, processes)
+
+
+@app.command()
+def masks(
+    source: Input,
+    output: Output,
+    kind: Annotated[str, typer.Option(help="laplacian, laplacian_abs, sobel or canny.")] = "laplacian",
+    threshold: Annotated[float, typer.Option(help="Grey levels.")] = 20.0,
+    processes: Processes = 0,
+) -> None:
+    """Write edge masks as mat/NAME.mat and png/NAME.png, in the layout of the published script."""
+    from sslsr_diffusion.config import parse
+    from sslsr_diffusion.data import preparation
+    from sslsr_diffusion.data.settings import MaskSettings
+
+    settings = parse(MaskSettings, {"kind": kind, "threshold": threshold})
+    _run(preparation.job(preparation.masks, output=output, settings=settings), source, output, processes)
+
+
+@app.command()
+def lr(
+    source: Input,
+    output: Output,
+    preset: Annotated[str, typer.Option(help="stablesr_ssl, real_esrgan, mild, bicubic or bsrgan.")] = "stablesr_ssl",
+    scale: Annotated[int, typer.Option(min=1, max=8, help="How many times smaller.")] = 4,
+    seed: Annotated[int, typer.Option(help="The same seed and names give the same pictures.")] = 0,
+    processes: Processes = 0,
+) -> None:
+    """Make a test set: hr/ cut to a multiple of the scale and lr/ degraded by preset and seed."""
+    from sslsr_diffusion.config import parse
+    from sslsr_diffusion.data import preparation
+    from sslsr_diffusion.data.degradation import DegradationSettings
+
+    settings = parse(DegradationSettings, {"preset": preset})
+    _run(
+        preparation.job(preparation.low_resolution, output=output, degradation=settings, scale=scale, seed=seed), source, output, processes
+    )
+
+
+@app.command()
+def check(
+    source: Input, crop_size: Annotated[int, typer.Option(min=1, help="Side of a training crop in pixels.")] = 512, processes: Processes = 0
+) -> None:
+    """Read every picture and print sizes, formats, unreadable files, duplicates, mask densities and estimated crops."""
+    from sslsr_diffusion.data import check as checking
+    from sslsr_diffusion.data.preparation import default_processes
+
+    paths = _listed(source)
+    found = _progress(checking.look_all(paths, crop_size=crop_size, processes=processes or default_processes()), len(paths))
+    for line in checking.report(found, crop_size):
+        typer.echo(line)
+
+
+@app.command()
+def fit(
+    lr_folder: Annotated[str, typer.Option(help="A folder of your real low-resolution pictures.")],
+    output: Annotated[Path | None, typer.Option(help="Where to write the degradation section; default: print it.")] = None,
+    scale: Annotated[int, typer.Option(min=1, max=8, help="The scale of the training.")] = 4,
+) -> None:
+    """Estimate noise, JPEG quality and blur of your pictures, and write a degradation section for a recipe."""
+    import yaml
+
+    from sslsr_diffusion.data.estimate import estimate
+    from sslsr_diffusion.data.fit import degradation_section
+    from sslsr_diffusion.errors import UserError
+
+    paths = _listed(lr_folder)
+    estimates = []
+    for path in _progress(paths, len(paths)):
+        try:
+            estimates.append(estimate(path))
+        except (UserError, OSError) as error:
+            typer.echo(str(error), err=True)
+    typer.echo(f"{'file':40}{'noise':>8}{'jpeg':>7}{'blur':>7}", err=True)
+    for one in estimates:
+        quality = "-" if one.quality is None else f"{one.quality}{'' if one.from_tables else '~'}"
+        typer.echo(f"{one.name[-39:]:40}{one.noise:8.1f}{quality:>7}{one.blur:7.2f}", err=True)
+    text = yaml.safe_dump({"degradation": degradation_section(estimates, scale)}, sort_keys=False, default_flow_style=None)
+    if output is None:
+        typer.echo(text)
+    else:
+        output.write_text(text, encoding="utf-8")
+        typer.echo(f"degradation section for `data:` of a recipe in {output}")
+
+
+def _listed(source: str) -> list[Path]:
+    from sslsr_diffusion.errors import UserError
+    from sslsr_diffusion.images import list_images
+
+    paths = list_images(source)
+    if not paths:
+        raise UserError(f"{source}: expected pictures, found none.")
+    return paths
+
+
+def _run(job: Job, source: str, output: Path, processes: int) -> None:
+    from sslsr_diffusion.data.preparation import default_processes, run_jobs
+
+    paths = _listed(source)
+    base = Path(source).expanduser()
+    base = base if base.is_dir() else paths[0].parent
+    outcomes = list(_progress(run_jobs(job, paths, base, processes or default_processes()), len(paths)))
+    bad = sorted((o for o in outcomes if o.problem), key=lambda o: o.name)
+    for outcome in bad:
+        typer.echo(f"not done: {outcome.problem}", err=True)
+    written = sum(o.written for o in outcomes)
+    typer.echo(f"{len(outcomes) - len(bad)} of {len(outcomes)} pictures done, {written} new files in {output}")
+    if bad:
+        raise typer.Exit(1)
+
+
+def _progress(items: Any, total: int) -> Any:
+    from tqdm import tqdm
+
+    progress: Callable[..., Any] = tqdm
+    return progress(items, total=total, unit="picture", disable=None)

@@ -65,8 +65,8 @@ class BsrganStep(Settings):
             start = frame.height // (frame.scale // factor), frame.width // (frame.scale // factor)
             size = max(1, int(reduced * start[0])), max(1, int(reduced * start[1]))
             return [Op("resize", {"mode": draws.pick(_MODES), "size": size}), Op("clip")]
-        sigma, size = draws.uniform((0.1, 0.25 * factor)), draws.odd(self.sizes)
-        kernel = {"family": "shifted", "size": size, "sigma": sigma, "shift": (factor - 1) / 2}
+        sigma, width = draws.uniform((0.1, 0.25 * factor)), draws.odd(self.sizes)
+        kernel = {"family": "shifted", "size": width, "sigma": sigma, "shift": (factor - 1) / 2}
         return [Op("blur", kernel), Op("every", {"step": factor}), Op("clip")]
 
     def _noise(self, draws: Draws) -> Op:

@@ -100,6 +100,17 @@ class TrainingLoader:
                 return self._collate(samples)
         raise UserError(f"data: nothing is left to train on, {_HOPELESS} batches in a row held no usable picture; the last: {problems[-1]}")
 
+    def raw_samples(self, count: int) -> tuple[list[Sample], list[str]]:
+        """The next samples with the operations drawn for them, made in this process, and the problems met."""
+        samples: list[Sample] = []
+        for _, requests in zip(range(count + _HOPELESS), self._requests):
+            made, problems = self._maker.__getitems__(requests)
+            samples += made
+            self._problems.update(problems)
+            if len(samples) >= count:
+                break
+        return samples[:count], self.problems()
+
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch handed out, as plain JSON values."""
         return self._state
@@ -241,3 +252,12 @@ def _unchanged(made: tuple[list[Sample], list[str]]) -> tuple[list[Sample], list
 
 def _one_thread(worker: int) -> None:
     opencv()
+
+
+def open_samples(settings: DataSettings, *, crop_size: int, scale: int, seed: int, count: int) -> tuple[list[Sample], list[str]]:
+    """The first samples of training with what was drawn for them, for inspection; and the problems met on the way."""
+    here = settings.model_copy(
+        update={"workers": 0, "degradation": settings.degradation.model_copy(update={"device": "cpu", "pool_size": 0})}
+    )
+    loader = open_training_data(here, crop_size=crop_size, scale=scale, seed=seed, batch_size=1)
+    return loader.raw_samples(count)

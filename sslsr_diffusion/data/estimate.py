@@ -1,0 +1,170 @@
+"""What was done to a low-resolution picture: JPEG quality, noise and blur, estimated from the picture alone."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sslsr_diffusion.data.opencv import opencv
+from sslsr_diffusion.images import printable, read_image
+
+Array = NDArray[np.float64]
+# Annex K luma table, as files carry it
+_LUMA = np.array(
+    [
+        [16, 11, 10, 16, 24, 40, 51, 61],
+        [12, 12, 14, 19, 26, 58, 60, 55],
+        [14, 13, 16, 24, 40, 57, 69, 56],
+        [14, 17, 22, 29, 51, 87, 80, 62],
+        [18, 22, 37, 56, 68, 109, 103, 77],
+        [24, 35, 55, 64, 81, 104, 113, 92],
+        [49, 64, 78, 87, 103, 121, 120, 101],
+        [72, 92, 95, 98, 112, 100, 103, 99],
+    ],
+    dtype=np.float64,
+)
+_LEAST_COMB = 0.35  # mean cosine of coefficients on the multiples of a table: 0 by chance, near 1 for a compressed picture
+_MOST_FOUND = 95  # above that the steps are as fine as 8-bit rounding
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All of one picture."""
+
+    name: str
+    noise: float  # standard deviation in grey levels
+    quality: int | None  # of the last JPEG compression; None: no trace of one
+    from_tables: bool  # the file itself says the quality
+    blur: float  # standard deviation in pixels of the sharpest edges
+
+
+def estimate(path: Path) -> Estimate:
+    """Estimate one file.
+
+    Raises:
+        UnreadableImage: it is no picture.
+    """
+    data = path.read_bytes()
+    luma = _luma(read_image(data, name=printable(path)).rgb)
+    table = _table_of(data)
+    coefficients = block_dct(luma)
+    quality = table_quality(table) if table is not None else blocking_quality(coefficients)
+    steps = table if table is not None else None if quality is None else scaled_table(quality)
+    sigma = noise_sigma(coefficients, steps)
+    return Estimate(printable(path), sigma, quality, table is not None, edge_blur(luma, sigma))
+
+
+def scaled_table(quality: float) -> Array:
+    """The luma table of the IJG encoder at a quality of 1 to 100."""
+    factor = 5000 / quality if quality < 50 else 200 - 2 * quality
+    return np.clip(np.floor((_LUMA * factor + 50) / 100), 1, 255)
+
+
+def table_quality(table: Array) -> int:
+    """The quality whose luma table is nearest (relative to the table itself)."""
+    return min(range(1, 101), key=lambda q: float(np.abs(np.log(scaled_table(q) / table)).mean()))
+
+
+def blocking_quality(coefficients: Array) -> int | None:
+    """The quality on whose table's multiples the 8x8 DCT coefficients lie; None where they lie on none.
+
+    A comb of step s leaves mean cos(2 pi c / s) near 1; multiples of s fit s / 2 as well, so of fits that are alike the coarsest counts.
+    """
+    values = coefficients.reshape(-1, 64)[:, 1:]
+    scores = np.array([_comb(values, scaled_table(q).ravel()[1:]) for q in range(20, _MOST_FOUND + 1)])
+    best = float(scores.max())
+    if best < _LEAST_COMB:
+        return None
+    return 20 + int(np.flatnonzero(scores >= best - 0.05 * best)[0])
+
+
+def _comb(values: Array, steps: Array) -> float:
+    beyond = np.abs(values) > 0.5 * steps  # inside the first half step everything would fit
+    fine = (steps >= 3) & (beyond.sum(axis=0) >= 8)
+    if not fine.any():
+        return 0.0
+    cosines = np.where(beyond, np.cos(2 * np.pi * values / steps), 0.0)
+    # quantised coefficients that are not 0 are at least one step: a picture that was not compressed has many between 0.5 and 1
+    return float((cosines[:, fine].sum()) / beyond[:, fine].sum())
+
+
+def noise_sigma(coefficients: Array, steps: Array | None = None) -> float:
+    """Standard deviation of the noise in grey levels, from the flattest blocks.
+
+    There a coefficient is N(0, sigma^2); after quantisation with step s the share of zeros is erf(s / (2 sqrt(2) sigma)), which is
+    solved for sigma. Without compression it is the median of |c| / 0.6745 over the high frequencies.
+
+    Args:
+        coefficients: [n, 8, 8] orthonormal DCT of the luma blocks.
+        steps: the luma quantisation table, if the picture was compressed.
+    """
+    frequency = np.add.outer(np.arange(8), np.arange(8))
+    low = np.abs(coefficients[:, (frequency >= 1) & (frequency <= 3)]).sum(axis=1)
+    flat = coefficients[low <= np.quantile(low, 0.3)]
+    if steps is None or (steps <= 2).all():
+        high = flat[:, (frequency >= 7)]
+        return float(np.median(np.abs(high)) / 0.6745)
+    from scipy.special import erfinv
+
+    used = frequency >= 3
+    values, step = np.abs(flat[:, used]), steps[used]
+    zeros = (values < step / 2).mean(axis=0)
+    told = (zeros > 0.02) & (zeros < 0.985)
+    if not told.any():
+        return 0.0 if (zeros > 0.5).all() else float(np.median(values) / 0.6745)
+    sigmas = step[told] / (2 * np.sqrt(2) * erfinv(zeros[told]))
+    # texture only adds: the lower part of the frequencies is nearest to the noise; few zeros tell little and weigh little
+    return float(np.quantile(sigmas, 0.35))
+
+
+def edge_blur(luma: Array, noise: float) -> float:
+    """Width of the sharpest edges as the standard deviation of a Gaussian, in pixels.
+
+    At a step edge blurred by sigma, blurring once more by sigma_0 lowers the gradient by R = sqrt(1 + sigma_0^2 / sigma^2)
+    (Zhuo and Sim, 2011); sigma is read off at strong edges.
+    """
+    cv2 = opencv()
+    start = cv2.GaussianBlur(luma, (0, 0), 1.0) if noise > 2 else luma
+    once, twice = (_gradient(image) for image in (start, cv2.GaussianBlur(start, (0, 0), 1.5)))
+    strong = once > max(np.quantile(once, 0.97), noise, 3.0)
+    if strong.sum() < 20:
+        return 0.0
+    ratio = np.quantile(once[strong] / np.maximum(twice[strong], 1e-6), 0.7)
+    sigma = 1.5 / np.sqrt(max(ratio**2 - 1, 1e-3))
+    return float(np.sqrt(max(sigma**2 - (1.0 if noise > 2 else 0.0), 0.04)))
+
+
+def block_dct(luma: Array) -> Array:
+    """Orthonormal DCT-II of the whole 8x8 blocks that start at the top-left corner: [n, 8, 8]."""
+    height, width = (n // 8 * 8 for n in luma.shape)
+    blocks = luma[:height, :width].reshape(height // 8, 8, width // 8, 8).swapaxes(1, 2).reshape(-1, 8, 8) - 128
+    n = np.arange(8)
+    dct = np.cos((2 * n[None] + 1) * n[:, None] * np.pi / 16) / 2
+    dct[0] /= np.sqrt(2)
+    return dct @ blocks @ dct.T
+
+
+def _gradient(image: Array) -> Array:
+    dy, dx = np.gradient(image)
+    return np.hypot(dy, dx)
+
+
+def _luma(rgb: NDArray[Any]) -> Array:
+    levels = rgb.astype(np.float64) / (257 if rgb.dtype == np.uint16 else 1)
+    return levels @ np.array([0.299, 0.587, 0.114])
+
+
+def _table_of(data: bytes) -> Array | None:
+    """The luma quantisation table of a JPEG file in natural order."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as file:
+        tables = getattr(file, "quantization", None) or {}
+    return np.array(tables[0], dtype=np.float64).reshape(8, 8) if 0 in tables else None

@@ -1,0 +1,175 @@
+"""Preparing files for training: multi-scale copies, sub-images, mask files, low-resolution test sets. One picture at a time.
+
+Each job is a function (path, relative name, options) -> files written; `run_jobs` spreads them over processes. What exists already is
+kept, every file is written under a temporary name first, and a picture that cannot be used comes back with its reason.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sslsr_diffusion.data.degradation import Degradation, DegradationSettings
+from sslsr_diffusion.data.opencv import opencv
+from sslsr_diffusion.data.settings import MaskSettings
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.images import Image, atomic_write, printable, read_image, to_array, to_tensor, write_image
+from sslsr_diffusion.seeding import sample_generator
+
+Job = Callable[[Path, Path], int]
+_MULTI_SCALE = (("T0", 0.75), ("T1", 0.6), ("T2", 1 / 3))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one picture."""
+
+    name: str
+    written: int = 0  # new files; 0 also when all of them were there already
+    problem: str = ""
+
+
+def run_jobs(job: Job, paths: Sequence[Path], base: Path, processes: int) -> Iterator[Outcome]:
+    """Yield an Outcome for every path, in the order of completion; `job` gets the path and its name relative to `base`."""
+    pairs = [(path, path.relative_to(base) if path.is_relative_to(base) else Path(path.name)) for path in paths]
+    if processes <= 1:
+        yield from (_one(job, path, name) for path, name in pairs)
+        return
+    opencv()  # one thread, before any fork
+    with ProcessPoolExecutor(processes, initializer=_one_thread) as pool:
+        for future in as_completed([pool.submit(_one, job, path, name) for path, name in pairs]):
+            yield future.result()
+
+
+def _one(job: Job, path: Path, name: Path) -> Outcome:
+    label = printable(name)
+    try:
+        return Outcome(label, job(path, name))
+    except (UserError, OSError) as error:
+        return Outcome(label, problem=str(error))
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    opencv()
+
+
+def multiscale(path: Path, name: Path, *, output: Path, shortest_edge: int = 512) -> int:
+    """Copies at 0.75, 0.6 and 1/3 (`T0`, `T1`, `T2`) while the shorter side stays at least `shortest_edge`, by Lanczos.
+
+    `S` has the shorter side exactly that long (enlarged if need be); the picture itself is kept if it is large enough.
+    """
+    from PIL import Image as Pillow
+
+    pixels = _eight_bits(read_image(path, name=printable(name)))
+    height, width = pixels.shape[:2]
+    ratio = max(height, width) / min(height, width)
+    sizes = {label: (int(width * factor), int(height * factor)) for label, factor in _MULTI_SCALE}
+    sizes = {label: size for label, size in sizes.items() if min(size) >= shortest_edge}
+    long = int(shortest_edge * ratio)
+    sizes["S"] = (long, shortest_edge) if width >= height else (shortest_edge, long)
+    if min(height, width) >= shortest_edge:
+        sizes[""] = (width, height)
+    picture = Pillow.fromarray(pixels)
+    written = 0
+    for label, size in sizes.items():
+        resized = partial(picture.resize, size, Pillow.Resampling.LANCZOS)
+        written += _write_new(_beside(output, name, label, ".png"), lambda resized=resized: np.asarray(resized()))  # type: ignore[misc]
+    return written
+
+
+def crops(path: Path, name: Path, *, output: Path, size: int = 512, step: int = 256) -> int:
+    """Sub-images `<stem>_s001.png`, row by row; a last row and column lie flush with the border. A smaller picture is a problem by name."""
+    pixels = read_image(path, name=printable(name)).rgb
+    height, width = pixels.shape[:2]
+    if min(height, width) < size:
+        raise UserError(
+            f"{printable(name)}: {width}x{height} pixels are less than the crop of {size}; enlarge it with `multiscale` or lower --size."
+        )
+    written = 0
+    for number, (y, x) in enumerate(crop_places(height, width, size, step), start=1):
+        cut = pixels[y : y + size, x : x + size]
+        written += _write_new(_beside(output, name, f"_s{number:03d}", ".png"), partial(np.asarray, cut))
+    return written
+
+
+def crop_places(height: int, width: int, size: int, step: int) -> list[tuple[int, int]]:
+    """The top-left corners of the sub-images."""
+    rows, columns = ([*range(0, n - size + 1, step)] for n in (height, width))
+    for starts, n in ((rows, height), (columns, width)):
+        if starts[-1] + size < n:
+            starts.append(n - size)
+    return [(y, x) for y in rows for x in columns]
+
+
+def masks(path: Path, name: Path, *, output: Path, settings: MaskSettings) -> int:
+    """Mask files in the layout of the published script: mat/<stem>.mat (key `mat`, 0/1, compressed) and png/<stem>.png (0/255)."""
+    from scipy.io import savemat
+
+    from sslsr_diffusion.data.masks import make_mask
+
+    targets = {suffix: (output / suffix / name).with_suffix(f".{suffix}") for suffix in ("mat", "png")}
+    if all(target.exists() for target in targets.values()):
+        return 0
+    hr = to_tensor(read_image(path, name=printable(name)).rgb)[None]
+    mask = make_mask(hr, settings, sample_generator(0, str(name), "mask"))[0, 0].numpy()
+    buffer = io.BytesIO()
+    savemat(buffer, {"mat": mask.astype(int)}, do_compression=True)
+    _make_room(targets["mat"])
+    atomic_write(targets["mat"], buffer.getvalue())
+    return 1 + _write_new(targets["png"], lambda: np.repeat(mask.astype(np.uint8)[..., None] * 255, 3, axis=2), gray=True)
+
+
+def low_resolution(path: Path, name: Path, *, output: Path, degradation: DegradationSettings, scale: int = 4, seed: int = 0) -> int:
+    """A test pair: hr/<stem>.png cut to a multiple of the scale, lr/<stem>.png degraded by (seed, name)."""
+    hr = to_tensor(read_image(path, name=printable(name)).rgb)
+    height, width = (n // scale * scale for n in hr.shape[1:])
+    if not height or not width:
+        raise UserError(f"{printable(name)}: {hr.shape[2]}x{hr.shape[1]} pixels are less than the scale {scale}.")
+    targets = {side: (output / side / name).with_suffix(".png") for side in ("hr", "lr")}
+    if all(target.exists() for target in targets.values()):
+        return 0
+    cut = hr[None, :, :height, :width].contiguous()
+    model = Degradation(degradation, scale)
+    ops = model.draw(height, width, sample_generator(seed, name.as_posix(), "test"))
+    lr = model.apply(cut, ops, sample_generator(seed, name.as_posix(), "test noise"))
+    return _write_new(targets["hr"], lambda: to_array(cut[0])) + _write_new(targets["lr"], lambda: to_array(lr[0]))
+
+
+def job(function: Callable[..., int], **options: Any) -> Job:
+    """A picklable job with its options fixed."""
+    return partial(function, **options)
+
+
+def default_processes() -> int:
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _beside(output: Path, name: Path, label: str, suffix: str) -> Path:
+    return output / name.parent / f"{name.stem}{label}{suffix}"
+
+
+def _write_new(target: Path, make: Callable[[], NDArray[Any]], *, gray: bool = False) -> int:
+    if target.exists():
+        return 0
+    _make_room(target)
+    write_image(target, Image(np.ascontiguousarray(make()), gray=gray), format="PNG")
+    return 1
+
+
+def _make_room(target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _eight_bits(image: Image) -> NDArray[np.uint8]:
+    return image.rgb if image.bits == 8 else to_array(to_tensor(image.rgb))

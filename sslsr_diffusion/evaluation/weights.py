@@ -38,13 +38,19 @@ def missing(files: tuple[Weights, ...], *, download: bool = True) -> str | None:
     for file in files:
         if file.path.is_file():
             if not digest(file.path).startswith(file.sha256):
-                return f"{file.path} is damaged: its SHA-256 does not begin with {file.sha256}; delete it and download {file.url} again."
+                expected = f"its SHA-256 does not begin with {file.sha256}"
+                return f"{_shown(file.path)} is damaged ({expected}); delete it and download {file.url} again"
             continue
         reason = _fetch(file) if download and not _offline() else "no download was tried (offline)"
         if reason is not None:
-            wanted = "; ".join(f"{f.url} ({f.megabytes} MB) to {f.path}" for f in files if not f.path.is_file())
+            wanted = "; ".join(f"{f.url} ({f.megabytes} MB) to {_shown(f.path)}" for f in files if not f.path.is_file())
             return f"weights are missing and {reason}; download {wanted}"
     return None
+
+
+def _shown(path: Path) -> str:
+    """With ~ for the home folder: the sentence ends up in reports that people share."""
+    return f"~/{path.relative_to(Path.home()).as_posix()}" if path.is_relative_to(Path.home()) else str(path)
 
 
 def digest(path: Path) -> str:

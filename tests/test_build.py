@@ -10,37 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from golden_models import random_like
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from golden_models import random_like, write_base
 
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_autoencoder, build_networks, load_preset
 
 TINY = load_preset("tiny")
-
-
-def write_text_encoder(folder: Path, width: int = 32) -> None:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(
-        hidden_size=width, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, projection_dim=width, vocab_size=49408
-    )
-    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-
-
-def write_base(folder: Path, *, text: bool = True, prediction_type: str = "epsilon") -> Path:
-    """A Stable Diffusion folder in miniature, without structural encoder."""
-    torch.manual_seed(0)
-    unet = {k: v for k, v in TINY["unet"].items() if k not in ("feature_channels", "spade_hidden_channels")}
-    UNet2DConditionModel.from_config(unet).save_pretrained(folder / "unet")
-    AutoencoderKL.from_config(TINY["vae"]).save_pretrained(folder / "vae")
-    DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1
-    ).save_pretrained(folder / "scheduler")
-    if text:
-        write_text_encoder(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_models import HEAD_CHANNELS, golden_inputs, golden_outputs, original_state, random_like, relative_error
+from golden_models import HEAD_CHANNELS, golden_inputs, golden_outputs, open_clip, original_state, random_like, relative_error, write_base
 from safetensors.torch import load_file, save_file
-from test_build import write_base
-from test_convert_names import open_clip
 from torch import Tensor
 from typer.testing import CliRunner
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from golden_models import HEAD_CHANNELS, golden_encoder, golden_unet, golden_vae, original_state, random_like
+from golden_models import HEAD_CHANNELS, golden_encoder, golden_unet, golden_vae, open_clip, original_state
 from goldens import GOLDEN
 from torch import Tensor
 
@@ -104,34 +104,6 @@ def test_unknown_tensors_are_listed_and_missing_ones_are_an_error() -> None:
     del state[f"{UNET}middle_block.0.spade.mlp_gamma.bias"]
     with pytest.raises(UserError, match=r"lacks 1 of the \d+ tensors .*middle_block.0.spade.mlp_gamma.bias"):
         convert_unet(state, names, 1)
-
-
-def open_clip(width: int = 64, blocks: int = 3) -> dict[str, Tensor]:
-    """An OpenCLIP text tower in miniature, as it stands in a checkpoint."""
-    sizes = {
-        "ln_1.weight": (width,),
-        "ln_1.bias": (width,),
-        "ln_2.weight": (width,),
-        "ln_2.bias": (width,),
-        "attn.in_proj_weight": (3 * width, width),
-        "attn.in_proj_bias": (3 * width,),
-        "attn.out_proj.weight": (width, width),
-        "attn.out_proj.bias": (width,),
-        "mlp.c_fc.weight": (2 * width, width),
-        "mlp.c_fc.bias": (2 * width,),
-        "mlp.c_proj.weight": (width, 2 * width),
-        "mlp.c_proj.bias": (width,),
-    }
-    top = {
-        "token_embedding.weight": (49408, width),
-        "positional_embedding": (77, width),
-        "ln_final.weight": (width,),
-        "ln_final.bias": (width,),
-        "text_projection": (width, width),
-        "logit_scale": (),
-    }
-    sizes = {f"transformer.resblocks.{n}.{name}": size for n in range(blocks) for name, size in sizes.items()} | top
-    return {TEXT + name: random_like(size, seed) * 0.1 for seed, (name, size) in enumerate(sizes.items())}
 
 
 def test_text_encoder_computes_what_open_clip_computes() -> None:

@@ -207,7 +207,16 @@ def _job(
         base=base or {},
         validation=validation,
         publisher=publisher,
+        card=_card(recipe, base or {}) if publisher is not None else None,
     )
+
+
+def _card(recipe: Recipe, base: dict[str, Any]) -> Callable[[dict[str, float], list[Path]], dict[str, Path | bytes]]:
+    from sslsr_diffusion.training.model_card import card_files
+
+    drawn = str(base.get("id", "")).startswith("random:")
+    about = {"base": None if drawn else base.get("id"), "base_revision": base.get("revision")}
+    return lambda metrics, pictures: card_files(metrics, pictures, repo_id=recipe.output.hub_id, recipe=resolved(recipe), **about)
 
 
 class Upscaler:

@@ -40,7 +40,12 @@ def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_chang
         if restart:
             folder.move_aside()
         folder.check_free()
-    result = fit(build(recipe), resume=resume, allow_recipe_change=allow_recipe_change)
+    publisher = None
+    if recipe.output.push_to_hub and main:
+        from sslsr_diffusion.training.hub import HubPublisher
+
+        publisher = HubPublisher(recipe.output.hub_id, private=recipe.output.private)
+    result = fit(build(recipe, publisher=publisher), resume=resume, allow_recipe_change=allow_recipe_change)
     if not main:
         return
     for problem in result.problems:

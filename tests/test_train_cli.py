@@ -1,0 +1,140 @@
+"""The commands as a user runs them: dry run, train, resume, export, init, and what mistakes get."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sslsr_diffusion.cli import app
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.training.checkpoints import read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+PHOTOS = ROOT / "examples/photos"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def sslsr(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def small(recipe: str, folder: str, *more: str) -> list[str]:
+    """Arguments that make a tiny recipe a matter of seconds."""
+    values = {
+        "data.sources.0.path": PHOTOS / "train",
+        "data.validation.0.path": PHOTOS / "validation",
+        "data.workers": 0,
+        "output.dir": folder,
+        "output.trackers": "[]",
+        "training.batch_size": 1,
+        "training.crop_size": 32,
+        "training.log_every": 1,
+        "validation.limit": 1,
+        "validation.size": 32,
+        "checkpoints.every": 1,
+    }
+    return ["train", "--config", recipe, *(f"--set={k}={v}" for k, v in values.items()), *(f"--set={m}" for m in more)]
+
+
+def test_init_lists_and_copies_with_what_it_extends(tmp_path):
+    assert "sd_upscaler_ssl" in sslsr("init")
+    sslsr("init", "sd_upscaler", "--output", "mine.yaml")
+    assert (tmp_path / "mine.yaml").is_file()
+    assert (tmp_path / "sd_upscaler_ssl.yaml").is_file()
+    with pytest.raises(UserError, match="already there"):
+        sslsr("init", "sd_upscaler", "--output", "mine.yaml")
+
+
+def test_dry_run_counts_parameters_and_memory_without_weights():
+    arguments = small("tiny", "runs/tiny", f"model.vae={PHOTOS}")
+    result = CliRunner().invoke(app, [*arguments, "--dry-run"], catch_exceptions=False)
+    assert result.exit_code == 2  # the photographs' folder holds no autoencoder
+    assert re.search(r"model.vae +missing", result.output)
+    assert re.search(r"data +ok +folder .*: \d+ pictures", result.output)
+    assert re.search(r"all +[\d.]+ M +trained +[\d.]+ M", result.output)
+    assert "gradient_checkpointing: true" in result.output
+    assert not Path("runs").exists()
+
+
+def test_dry_run_of_the_mission_finds_the_published_numbers(monkeypatch):
+    """StableSR trains 53.02 M SPADE parameters and a structural encoder of 52.49 M."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = CliRunner().invoke(app, ["train", "--config", "sd_upscaler_ssl", "--dry-run", "--set", "training.crop_size=128"])
+    assert result.exit_code == 2
+    assert re.search(r"model +not reachable +sd2-community", result.output)
+    assert re.search(r"unet +918.93 M +trained +53.02 M", result.output)
+    assert re.search(r"structural encoder +52.49 M +trained +52.49 M", result.output)
+    memory = [float(x) for x in re.findall(r"([\d.]+) GiB", result.output)]
+    assert memory
+    assert all(value <= memory[0] for value in memory[1:])
+
+
+@pytest.mark.slow
+def test_train_resume_export_and_load(tmp_path):
+    """Autoencoder, denoiser on top of it, resume, export: the exported pipeline is the run's own, and diffusers loads it."""
+    sslsr(*small("tiny_autoencoder", "runs/ae", "training.steps=2"))
+    assert (tmp_path / "runs/ae/pipeline/vae/config.json").is_file()
+    tiny = ["model.vae=runs/ae/pipeline", "validation.steps=2", "training.decode_crop=6", "losses.2.search_size=9"]
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        sslsr(*small("tiny", "runs/tiny", *tiny, "training.steps=1"), "--resume", "latest")
+    sslsr(*small("tiny", "runs/tiny", *tiny, "training.steps=1"))
+    with pytest.raises(UserError, match="already holds a run"):
+        sslsr(*small("tiny", "runs/tiny", *tiny, "training.steps=2"))
+    out = sslsr(*small("tiny", "runs/tiny", *tiny, "training.steps=2"), "--resume", "latest")
+    assert "Done: 2 steps" in out
+    with pytest.raises(UserError, match=r"losses.1.weight: 0.1 -> 0.3"):
+        sslsr(*small("tiny", "runs/tiny", *tiny, "training.steps=3", "losses.1.weight=0.3"), "--resume", "latest")
+
+    sslsr("export", "runs/tiny", "--output", "exported")
+    own, exported = (weights(tmp_path / folder / "unet") for folder in ("runs/tiny/pipeline", "exported"))
+    assert own.keys() == exported.keys()
+    assert all(torch.equal(own[k], exported[k]) for k in own)
+    sslsr("export", "runs/tiny/best", "--output", "exported_best")
+    with pytest.raises(UserError, match="new or empty folder"):
+        sslsr("export", "runs/tiny", "--output", "exported")
+
+    from sslsr_diffusion import StableSRPipeline
+
+    pipe = StableSRPipeline.from_pretrained("exported")
+    pipe.set_progress_bar_config(disable=True)
+    restored = pipe(torch.rand(3, 9, 7), num_inference_steps=2, output_type="pt").images
+    assert restored.shape[-2:] == (36, 28)
+    names = set(read_checkpoint(tmp_path / "runs/tiny/checkpoint-2").tensors["trained"])
+    assert any(name.startswith("structural_encoder.") for name in names)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.stepps=3"], "training.stepps: unknown key (value 3); did you mean training.steps?"),
+        (["training.optimizer.kind=adam"], "training.optimizer.kind: 'adam' is not allowed"),
+        (["data.sources.0.path=nowhere"], "nowhere"),
+        (["data.sources.0.path=empty"], "empty"),
+        (["training.crop_size=36"], "multiple of"),
+        (["model.vae=nowhere"], "model.vae"),
+        (["validation.metrics=[psnr, psnrr]"], "psnrr"),
+        (["output.dir=/proc/nothing"], "/proc/nothing"),
+    ],
+)
+def test_mistakes_get_one_sentence(tmp_path, overrides, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError) as caught:
+        sslsr(*small("tiny", "runs/tiny", "model.vae=null", *overrides))
+    assert message in str(caught.value)

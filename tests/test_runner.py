@@ -281,6 +281,62 @@ def test_no_pixels_are_read_for_the_plan(tmp_path, monkeypatch):
     assert [item.name for item in plan_files(tmp_path / "in", tmp_path / "out", RunnerOptions()).todo] == ["a.png"]
 
 
+def hostile(folder: Path, good: dict[str, bytes], count: int) -> int:
+    """Generated bad inputs: cut, flipped, padded, empty, misnamed, of other kinds, under names that hurt."""
+    rng = np.random.default_rng(0)
+    names = [
+        b"x..png",
+        b"-rf",
+        b"new\nline",
+        b"caf\xe9",
+        b"tab\t",
+        b"quote'\"",
+        b"$(x)",
+        b"%s%n",
+        b"a" * 240,
+        b"\x1b[31m",
+        "\u202egnp".encode(),
+        b"~",
+    ]
+    kinds = list(good.items())
+    for number in range(count):
+        suffix, data = kinds[number % len(kinds)]
+        broken = bytearray(data[: rng.integers(len(data))] if number % 3 == 0 else data)
+        if number % 3 == 1:
+            for at in rng.integers(0, len(broken), 40):
+                broken[at] = rng.integers(256)
+        elif number % 3 == 2:
+            broken = bytearray(rng.bytes(int(rng.integers(0, 400))) if number % 2 else data[:20] + rng.bytes(300))
+        name = names[number % len(names)][:230] + b"%d" % number + suffix.encode()
+        (folder / os.fsdecode(name)).write_bytes(bytes(broken))
+    (folder / "loop").symlink_to(folder)
+    (folder / "outside.png").symlink_to("/etc/passwd")
+    os.mkfifo(folder / "pipe.png")
+    return count + 1
+
+
+def test_two_hundred_hostile_pictures_lose_no_good_neighbour(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    good = {}
+    for suffix in (".png", ".jpg", ".webp", ".tif"):
+        good[suffix] = picture(source / f"good{suffix}", 40, 30).read_bytes()
+    number = hostile(source, good, 200)
+    before = {path: path.read_bytes() for path in source.iterdir() if path.is_file()}
+    report = run(source, out)
+    assert {f"good{suffix}" for suffix in good} <= set(report.done)
+    assert len(report.done) + len(report.failed) == number + 4
+    assert len(report.failed) > 100
+    for name, reason in report.failed:
+        assert name.isprintable()
+        assert reason.isprintable()
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
+    again = run(source, out)
+    assert again.done == []
+    assert sorted(again.failed) == sorted(report.failed)
+
+
 def make_run(runs: Path, name: str, when: int, kind="StableSRPipeline") -> Path:
     folder = runs / name / "pipeline"
     folder.mkdir(parents=True)

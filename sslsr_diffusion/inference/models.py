@@ -109,8 +109,7 @@ def load_pipeline(folder: Path, *, device: str = "auto", dtype: str = "auto") ->
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu.")
     kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else torch.float16
     try:
-        pipe = StableSRPipeline.from_pretrained(folder, torch_dtype=kind, local_files_only=True)
-        pipe.to(device)
+        pipe = StableSRPipeline.from_pretrained(folder, local_files_only=True).to(device, kind)
     except UserError:
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds on incomplete folders

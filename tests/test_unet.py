@@ -197,7 +197,7 @@ def test_lora_can_be_added_trained_saved_and_loaded(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["sequential", "model", "group"])
+@pytest.mark.parametrize("how", ["sequential", "model", "block_level", "leaf_level"])
 def test_offload_hooks_move_the_features_with_the_call(how: str) -> None:
     """On the CPU nothing can move far, but every hook rewrites the arguments on their way to the blocks."""
     model = tiny().eval()
@@ -212,9 +212,9 @@ def test_offload_hooks_move_the_features_with_the_call(how: str) -> None:
 
         model, _ = cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
     else:
-        model.enable_group_offload(
-            onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
-        )
+        cpu = torch.device("cpu")
+        groups = {"num_blocks_per_group": 1} if how == "block_level" else {}
+        model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=how, **groups)
     assert torch.equal(model(x, t, text, features=features).sample, want)
 
 

@@ -92,7 +92,7 @@ class StableSRPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
-        self._memory: MemoryModel | None = None
+        self._memory: dict[Any, MemoryModel] = {}
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options: Any) -> str:
@@ -249,7 +249,7 @@ class StableSRPipeline(DiffusionPipeline):
             width,
             unet=self.unet.config,
             vae_scale=Codec(self.vae).scale,
-            memory=self.memory_model(),
+            memory=self.memory_model,
             budget=budget,
             tile=options.tile,
             overlap=options.tile_overlap,
@@ -258,10 +258,11 @@ class StableSRPipeline(DiffusionPipeline):
         )
 
     def memory_model(self) -> MemoryModel:
-        """What a tile of these networks takes; measured once, on shapes alone."""
-        if self._memory is None:
-            self._memory = MemoryModel(self.unet, self.structural_encoder, self.vae)
-        return self._memory
+        """What a tile of these networks takes; measured on shapes alone, once per device and precision."""
+        key = (self.unet.dtype, self.vae.dtype, self._execution_device.type)
+        if key not in self._memory:
+            self._memory[key] = MemoryModel(self.unet, self.structural_encoder, self.vae, self._execution_device)
+        return self._memory[key]
 
     def _fidelity(self, fidelity: float | None) -> float:
         if fidelity is not None and not Codec(self.vae).has_fidelity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,7 +47,7 @@ def make_plan(
     *,
     unet: Any,
     vae_scale: int,
-    memory: MemoryModel,
+    memory: Callable[[], MemoryModel],
     budget: int,
     tile: Tile,
     overlap: int | None,
@@ -60,6 +61,7 @@ def make_plan(
 
     Args:
         unet: the UNet's config.
+        memory: gives the estimates; called only for "auto".
         budget: bytes that the activations of one network call may take.
         batch: samples per network call.
     """
@@ -72,12 +74,12 @@ def make_plan(
 
     if tile == "auto":
         sides = _sides(max(padded), trained or 512, unit)
-        chosen = largest_fitting(sides, lambda s: memory.denoise_bytes(*whole_or(s), batch), budget, "tile")
+        chosen = largest_fitting(sides, lambda s: memory().denoise_bytes(*whole_or(s), batch), budget, "tile")
     else:
         chosen = _asked(tile, max(padded), unit, "tile")
     if vae_tile == "auto":
         sides = [max(padded), *(s for s in _VAE_SIDES if s < max(padded) and s % vae_scale == 0)]
-        vae_chosen = largest_fitting(sides, lambda s: memory.codec_bytes(*whole_or(s), batch), budget, "vae_tile")
+        vae_chosen = largest_fitting(sides, lambda s: memory().codec_bytes(*whole_or(s), batch), budget, "vae_tile")
     else:
         vae_chosen = _asked(vae_tile, max(padded), 4 * vae_scale, "vae_tile")
     plan = Plan(

@@ -176,7 +176,7 @@ def test_an_interrupted_picture_is_done_again(tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     picture(source / "a.png")
     run(source, out)
-    Record(out).begin("a.png")  # killed between the two lines of a second run
+    Record(out).begin("a.png", source / "a.png")  # killed between the two lines of a second run
     with (out / RECORD_NAME).open("a") as file:
         file.write('{"output": "a.p')  # and in the middle of a third
     assert run(source, out).done == ["a.png"]
@@ -193,6 +193,18 @@ def test_files_of_others_are_not_replaced(tmp_path):
     assert "--overwrite" in report.failed[0][1]
     assert (tmp_path / "out" / "a.png").read_bytes() == b"mine"
     assert run(tmp_path / "in", tmp_path / "out", overwrite=True).done == ["a.png"]
+
+
+def test_results_of_another_folder_are_not_replaced_either(tmp_path):
+    picture(tmp_path / "x" / "a.png")
+    picture(tmp_path / "y" / "a.png", seed=1)
+    run(tmp_path / "x", tmp_path / "out")
+    first = (tmp_path / "out" / "a.png").read_bytes()
+    assert "another picture" in run(tmp_path / "y", tmp_path / "out").failed[0][1]
+    assert (tmp_path / "out" / "a.png").read_bytes() == first
+    (tmp_path / "x").rename(tmp_path / "z")  # the same bytes from another place
+    assert run(tmp_path / "z", tmp_path / "out").skipped == ["a.png"]
+    assert run(tmp_path / "y", tmp_path / "out", overwrite=True).done == ["a.png"]
 
 
 def test_output_inside_the_input_is_never_read_again(tmp_path):

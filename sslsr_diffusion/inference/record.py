@@ -51,12 +51,16 @@ class Record:
             return True
         return sha256(source) == event.get("input")
 
-    def begin(self, output: str) -> None:
-        self._append({"output": output, "state": "begun"})
+    def source(self, output: str) -> str | None:
+        """The file that `output` was made from."""
+        return self._last.get(output, {}).get("source")
+
+    def begin(self, output: str, source: Path) -> None:
+        self._append({"output": output, "state": "begun", "source": str(source.resolve())})
 
     def finish(self, output: str, settings: str, source: Path, input_hash: str, stat: os.stat_result) -> None:
         known = {"settings": settings, "input": input_hash, "stat": [stat.st_size, stat.st_mtime_ns]}
-        self._append({"output": output, "state": "done", "source": source.name, **known})
+        self._append({"output": output, "state": "done", "source": str(source.resolve()), **known})
 
     def _append(self, event: dict[str, Any]) -> None:
         # one write of one line, begun on a fresh line: several processes may share the folder, and one may have been cut off

@@ -187,7 +187,13 @@ def _obstacle(item: Item, root: Path, originals: set[Path], plan: Plan) -> str |
         key = item.target.as_posix()
         if not plan.record.knows(key):
             return f"{printable(item.target)} is already there and was not made by this command; --overwrite replaces it"
-        return "" if plan.record.is_done(key, plan.options.digest, item.source) else None
+        if plan.record.is_done(key, plan.options.digest, item.source):
+            return ""
+        made_from = plan.record.source(key)
+        if made_from != str(item.source.resolve()):
+            other = printable(made_from or "unknown")
+            return f"{printable(item.target)} is the result of another picture ({other}); choose another --output, or --overwrite"
+        return None
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
@@ -222,7 +228,7 @@ def _make(pipe: Any, item: Item, plan: Plan) -> tuple[str, ...]:
     key, target, stat = item.target.as_posix(), plan.output / item.target, item.source.stat()
     image = read_image(item.source)
     result = upscale_image(pipe, image, plan.options)
-    plan.record.begin(key)
+    plan.record.begin(key, item.source)
     target.parent.mkdir(parents=True, exist_ok=True)
     notes = write_image(target, result, format=item.format, quality=plan.options.quality)
     with item.source.open("rb") as file:

@@ -30,7 +30,12 @@ def test_full_size_on_the_meta_device() -> None:
     for preset, kind in (("sd21", "epsilon"), ("sd21_768v", "v_prediction")):
         networks = build_networks(ModelSettings(preset=preset), meta=True)
         parts = {name: (round(a / 1e6, 2), round(b / 1e6, 2)) for name, (a, b) in networks.parameters_per_part().items()}
-        assert parts == {"unet": (918.93, 53.02), "structural encoder": (52.49, 52.49), "vae": (83.65, 0.0)}
+        assert parts == {
+            "unet": (918.93, 53.02),
+            "structural encoder": (52.49, 52.49),
+            "vae": (83.65, 0.0),
+            "text encoder": (340.39, 0.0),
+        }
         assert networks.schedule.prediction_type == kind
         assert networks.codec.scale == 8
         assert all(p.is_meta for p in networks.denoiser.parameters())
@@ -80,9 +85,11 @@ def test_a_stable_diffusion_folder_lends_unet_vae_text_and_schedule(base: Path) 
     assert networks.revision is None
     components = networks.components()
     assert components["tokenizer"] is None
+    text_encoder = components["text_encoder"]
+    assert networks.parameters_per_part()["text encoder"] == (sum(p.numel() for p in text_encoder.parameters()), 0)
     # the context that was encoded once is what the reloaded encoder says
     ids = torch.tensor([[49406, 49407, *[0] * 75]])
-    assert torch.allclose(components["text_encoder"](ids)[0], networks.text, atol=1e-6)
+    assert torch.allclose(text_encoder(ids)[0], networks.text, atol=1e-6)
 
 
 def test_one_of_our_pipeline_folders_is_a_base(tmp_path: Path, base: Path) -> None:

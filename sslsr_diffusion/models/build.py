@@ -21,7 +21,7 @@ from sslsr_diffusion.models.denoiser import Denoiser
 from sslsr_diffusion.models.schedule import Schedule, make_scheduler
 from sslsr_diffusion.models.settings import ModelSettings, load_preset
 from sslsr_diffusion.models.structural_encoder import StructuralEncoder
-from sslsr_diffusion.models.text import empty_context, encode_prompt, load_text_encoder, load_tokenizer
+from sslsr_diffusion.models.text import count_text_encoder, empty_context, encode_prompt, load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.unet import SFTUNet2DConditionModel
 from sslsr_diffusion.seeding import derive_seed
 
@@ -43,6 +43,7 @@ class Networks:
     trained: list[str] = field(default_factory=list)  # names of the denoiser's trained parameters
     scheduler_config: dict[str, Any] = field(default_factory=dict)
     source: Base | None = None  # where the text encoder is, if there is one
+    text_config: dict[str, Any] | None = None  # its CLIPTextConfig
 
     def components(self) -> dict[str, Any]:
         """The diffusers components of the pipeline; the text encoder, freed after the prompt was encoded, is read again."""
@@ -57,9 +58,12 @@ class Networks:
         }
 
     def parameters_per_part(self) -> dict[str, tuple[int, int]]:
-        """Part -> (all parameters, trained parameters), for the dry run."""
+        """Part -> (all parameters, trained parameters), for the dry run; the text encoder is in memory for one prompt only."""
         parts = {"unet": self.denoiser.unet, "structural encoder": self.denoiser.structural_encoder, "vae": self.codec.vae}
-        return {name: (_count(module), _count(module, trained=True)) for name, module in parts.items()}
+        counts = {name: (_count(module), _count(module, trained=True)) for name, module in parts.items()}
+        if self.text_config is not None:
+            counts["text encoder"] = (count_text_encoder(self.text_config), 0)
+        return counts
 
     def to(self, device: torch.device | str) -> Networks:
         """Move the modules in place; the networks that come back have text context and schedule on `device` too."""
@@ -143,6 +147,7 @@ def _from_preset(settings: ModelSettings, *, meta: bool, seed: int) -> Networks:
         text=empty_context(denoiser.unet),
         base=settings.base if settings.init == "pretrained" else f"random:{settings.preset}",
         scheduler_config=preset["scheduler"],
+        text_config=preset.get("text_encoder") if settings.init == "pretrained" else None,
     )
 
 
@@ -172,6 +177,7 @@ def _from_base(settings: ModelSettings, base: Base, *, meta: bool, seed: int) ->
         revision=base.revision,
         scheduler_config=scheduler_config,
         source=base,
+        text_config=base.config("text_encoder") if base.has("text_encoder") else None,
     )
 
 

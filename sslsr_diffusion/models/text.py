@@ -39,6 +39,15 @@ def load_text_encoder(base: Base) -> Any:
     return CLIPTextModel.from_pretrained(base.folder / "text_encoder").float().eval().requires_grad_(False)
 
 
+def count_text_encoder(config: dict[str, Any]) -> int:
+    """Parameters of a CLIPTextModel with this config, without building its tensors."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        model = CLIPTextModel(CLIPTextConfig(**{k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}))
+    return sum(p.numel() for p in model.parameters())
+
+
 def load_tokenizer(base: Base) -> Any:
     """None if the base has no tokenizer (the empty prompt does without)."""
     if not base.has("tokenizer"):

@@ -103,6 +103,8 @@ def noise_sigma(coefficients: Array, steps: Array | None = None) -> float:
         coefficients: [n, 8, 8] orthonormal DCT of the luma blocks.
         steps: the luma quantisation table, if the picture was compressed.
     """
+    if not len(coefficients):
+        return 0.0
     frequency = np.add.outer(np.arange(8), np.arange(8))
     low = np.abs(coefficients[:, (frequency >= 1) & (frequency <= 3)]).sum(axis=1)
     flat = coefficients[low <= np.quantile(low, 0.3)]
@@ -128,15 +130,19 @@ def edge_blur(luma: Array, noise: float) -> float:
     At a step edge blurred by sigma, blurring once more by sigma_0 lowers the gradient by R = sqrt(1 + sigma_0^2 / sigma^2)
     (Zhuo and Sim, 2011); sigma is read off at strong edges.
     """
+    if min(luma.shape) < 2:
+        return 0.0
     cv2 = opencv()
     start = cv2.GaussianBlur(luma, (0, 0), 1.0) if noise > 2 else luma
     once, twice = (_gradient(image) for image in (start, cv2.GaussianBlur(start, (0, 0), 1.5)))
     strong = once > max(np.quantile(once, 0.97), noise, 3.0)
     if strong.sum() < 20:
         return 0.0
-    ratio = np.quantile(once[strong] / np.maximum(twice[strong], 1e-6), 0.7)
+    # off an edge's middle the ratio is lower, and noise spreads it: look high where it is clean, in the middle where it is not
+    ratio = np.quantile(once[strong] / np.maximum(twice[strong], 1e-6), 0.5 if noise > 2 else 0.9)
     sigma = 1.5 / np.sqrt(max(ratio**2 - 1, 1e-3))
-    return float(np.sqrt(max(sigma**2 - (1.0 if noise > 2 else 0.0), 0.04)))
+    smoothed = 1 / 3 + (1.0 if noise > 2 else 0.0)  # variance that the central difference and the first blur have added
+    return float(np.sqrt(max(sigma**2 - smoothed, 0.04)))
 
 
 def block_dct(luma: Array) -> Array:

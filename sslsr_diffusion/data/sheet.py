@@ -31,7 +31,7 @@ def contact_sheet(samples: Sequence[Sample], *, cell: int = 192, columns: int = 
             sheet.paste(fitted, (left + place * cell, top))
         density = float(sample.mask.float().mean())
         text = f"{sample.index} {sample.name.rsplit('/', 1)[-1]} mask {density:.1%}: {describe(sample.ops)}"
-        for line, words in enumerate(textwrap.wrap(_plain(text), width=3 * cell // 6)[:_TEXT_LINES]):
+        for line, words in enumerate(textwrap.wrap(_plain(text), width=3 * cell * 2 // 9)[:_TEXT_LINES]):
             pen.text((left, top + cell + 2 + line * _LINE), words, fill="black")
     return sheet
 

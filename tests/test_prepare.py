@@ -1,0 +1,109 @@
+"""The preparation jobs and their commands: layout, exactness, resuming, and nothing lost without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from goldens import load_golden
+from PIL import Image
+from scipy.io import loadmat
+from test_training_data import picture
+from typer.testing import CliRunner
+
+from sslsr_diffusion.cli import app
+from sslsr_diffusion.data.preparation import crop_places
+
+RUN = CliRunner()
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "below").mkdir(parents=True)
+    Image.fromarray(picture((70, 101), 1)).save(folder / "a.png")
+    Image.fromarray(picture((64, 64), 2)).save(folder / "below" / "b.png")
+    Image.fromarray(picture((20, 90), 3)).save(folder / "small.png")
+    (folder / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
+    return folder
+
+
+def run(*words: object, code: int = 0) -> str:
+    result = RUN.invoke(app, ["prepare", *map(str, words)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.mark.parametrize(("n", "wanted"), [(64, [0]), (65, [0, 1]), (96, [0, 32]), (100, [0, 32, 36])])
+def test_crop_places_end_flush_with_the_border(n, wanted):
+    assert crop_places(n, 64, 64, 32) == [(y, 0) for y in wanted]
+    assert crop_places(64, n, 64, 32) == [(0, x) for x in wanted]
+
+
+def test_crops(photos, tmp_path):
+    output = run("crops", "--input", photos, "--output", tmp_path / "out", "--size", 64, "--step", 32, "--processes", 2, code=1)
+    assert "small.png: 90x20 pixels are less than the crop of 64" in output
+    assert "cut.jpg" in output
+    assert "2 of 4 pictures done, 7 new files" in output
+    names = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png"))
+    assert names == [*(f"a_s{i:03d}.png" for i in range(1, 7)), "below/b_s001.png"]
+    last = np.asarray(Image.open(tmp_path / "out" / "a_s006.png"))
+    assert np.array_equal(last, picture((70, 101), 1)[6:70, 37:101])
+    assert "0 new files" in run(
+        "crops", "--input", photos, "--output", tmp_path / "out", "--size", 64, "--step", 32, "--processes", 1, code=1
+    )
+
+
+def test_multiscale(photos, tmp_path):
+    run("multiscale", "--input", photos, "--output", tmp_path / "out", "--shortest-edge", 50, "--processes", 1, code=1)
+    sizes = {str(p.relative_to(tmp_path / "out")): Image.open(p).size for p in (tmp_path / "out").rglob("*.png")}
+    assert sizes == {
+        "a.png": (101, 70),
+        "aT0.png": (75, 52),  # 0.6 * 70 = 42 is below 50
+        "aS.png": (72, 50),
+        "below/b.png": (64, 64),
+        "below/bS.png": (50, 50),
+        "smallS.png": (225, 50),  # enlarged, as published
+    }
+
+
+@pytest.mark.parametrize("item", load_golden("ssl/mask").index, ids=lambda item: item["name"])
+def test_mask_files_are_those_of_the_published_script(item, tmp_path):
+    golden = load_golden("ssl/mask").tensors
+    Image.fromarray(golden[f"{item['name']}.image"].numpy()).save(tmp_path / "x.png")
+    run("masks", "--input", tmp_path / "x.png", "--output", tmp_path / "out", "--processes", 1)
+    mask = loadmat(tmp_path / "out" / "mat" / "x.mat")["mat"]
+    assert np.array_equal(mask, golden[f"{item['name']}.mask"].numpy())
+    assert mask.dtype == item["mat_dtype"]
+    png = Image.open(tmp_path / "out" / "png" / "x.png")
+    assert png.mode == "L"
+    assert np.array_equal(np.asarray(png), mask * 255)
+
+
+def test_low_resolution_sets_repeat_themselves(photos, tmp_path):
+    for output, processes in (("one", 1), ("two", 2)):
+        run("lr", "--input", photos, "--output", tmp_path / output, "--preset", "mild", "--seed", 3, "--processes", processes, code=1)
+    run("lr", "--input", photos, "--output", tmp_path / "other", "--preset", "mild", "--seed", 4, "--processes", 1, code=1)
+    one, two, other = (np.asarray(Image.open(tmp_path / name / "lr" / "a.png")) for name in ("one", "two", "other"))
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, other)
+    assert one.shape == (17, 25, 3)
+    assert np.asarray(Image.open(tmp_path / "one" / "hr" / "a.png")).shape == (68, 100, 3)
+
+
+def test_check(photos):
+    (photos / "copy.png").write_bytes((photos / "a.png").read_bytes())
+    output = run("check", "--input", photos, "--crop-size", 64, "--processes", 1)
+    assert "5 files, 4 readable, 1 not" in output
+    assert "formats: 4 x PNG 8 bit" in output
+    assert "unreadable: " in output
+    assert "small.png (90x20)" in output
+    assert "same pixels twice: " in output
+    assert "edge mask density" in output
+    assert "crops of 64 with half overlap: about 13" in output
+
+
+def test_nothing_there(tmp_path):
+    result = RUN.invoke(app, ["prepare", "check", "--input", str(tmp_path)])
+    assert "expected pictures, found none" in str(result.exception)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_two_processes import environment
 from toys import toy_job, toy_losses
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training.checkpoints import read_checkpoint
+from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
 from sslsr_diffusion.training.fit import fit
 from sslsr_diffusion.training.resume import check_same_recipe, differences
 
@@ -71,6 +76,29 @@ def stop_at_ten(job):
         return loader
 
     return replace(job, open_data=open_data)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_and_resume_until_done_equals_the_undisturbed_run(tmp_path):
+    """Killed four times at arbitrary moments; whatever checkpoint is found, the end is the same, bit for bit."""
+    options = {"steps": 60, "batch_size": 1, "ema": {"decay": 0.9}, "checkpoints": {"every": 3}}
+    command = [sys.executable, str(Path(__file__).parent / "toy_run.py")]
+
+    def start(folder: str) -> subprocess.Popen[bytes]:
+        resume = ["--resume"] if latest_checkpoint(tmp_path / folder) else []
+        arguments = [*command, str(tmp_path / folder), json.dumps(options), *resume]
+        return subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL)
+
+    assert start("whole").wait() == 0
+    for pause in (0.1, 0.4, 0.7, 1.1):
+        process, before = start("killed"), latest_checkpoint(tmp_path / "killed")
+        while process.poll() is None and latest_checkpoint(tmp_path / "killed") == before:
+            time.sleep(0.02)
+        time.sleep(pause)
+        process.kill()
+        process.wait()
+    assert start("killed").wait() == 0
+    same(tmp_path / "whole/checkpoint-60", tmp_path / "killed/checkpoint-60")
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):

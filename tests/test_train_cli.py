@@ -55,6 +55,7 @@ def test_init_lists_and_copies_with_what_it_extends(tmp_path):
         sslsr("init", "sd_upscaler", "--output", "mine.yaml")
 
 
+@pytest.mark.slow
 def test_dry_run_counts_parameters_and_memory_without_weights():
     arguments = small("tiny", "runs/tiny", f"model.vae={PHOTOS}")
     result = CliRunner().invoke(app, [*arguments, "--dry-run"], catch_exceptions=False)
@@ -66,6 +67,7 @@ def test_dry_run_counts_parameters_and_memory_without_weights():
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_of_the_mission_finds_the_published_numbers(monkeypatch):
     """StableSR trains 53.02 M SPADE parameters and a structural encoder of 52.49 M."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -138,3 +140,18 @@ def test_mistakes_get_one_sentence(tmp_path, overrides, message):
     with pytest.raises(UserError) as caught:
         sslsr(*small("tiny", "runs/tiny", "model.vae=null", *overrides))
     assert message in str(caught.value)
+
+
+def test_out_of_memory_says_what_would_fit(monkeypatch):
+    from sslsr_diffusion import memory_estimate
+    from sslsr_diffusion.training import session
+
+    def full(self, micro, stop=False):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nlong report")
+
+    monkeypatch.setattr(session.Session, "step", full)
+    monkeypatch.setattr(memory_estimate, "step_bytes", lambda recipe: {"weights": recipe.training.batch_size * 2**30})
+    with pytest.raises(UserError) as caught:
+        sslsr(*small("tiny", "runs/tiny", "model.vae=null", "training.batch_size=4"))
+    assert "Tried to allocate 2.00 GiB." in str(caught.value)
+    assert re.search(r"batch_size: 1 +1\.00 GiB", str(caught.value))

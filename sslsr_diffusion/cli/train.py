@@ -29,7 +29,10 @@ def train(
 def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_change: bool) -> None:
     import os
 
+    import torch
+
     from sslsr_diffusion.build import build
+    from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.recipe import run_folder
     from sslsr_diffusion.training.fit import fit
     from sslsr_diffusion.training.run_folder import RunFolder
@@ -45,7 +48,14 @@ def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_chang
         from sslsr_diffusion.training.hub import HubPublisher
 
         publisher = HubPublisher(recipe.output.hub_id, private=recipe.output.private)
-    result = fit(build(recipe, publisher=publisher), resume=resume, allow_recipe_change=allow_recipe_change)
+    try:
+        result = fit(build(recipe, publisher=publisher), resume=resume, allow_recipe_change=allow_recipe_change)
+    except torch.OutOfMemoryError as error:
+        from sslsr_diffusion.memory_estimate import describe_memory
+
+        reason = str(error).partition("\n")[0][:200]
+        advice = "\n".join(describe_memory(recipe))
+        raise UserError(f"out of memory: {reason}\n{advice}\nChange one of these and go on with --resume latest.") from None
     if not main:
         return
     for problem in result.problems:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Protocol
 
 import torch
@@ -100,5 +101,5 @@ def _measure(validation: Validation, pair: Pair, position: int) -> tuple[dict[st
         return values, baseline, [], []
     first = next(iter(values), None)
     notes = ["", ""] if first is None else [f" {first} {side[first]:.2f}" for side in (baseline, values)]
-    captions = [f"LR bicubic{notes[0]}", f"{validation.label}{notes[1]}", f"ground truth {pair.name}"]
+    captions = [f"LR bicubic{notes[0]}", f"{validation.label}{notes[1]}", f"ground truth {PurePath(pair.name).name}"]
     return values, baseline, [bicubic[0], restored[0], hr[0]], captions

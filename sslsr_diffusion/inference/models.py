@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +111,8 @@ def load_pipeline(folder: Path, *, device: str = "auto", dtype: str = "auto") ->
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu.")
     kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else torch.float16
     try:
-        pipe = StableSRPipeline.from_pretrained(folder, local_files_only=True).to(device, kind)
+        with _quiet_diffusers():
+            pipe = StableSRPipeline.from_pretrained(folder, local_files_only=True).to(device, kind)
     except UserError:
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds on incomplete folders
@@ -117,3 +120,19 @@ def load_pipeline(folder: Path, *, device: str = "auto", dtype: str = "auto") ->
         raise UserError(f"--model {folder}: cannot be loaded ({reason[:200]}).") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextlib.contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """No bar for the four components, and no advice to load in half precision by an argument that its versions name differently."""
+    from diffusers.utils import logging
+
+    level, bar = logging.get_verbosity(), getattr(logging, "is_progress_bar_enabled", lambda: True)()  # newer than 0.35
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -54,21 +54,26 @@ class Draws:
     """Random numbers for one sample. `shared` serves the choices that published pipelines make once for a whole batch."""
 
     def __init__(self, own: torch.Generator, shared: torch.Generator | None = None) -> None:
-        self.own, self._shared = own, shared
+        self._generator = own
+        self._ahead: Iterator[float] = iter(())
+        self.shared: Draws = self if shared is None else Draws(shared)
 
-    @property
-    def shared(self) -> Draws:
-        return self if self._shared is None else Draws(self._shared)
+    def unit(self) -> float:
+        """Uniform in [0, 1); drawn a block at a time, since one by one costs more than the degradation's own arithmetic."""
+        for number in self._ahead:
+            return number
+        self._ahead = iter(torch.rand(64, generator=self._generator, dtype=torch.float64).tolist())
+        return next(self._ahead)
 
     def uniform(self, pair: tuple[float, float]) -> float:
-        return pair[0] + (pair[1] - pair[0]) * torch.rand((), generator=self.own, dtype=torch.float64).item()
+        return pair[0] + (pair[1] - pair[0]) * self.unit()
 
     def chance(self, probability: float) -> bool:
-        return self.uniform((0, 1)) < probability
+        return self.unit() < probability
 
     def integer(self, low: int, high: int) -> int:
         """Uniform from low to high, both included."""
-        return int(torch.randint(low, high + 1, (), generator=self.own))
+        return low + int(self.unit() * (high - low + 1))
 
     def odd(self, pair: tuple[int, int]) -> int:
         return pair[0] + 2 * self.integer(0, (pair[1] - pair[0]) // 2)
@@ -84,4 +89,5 @@ class Draws:
         return options[max(i for i, weight in enumerate(weights) if weight > 0)]
 
     def order(self, count: int) -> list[int]:
-        return torch.randperm(count, generator=self.own).tolist()
+        """A permutation of 0 .. count - 1."""
+        return sorted(range(count), key=[self.unit() for _ in range(count)].__getitem__)

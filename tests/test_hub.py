@@ -14,9 +14,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hub_server import HubServer
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
 from sslsr_diffusion.training.hub import MANIFEST, HubPublisher, resolve_checkpoint_from_hub
 
 TOKEN = "hf_writetoken"
@@ -121,13 +123,16 @@ def test_stale_files_of_former_publications_go_and_those_of_others_stay(hub, pub
 def test_a_run_resumes_from_the_published_state(hub, publisher, tmp_path):
     publisher.publish(pipeline_folder(tmp_path), "pipeline")
     assert publisher.wait(60)
-    checkpoint = checkpoint_folder(tmp_path, 30)
-    publisher.checkpoint(checkpoint)
+    trained = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    write_checkpoint(tmp_path / "checkpoint-30", {"trained": {"w": trained}}, {"progress": {"step": 30}})
+    publisher.checkpoint(tmp_path / "checkpoint-30")
+    shutil.rmtree(tmp_path / "checkpoint-30")  # pruned meanwhile
     assert publisher.wait(60)
     found = resolve_checkpoint_from_hub(REPO, endpoint=hub.url, cache_dir=tmp_path / "cache")
     assert found.name == "checkpoint-30"
-    for name in ("state.json", "trained.safetensors"):
-        assert (found / name).read_bytes() == (checkpoint / name).read_bytes()
+    whole = read_checkpoint(found)  # the manifest's sizes and hashes hold
+    assert torch.equal(whole.tensors["trained"]["w"], trained)
+    assert whole.state["progress"] == {"step": 30}
     first = hub.repositories[REPO].commits[1][0]
     with pytest.raises(UserError, match="push_state"):
         resolve_checkpoint_from_hub(f"{REPO}@{first}", endpoint=hub.url, cache_dir=tmp_path / "other")

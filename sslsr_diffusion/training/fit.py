@@ -189,10 +189,11 @@ def _save(job: Job, session: Session, folder: RunFolder, loader: Any) -> None:
     tensors, state = session.take(loader.state_dict())
     error = None
     if session.main:
+        target = folder.path / f"checkpoint-{session.progress.step}"
         try:
-            write_checkpoint(
-                folder.path / f"checkpoint-{session.progress.step}", tensors, {**state, "recipe": job.recipe, "base": job.base}
-            )
+            write_checkpoint(target, tensors, {**state, "recipe": job.recipe, "base": job.base})
+            if job.publisher is not None:  # also tries again what could not be published before
+                job.publisher.checkpoint(target if job.output.push_state else None)
             prune_checkpoints(folder.path, job.checkpoints.keep)
         except OSError as reason:
             error = f"checkpoint at step {session.progress.step} could not be written ({reason}); the earlier ones are untouched"

@@ -156,7 +156,7 @@ def _upscale(path: str, pairs: Dataset, folder: Path, seeds: range, steps: int |
         if plan.todo:
             pipe = pipe or load_pipeline(source, device=device, dtype="auto")
             label = f"upscaling with {folder.name}, seed {seed}"
-            plan.report = _with_bar(label, len(plan.todo), lambda tick: run_plan(pipe, plan, progress=lambda *_: tick()))  # noqa: B023
+            plan.report = _with_bar(label, len(plan.todo), lambda at: run_plan(pipe, plan, progress=lambda done, *_: at(done)))  # noqa: B023
         for name, reason in plan.report.failed:
             typer.echo(f"failed: {name}: {reason}", err=True)
         folders.append(folder / f"seed{seed}")
@@ -164,31 +164,37 @@ def _upscale(path: str, pairs: Dataset, folder: Path, seeds: range, steps: int |
 
 
 def _score(pairing: Pairing, chosen: list[str], output: Path, crop_border: int, y_channel: bool, device: str) -> Scores:
+    from itertools import count
+
     import torch
 
     from sslsr_diffusion.evaluation.results import ResultStore
     from sslsr_diffusion.evaluation.scoring import score
 
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    store = ResultStore(output / "results.jsonl")
+    store, scored = ResultStore(output / "results.jsonl"), count(1)
+
+    def work(at: Callable[[int], None]) -> Scores:
+        options: dict[str, Any] = {"crop_border": crop_border, "y_channel": y_channel, "device": place}
+        return score(pairing.items, chosen, store, progress=lambda _: at(next(scored)), **options)
+
     try:
-        return _with_bar(
-            "scoring",
-            len(pairing.items),
-            lambda tick: score(
-                pairing.items, chosen, store, crop_border=crop_border, y_channel=y_channel, device=place, progress=lambda _: tick()
-            ),
-        )
+        return _with_bar("scoring", len(pairing.items), work)
     finally:
         store.close()
 
 
-def _with_bar(label: str, total: int, work: Callable[[Callable[[], None]], Any]) -> Any:
+def _with_bar(label: str, total: int, work: Callable[[Callable[[int], None]], Any]) -> Any:
+    """Run `work(at)`; at(n) says that n images are done."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc=label, unit="image", dynamic_ncols=True) as bar:
+
+        def at(done: int) -> None:
+            bar.update(done - bar.n)
+
         try:
-            return work(lambda: (bar.update(1), None)[1])
+            return work(at)
         except KeyboardInterrupt:
             bar.close()
             typer.echo("interrupted; the same command goes on from here", err=True)

@@ -56,3 +56,14 @@ def test_resume_on_another_number_of_processes(tmp_path):
     one, two = (read_checkpoint(tmp_path / name / "checkpoint-3") for name in ("whole", "parts"))
     for name, value in one.tensors["trained"].items():
         torch.testing.assert_close(two.tensors["trained"][name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_sharded_state_goes_out_whole_and_comes_back():
+    """FSDP2's fully_shard on gloo: accelerate ignores its FSDP plugin on the CPU, so the module is sharded directly."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, str(HERE / "sharded_run.py")], env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "equal" in done.stdout

@@ -1,0 +1,53 @@
+"""Two gloo processes with fully_shard over the toy denoiser: state goes out whole and comes back sharded. Prints `equal` at the end."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from toys import ToyDenoiser
+
+from sslsr_diffusion.training.state import give_optimizer, give_trained, take_optimizer, trained_parameters, whole
+
+
+def make(shard: bool) -> tuple[ToyDenoiser, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    module = ToyDenoiser(dropout=0)
+    if shard:
+        fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return module, torch.optim.AdamW(trained_parameters(module).values(), lr=0.1)
+
+
+def train(module: ToyDenoiser, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        z = torch.randn(2, 3, 8, 8, generator=generator)
+        module(z, torch.tensor([1, 500]), z, torch.zeros(1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    plain, plain_optimizer = make(shard=False)
+    train(plain, plain_optimizer, range(4))
+    first, first_optimizer = make(shard=True)
+    train(first, first_optimizer, range(2))
+    names = list(trained_parameters(first))
+    trained = {name: whole(p) for name, p in trained_parameters(first).items()}
+    tensors, rest = take_optimizer(first_optimizer, names)
+    assert all(tensors[f"{name}|exp_avg"].shape == trained[name].shape for name in names)
+    second, second_optimizer = make(shard=True)
+    give_trained(trained_parameters(second), trained, what="test")
+    give_optimizer(second_optimizer, trained_parameters(second), tensors, rest)
+    train(second, second_optimizer, range(2, 4))
+    for name, parameter in trained_parameters(plain).items():
+        torch.testing.assert_close(whole(trained_parameters(second)[name]), parameter.detach(), rtol=1e-5, atol=1e-6)
+    if dist.get_rank() == 0:
+        print("equal")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

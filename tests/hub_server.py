@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from hub_storage import Refused, Repository, Stored, XetStore
 
-LARGE = 1024  # bytes from which a file goes to LFS or Xet storage; the real hub decides by size and attributes
+LARGE = 1024  # bytes from which a file that is not text goes to LFS or Xet storage; the real hub decides by size and attributes
 
 
 @dataclass
@@ -107,7 +107,8 @@ class HubServer:
         there = self.repository(m["repo"]).files
         answer = []
         for file in json.loads(body)["files"]:
-            mode = "lfs" if file["size"] >= LARGE else "regular"
+            text = file["path"].endswith((".md", ".json", ".txt"))
+            mode = "lfs" if file["size"] >= LARGE and not text else "regular"
             known = there.get(file["path"])
             answer.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": known.oid if known else None})
         return 200, {}, {"files": answer}

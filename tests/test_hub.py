@@ -251,6 +251,36 @@ def test_publish_never_raises(publisher, tmp_path):
     assert publisher.close(attempts=1)
 
 
+def test_a_run_survives_a_hub_that_wakes_up_late(hub, publisher, tmp_path):
+    """The loop itself: refused at its first checkpoint, everything there at its end, with a card that names no path."""
+    from dataclasses import replace
+
+    from toys import toy_job
+
+    from sslsr_diffusion.training.fit import fit
+    from sslsr_diffusion.training.model_card import card_files
+    from sslsr_diffusion.training.settings import OutputSettings
+
+    hub.fault("repos/create", 401, times=1)
+    run = tmp_path / "run"
+    job = toy_job(run)
+
+    def card(metrics, pictures):
+        return card_files(metrics, pictures, repo_id=REPO, recipe={**job.recipe, "where": str(run)})
+
+    output = OutputSettings(dir=str(run), trackers=(), push_to_hub=True, push_state=True, hub_id=REPO)
+    result = fit(replace(job, publisher=publisher, output=output, card=card))
+    assert result.step == 20
+    files = hub.repositories[REPO].files
+    assert publisher.failures == 1
+    assert {"README.md", MANIFEST, "weights.pt", "state/checkpoint-20/manifest.json"} <= set(files)
+    assert not any(path.startswith("state/checkpoint-10") for path in files)
+    assert str(tmp_path).encode() not in files["README.md"].data
+    found = resolve_checkpoint_from_hub(REPO, endpoint=hub.url, cache_dir=tmp_path / "cache")
+    assert read_checkpoint(found).state["progress"]["step"] == 20
+    assert not list(run.glob(".publishing-*"))
+
+
 ROUND_TRIP = """
 import sys
 from pathlib import Path

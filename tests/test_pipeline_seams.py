@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from itertools import pairwise
 
 import pytest
 import torch
@@ -78,8 +79,12 @@ def scene(side: int) -> Tensor:
 
 
 def border_ratio(picture: Tensor, offsets: list[int], tile: int) -> float:
-    """Mean absolute difference across the tiles' borders, relative to that between all other neighbours; rows and columns."""
-    borders = sorted({edge for start in offsets for edge in (start, start + tile)} - {0, picture.shape[-1]})
+    """Mean absolute difference across the tiles' borders, relative to that between all other neighbours; rows and columns.
+
+    A border is where a tile ends, and half-way through an overlap, where one tile has as much to say as the next.
+    """
+    halfway = {(before + tile + after) // 2 for before, after in pairwise(offsets)}
+    borders = sorted((halfway | {edge for start in offsets for edge in (start, start + tile)}) - {0, picture.shape[-1]})
     across, inside = [], []
     for axis, other in ((-1, -2), (-2, -1)):
         profile = picture.diff(dim=axis).abs().mean(dim=(0, 1, other))

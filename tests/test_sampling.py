@@ -78,7 +78,8 @@ def run_golden(item: str, sampler, x: Tensor, *, tile: int | None = None, overla
         negative_text=inputs.get("negative_context"),
         guidance_scale=config.get("guidance_scale", 1.0),
         batch_size=batch_size,
-        off_centre=True,
+        overlap=overlap,
+        weights="original",
     )
     steps: list[Tensor] = []
 

@@ -14,12 +14,14 @@ from sslsr_diffusion.inference.tiling import Box, blend, pad_to, rounded_up, til
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (48, 64)])
 def test_tile_weights_golden(width, height):
     want = load_golden("stablesr/tile_weights").tensors[f"out.weights.w{width}h{height}"][0]
-    got = tile_weights(height, width, off_centre=True)
+    got = tile_weights(height, width, "original")
     assert ((got - want).abs().max() / want.abs().max()).item() < 1e-12
 
 
-def test_our_tile_weights_are_symmetric():
-    weights = tile_weights(7, 12)
+@pytest.mark.parametrize("kind", ["smooth", "gaussian"])
+def test_our_tile_weights_are_symmetric_and_nowhere_zero(kind):
+    weights = tile_weights(7, 12, kind, overlap=3)
+    assert (weights > 0).all()
     torch.testing.assert_close(weights, weights.flip(0).flip(1), atol=1e-12, rtol=1e-12)
 
 
@@ -37,7 +39,7 @@ def test_image_splitter_golden():
         return tiles[0] * (1 + 0.25 * n) + 0.1 * n
 
     want = golden.tensors["out.gathered"]
-    blended = blend(change, [image], boxes, off_centre=True)
+    blended = blend(change, [image], boxes, weights="original")
     assert ((blended - want).abs().max() / want.abs().max()).item() < 2e-6
 
 
@@ -53,6 +55,22 @@ def test_tiles_cover_everything_with_at_least_the_overlap(length, tile, overlap)
     gaps = np.diff(offsets)
     assert (gaps > 0).all()
     assert (gaps <= tile - overlap).all()
+
+
+def test_two_disagreeing_tiles_meet_in_a_ramp_as_long_as_the_overlap():
+    boxes = tile_boxes(1, 24, 16, 8)
+    values = iter([0.0, 1.0])
+    got = blend(lambda tiles, _: torch.full_like(tiles[0], next(values)), [torch.zeros(1, 1, 1, 24)], boxes, overlap=8)[0, 0, 0]
+    assert (got[:8] == 0).all()
+    assert (got[16:] == 1).all()
+    # the steepest step of sin^2 over n samples is pi / (2 n); a jump would be 1
+    assert got.diff()[7:16].min() > 0
+    assert got.diff().max() < 1.01 * np.pi / 16
+
+
+def test_unknown_weights_are_refused():
+    with pytest.raises(UserError, match="smooth, gaussian, original"):
+        tile_weights(4, 4, "cosine")
 
 
 def test_one_short_side_gets_tiles_of_its_own_length():
@@ -71,7 +89,7 @@ def test_impossible_overlap_is_refused(overlap):
 @pytest.mark.parametrize("size", [(10, 10), (10, 45), (45, 10), (37, 41)])
 def test_blending_unchanged_tiles_gives_the_picture_back(size, batch_size):
     pictures = torch.rand(3, 2, *size)
-    got = blend(lambda tiles, _: tiles[0], [pictures], tile_boxes(*size, 16, 6), batch_size=batch_size)
+    got = blend(lambda tiles, _: tiles[0], [pictures], tile_boxes(*size, 16, 6), batch_size=batch_size, overlap=6)
     torch.testing.assert_close(got, pictures, atol=1e-6, rtol=1e-6)
 
 

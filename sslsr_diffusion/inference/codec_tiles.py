@@ -60,5 +60,5 @@ class TiledCodec:
                 for box in boxes:
                     run([box.scaled(z).of(x) for x, z in zip(own, zooms)], [0])
             with norms.applying():
-                pictures.append(blend(run, own, boxes, zooms=zooms, batch_size=self.batch_size))
+                pictures.append(blend(run, own, boxes, zooms=zooms, batch_size=self.batch_size, overlap=self.overlap))
         return torch.cat(pictures)

@@ -29,7 +29,8 @@ class TiledDenoiser:
         negative_text: Tensor | None = None,
         guidance_scale: float = 1.0,
         batch_size: int = 1,
-        off_centre: bool = False,
+        overlap: int = 0,
+        weights: str = "smooth",
     ) -> None:
         """
         Args:
@@ -37,10 +38,12 @@ class TiledDenoiser:
             text: [1 or B, L, D] context; `negative_text` likewise, None: no guidance.
             boxes: tiles of equal size that cover h x w.
             batch_size: tiles per network call (twice as many samples with guidance).
-            off_centre: the original's tile weights.
+            overlap: latent pixels that neighbouring tiles share.
+            weights: see `tile_weights`.
         """
         self._unet, self._structural_encoder = unet, structural_encoder
-        self._z_lr, self._boxes, self._batch_size, self._off_centre = z_lr, boxes, batch_size, off_centre
+        self._z_lr, self._boxes, self._batch_size = z_lr, boxes, batch_size
+        self._overlap, self._weights = overlap, weights
         self._text, self._negative = text.expand(len(z_lr), -1, -1), negative_text
         if negative_text is not None:
             self._negative = negative_text.expand(len(z_lr), -1, -1)
@@ -53,7 +56,7 @@ class TiledDenoiser:
         def run(tiles: list[Tensor], samples: list[int]) -> Tensor:
             return self._predict(tiles[0], tiles[1], timestep, samples)
 
-        return blend(run, [x, self._z_lr], self._boxes, batch_size=self._batch_size, off_centre=self._off_centre)
+        return blend(run, [x, self._z_lr], self._boxes, batch_size=self._batch_size, overlap=self._overlap, weights=self._weights)
 
     def _predict(self, x: Tensor, z_lr: Tensor, timestep: Tensor, samples: list[int]) -> Tensor:
         dtype = self._unet.dtype

@@ -24,7 +24,7 @@ from sslsr_diffusion.inference.pictures import OUTPUT_TYPES, from_tensors, to_te
 from sslsr_diffusion.inference.plan import Plan, Tile, make_plan
 from sslsr_diffusion.inference.prompts import encode_texts, per_picture
 from sslsr_diffusion.inference.sampling import build_sampler, sample
-from sslsr_diffusion.inference.tiling import pad_to, tile_boxes
+from sslsr_diffusion.inference.tiling import TILE_WEIGHTS, pad_to, tile_boxes
 from sslsr_diffusion.models.codec import Codec
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class _Options:
     vae_tile: Tile
     memory_budget: int | None
     color_fix: str | None
-    original_tile_weights: bool
+    tile_weights: str
     on_step_end: OnStepEnd | None
 
 
@@ -121,7 +121,7 @@ class StableSRPipeline(DiffusionPipeline):
         sampler: str | None = None,
         eta: float = 0.0,
         start: Literal["lr", "noise"] = "lr",
-        original_tile_weights: bool = False,
+        tile_weights: Literal["smooth", "gaussian", "original"] = "smooth",
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: OnStepEnd | None = None,
@@ -149,7 +149,7 @@ class StableSRPipeline(DiffusionPipeline):
                 the pipeline's scheduler stands for.
             eta: DDIM's share of fresh noise.
             start: "lr" begins with the noised low-resolution latent, "noise" with noise alone.
-            original_tile_weights: the published off-centre weights, for parity.
+            tile_weights: "smooth" ramps over the overlap; "gaussian"; "original": the published, off-centre Gaussian.
             output_type: "pil", "np" ([B, H, W, 3]) or "pt" ([B, 3, H, W] float32); a list where sizes differ.
             return_dict: False returns a tuple.
             callback_on_step_end: (pipe, step, timestep, {"latents": x}) -> None, or a dict whose "latents" replace x.
@@ -173,7 +173,7 @@ class StableSRPipeline(DiffusionPipeline):
             vae_tile=vae_tile,
             memory_budget=memory_budget,
             color_fix=color_fix,
-            original_tile_weights=original_tile_weights,
+            tile_weights=tile_weights,
             on_step_end=callback_on_step_end,
         )
         _check(options, output_type, pictures)
@@ -227,7 +227,8 @@ class StableSRPipeline(DiffusionPipeline):
             negative_text=encode_texts(negative, *encoders) if guided else None,
             guidance_scale=options.guidance_scale,
             batch_size=options.tile_batch_size,
-            off_centre=options.original_tile_weights,
+            overlap=plan.tile_cells[1],
+            weights=options.tile_weights,
         )
         sampler = build_sampler(
             options.sampler, self.scheduler, options.steps, strength=options.strength, eta=options.eta, seeds=seeds, device=z_lr.device
@@ -275,6 +276,8 @@ def _check(options: _Options, output_type: str, pictures: list[Tensor]) -> None:
         raise UserError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, came {output_type!r}.")
     if (options.color_fix or "none") not in COLOR_FIXES:
         raise UserError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, came {options.color_fix!r}.")
+    if options.tile_weights not in TILE_WEIGHTS:
+        raise UserError(f"tile_weights: expected one of {', '.join(TILE_WEIGHTS)}, came {options.tile_weights!r}.")
     if not 0 < options.scale < float("inf"):
         raise UserError(f"scale: expected a positive number, came {options.scale}.")
     if options.start not in ("lr", "noise"):

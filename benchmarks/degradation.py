@@ -27,6 +27,7 @@ from sslsr_diffusion.data import operations
 from sslsr_diffusion.data.blur_kernels import kernel_from, pad_kernel
 from sslsr_diffusion.data.degradation import PRESETS, Degradation, DegradationSettings
 from sslsr_diffusion.data.jpeg import _matrices, quality_factor
+from sslsr_diffusion.data.resizing import cubic_matrix
 
 SIZE, SCALE = 512, 4
 
@@ -48,6 +49,19 @@ def plain_resize(image: Tensor, generator: torch.Generator, mode: str, factor: f
     if mode == "area_average":
         return operations.resize(image, generator, mode, factor, size)
     return F.interpolate(image, size=size, scale_factor=factor, mode=mode)
+
+
+def plain_reduce(image: Tensor, generator: torch.Generator, scale: int) -> Tensor:
+    """MATLAB's bicubic row by row and column by column, as BasicSR's imresize loops."""
+    for axis in (2, 3):
+        lines = image.transpose(2, axis)
+        matrix = torch.from_numpy(cubic_matrix(lines.shape[2], lines.shape[2] // scale, 1 / scale, True)).to(image)
+        done = []
+        for weights in matrix:
+            used = weights.nonzero()[:, 0]
+            done.append(torch.einsum("bcyx,y->bcx", lines[:, :, used], weights[used]))
+        image = torch.stack(done, 2).transpose(2, axis)
+    return image.clamp(0, 1)
 
 
 def plain_gaussian(image: Tensor, generator: torch.Generator, sigma: float, gray: bool) -> Tensor:
@@ -112,7 +126,14 @@ def _merge(blocks: Tensor, height: int, width: int) -> Tensor:
     return blocks.view(len(blocks), height // 8, width // 8, 8, 8).permute(0, 1, 3, 2, 4).reshape(len(blocks), height, width)
 
 
-PLAIN = {"blur": plain_blur, "resize": plain_resize, "gaussian": plain_gaussian, "poisson": plain_poisson, "jpeg": plain_jpeg}
+PLAIN = {
+    "blur": plain_blur,
+    "reduce": plain_reduce,
+    "resize": plain_resize,
+    "gaussian": plain_gaussian,
+    "poisson": plain_poisson,
+    "jpeg": plain_jpeg,
+}
 
 
 def measure(task: tuple[str, str, int, int, str]) -> tuple[float, float]:

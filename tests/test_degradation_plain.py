@@ -28,7 +28,7 @@ def test_the_plain_jpeg_is_right_too(item):
     assert (out - GOLDEN.tensors[item["out"]]).abs().max() < 2e-6  # the goldens' tolerance
 
 
-@pytest.mark.parametrize("preset", ["stablesr_ssl", "real_esrgan", "mild"])
+@pytest.mark.parametrize("preset", ["stablesr_ssl", "real_esrgan", "mild", "bicubic"])
 def test_operation_by_operation(preset):
     degradation = Degradation(DegradationSettings(preset=preset), 4)
     small = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))

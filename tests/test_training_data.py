@@ -320,3 +320,14 @@ def test_validation_without_one_good_picture_is_said(tmp_path):
 def test_mistakes_are_explained(raw, message):
     with pytest.raises(RecipeError, match=message):
         parse(DataSettings, raw)
+
+
+def test_workers_start_after_opencv_has_used_threads(folder):
+    """OpenCV's thread pool does not survive a fork: a worker would hang at its first call."""
+    import cv2
+
+    cv2.setNumThreads(2)
+    cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.float32), (31, 31), 0)
+    loader = open_small(from_folder(folder, workers=1, start_method="fork"))
+    assert next(loader).hr.shape == (2, 3, 64, 64)
+    loader.close()

@@ -131,7 +131,7 @@ class TrainingLoader:
             self._requests.load_state_dict(self._state)
 
     def _start(self) -> Iterator[tuple[list[Sample], list[str]]]:
-        opencv()  # before any fork
+        opencv().setNumThreads(1)  # before any fork, whatever was set or started since
         workers = self._settings.workers
         parallel: dict[str, Any] = {}
         if workers:

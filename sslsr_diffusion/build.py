@@ -29,6 +29,7 @@ from sslsr_diffusion.training.validation import Pair, Validation
 
 logger = logging.getLogger(__name__)
 
+SMALLER_TILES = (512, 256)  # pixels; for validation when memory runs out
 CALIBRATION_PICTURES = 32  # crops from which a fresh autoencoder's scaling factor is measured
 
 
@@ -175,7 +176,7 @@ def _job(
 ) -> Job:
     training = recipe.training
 
-    def open_data(rank: int, world_size: int, state: dict[str, Any] | None) -> Any:
+    def open_data(rank: int, world_size: int, state: dict[str, Any] | None, device: torch.device) -> Any:
         return open_training_data(
             recipe.data,
             crop_size=training.crop_size,
@@ -185,6 +186,7 @@ def _job(
             rank=rank,
             world_size=world_size,
             state=state,
+            device=device,
         )
 
     pairs = _validation_pairs(recipe)
@@ -225,13 +227,23 @@ class Upscaler:
     def __init__(self, networks: Callable[[], Any], scale: int, steps: int) -> None:
         self._networks, self._scale, self._steps = networks, scale, steps
         self._pipe: Any = None
+        self._tiles: tuple[Any, ...] = ("auto", *SMALLER_TILES)
 
     def __call__(self, lr: Tensor, seed: int) -> Tensor:
         """[1, 3, h, w] in [0, 1] -> [1, 3, scale * h, scale * w] in [0, 1]."""
         if self._pipe is None:
             self._pipe = self._build()
-        generator = torch.Generator().manual_seed(seed)
-        return self._pipe(lr, scale=self._scale, num_inference_steps=self._steps, generator=generator, output_type="pt").images
+        for tile in self._tiles:
+            generator = torch.Generator().manual_seed(seed)
+            try:
+                return self._pipe(
+                    lr, scale=self._scale, num_inference_steps=self._steps, generator=generator, tile=tile, vae_tile=tile, output_type="pt"
+                ).images
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                self._tiles = self._tiles[1:] or self._tiles
+                logger.warning("validation ran out of memory with tile %s; trying %s pixels", tile, self._tiles[0])
+        raise UserError("validation: out of memory even with the smallest tiles; lower validation.size, or set validation.limit to 0.")
 
     def _build(self) -> Any:
         from sslsr_diffusion.inference import StableSRPipeline

@@ -130,8 +130,8 @@ def test_a_fixed_batch_is_learned(tmp_path):
     job = toy_job(tmp_path / "run", steps=60, dropout=0, optimizer={"lr": 3e-2})
     opened = job.open_data
 
-    def open_data(rank, world, state):
-        loader = opened(rank, world, state)
+    def open_data(rank, world, state, device):
+        loader = opened(rank, world, state, device)
         batch = next(loader)
         loader.__class__ = type("Fixed", (loader.__class__,), {"__next__": lambda self: batch})
         return loader

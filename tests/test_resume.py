@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import multiprocessing
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_two_processes import environment
 from toys import toy_job, toy_losses
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
 from sslsr_diffusion.training.fit import fit
-from sslsr_diffusion.training.resume import check_same_recipe, differences
+from sslsr_diffusion.training.resume import check_same_recipe, data_state, differences
+from sslsr_diffusion.training.settings import CheckpointSettings
 
 VARIANTS = {
     "plain": {},
@@ -62,8 +60,8 @@ def stop_at_ten(job):
 
     opened = job.open_data
 
-    def open_data(rank, world, state):
-        loader = opened(rank, world, state)
+    def open_data(rank, world, state, device):
+        loader = opened(rank, world, state, device)
         original = loader.__class__.__next__
 
         class Stopping(loader.__class__):
@@ -78,27 +76,33 @@ def stop_at_ten(job):
     return replace(job, open_data=open_data)
 
 
-@pytest.mark.slow
+def run_in_a_fork(folder: Path) -> multiprocessing.Process:
+    """A toy run in a child of its own, resumed when there is something to resume from."""
+
+    def target() -> None:
+        job = replace(toy_job(folder, batch_size=1, steps=30, ema={"decay": 0.9}), checkpoints=CheckpointSettings(every=2))
+        fit(job, resume="latest" if latest_checkpoint(folder) else None)
+
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    return process
+
+
 def test_kill_minus_nine_and_resume_until_done_equals_the_undisturbed_run(tmp_path):
-    """Killed four times at arbitrary moments; whatever checkpoint is found, the end is the same, bit for bit."""
-    options = {"steps": 60, "batch_size": 1, "ema": {"decay": 0.9}, "checkpoints": {"every": 3}}
-    command = [sys.executable, str(Path(__file__).parent / "toy_run.py")]
-
-    def start(folder: str) -> subprocess.Popen[bytes]:
-        resume = ["--resume"] if latest_checkpoint(tmp_path / folder) else []
-        arguments = [*command, str(tmp_path / folder), json.dumps(options), *resume]
-        return subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL)
-
-    assert start("whole").wait() == 0
-    for pause in (0.1, 0.4, 0.7, 1.1):
-        process, before = start("killed"), latest_checkpoint(tmp_path / "killed")
-        while process.poll() is None and latest_checkpoint(tmp_path / "killed") == before:
-            time.sleep(0.02)
-        time.sleep(pause)
+    """Killed six times, in steps and in checkpoint writes alike; whatever checkpoint is found, the end is the same, bit for bit."""
+    whole = run_in_a_fork(tmp_path / "whole")
+    for turn in range(6):
+        process, before = run_in_a_fork(tmp_path / "killed"), latest_checkpoint(tmp_path / "killed")
+        while process.is_alive() and latest_checkpoint(tmp_path / "killed") == before:
+            time.sleep(0.005)
+        time.sleep(0.02 * turn)
         process.kill()
-        process.wait()
-    assert start("killed").wait() == 0
-    same(tmp_path / "whole/checkpoint-60", tmp_path / "killed/checkpoint-60")
+        process.join()
+    last = run_in_a_fork(tmp_path / "killed")
+    for process in (whole, last):
+        process.join()
+        assert process.exitcode == 0
+    same(tmp_path / "whole/checkpoint-30", tmp_path / "killed/checkpoint-30")
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
@@ -135,3 +139,15 @@ def test_a_changed_recipe_is_refused_unless_allowed(caplog):
     with pytest.raises(UserError, match=r"losses.0.weight: 1.0 -> 2.0"):
         check_same_recipe(state, heavier, 1, allow=False)
     check_same_recipe(state, heavier, 1, allow=True)
+
+
+def test_data_goes_on_at_the_global_sample_index():
+    recipe = {"training": {"batch_size": 4, "accumulate": 1}}
+    state = {"recipe": recipe, "world_size": 2, "data": [{"batch": 6, "pool": []}, {"batch": 6, "pool": []}]}
+    assert data_state(state, 1, 2, 4, allow=False) == {"batch": 6, "pool": []}
+    assert data_state(state, 0, 1, 8, allow=False) == {"batch": 6}
+    assert data_state(state, 0, 4, 1, allow=False) == {"batch": 12}
+    state["data"] = [{"batch": 6, "pool": [1, 2]}, {"batch": 6, "pool": [3, 4]}]
+    with pytest.raises(UserError, match="pool or a stream"):
+        data_state(state, 0, 1, 8, allow=False)
+    assert data_state(state, 0, 1, 8, allow=True) == {"batch": 6}

@@ -52,19 +52,19 @@ def test_golden(case, backend, dtype):
         assert (x.grad - want).abs().max() <= (1e-9 if exact else 5e-4) * want.abs().max()
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    size=st.tuples(st.integers(1, 3), st.integers(13, 40), st.integers(13, 40)),
-    search=st.sampled_from((9, 13, 25)),
+    size=st.tuples(st.integers(1, 2), st.integers(13, 26), st.integers(13, 26)),
+    extent=st.sampled_from(((9, 1.0), (13, 0.2), (25, 0.02), (25, 0.1))),  # the definition keeps 608 kB per row
     sigma=st.sampled_from((0.004, 0.02, 1.0)),
     normalize=st.booleans(),
     weights=st.sampled_from(((0.0, 1.0), (1.0, 0.0), (1000.0, 500.0))),
-    density=st.sampled_from((0.02, 0.2, 1.0)),
     upstream=st.floats(-3, 3),
     seed=st.integers(0, 99),
 )
-def test_matches_float64_reference(backend, size, search, sigma, normalize, weights, density, upstream, seed):
+def test_matches_float64_reference(backend, size, extent, sigma, normalize, weights, upstream, seed):
+    search, density = extent
     sr, gt, mask = make_pair(size[0], 3, *size[1:], density=density, seed=seed)
     options = {
         "search_size": search,
@@ -94,18 +94,18 @@ def test_matches_float64_reference(backend, size, search, sigma, normalize, weig
 def test_kl_of_nearly_equal_images(backend):
     """The KL is second order in a small difference: log Z kept in float32 alone would miss this by 1e-4 (measured)."""
     sr, gt, mask = make_pair(1, 3, 48, 48, density=0.1, seed=3)
-    sr = (gt + 0.02 * (sr - gt)).float().double()
+    sr = (gt + 0.13 * (sr - gt)).float().double()
     want = SelfSimilarityLoss(backend="reference")(sr, gt, mask, return_terms=True)[1]["kl"].item()
     got = SelfSimilarityLoss(backend=backend)(sr.float(), gt.float(), mask, return_terms=True)[1]["kl"].item()
-    assert want < 1e-6
+    assert 1e-7 < want < 1e-6
     assert got == pytest.approx(want, rel=5e-5)
 
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_equal_images(backend, normalize):
-    image = make_pair(2, 3, 30, 33, density=0.3, seed=1)[1].float()
-    mask = torch.rand(2, 1, 30, 33) < 0.3
+    image = make_pair(2, 3, 20, 21, density=0.3, seed=1)[1].float()
+    mask = torch.rand(2, 1, 20, 21) < 0.2
     for weights in ((1.0, 0.0), (0.0, 1.0)):
         x = image.clone().requires_grad_()
         ssl = SelfSimilarityLoss(25, 9, 0.004, normalize, *weights, backend=backend)

@@ -186,7 +186,7 @@ def toy_job(
         training=settings,
         checkpoints=CheckpointSettings(every=10),
         output=OutputSettings(dir=str(run), trackers=()),
-        open_data=lambda rank, world, state: ToyLoader(rank, world, state, batch_size=settings.batch_size, poison=poison),
+        open_data=lambda rank, world, state, device: ToyLoader(rank, world, state, batch_size=settings.batch_size, poison=poison),
         save_pipeline=save_pipeline,
         export=lambda checkpoint, folder: None,
         recipe={"training": settings.model_dump(mode="json")},

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.losses import Loss
 from sslsr_diffusion.training.checkpoints import find_checkpoint, prune_checkpoints, read_checkpoint, write_checkpoint
@@ -45,7 +47,7 @@ class Job:
     training: TrainingSettings
     checkpoints: CheckpointSettings
     output: OutputSettings
-    open_data: Callable[[int, int, dict[str, Any] | None], Any]  # rank, world_size, state -> TrainingLoader
+    open_data: Callable[[int, int, dict[str, Any] | None, torch.device], Any]  # rank, world_size, state, device -> TrainingLoader
     save_pipeline: Callable[[Path], None]  # write the networks' present weights as a folder
     export: Callable[[Path, Path], Any]  # checkpoint folder, pipeline folder: the same from a checkpoint, on a CPU
     recipe: dict[str, Any]  # resolved, kept in the run folder and in every checkpoint
@@ -88,7 +90,7 @@ def fit(job: Job, *, resume: str | None = None, allow_recipe_change: bool = Fals
         folder.start(job.recipe)
         folder.rewind_history(progress.step)
     session.barrier()
-    loader = job.open_data(session.rank, session.world_size, position)
+    loader = job.open_data(session.rank, session.world_size, position, session.device)
     with StopWatch() as watch, Reporter(session, folder, settings, resumed=checkpoint_path) as reporter:
         try:
             stopped = _loop(job, session, folder, loader, watch, reporter)

@@ -1,0 +1,93 @@
+"""The shape of the house: imports go downwards, and the operator stands on torch and numpy alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "sslsr_diffusion"
+LAYERS = [
+    {"types", "errors", "seeding", "config", "images", "ops"},
+    {"data", "models", "losses", "evaluation"},
+    {"inference", "convert", "training"},
+    {"recipe"},
+    {"cli"},
+]
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+GROUND = LAYERS[0] - {"images", "ops"}  # what everything, their own layer included, may use
+ONLY_IN = {
+    "accelerate": {"training"},
+    "diffusers": {"models", "inference", "convert", "training"},
+    "cupy": {"ops"},
+    "numba": {"ops"},
+}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules imported anywhere in a file, but for type checkers alone."""
+    tree, found = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "sslsr_diffusion" else {node.module}
+    return found
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downwards(path):
+    part = part_of(path)
+    assert part in LEVEL, f"{part} has no layer"
+    for module in imports(path):
+        top, *rest = module.split(".")
+        if top == "sslsr_diffusion" and rest and rest[0] in LEVEL and rest[0] != part:
+            below = LEVEL[rest[0]] < LEVEL[part] or (LEVEL[part] == 0 and rest[0] in GROUND)
+            assert below, f"{part} imports {module}, which is not below it"
+        assert top not in ONLY_IN or part in ONLY_IN[top] | {"cli"}, f"{part} must not know {top}"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) not in ("cli",)], ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_cli_prints(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_ops_import_torch_and_numpy_alone():
+    allowed = {*sys.stdlib_module_names, "torch", "numpy", "numba", "llvmlite", "cupy", "sslsr_diffusion"}
+    for path in FILES:
+        if part_of(path) == "ops":
+            assert {module.split(".")[0] for module in imports(path)} <= allowed, path.name
+
+
+def test_operator_loss_and_mask_stand_alone():
+    code = """
+import sys
+for name in ("diffusers", "transformers", "datasets", "pydantic", "accelerate", "huggingface_hub"):
+    sys.modules[name] = None
+from sslsr_diffusion import SelfSimilarityLoss, laplacian_edge_mask, self_similarity_graph
+import torch
+assert not {"numba", "cupy"} & set(sys.modules), "imported before first use"
+image = torch.rand(1, 3, 16, 16)
+mask = laplacian_edge_mask(image)
+self_similarity_graph(image, mask, backend="torch")
+SelfSimilarityLoss(backend="torch")(image.requires_grad_(), image.detach(), mask).backward()
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_folder_holds_no_python():
+    """A kernels/__init__.py would shadow the package of that name which diffusers imports."""
+    assert not list((ROOT.parent / "kernels").rglob("*.py"))

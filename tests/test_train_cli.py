@@ -115,6 +115,21 @@ def test_train_resume_export_and_load(tmp_path):
     assert any(name.startswith("structural_encoder.") for name in names)
 
 
+@pytest.mark.slow
+def test_resume_with_the_real_parts_is_bit_for_bit(tmp_path):
+    """Workers that run ahead, moving average, accumulation and the real networks: 2 + 2 steps equal 4."""
+    more = ["model.vae=null", "data.workers=2", "training.accumulate=2", "training.schedule.kind=constant", "losses.2.search_size=9"]
+    more += ["training.decode_crop=6", "validation.limit=0", "checkpoints.every=2"]
+    sslsr(*small("tiny", "runs/whole", *more, "training.steps=4"))
+    sslsr(*small("tiny", "runs/parts", *more, "training.steps=2"))
+    sslsr(*small("tiny", "runs/parts", *more, "training.steps=4"), "--resume", "latest")
+    whole, parts = (read_checkpoint(tmp_path / "runs" / name / "checkpoint-4").tensors for name in ("whole", "parts"))
+    assert {"trained", "ema", "optimizer", "rng"} == whole.keys() == parts.keys()
+    for stem, group in whole.items():
+        for name, value in group.items():
+            assert torch.equal(torch.nan_to_num(value.double()), torch.nan_to_num(parts[stem][name].double())), (stem, name)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 

@@ -143,6 +143,7 @@ class TrainingLoader:
                 collate_fn=_unchanged,  # type: ignore[arg-type]
                 num_workers=workers,
                 worker_init_fn=_one_thread,
+                generator=torch.Generator(),  # or starting the workers would advance the global stream, which a resume restores
                 **parallel,
             )
         )

@@ -155,6 +155,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                     row["times_faster"] = round(row["baseline"]["median_ms"] / row["ours"]["median_ms"], 1)
                 row.update(device=device, backend=ours, baseline_backend=baseline, note=options.note, **hardware(device))
                 rows.append(row)
+                with (options.output / f"ssg_{device}.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
                 print(table_row(row), flush=True)
     return rows
 
@@ -206,11 +208,9 @@ def main() -> None:
     parser.add_argument("--note", default="", help="kept with every row, for example how busy the machine was")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
     print(HEAD)
     rows = run(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    with (options.output / f"ssg_{options.device}.jsonl").open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
     draw(rows, options.output / f"ssg_{options.device}.png")
 
 

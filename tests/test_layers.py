@@ -15,6 +15,9 @@ LAYERS = [
     {"data", "models", "losses", "evaluation"},
     {"inference", "convert", "training"},
     {"recipe"},
+    {"memory_estimate"},
+    {"build"},  # recipe -> objects
+    {"dry_run"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -142,6 +142,39 @@ def test_a_fixed_batch_is_learned(tmp_path):
         assert rows[-1][f"loss/{term}"] < rows[0][f"loss/{term}"], term
 
 
+class Recorder:
+    """A publisher that writes down what it is told; the folder must be whole when it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def publish(self, folder, message, *, files=None):
+        assert (folder / "weights.pt").is_file()
+        self.calls.append(f"publish {message} {sorted(files)}")
+
+    def checkpoint(self, folder=None):
+        self.calls.append(f"checkpoint {folder and folder.name}")
+
+    def close(self):
+        self.calls.append("close")
+        return True
+
+
+def test_best_and_end_are_published_and_every_checkpoint_tries_again(tmp_path):
+    recorder = Recorder()
+    output = OutputSettings(dir=str(tmp_path / "run"), trackers=(), push_to_hub=True, hub_id="a/b", push_state=True)
+    card = lambda metrics, pictures: {"README.md": f"{metrics['validation/mse']}".encode(), **{p.name: p for p in pictures}}  # noqa: E731
+    fit(replace(toy_job(tmp_path / "run"), validation=validation(), output=output, publisher=recorder, card=card))
+    files = "['README.md', 'step-0000{}.png']"
+    assert recorder.calls == [
+        f"publish Best so far, step 10 {files.format(10)}",
+        "checkpoint checkpoint-10",
+        "checkpoint checkpoint-20",
+        f"publish Step 20 {files.format(20)}",
+        "close",
+    ]
+
+
 def start(folder: Path, *launcher: str) -> subprocess.Popen[bytes]:
     options = json.dumps({"steps": 100000, "batch_size": 1, "log_every": 1})
     command = [sys.executable, *launcher, str(Path(__file__).parent / "toy_run.py"), str(folder), options]
@@ -173,11 +206,16 @@ def test_a_signal_leaves_a_checkpoint(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_the_launchers_death_leaves_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("whom", ["launcher", "group"])
+def test_the_launchers_death_leaves_a_checkpoint(tmp_path, whom):
     """`accelerate launch` does not forward SIGTERM to its child; the child notices that its parent is gone."""
     process = start(tmp_path / "run", "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1")
     assert wait_for(lambda: started(tmp_path / "run"))
-    os.kill(process.pid, signal.SIGKILL)
+    if whom == "launcher":
+        os.kill(process.pid, signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
     process.wait()
     assert wait_for(lambda: latest_checkpoint(tmp_path / "run") is not None, 30)
-    assert wait_for(lambda: "the launcher is gone" in (tmp_path / "run/log.txt").read_text(), 30)
+    reason = "the launcher is gone" if whom == "launcher" else "SIGTERM received"
+    assert wait_for(lambda: reason in (tmp_path / "run/log.txt").read_text(), 30)

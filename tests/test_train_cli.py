@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
@@ -19,6 +21,7 @@ PHOTOS = ROOT / "examples/photos"
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
+    AcceleratorState._reset_state()  # one precision per process; here each test is a process of its own in spirit
     monkeypatch.chdir(tmp_path)
 
 
@@ -113,6 +116,24 @@ def test_train_resume_export_and_load(tmp_path):
     assert restored.shape[-2:] == (36, 28)
     names = set(read_checkpoint(tmp_path / "runs/tiny/checkpoint-2").tensors["trained"])
     assert any(name.startswith("structural_encoder.") for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "setting", ["training.mixed_precision=bf16", "training.gradient_checkpointing=true", "losses.2.weight=auto", "losses.0.min_snr_gamma=5"]
+)
+def test_numerics_options_train(tmp_path, setting):
+    """Each option changes the numbers a little or not at all, and never the course."""
+    more = ["model.vae=null", "training.schedule.kind=constant", "losses.2.search_size=9", "validation.limit=0", "training.steps=2"]
+    history = {}
+    for name, extra in (("plain", []), ("option", [setting])):
+        AcceleratorState._reset_state()
+        sslsr(*small("tiny", f"runs/{name}", *more, *extra))
+        rows = (tmp_path / "runs" / name / "history.jsonl").read_text().splitlines()
+        history[name] = [json.loads(row)["loss/diffusion"] for row in rows]
+    assert history["option"][0] == pytest.approx(history["plain"][0], rel=0.02)  # bf16 has 8 bits
+    if "checkpointing" in setting:
+        assert history["option"] == pytest.approx(history["plain"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -10,9 +10,12 @@ import pytest
 import torch
 from emulation.emulator import COMPILER, SHARED_LIMIT, EmulatedLauncher
 from goldens import load_golden
-from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, golden_mask, make_inputs, reference_graph, reference_loss
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, draw_inputs, golden_mask, make_inputs, reference_graph, reference_loss
+from ssg_inputs import assert_close
 
-from sslsr_diffusion.ops import SelfSimilarityLoss, ssg_cuda, ssg_direct
+from sslsr_diffusion.ops import SelfSimilarityLoss, ssg_cuda, ssg_direct, ssg_reference
 from sslsr_diffusion.ops.ssg_cuda_plan import Settings, run_graph, run_graph_backward, run_loss
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
@@ -93,6 +96,74 @@ def test_graph_matches_float64_reference(case):
     gradient = run_graph_backward(launch, inputs.sr, inputs.mask, rows, cotangent, settings_of(case), shared_limit=SHARED_LIMIT)
     assert (rows - want).abs().max() <= 2e-6
     assert_same_gradient(gradient, want_gradient)
+
+
+# each line is a compilation of the kernels by g++, which the cases above have made already but for the first
+COMPILED = ((4, 5, 3), (1, 7, 3), (3, 7, 7), (2, 9, 1), (3, 3, 3), (3, 11, 5), (5, 11, 5), (3, 25, 9), (3, 31, 21))
+
+
+@st.composite
+def drawn_cases(draw) -> tuple[Case, Inputs, tuple[float, float]]:
+    """Sizes from the smallest that the search allows, any batch, masks from empty to full, image by image."""
+    channels, search, window = draw(st.sampled_from(COMPILED))
+    side = st.integers(search // 2 + 1, search // 2 + 8)
+    shape = (draw(st.integers(1, 3)), channels, draw(side), draw(side))
+    case = Case(shape, search, window, draw(st.sampled_from((1e-3, 4e-3, 0.05, 1.0))), draw(st.booleans()))
+    sr, gt, _ = draw_inputs(case, draw(st.integers(0, 1000)))
+    pixels = torch.rand(shape[0], 1, *shape[2:], generator=torch.Generator().manual_seed(draw(st.integers(0, 1000))))
+    most = 3e6 / (channels * search**2 * window**2 * shape[0])  # rows per image: the float64 reference keeps every product
+    densities = [draw(st.sampled_from((0.0, 0.03, 0.3, 1.0))) for _ in range(shape[0])]
+    mask = pixels < torch.tensor([min(density, most / pixels[0].numel()) for density in densities]).view(-1, 1, 1, 1)
+    return case, Inputs(sr, gt, mask), draw(st.sampled_from(((0.0, 900.0), (700.0, 0.0), (700.0, 900.0), (0.0, 0.0))))
+
+
+def drawn_tolerance(case: Case) -> float:
+    """A distance is rounded to 3e-7, and sigma = 1e-3 magnifies that up to 1000 times in the exponent."""
+    return 1e-5 + 2e-7 / case.sigma
+
+
+def gradient_floor(case: Case) -> float:
+    """A pixel's gradient is a difference of sums of weight * brightness / kappa; with sigma = 1e-3 only its rounding may be left."""
+    return 1e-6 * case.window / (case.shape[1] * case.window**2 * case.sigma)
+
+
+def almost_equal_somewhere(case: Case, inputs: Inputs) -> bool:
+    """Where float32 cannot tell which graph is larger, the sign in the L1 gradient is anybody's."""
+    sr, gt = (ssg_reference.graph(image.double(), inputs.mask, **case.settings()) for image in (inputs.sr, inputs.gt))
+    return bool(((sr - gt).abs() <= 2 * drawn_tolerance(case) * gt)[(gt > 1e-5) & (gt < 1)].any())
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@given(drawn_cases())
+def test_drawn_losses_match_float64_reference(drawn):
+    case, inputs, weights = drawn
+    if weights[0] and almost_equal_somewhere(case, inputs):
+        weights = (0.0, weights[1])
+    sums, gradient, _ = emulate_loss(inputs, settings_of(case), weights)
+    rows = max(int(inputs.mask.sum()), 1)
+    _, l1, kl, want = reference_loss(inputs, case, weights, num_rows=rows)
+    tolerance = drawn_tolerance(case)
+    largest = tolerance / (case.search**2 if case.normalize else 1)  # the mean of a graph times its relative error
+    assert (sums / (rows * case.search**2)).tolist() == pytest.approx([float(l1), float(kl)], rel=tolerance, abs=largest)
+    floor = max(weights) * gradient_floor(case) / (rows * case.search**2)
+    assert_close(gradient / (rows * case.search**2), want, 3 * tolerance, "gradient", floor)
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@given(drawn_cases())
+def test_drawn_graphs_match_float64_reference(drawn):
+    case, inputs, _ = drawn
+    pixels = inputs.mask.flatten().nonzero().squeeze(1)
+    cotangent = torch.randn(len(pixels), case.search**2, generator=torch.Generator().manual_seed(1))
+    want, want_gradient = reference_graph(inputs, case, cotangent)
+    rows = run_graph(EmulatedLauncher(), inputs.sr, pixels, settings_of(case), shared_limit=SHARED_LIMIT)
+    named = {"shared_limit": SHARED_LIMIT}
+    gradient = run_graph_backward(EmulatedLauncher(), inputs.sr, inputs.mask, rows, cotangent, settings_of(case), **named)
+    tolerance = drawn_tolerance(case)
+    assert rows.shape == want.shape
+    if len(rows):
+        assert_close(rows, want, tolerance, "rows")
+    assert_close(gradient, want_gradient, 3 * tolerance, "gradient", gradient_floor(case))
 
 
 def test_kl_of_almost_equal_images_keeps_its_digits():

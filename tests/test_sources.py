@@ -191,6 +191,17 @@ def test_pairs_stay_aligned_under_crop_and_flip(pairs):
             assert any(torch.equal(corner, lr) for corner in corners)
 
 
+def test_small_pairs_stay_aligned_when_reflected(tmp_path):
+    for folder, size in (("hr", 4), ("lr", 1)):
+        (tmp_path / folder).mkdir()
+        blocks = np.repeat(
+            np.repeat(picture((13, 11), 1), size, axis=0), size, axis=1
+        )  # 52x44 is less than the crop, 12 and 20 are missing
+        Image.fromarray(blocks).save(tmp_path / folder / "small.png")
+    for batch in take(open_small(settings({"kind": "pairs", "path": str(tmp_path)})), 4):
+        assert torch.equal(batch.hr, batch.lr.repeat_interleave(4, 2).repeat_interleave(4, 3))
+
+
 def test_pairs_that_do_not_fit_are_named(pairs):
     Image.fromarray(picture((81, 96), 7)).save(pairs / "hr" / "odd.png")
     Image.fromarray(picture((20, 24), 7)).save(pairs / "lr" / "odd.png")

@@ -141,7 +141,9 @@ class SampleMaker:
             if self.settings.small_images == "skip":
                 raise Unusable(f"{what}, left out.")
             problems.append(f"{what}, reflected.")
-            planes = {name: _reflect(plane, self.crop_size // (self.scale if name == "lr" else 1)) for name, plane in planes.items()}
+            grid = self.scale if "lr" in planes else 1
+            shrink = {name: self.scale if name == "lr" else 1 for name in planes}
+            planes = {name: _reflect(plane, self.crop_size // shrink[name], grid // shrink[name]) for name, plane in planes.items()}
         return planes
 
     def _crop(self, planes: dict[str, NDArray[Any]], generator: torch.Generator, name: str) -> dict[str, NDArray[Any]]:
@@ -176,10 +178,14 @@ def permutation(length: int, seed: int) -> Tensor:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 
 
-def _reflect(plane: NDArray[Any], size: int) -> NDArray[Any]:
-    """Grow both sides of the shorter axes to `size` by reflection, as often as it takes."""
+def _reflect(plane: NDArray[Any], size: int, grid: int) -> NDArray[Any]:
+    """Grow both sides of the shorter axes to `size` by reflection, as often as it takes; at the start by a multiple of `grid`.
+
+    With the scale as the grid of the large partner and 1 as that of the small one, the two of a pair stay aligned.
+    """
     missing = [max(0, size - n) for n in plane.shape[:2]]
-    pads = [(m // 2, m - m // 2) for m in missing] + [(0, 0)] * (plane.ndim - 2)
+    starts = [m // 2 // grid * grid for m in missing]
+    pads = [(start, m - start) for start, m in zip(starts, missing)] + [(0, 0)] * (plane.ndim - 2)
     return np.pad(plane, pads, mode="symmetric")
 
 

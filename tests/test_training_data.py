@@ -234,6 +234,21 @@ def test_mask_files_follow_crop_and_flip(folder, tmp_path, suffix):
         assert torch.equal(batch.mask[inner], laplacian_edge_mask(batch.hr)[inner])
 
 
+def test_masks_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    for scene, value in (("a", 0), ("b", 255)):
+        (tmp_path / "photos" / scene).mkdir(parents=True)
+        (tmp_path / "masks" / "png" / scene).mkdir(parents=True)
+        Image.fromarray(picture((64, 64), 1)).save(tmp_path / "photos" / scene / "0001.png")
+        Image.fromarray(np.full((64, 64), value, np.uint8)).save(tmp_path / "masks" / "png" / scene / "0001.png")
+    data = from_folder(tmp_path / "photos", mask={"kind": "files", "folder": str(tmp_path / "masks")})
+    seen = {Path(name).parent.name: float(mask.float().mean()) for b in take(open_small(data), 4) for name, mask in zip(b.names, b.mask)}
+    assert seen == {"a": 0.0, "b": 1.0}
+    (tmp_path / "photos" / "0001.png").write_bytes((tmp_path / "photos" / "a" / "0001.png").read_bytes())
+    loader = open_small(data)
+    take(loader, 4)
+    assert any("several masks have its name" in text for text in loader.problems())
+
+
 def test_mask_files_that_do_not_fit_are_named(folder, tmp_path):
     for path in list(folder.rglob("*.png")):
         np.save(tmp_path / f"{path.stem}.npy", np.ones((5, 5)) if path.stem == "p1" else np.ones(Image.open(path).size[::-1]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,21 +60,37 @@ class MaskFiles:
         if not base.is_dir():
             raise UserError(f"mask folder {printable(base)}: expected a folder, found none.")
         self._folder = folder
-        self._found: dict[str, Path] = {}
-        for suffix in reversed(MASK_SUFFIXES):
-            self._found.update({path.stem: path for path in sorted(base.rglob(f"*{suffix}"))})
+        self._found: dict[str, list[Path]] = {}
+        for suffix in MASK_SUFFIXES:
+            found = itertools.groupby(sorted(base.rglob(f"*{suffix}"), key=lambda path: path.stem), lambda path: path.stem)
+            self._found = {stem: list(paths) for stem, paths in found} | self._found
         if not self._found:
             raise UserError(f"mask folder {printable(base)}: expected {', '.join(MASK_SUFFIXES)} files, found none.")
 
     def read(self, name: str, size: tuple[int, int]) -> NDArray[np.bool_]:
         """The mask [H, W] of the picture called `name`, which has `size` (H, W) pixels."""
-        path = self._found.get(Path(name).stem)
-        if path is None:
-            raise MaskMismatch(f"{name}: no mask named {Path(name).stem} in {self._folder}.")
+        path = self._path(Path(name))
         mask = read_mask(path)
         if mask.shape != size:
             raise MaskMismatch(f"{name}: {size[1]}x{size[0]} pixels, but its mask {path.name} has {mask.shape[1]}x{mask.shape[0]}.")
         return mask
+
+    def _path(self, picture: Path) -> Path:
+        """Of several masks of that name, the one in folders that are named as the picture's."""
+        paths = self._found.get(picture.stem, [])
+        if not paths:
+            raise MaskMismatch(f"{picture}: no mask named {picture.stem} in {self._folder}.")
+        alike = [sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], _parents(picture, path))) for path in paths]
+        best = [path for path, count in zip(paths, alike) if count == max(alike)]
+        if len(best) > 1:
+            shown = " and ".join(printable(path) for path in best[:2])
+            raise MaskMismatch(f"{picture}: several masks have its name ({shown}); put them in folders named as the picture's.")
+        return best[0]
+
+
+def _parents(picture: Path, mask: Path) -> Iterator[tuple[str, str]]:
+    """The names of both paths' folders, the innermost first."""
+    return zip(reversed(picture.parts[:-1]), reversed(mask.parts[:-1]))
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:

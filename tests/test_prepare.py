@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.data.preparation import crop_places
+from sslsr_diffusion.errors import UserError
 
 RUN = CliRunner()
 
@@ -53,6 +54,24 @@ def test_crops(photos, tmp_path):
     assert "0 new files" in run(
         "crops", "--input", photos, "--output", tmp_path / "out", "--size", 64, "--step", 32, "--processes", 1, code=1
     )
+
+
+def test_pictures_of_one_name_are_not_lost_without_a_word(photos, tmp_path):
+    Image.fromarray(picture((80, 80), 4)).save(photos / "a.jpg")
+    output = run("masks", "--input", photos, "--output", tmp_path / "out", "--processes", 1, code=1)
+    assert "a.png: its results would be named as those of a.jpg; rename it." in output
+    assert "3 of 5 pictures done" in output
+
+
+def test_a_pattern_over_several_folders_keeps_the_folders(tmp_path):
+    for scene in ("one", "two"):
+        (tmp_path / scene).mkdir()
+        Image.fromarray(picture((64, 64), 1)).save(tmp_path / scene / "0001.png")
+    run("crops", "--input", tmp_path / "*" / "0001.png", "--output", tmp_path / "out", "--size", 64, "--processes", 1)
+    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")) == [
+        "one/0001_s001.png",
+        "two/0001_s001.png",
+    ]
 
 
 def test_multiscale(photos, tmp_path):
@@ -107,3 +126,9 @@ def test_check(photos):
 def test_nothing_there(tmp_path):
     result = RUN.invoke(app, ["prepare", "check", "--input", str(tmp_path)])
     assert "expected pictures, found none" in str(result.exception)
+
+
+def test_a_place_that_cannot_be_written_is_told(photos):
+    result = RUN.invoke(app, ["prepare", "fit", "--lr-folder", str(photos), "--output", str(photos)])
+    assert isinstance(result.exception, UserError)
+    assert "cannot be written (Is a directory)" in str(result.exception)

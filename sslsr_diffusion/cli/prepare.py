@@ -119,7 +119,11 @@ def fit(
     if output is None:
         typer.echo(text)
     else:
-        output.write_text(text, encoding="utf-8")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output {output}: cannot be written ({error.strerror}); name a file in a folder of yours.") from None
         typer.echo(f"degradation section for `data:` of a recipe in {output}")
 
 
@@ -134,11 +138,13 @@ def _listed(source: str) -> list[Path]:
 
 
 def _run(job: Job, source: str, output: Path, processes: int) -> None:
+    import os
+
     from sslsr_diffusion.data.preparation import default_processes, run_jobs
 
     paths = _listed(source)
     base = Path(source).expanduser()
-    base = base if base.is_dir() else paths[0].parent
+    base = base if base.is_dir() else Path(os.path.commonpath([path.parent for path in paths]))
     outcomes = list(_progress(run_jobs(job, paths, base, processes or default_processes()), len(paths)))
     bad = sorted((o for o in outcomes if o.problem), key=lambda o: o.name)
     for outcome in bad:

@@ -40,8 +40,19 @@ class Outcome:
 
 
 def run_jobs(job: Job, paths: Sequence[Path], base: Path, processes: int) -> Iterator[Outcome]:
-    """Yield an Outcome for every path, in the order of completion; `job` gets the path and its name relative to `base`."""
-    pairs = [(path, path.relative_to(base) if path.is_relative_to(base) else Path(path.name)) for path in paths]
+    """Yield an Outcome for every path, in the order of completion; `job` gets the path and its name relative to `base`.
+
+    Results are named after pictures without suffix: of several pictures of one such name the first is done, the others are problems.
+    """
+    named = [(path, path.relative_to(base) if path.is_relative_to(base) else Path(path.name)) for path in paths]
+    first: dict[Path, Path] = {}
+    pairs = [(path, name) for path, name in named if first.setdefault(name.with_suffix(""), name) == name]
+    for _, name in named:
+        other = first[name.with_suffix("")]
+        if other != name:
+            yield Outcome(
+                printable(name), problem=f"{printable(name)}: its results would be named as those of {printable(other)}; rename it."
+            )
     if processes <= 1:
         yield from (_one(job, path, name) for path, name in pairs)
         return

@@ -66,7 +66,8 @@ def evaluate(
         use_folder(weights_dir)
     if list_metrics:
         return _list_metrics()
-    _check_arguments(restored, reference, model, dataset)
+    _check_arguments(restored, reference, model, dataset, lr)
+    device = _device(device)
     chosen, lacking = _available(metrics, has_reference=bool(reference or dataset), strict=strict)
     columns = _columns(restored or [])
     if dataset:
@@ -88,13 +89,29 @@ def evaluate(
         raise UserError(f"--strict: {len(problems)} remark(s), see above; the first: {problems[0]}")
 
 
-def _check_arguments(restored: Any, reference: Path | None, model: Any, dataset: str | None) -> None:
+def _check_arguments(restored: Any, reference: Path | None, model: Any, dataset: str | None, lr: Path | None) -> None:
     if not restored and not model:
         raise UserError("expected --restored DIR (with --reference DIR), or --model PATH with --dataset DIR; neither came.")
     if model and not dataset:
         raise UserError("--model needs --dataset: a folder with lr/ and hr/, LR_DIR,HR_DIR or a folder of photographs.")
     if dataset and reference:
         raise UserError("--dataset brings its own references; give either --dataset or --reference.")
+    if dataset and lr:
+        raise UserError("--dataset brings its own low-resolution inputs; give either --dataset or --lr.")
+
+
+def _device(name: str) -> str:
+    """A torch device that is there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--device {name}: torch cannot use it here ({reason[:160]}); use auto or cpu.") from None
+    return name
 
 
 def _available(names: str, *, has_reference: bool, strict: bool) -> tuple[list[str], dict[str, str]]:
@@ -120,7 +137,13 @@ def _available(names: str, *, has_reference: bool, strict: bool) -> tuple[list[s
 
 def _columns(texts: Sequence[str]) -> dict[str, list[Path]]:
     columns: dict[str, list[Path]] = {}
-    for name, path in (_named(text) for text in texts):
+    for text in texts:
+        name, path = _named(text)
+        if name in columns and path == text:
+            raise UserError(
+                f"--restored {text}: a column named {name!r} is there already. Write NAME={text}: another name for another model, "
+                f"{name} for one more seed of the same."
+            )
         columns.setdefault(name, []).append(Path(path).expanduser())
     return columns
 
@@ -166,16 +189,13 @@ def _upscale(path: str, pairs: Dataset, folder: Path, seeds: range, steps: int |
 def _score(pairing: Pairing, chosen: list[str], output: Path, crop_border: int, y_channel: bool, device: str) -> Scores:
     from itertools import count
 
-    import torch
-
     from sslsr_diffusion.evaluation.results import ResultStore
     from sslsr_diffusion.evaluation.scoring import score
 
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     store, scored = ResultStore(output / "results.jsonl"), count(1)
 
     def work(at: Callable[[int], None]) -> Scores:
-        options: dict[str, Any] = {"crop_border": crop_border, "y_channel": y_channel, "device": place}
+        options: dict[str, Any] = {"crop_border": crop_border, "y_channel": y_channel, "device": device}
         return score(pairing.items, chosen, store, progress=lambda _: at(next(scored)), **options)
 
     try:

@@ -49,3 +49,19 @@ def test_the_command(samples, tmp_path):
     assert result.exit_code == 0, result.output
     assert "2 samples" in result.output
     assert Image.open(tmp_path / "sheets" / "x.png").width > 100
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("sheet", "a picture's suffix"), ("x.psd", "a picture's suffix"), ("bad.png/x.png", r"cannot be written \(.*name a file in a folder")],
+)
+def test_a_place_that_cannot_be_written_is_told(samples, output, message):
+    from typer.testing import CliRunner
+
+    from sslsr_diffusion.cli import app
+    from sslsr_diffusion.errors import UserError
+
+    words = ["preview", "--config", "tiny", "--count", "1", "--output", str(samples / output)]
+    result = CliRunner().invoke(app, [*words, "--set", f"data.sources=[{{kind: folder, path: {samples}}}]"])
+    with pytest.raises(UserError, match=message):
+        raise result.exception

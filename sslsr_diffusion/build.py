@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from sslsr_diffusion.config import parse
 from sslsr_diffusion.data import open_training_data, open_validation_pairs
-from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation.metrics import METRICS
+from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
 from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.models import build_autoencoder, build_networks
 from sslsr_diffusion.recipe import Recipe, resolved
@@ -53,7 +54,7 @@ def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True) -> i
     base = state.get("base") or {}
     if base.get("revision"):  # the very commit that was fine-tuned
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": base["revision"]})})
-    job = build(recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"limit": 0})}))
+    job = build(recipe.model_copy(update={"losses": [], "validation": recipe.validation.model_copy(update={"limit": 0})}))
     weights = tensors.get("ema", tensors["trained"]) if averaged else tensors["trained"]
     give_trained(trained_parameters(job.objective.module), weights, what=str(folder))
     job.objective.module.eval()
@@ -63,7 +64,7 @@ def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True) -> i
 
 def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
     networks = build_networks(recipe.model, seed=recipe.seed)
-    _check_crop(recipe, networks.codec.scale * 2 ** (len(networks.denoiser.unet.down_blocks) - 1))
+    check_crop(recipe, networks)
     if recipe.training.gradient_checkpointing:
         networks.denoiser.enable_gradient_checkpointing()
         networks.codec.vae.enable_gradient_checkpointing()
@@ -118,7 +119,7 @@ def _cfw(recipe: Recipe, publisher: Publisher | None) -> Job:
             torch.manual_seed(derive_seed(recipe.seed, "cfw"))
             vae = AutoencoderKLCFW.from_autoencoder(vae)
     networks = type(networks)(**{**vars(networks), "codec": Codec(vae)})
-    _check_crop(recipe, networks.codec.scale * 2 ** (len(networks.denoiser.unet.down_blocks) - 1))
+    check_crop(recipe, networks)
     if recipe.training.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     objective = CFWObjective(
@@ -197,7 +198,7 @@ def _job(
         validation = Validation(pairs, restore, metrics, recipe.validation, label, higher)
     return Job(
         objective=objective,
-        losses=build_losses(recipe.losses, prediction_type=prediction_type),
+        losses=build_losses(recipe.losses, prediction_type=prediction_type, distance=_perceptual_distance(recipe)),
         training=training,
         checkpoints=recipe.checkpoints,
         output=recipe.output,
@@ -211,6 +212,20 @@ def _job(
         publisher=publisher,
         card=_card(recipe, base or {}) if publisher is not None else None,
     )
+
+
+def _perceptual_distance(recipe: Recipe) -> nn.Module | None:
+    """What the loss lpips measures with; None where it is not asked for, or is optional and cannot be had."""
+    wanted = [loss for loss in recipe.losses if loss.kind == "lpips"]
+    if not wanted:
+        return None
+    try:
+        return load_perceptual_distance()
+    except (MissingDependency, UserError) as error:
+        if not wanted[0].optional:
+            raise
+        logger.warning("training goes without the optional loss: %s", error)
+        return None
 
 
 def _card(recipe: Recipe, base: dict[str, Any]) -> Callable[[dict[str, float], list[Path]], dict[str, Path | bytes]]:
@@ -295,6 +310,11 @@ def _metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         usable = [key for key, entry in METRICS.items() if not entry.whole_set]
         raise UserError(f"validation.metrics: {name!r} cannot be measured per picture; expected some of {', '.join(usable)}.")
     return lambda restored, reference: metric.fn(restored, reference if metric.needs_reference else None, crop_border=0, y_channel=False)
+
+
+def check_crop(recipe: Recipe, networks: Any) -> None:
+    """Raises UserError unless these networks can halve the crop as often as they do."""
+    _check_crop(recipe, networks.codec.scale * 2 ** (len(networks.denoiser.unet.down_blocks) - 1))
 
 
 def _check_crop(recipe: Recipe, unit: int) -> None:

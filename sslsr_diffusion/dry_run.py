@@ -44,7 +44,7 @@ def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False)
 
 def run_checks(recipe: Recipe, *, resume: bool = False) -> list[Check]:
     """Data, model and output, one entry each."""
-    checks = [*_data(recipe), *_model(recipe), _optimizer(recipe), _output(recipe, resume)]
+    checks = [*_data(recipe), *_model(recipe), _losses(recipe), _optimizer(recipe), _output(recipe, resume)]
     return [check for check in checks if check is not None]
 
 
@@ -114,6 +114,18 @@ def _hub(what: str, name: str, revision: str | None, kind: str) -> Check:
         return Check(what, "missing", f"{name} does not exist on the hub, or is private and no login was given")
     except Exception as error:  # every way in which a network can fail
         return Check(what, "not reachable", f"{name} is not in the local cache and the hub does not answer ({type(error).__name__})")
+
+
+def _losses(recipe: Recipe) -> Check | None:
+    for loss in recipe.losses:
+        if loss.kind == "lpips":
+            from sslsr_diffusion.evaluation.perceptual import unavailable
+
+            reason = unavailable(download=False)
+            if reason is None:
+                return Check("losses", "ok", "lpips and its weights")
+            return Check("losses", "ok" if loss.optional else "missing", f"lpips {'(optional) ' if loss.optional else ''}{reason}")
+    return None
 
 
 def _optimizer(recipe: Recipe) -> Check | None:

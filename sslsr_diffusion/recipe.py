@@ -17,9 +17,9 @@ from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 __all__ = ["Recipe", "load_recipe", "resolved"]
 
 LOSSES_OF_STAGE = {
-    "diffusion": ("diffusion", "pixel_l1", "self_similarity"),
-    "autoencoder": ("pixel_l1", "self_similarity", "latent_kl"),
-    "cfw": ("pixel_l1", "self_similarity"),
+    "diffusion": ("diffusion", "pixel_l1", "self_similarity", "lpips"),
+    "autoencoder": ("pixel_l1", "self_similarity", "latent_kl", "lpips"),
+    "cfw": ("pixel_l1", "self_similarity", "lpips"),
 }
 
 
@@ -74,6 +74,10 @@ class Recipe(Settings):
                     mistakes.append(f"losses.{i}.search_size: {loss.search_size} is too large for pictures of {side} pixels a side.")
                 if loss.weight == "auto" and len(kinds) == 1:
                     mistakes.append(f"losses.{i}.weight: auto compares with the other losses, and there is none; give a number.")
+        if kinds == ["lpips"] and self.losses[0].kind == "lpips" and self.losses[0].optional:
+            mistakes.append(
+                "losses.0.optional: lpips is the only loss, so the run cannot go without it; add another or set optional: false."
+            )
         return mistakes
 
     def _sizes_fit(self) -> list[str]:
@@ -82,9 +86,14 @@ class Recipe(Settings):
         return [f"{key}: {size} is not a multiple of scale {self.scale}." for key, size in sizes if size % self.scale]
 
     def _stage_fits(self) -> list[str]:
-        if self.stage == "diffusion":
-            return []
         mistakes = []
+        stored = [i for i, source in enumerate(self.data.sources) if source.kind == "cfw"]
+        if stored and self.stage != "cfw":
+            mistakes.append(f"data.sources.{stored[0]}.kind: cfw is for stage cfw only, here the stage is {self.stage}; use pairs.")
+        elif stored and len(stored) < len(self.data.sources):
+            mistakes.append("data.sources: kind cfw cannot be mixed with other kinds; make all samples with `sslsr prepare cfw`, or none.")
+        if self.stage == "diffusion":
+            return mistakes
         if self.training.decode_crop is not None:
             mistakes.append(f"training.decode_crop: is for stage diffusion only, here the stage is {self.stage}; remove it.")
         if self.stage == "autoencoder" and self.output.push_to_hub:

@@ -19,10 +19,11 @@ class Batch:
     mask: Tensor  # [B, 1, H, W] bool: the pixels whose self-similarity row enters the loss
     index: Tensor  # [B] int64: global sample index
     names: tuple[str, ...] = ()  # B source names, for messages
+    latents: Tensor | None = None  # [B, c, h, w], scaled: what the upscaler made of lr before training (stage cfw)
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name not in ("names", "index")}
-        return replace(self, **moved)
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("names", "index")}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in found.items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ LAYERS = [
     {"recipe"},
     {"memory_estimate"},
     {"build"},  # recipe -> objects
-    {"dry_run"},
+    {"dry_run", "cfw_data"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

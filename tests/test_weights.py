@@ -93,6 +93,7 @@ def test_our_table_names_the_files_that_pyiqa_and_torchvision_read():
 
     theirs = {
         "lpips": [AlexNet_Weights.IMAGENET1K_V1.url, lpips_arch.default_model_urls["0.1_alex"]],
+        "lpips-vgg": [VGG16_Weights.IMAGENET1K_V1.url, lpips_arch.default_model_urls["0.1_vgg"]],
         "dists": [VGG16_Weights.IMAGENET1K_V1.url, dists_arch.default_model_urls["url"]],
         "musiq": [musiq_arch.default_model_urls["koniq10k"]],
         "clipiqa": [clip_model._MODELS["RN50"]],

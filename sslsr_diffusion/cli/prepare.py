@@ -78,6 +78,35 @@ def lr(
 
 
 @app.command()
+def cfw(
+    config: Annotated[str, typer.Option("--config", "-c", help="The recipe of stage cfw: pictures, degradation, crop size, seed.")],
+    model: Annotated[str, typer.Option(help="The upscaler of stage 1: pipeline folder, run folder or hub id.")],
+    output: Output,
+    count: Annotated[int, typer.Option(min=1, help="Samples in all (StableSR: about 5000).")] = 5000,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps (StableSR: 200).")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 1,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe (repeatable).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """Make the samples of stage 2: hr/, lr/ and the upscaler's latents/. The same command goes on where it was stopped."""
+    import torch
+    from tqdm import tqdm
+
+    from sslsr_diffusion.cfw_data import make_cfw_data
+    from sslsr_diffusion.inference.models import find_model
+    from sslsr_diffusion.recipe import load_recipe
+
+    recipe = load_recipe(config, set_ or [])
+    folder, fingerprint = find_model(model)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    options: dict[str, Any] = {"count": count, "steps": steps, "batch_size": batch_size, "device": place, "fingerprint": fingerprint}
+    with tqdm(total=count, unit="sample", disable=None) as bar:
+        for present in make_cfw_data(recipe, folder, output, **options):
+            bar.update(present - bar.n)
+    typer.echo(f"{count} samples in {output}; train on them with --set 'data.sources=[{{kind: cfw, path: {output}}}]'")
+
+
+@app.command()
 def check(
     source: Input, crop_size: Annotated[int, typer.Option(min=1, help="Side of a training crop in pixels.")] = 512, processes: Processes = 0
 ) -> None:

@@ -155,12 +155,14 @@ class TrainingLoader:
         self._problems.update(problems)
 
     def _collate(self, samples: list[Sample]) -> Batch:
+        latents = [s.latents for s in samples if s.latents is not None]
         return Batch(
             hr=torch.stack([s.hr for s in samples]),
             lr=torch.stack([self._degraded(s) for s in samples]),
             mask=torch.stack([s.mask for s in samples]),
             index=torch.tensor([s.index for s in samples]),
             names=tuple(s.name for s in samples),
+            latents=torch.stack(latents) if len(latents) == len(samples) else None,
         )
 
     def _degraded(self, sample: Sample) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from sslsr_diffusion.data.masks import MaskFiles, cap, make_mask
 from sslsr_diffusion.data.settings import DataSettings
 from sslsr_diffusion.data.sources import IndexedSource, Item
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import read_image, to_tensor
+from sslsr_diffusion.images import printable, read_image, to_tensor
 from sslsr_diffusion.seeding import derive_seed, sample_generator
 
 
@@ -41,6 +42,7 @@ class Sample:
     index: int
     name: str
     ops: list[Op] = field(default_factory=list)
+    latents: Tensor | None = None  # [c, h, w], scaled: what the upscaler made of lr
 
 
 class Unusable(UserError):
@@ -106,7 +108,7 @@ class SampleMaker:
         """
         with_generator = functools.partial(sample_generator, self.seed, request.index)
         planes = self._read(item, problems)
-        crops = self._crop(planes, with_generator("crop"), item.name)
+        crops = self._crop(planes, with_generator("crop"), turn=item.latents is None)
         hr = to_tensor(crops["hr"])[None]
         hr = self.degradation.target(hr)
         generator = with_generator("mask")
@@ -116,7 +118,8 @@ class SampleMaker:
             mask = make_mask(hr, self.settings.mask, generator)
         mask = cap(mask, self.settings.mask, generator)
         if "lr" in crops:
-            return Sample(hr[0], to_tensor(crops["lr"]), mask[0], request.index, item.name, [Op("real pair")])
+            latents = None if item.latents is None else _read_latents(item.latents)
+            return Sample(hr[0], to_tensor(crops["lr"]), mask[0], request.index, item.name, [Op("real pair")], latents)
         shared = sample_generator(self.seed, request.group, "shared") if self.settings.degradation.pool_size else None
         ops = self.degradation.draw(hr.shape[2], hr.shape[3], with_generator("degradation"), shared)
         if self.settings.degradation.device == "training":
@@ -134,6 +137,8 @@ class SampleMaker:
             if (lr.shape[0] * self.scale, lr.shape[1] * self.scale) != (height, width):
                 came = f"{width}x{height} and {lr.shape[1]}x{lr.shape[0]} pixels"
                 raise Unusable(f"{item.name}: the sizes of the pair do not fit scale {self.scale}: {came}.")
+        if item.latents is not None and (height, width) != (self.crop_size, self.crop_size):
+            raise Unusable(f"{item.name}: latents belong to whole pictures of {width}x{height} pixels, the crop is {self.crop_size}.")
         if self._mask_files is not None:
             planes["mask"] = self._mask_files.read(item.name, (height, width))
         if min(height, width) < self.crop_size:
@@ -146,11 +151,11 @@ class SampleMaker:
             planes = {name: _reflect(plane, self.crop_size // shrink[name], grid // shrink[name]) for name, plane in planes.items()}
         return planes
 
-    def _crop(self, planes: dict[str, NDArray[Any]], generator: torch.Generator, name: str) -> dict[str, NDArray[Any]]:
+    def _crop(self, planes: dict[str, NDArray[Any]], generator: torch.Generator, *, turn: bool) -> dict[str, NDArray[Any]]:
         """An aligned window of all planes, mirrored and transposed alike; in pairs it starts on a low-resolution pixel."""
         crop = self.settings.crop
         grid = self.scale if "lr" in planes else 1
-        turns = [bool(t) for t in torch.rand(3, generator=generator) < 0.5]
+        turns = [turn and bool(t) for t in torch.rand(3, generator=generator) < 0.5]
         window = (0, 0)
         for attempt in range(crop.tries if crop.kind == "edge_aware" else 1):
             window = tuple(  # type: ignore[assignment]
@@ -171,6 +176,17 @@ class SampleMaker:
         if "mask" in cut:
             return float(cut["mask"].mean())
         return float(make_mask(to_tensor(cut["hr"])[None], self.settings.mask, generator).float().mean())
+
+
+def _read_latents(path: Path) -> Tensor:
+    """[c, h, w] float32."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)["latents"].float()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise Unusable(f"{printable(path)}: cannot be read as latents ({type(error).__name__}); delete it and make it again.") from None
 
 
 @functools.lru_cache(maxsize=8)

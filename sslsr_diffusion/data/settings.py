@@ -41,6 +41,13 @@ class PairsSource(_Source):
     lr: str = Field("lr", description="The folder of low-resolution pictures, below path (or absolute).")
 
 
+class CFWSource(_Source):
+    """Samples of `sslsr prepare cfw`, for stage cfw: hr/, lr/ and latents/ below path. They are neither cropped nor mirrored."""
+
+    kind: Literal["cfw"] = "cfw"
+    path: str = Field(description="The folder that `sslsr prepare cfw` wrote.")
+
+
 class _TableSource(_Source):
     column: str = Field("image", description="The column that holds the (high-resolution) pictures.")
     lr_column: str | None = Field(None, description="The column of the low-resolution partners, where the rows are real pairs.")
@@ -77,7 +84,7 @@ class WebdatasetSource(_Source):
 
 
 Source = Annotated[
-    FolderSource | FilesSource | PairsSource | HubSource | ParquetSource | WebdatasetSource,
+    FolderSource | FilesSource | PairsSource | CFWSource | HubSource | ParquetSource | WebdatasetSource,
     Field(discriminator="kind"),
 ]
 

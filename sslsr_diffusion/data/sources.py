@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from sslsr_diffusion.data.settings import FilesSource, FolderSource, HubSource, PairsSource, ParquetSource, Source, WebdatasetSource
+from sslsr_diffusion.data.settings import (
+    CFWSource,
+    FilesSource,
+    FolderSource,
+    HubSource,
+    PairsSource,
+    ParquetSource,
+    Source,
+    WebdatasetSource,
+)
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import IMAGE_SUFFIXES, list_images, printable
 
@@ -23,6 +32,7 @@ class Item(NamedTuple):
     name: str  # for messages
     hr: Path | bytes
     lr: Path | bytes | None = None  # the real low-resolution partner
+    latents: Path | None = None  # what the upscaler made of it (kind cfw)
 
 
 class IndexedSource(Protocol):
@@ -39,15 +49,23 @@ class IndexedSource(Protocol):
 class Files:
     """Pictures, or pairs of pictures, on a local disk."""
 
-    def __init__(self, name: str, hr: Sequence[Path], lr: Sequence[Path] | None = None, lost: Sequence[str] = ()) -> None:
-        self.name, self._hr, self._lr, self.lost = name, list(hr), None if lr is None else list(lr), list(lost)
+    def __init__(
+        self,
+        name: str,
+        hr: Sequence[Path],
+        lr: Sequence[Path] | None = None,
+        lost: Sequence[str] = (),
+        latents: Sequence[Path] | None = None,
+    ) -> None:
+        self.name, self.lost = name, list(lost)
+        self._hr, self._lr, self._latents = list(hr), lr and list(lr), latents and list(latents)
 
     def __len__(self) -> int:
         return len(self._hr)
 
     def item(self, position: int) -> Item:
         path = self._hr[position]
-        return Item(printable(path), path, self._lr[position] if self._lr else None)
+        return Item(printable(path), path, self._lr[position] if self._lr else None, self._latents[position] if self._latents else None)
 
 
 class Table:
@@ -149,6 +167,21 @@ def _pairs(settings: PairsSource) -> Files:
     return Files(settings.path, [sides["hr"][stem] for stem in shared], [sides["lr"][stem] for stem in shared], lost)
 
 
+def _cfw(settings: CFWSource) -> Files:
+    base = Path(settings.path).expanduser()
+    if not (base / "latents").is_dir():
+        raise UserError(
+            f"cfw source {settings.path!r}: expected hr/, lr/ and latents/ in it, found no latents/; make them: sslsr prepare cfw."
+        )
+    hr, lr = _by_stem(base / "hr"), _by_stem(base / "lr")
+    latents = {path.stem: path for path in (base / "latents").glob("*.safetensors")}
+    shared = sorted(hr.keys() & lr.keys() & latents.keys())
+    lost = [
+        f"{printable(path)}: left out, not a whole sample." for stem, path in sorted({**hr, **lr, **latents}.items()) if stem not in shared
+    ]
+    return Files(settings.path, [hr[s] for s in shared], [lr[s] for s in shared], lost, [latents[s] for s in shared])
+
+
 def _by_stem(folder: Path) -> dict[str, Path]:
     """Pictures by their path below the folder without suffix."""
     if not folder.is_dir():
@@ -222,6 +255,7 @@ OPENERS: dict[str, Callable[[Any], IndexedSource]] = {
     "folder": _folder,
     "files": _files,
     "pairs": _pairs,
+    "cfw": _cfw,
     "hub": _table,
     "parquet": _table,
     "webdataset": _webdataset,

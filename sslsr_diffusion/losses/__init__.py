@@ -9,6 +9,7 @@ from pydantic import Field
 from sslsr_diffusion.losses.base import Loss
 from sslsr_diffusion.losses.diffusion import DiffusionLoss, DiffusionSettings
 from sslsr_diffusion.losses.latent_kl import LatentKLLoss, LatentKLSettings
+from sslsr_diffusion.losses.lpips import LpipsLoss, LpipsSettings
 from sslsr_diffusion.losses.pixel import PixelL1Loss, PixelL1Settings
 from sslsr_diffusion.losses.self_similarity import SelfSimilarityLoss, SelfSimilaritySettings
 
@@ -19,18 +20,21 @@ LOSSES: dict[str, tuple[type, type]] = {
     "pixel_l1": (PixelL1Settings, PixelL1Loss),
     "self_similarity": (SelfSimilaritySettings, SelfSimilarityLoss),
     "latent_kl": (LatentKLSettings, LatentKLLoss),
+    "lpips": (LpipsSettings, LpipsLoss),
 }
 
 LossSettings = Annotated[
-    DiffusionSettings | PixelL1Settings | SelfSimilaritySettings | LatentKLSettings,
+    DiffusionSettings | PixelL1Settings | SelfSimilaritySettings | LatentKLSettings | LpipsSettings,
     Field(discriminator="kind"),
 ]
 
 
-def build_losses(settings: list[Any], *, prediction_type: str = "epsilon") -> list[Loss]:
-    """The callables of a recipe's list, in its order."""
-    built: list[Loss] = []
-    for entry in settings:
-        extra = {"prediction_type": prediction_type} if entry.kind == "diffusion" else {}
-        built.append(LOSSES[entry.kind][1](entry, **extra))
-    return built
+def build_losses(settings: list[Any], *, prediction_type: str = "epsilon", distance: Any = None) -> list[Loss]:
+    """The callables of a recipe's list, in its order; `distance` of two pictures is what `lpips` measures with.
+
+    An optional loss whose means are missing (`distance` None) is left out.
+    """
+    extra = {"diffusion": {"prediction_type": prediction_type}, "lpips": {"distance": distance}}
+    return [
+        LOSSES[entry.kind][1](entry, **extra.get(entry.kind, {})) for entry in settings if entry.kind != "lpips" or distance is not None
+    ]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.losses import Loss
 from sslsr_diffusion.seeding import sample_generator
@@ -156,7 +157,7 @@ class Autoencoder(nn.Module):
 class CFWObjective:
     """StableSR stage 2: the decoder learns to use the encoder features of the low-resolution picture.
 
-    sr = decode(latents, features(bicubic(lr)));  the latents are what the frozen upscaler makes of lr, sampled on the fly
+    sr = decode(latents, features(bicubic(lr)));  the latents are what the frozen upscaler makes of lr, stored or sampled on the fly
     """
 
     def __init__(self, networks: Any, *, seed: int, synthesize: Callable[[Tensor, list[int]], Tensor]) -> None:
@@ -176,7 +177,12 @@ class CFWObjective:
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         with torch.no_grad():
             z_lr, features = self.networks.codec.encode_with_features(upsampled(batch), draws.noise["posterior_lr"])
-            latents = self.synthesize(z_lr.float(), batch.index.tolist())
+            latents = self.synthesize(z_lr.float(), batch.index.tolist()) if batch.latents is None else batch.latents
+        if latents.shape != z_lr.shape:
+            raise UserError(
+                f"data: this autoencoder makes latents {list(z_lr.shape[1:])} of such crops, stored are {list(latents.shape[1:])}; "
+                "make them again with `sslsr prepare cfw` and the model that is trained."
+            )
         return Outputs(**vars(draws.given), sr=module(latents, features).float())
 
 

@@ -1,0 +1,49 @@
+"""The perceptual loss: LPIPS of the decoded prediction and the ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from sslsr_diffusion.losses.base import NoiseGate, decoded_active, pixels, share
+from sslsr_diffusion.types import Given, Outputs
+
+
+class LpipsSettings(NoiseGate):
+    """Learned perceptual distance with VGG16 features (needs torchvision and its weights)."""
+
+    kind: Literal["lpips"] = "lpips"
+    weight: float = Field(1.0, ge=0, description="Factor of this term in the sum (StableSR stage 2: 1, beside an L1 in [-1, 1]).")
+    optional: bool = Field(
+        False, description="Train without this term, with one line in the log, where torchvision or the weights are missing."
+    )
+
+
+class LpipsLoss:
+    """mean LPIPS(sr, hr) over the samples that pass the noise gate   (Zhang et al., CVPR 2018)"""
+
+    name = "lpips"
+    needs_pixels = True
+
+    def __init__(self, settings: LpipsSettings, *, distance: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """`distance` of pictures [K, 3, H, W] in [0, 1] -> [K], differentiable in the first; a module follows the pictures' device."""
+        self.settings = settings
+        self.distance: Any = distance
+
+    def active(self, given: Given) -> Tensor:
+        return self.settings.passes(given)
+
+    def count(self, given: Given) -> Tensor:
+        return decoded_active(self, given).sum().float()
+
+    def __call__(self, outputs: Outputs, count: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        sr, hr = pixels(outputs)
+        keep = decoded_active(self, outputs)
+        if isinstance(self.distance, nn.Module):
+            self.distance.to(sr.device)
+        total = self.distance(sr[keep], hr[keep]).sum() if bool(keep.any()) else 0 * sr.sum()
+        value = share(total, count, self.count(outputs))
+        return self.settings.weight * value, {self.name: value.detach()}

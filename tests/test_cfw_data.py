@@ -1,0 +1,172 @@
+"""cfw_data.py, `sslsr prepare cfw` and the source of kind cfw: exact, resumable, and what training on the fly would compute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from test_training_data import picture
+from typer.testing import CliRunner
+
+from sslsr_diffusion import build as building
+from sslsr_diffusion.cli import app
+from sslsr_diffusion.config import RecipeError, parse
+from sslsr_diffusion.data import open_training_data
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.images import read_image, to_tensor
+from sslsr_diffusion.inference import StableSRPipeline
+from sslsr_diffusion.models import ModelSettings, build_networks
+from sslsr_diffusion.recipe import Recipe, load_recipe
+from sslsr_diffusion.training.fit import fit
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Photographs, an upscaler and a recipe."""
+    base = tmp_path_factory.mktemp("world")
+    (base / "photos").mkdir()
+    for i in range(3):
+        Image.fromarray(picture((SIZE + 9 * i, SIZE + 20 - 4 * i), i)).save(base / "photos" / f"p{i}.png")
+    networks = build_networks(ModelSettings(init="random", preset="tiny", train="all"), seed=1)
+    StableSRPipeline(**networks.components()).save_pretrained(base / "model")
+    (base / "recipe.yaml").write_text(json.dumps(values(base)))
+    return base
+
+
+def values(world: Path, **more) -> dict:
+    return {
+        "stage": "cfw",
+        "seed": 5,
+        "model": {"base": str(world / "model"), "preset": "tiny"},
+        "data": {
+            "sources": [{"kind": "folder", "path": str(world / "photos")}],
+            "degradation": {"preset": "mild", "no_degradation_prob": 0},  # rounds to 8 bits, so that a PNG file is exact
+            "workers": 0,
+        },
+        "losses": [{"kind": "pixel_l1", "weight": 1.0}],
+        "training": {"steps": 2, "crop_size": SIZE, "synthesis_steps": 2, "log_every": 1},
+        "validation": {"limit": 0},
+        "checkpoints": {"every": 1},
+        **more,
+    }
+
+
+def prepare(world: Path, output: Path, *more: object, count: int = 3, steps: int = 2) -> str:
+    arguments = ["--config", world / "recipe.yaml", "--model", world / "model", "--output", output, "--count", count, "--steps", steps]
+    result = CliRunner().invoke(app, ["prepare", "cfw", *map(str, [*arguments, "--device", "cpu", *more])], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def made(world) -> Path:
+    assert "3 samples in" in prepare(world, world / "made")
+    return world / "made"
+
+
+def latents(folder: Path, index: int) -> torch.Tensor:
+    return load_file(folder / "latents" / f"{index:06d}.safetensors")["latents"]
+
+
+def test_samples_are_those_of_training_on_the_fly(world, made):
+    """Index for index the crops, degradations and latents that stage cfw would make itself."""
+    job = building.build(parse(Recipe, values(world)))
+    loader = job.open_data(0, 1, None, torch.device("cpu"))
+    for index, batch in zip(range(3), loader):
+        draws = job.objective.draw(batch, job.losses)
+        upscaled = torch.nn.functional.interpolate(batch.lr, scale_factor=4, mode="bicubic").clamp(0, 1)
+        with torch.no_grad():
+            z_lr, _ = job.objective.networks.codec.encode_with_features(upscaled, draws.noise["posterior_lr"])
+        want = job.objective.synthesize(z_lr, [index])[0]
+        assert torch.allclose(latents(made, index), want, atol=1e-5)
+        for side in ("hr", "lr"):
+            stored = to_tensor(read_image(made / side / f"{index:06d}.png").rgb)
+            assert torch.equal(stored, getattr(batch, side)[0])
+    loader.close()
+
+
+def test_a_second_run_makes_what_is_missing_and_nothing_else(world, made):
+    first, other = latents(made, 1), made / "latents" / "000000.safetensors"
+    (made / "latents" / "000001.safetensors").unlink()
+    before = other.stat().st_mtime_ns
+    assert "4 samples in" in prepare(world, made, "--batch-size", 2, count=4)
+    assert other.stat().st_mtime_ns == before
+    assert torch.allclose(latents(made, 1), first, atol=1e-5)  # alone in its batch or not
+    assert latents(made, 3).shape == first.shape
+    prepare(world, made, count=4)
+
+
+def test_other_settings_need_another_folder(world, made):
+    with pytest.raises(UserError, match="made with steps 2, now it is 3; give another --output"):
+        prepare(world, made, steps=3)
+    with pytest.raises(UserError, match="made with seed 5, now it is 6"):
+        prepare(world, made, "--set", "seed=6")
+    with pytest.raises(UserError, match="expected pictures to make samples from"):
+        prepare(world, world / "new", "--set", f"data.sources=[{{kind: cfw, path: {made}}}]")
+
+
+def stored_recipe(world: Path, made: Path, **more) -> dict:
+    recipe = values(world, **more)
+    return {**recipe, "data": {**recipe["data"], "sources": [{"kind": "cfw", "path": str(made)}]}}
+
+
+def test_training_reads_the_latents_instead_of_sampling(world, made, tmp_path, monkeypatch):
+    AcceleratorState._reset_state()
+
+    def never(*args, **kwargs):
+        raise AssertionError("the upscaler ran")
+
+    monkeypatch.setattr(building, "synthesize", never)
+    job = building.build(parse(Recipe, stored_recipe(world, made, output={"dir": str(tmp_path / "run"), "trackers": []})))
+    batch = next(iter(job.open_data(0, 1, None, torch.device("cpu"))))
+    index = int(Path(batch.names[0]).stem)
+    assert torch.equal(batch.latents[0], latents(made, index))
+    result = fit(job)
+    assert result.step == 2
+    assert result.pipeline is not None
+    assert (result.pipeline / "vae" / "config.json").is_file()
+
+
+def test_samples_that_cannot_be_used_are_named(world, made, tmp_path):
+    data = parse(Recipe, stored_recipe(world, made)).data
+    with pytest.raises(UserError, match="latents belong to whole pictures of 64x64 pixels, the crop is 32"):
+        next(iter(open_training_data(data, crop_size=32, scale=4, seed=0, batch_size=1)))
+    for side in ("hr", "lr", "latents"):
+        (tmp_path / side).mkdir()
+        for path in (made / side).iterdir():
+            (tmp_path / side / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "latents" / "000000.safetensors").write_bytes(b"cut off")
+    (tmp_path / "lr" / "000001.png").unlink()
+    data = parse(Recipe, stored_recipe(world, tmp_path)).data
+    loader = open_training_data(data, crop_size=SIZE, scale=4, seed=0, batch_size=4)
+    assert next(iter(loader)).latents.shape[0] == 4
+    problems = "\n".join(loader.problems())
+    assert "000000.safetensors: cannot be read as latents" in problems
+    assert "000001.safetensors: left out, not a whole sample" in problems
+    with pytest.raises(UserError, match=r"found no latents/; make them: sslsr prepare cfw"):
+        open_training_data(parse(Recipe, stored_recipe(world, world)).data, crop_size=SIZE, scale=4, seed=0, batch_size=1)
+
+
+def test_latents_of_another_autoencoder_are_refused(world, made):
+    job = building.build(parse(Recipe, stored_recipe(world, made)))
+    batch = next(iter(job.open_data(0, 1, None, torch.device("cpu"))))
+    small = type(batch)(**{**vars(batch), "latents": batch.latents[:, :, :4]})
+    with pytest.raises(UserError, match="make them again with `sslsr prepare cfw`"):
+        job.objective.run(job.objective.module, small, job.objective.draw(batch, job.losses))
+
+
+def test_the_kind_belongs_to_its_stage(world, made):
+    with pytest.raises(RecipeError, match="cfw is for stage cfw only"):
+        parse(Recipe, {**stored_recipe(world, made), "stage": "autoencoder"})
+    mixed = stored_recipe(world, made)
+    mixed["data"]["sources"].append({"kind": "folder", "path": str(world / "photos")})
+    with pytest.raises(RecipeError, match="cannot be mixed"):
+        parse(Recipe, mixed)
+    assert load_recipe("cfw_ssl").stage == "cfw"

@@ -12,10 +12,11 @@ import torch
 from toys import toy_job, toy_losses
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
+from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint, write_checkpoint
 from sslsr_diffusion.training.fit import fit
 from sslsr_diffusion.training.resume import check_same_recipe, data_state, differences
 from sslsr_diffusion.training.settings import CheckpointSettings
+from sslsr_diffusion.training.state import give_optimizer, take_optimizer
 
 VARIANTS = {
     "plain": {},
@@ -151,3 +152,43 @@ def test_data_goes_on_at_the_global_sample_index():
     with pytest.raises(UserError, match="pool or a stream"):
         data_state(state, 0, 1, 8, allow=False)
     assert data_state(state, 0, 1, 8, allow=True) == {"batch": 6}
+
+
+class NestingAdamW(torch.optim.AdamW):
+    """Hands out its tensors as bitsandbytes does: in a dict within each parameter's entry."""
+
+    def state_dict(self):
+        found = super().state_dict()
+        nested = {
+            k: {"step": entry["step"], "packed": {n: v for n, v in entry.items() if n != "step"}} for k, entry in found["state"].items()
+        }
+        return {**found, "state": nested}
+
+    def load_state_dict(self, state_dict):
+        flat = {k: {"step": entry["step"], **entry["packed"]} for k, entry in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": flat})
+
+
+def test_nested_optimizer_states_survive_a_checkpoint(tmp_path):
+    """8-bit states come as dicts of tensors: they are saved as tensors, and go back to where they were."""
+
+    def stepped(count: int):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        optimizer = NestingAdamW(layer.parameters())
+        for k in range(count):
+            layer(torch.full((1, 3), k + 1.0)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return dict(layer.named_parameters()), optimizer
+
+    (parameters, optimizer), (others, empty) = stepped(2), stepped(0)
+    tensors, plain = take_optimizer(optimizer, list(parameters))
+    assert set(tensors) == {f"{name}|{key}" for name in parameters for key in ("step", "packed|exp_avg", "packed|exp_avg_sq")}
+    write_checkpoint(tmp_path / "checkpoint-2", {"optimizer": tensors}, plain)
+    read = read_checkpoint(tmp_path / "checkpoint-2")
+    give_optimizer(empty, others, read.tensors["optimizer"], read.state)
+    for name, parameter in parameters.items():
+        before, after = optimizer.state[parameter], empty.state[others[name]]
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)

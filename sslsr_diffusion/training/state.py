@@ -79,7 +79,7 @@ def put(target: Tensor, value: Tensor) -> None:
 
 
 def take_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors as `parameter|key`, and everything that is no tensor."""
+    """Tensors as `parameter|key` (bitsandbytes nests its 8-bit states: `parameter|key|inner`), and everything that is no tensor."""
     raw = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
@@ -87,6 +87,8 @@ def take_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[
         for key, value in entry.items():
             if isinstance(value, Tensor):
                 tensors[f"{names[position]}|{key}"] = whole(value).clone()
+            elif isinstance(value, dict):
+                tensors |= {f"{names[position]}|{key}|{inner}": whole(tensor).clone() for inner, tensor in value.items()}
             else:
                 plain[f"{names[position]}|{key}"] = value
     groups = [{k: v for k, v in group.items() if k != "params"} for group in raw["param_groups"]]
@@ -101,7 +103,10 @@ def give_optimizer(
     position = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, Any]] = {}
     for joined, value in [*tensors.items(), *plain["state"].items()]:
-        name, _, key = joined.rpartition("|")
+        name, key, *inner = joined.split("|")
+        if inner:
+            state.setdefault(position[name], {}).setdefault(key, {})[inner[0]] = value
+            continue
         if isinstance(value, Tensor) and hasattr(parameters[name], "device_mesh") and value.shape == parameters[name].shape:
             sharded = torch.zeros_like(parameters[name])
             put(sharded, value)

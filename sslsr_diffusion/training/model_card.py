@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 from sslsr_diffusion import __version__
+from sslsr_diffusion.evaluation.metrics import METRICS
+from sslsr_diffusion.evaluation.summary import markdown_table
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _SECRET_KEY = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
@@ -45,7 +47,8 @@ def model_card(
     Args:
         repo_id: `user/name` of the repository the card is for.
         recipe: the resolved recipe; keys of secrets and the output section are left out, absolute paths shortened.
-        metrics: measured values by name; a row of the run's history does as well ("validation/psnr", "step").
+        metrics: measured values by name; a row of the run's history does as well ("validation/psnr", with the same of
+            bicubic enlargement as "validation_bicubic/psnr", and "step").
         pictures: paths of sample pictures in the repository.
         base: hub id of what was fine-tuned; a local folder is not named; None: random weights.
         licence: a licence id of the hub; default: that of a known base, apache-2.0 for random weights, else "other".
@@ -55,6 +58,7 @@ def model_card(
     known_base = base if base and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
     licence = licence or _licence_of(base, known_base)
     values = _metrics(metrics or {})
+    bicubic = _metrics(metrics or {}, "validation_bicubic/")
     template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Markdown, not HTML
     return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=yaml.safe_dump(_metadata(repo_id, known_base, licence, values), sort_keys=False, allow_unicode=True),
@@ -66,7 +70,7 @@ def model_card(
         base_revision=base_revision if base_revision and re.fullmatch(r"[\w.-]+", base_revision) else None,
         loss_names=_loss_names(recipe),
         scale=recipe.get("scale", 4),
-        metrics=[(name, f"{value:.4g}") for name, value in values.items()],
+        table=markdown_table(_summary(({"bicubic": bicubic} if bicubic else {}) | {"this model": values})) if values else None,
         step=(metrics or {}).get("step"),
         pictures=[{"alt": Path(path).stem, "path": path.replace(" ", "%20")} for path in pictures],
         recipe=yaml.safe_dump(scrub({k: v for k, v in recipe.items() if k != "output"}), sort_keys=False, allow_unicode=True).replace(
@@ -93,12 +97,31 @@ def _licence_of(base: str | None, known_base: str | None) -> str:
     return next((licence for prefix, licence in LICENCES.items() if (known_base or "").startswith(prefix)), "other")
 
 
-def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+def _metrics(row: Mapping[str, Any], prefix: str = "validation/") -> dict[str, float]:
     """Finite numbers; of a history row only what validation measured."""
-    prefix = "validation/" if any(str(name).startswith("validation/") for name in row) else ""
+    if prefix == "validation/" and not any(str(name).startswith(prefix) for name in row):
+        prefix = ""
     chosen = {str(name).removeprefix(prefix): value for name, value in row.items() if str(name).startswith(prefix) and name != "step"}
     numbers = {name: float(value) for name, value in chosen.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _summary(columns: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Rows of the card's table by model, in the form that the tables of `evaluation` take; a value that is missing is nan."""
+    metrics: dict[str, Any] = {}
+    for name, metric in METRICS.items():
+        means = {column: row[name] for column, row in columns.items() if name in row}
+        if not means:
+            continue
+        best = (max if metric.higher_is_better else min)(means.values())
+        metrics[name] = {
+            "label": metric.label,
+            "higher_is_better": metric.higher_is_better,
+            "digits": metric.digits,
+            "columns": {column: {"mean": means.get(column, math.nan)} for column in columns},
+            "best": [column for column, mean in means.items() if mean == best] if len(columns) > 1 else [],
+        }
+    return {"columns": list(columns), "metrics": metrics}
 
 
 def _metadata(repo_id: str, base: str | None, licence: str, metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
-from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -169,6 +169,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         (["model.vae=nowhere"], "model.vae"),
         (["validation.metrics=[psnr, psnrr]"], "psnrr"),
         (["output.dir=/proc/nothing"], "/proc/nothing"),
+        (["output.trackers=[tensrboard]"], "output.trackers: 'tensrboard' is unknown; expected some of"),
     ],
 )
 def test_mistakes_get_one_sentence(tmp_path, overrides, message):
@@ -176,6 +177,45 @@ def test_mistakes_get_one_sentence(tmp_path, overrides, message):
     with pytest.raises(UserError) as caught:
         sslsr(*small("tiny", "runs/tiny", "model.vae=null", *overrides))
     assert message in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can train in fp16")
+def test_fp16_without_a_gpu_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match=r"training\.mixed_precision: fp16 needs a GPU .* use bf16 or no\.$"):
+        sslsr(*small("tiny", "runs/tiny", "model.vae=null", "training.mixed_precision=fp16"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    from accelerate import tracking
+
+    from sslsr_diffusion.training.machine import check_trackers
+
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
+    check_trackers(["tensorboard"])
+    with pytest.raises(MissingDependency, match="pip install comet-ml"):
+        check_trackers(["tensorboard", "comet_ml"])
+
+
+def test_the_best_weights_are_no_state_to_go_on_from(tmp_path):
+    sslsr(*small("tiny_autoencoder", "runs/ae", "training.steps=1"))
+    with pytest.raises(UserError, match=r"runs/ae/best holds weights alone"):
+        sslsr(*small("tiny_autoencoder", "runs/ae", "training.steps=2"), "--resume", "runs/ae/best")
+
+
+def test_export_and_init_say_where_they_cannot_write(tmp_path):
+    Path("file").write_text("x")
+    with pytest.raises(UserError, match="new or empty folder"):
+        sslsr("export", "runs/ae", "--output", "file")
+    with pytest.raises(UserError, match="nothing: expected a checkpoint folder"):
+        sslsr("export", "nothing", "--output", "exported")
+    with pytest.raises(UserError, match=r"file/mine\.yaml cannot be written"):
+        sslsr("init", "tiny", "--output", "file/mine.yaml")
+
+
+def test_restart_and_resume_exclude_each_other():
+    with pytest.raises(UserError, match="choose one"):
+        sslsr("train", "--config", "tiny", "--restart", "--resume", "latest")
 
 
 def test_out_of_memory_says_what_would_fit(monkeypatch):

@@ -16,8 +16,11 @@ def train(
     allow_recipe_change: Annotated[bool, typer.Option(help="Go on from a checkpoint of another recipe all the same.")] = False,
 ) -> None:
     """Fine-tune an upscaler (or train an autoencoder) as a recipe says."""
+    from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.recipe import load_recipe
 
+    if restart and resume is not None:
+        raise UserError("--restart begins anew and --resume goes on; choose one of them.")
     recipe = load_recipe(config, set_ or [])
     if dry_run:
         from sslsr_diffusion.dry_run import dry_run as check

@@ -16,6 +16,7 @@ import torch
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.losses import Loss
 from sslsr_diffusion.training.checkpoints import find_checkpoint, prune_checkpoints, read_checkpoint, write_checkpoint
+from sslsr_diffusion.training.machine import check_precision, check_trackers
 from sslsr_diffusion.training.objective import Objective
 from sslsr_diffusion.training.plots import plot_losses
 from sslsr_diffusion.training.reporting import Reporter
@@ -77,15 +78,23 @@ def fit(job: Job, *, resume: str | None = None, allow_recipe_change: bool = Fals
         UserError: the checkpoint does not fit, or the numbers went wrong too often (a checkpoint is left behind).
     """
     settings, folder = job.training, RunFolder(Path(job.output.dir))
+    check_trackers(job.output.trackers)
     checkpoint_path = find_checkpoint(resume, folder.path) if resume else None
     session = Session(job.objective, job.losses, settings, seed=job.seed, trackers=job.output.trackers, run=folder.path)
+    check_precision(settings.mixed_precision, session.device)
     position = None
     if checkpoint_path is not None:
         checkpoint = read_checkpoint(checkpoint_path)
+        if "optimizer" not in checkpoint.state:
+            raise UserError(
+                f"--resume: {checkpoint_path} holds weights alone, no state to go on from; give a checkpoint-N folder or latest."
+            )
         check_same_recipe(checkpoint.state, job.recipe, session.world_size, allow=allow_recipe_change)
         session.give(checkpoint, what=str(checkpoint_path))
         position = data_state(checkpoint.state, session.rank, session.world_size, settings.batch_size, allow=allow_recipe_change)
     progress = session.progress
+    if session.main and session.sharded and job.validation is not None:
+        logger.warning("the weights are divided among the processes (FSDP): validation is left out, so no weights are chosen as the best")
     if session.main:
         folder.start(job.recipe)
         folder.rewind_history(progress.step)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from sslsr_diffusion.config import Settings
-from sslsr_diffusion.data.draws import Draws, Frame, OddSizes, Op, Probability, Range
+from sslsr_diffusion.data.draws import Draws, Frame, OddSizes, Op, Probability, within
 
 _MODES = ("bilinear", "bicubic", "area_average")
 _LEAST_VARIANCE = 1e-3  # a variance of 0 has no inverse; a kernel this narrow is the unit pulse
@@ -24,10 +24,16 @@ class BsrganStep(Settings):
     resize_prob: Probability = Field(
         0.75, description="Probability that the first reduction is a plain resize; otherwise blur and sub-sample."
     )
-    factors: Range = Field((0.85, 1.0), description="Factor of the first reduction when it is a plain resize.")
-    noise: tuple[int, int] = Field((1, 12), description="Least and most noise level in grey levels, whole numbers.")
+    factors: Annotated[tuple[float, float], within(0.01, 1)] = Field(
+        (0.85, 1.0), description="Factor of the first reduction when it is a plain resize."
+    )
+    noise: Annotated[tuple[int, int], within(0, 255)] = Field(
+        (1, 12), description="Least and most noise level in grey levels, whole numbers."
+    )
     jpeg_prob: Probability = Field(0.9, description="Probability of the JPEG compression among the shuffled operations.")
-    quality: tuple[int, int] = Field((75, 95), description="Least and most JPEG quality, whole numbers; a last compression always happens.")
+    quality: Annotated[tuple[int, int], within(1, 100)] = Field(
+        (75, 95), description="Least and most JPEG quality, whole numbers; a last compression always happens."
+    )
 
     def draw(self, draws: Draws, frame: Frame) -> list[Op]:
         ops: list[Op] = []

@@ -18,6 +18,17 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def within(least: float, most: float) -> AfterValidator:
+    """For pairs [least, most] whose numbers both have to lie between two bounds."""
+
+    def check(pair: tuple[Any, Any]) -> tuple[Any, Any]:
+        if not least <= pair[0] <= pair[1] <= most:
+            raise ValueError(f"expected [least, most] with numbers from {least:g} to {most:g}, came {list(pair)}")
+        return pair
+
+    return AfterValidator(check)
+
+
 def _odd(pair: tuple[int, int]) -> tuple[int, int]:
     if pair[0] % 2 == 0 or pair[1] % 2 == 0 or not 1 <= pair[0] <= pair[1] <= 51:
         raise ValueError(f"expected two odd sizes from 1 to 51, [least, most], came {list(pair)}")

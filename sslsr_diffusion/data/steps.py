@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from sslsr_diffusion.config import Settings
 from sslsr_diffusion.data.blur_kernels import FAMILIES, Family
 from sslsr_diffusion.data.bsrgan import BsrganStep
-from sslsr_diffusion.data.draws import Draws, Frame, OddSizes, Op, Probability, Range
+from sslsr_diffusion.data.draws import Draws, Frame, OddSizes, Op, Probability, Range, within
 
 Mode = Literal["area", "bilinear", "bicubic"]
 
@@ -32,8 +32,12 @@ class BlurStep(Settings):
         0.1, description="Probability of a sinc kernel instead; its cutoff is U(pi/3, pi), from size 13 U(pi/5, pi)."
     )
     sigma: Range = Field((0.2, 3.0), description="Standard deviations of the kernel in pixels.")
-    beta_generalized: Range = Field((0.5, 4.0), description="Shape of generalized Gaussians; half of the draws lie below 1, half above.")
-    beta_plateau: Range = Field((1.0, 2.0), description="Shape of plateau kernels; half of the draws lie below 1, half above.")
+    beta_generalized: Annotated[tuple[float, float], within(0.05, 20)] = Field(
+        (0.5, 4.0), description="Shape of generalized Gaussians; half of the draws lie below 1, half above."
+    )
+    beta_plateau: Annotated[tuple[float, float], within(0.05, 20)] = Field(
+        (1.0, 2.0), description="Shape of plateau kernels; half of the draws lie below 1, half above."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> BlurStep:
@@ -68,7 +72,9 @@ class SincStep(Settings):
     kind: Literal["sinc"] = "sinc"
     prob: Probability = Field(0.8, description="Probability that the step happens.")
     sizes: OddSizes = Field((7, 21), description="Least and most kernel size in pixels, both odd.")
-    cutoff: Range = Field((math.pi / 3, math.pi), description="Cutoff frequency in radians per pixel.")
+    cutoff: Annotated[tuple[float, float], within(0.01, 3.15)] = Field(
+        (math.pi / 3, math.pi), description="Cutoff frequency in radians per pixel."
+    )
 
     def draw(self, draws: Draws, frame: Frame) -> list[Op]:
         kernel = {"family": "sinc", "size": draws.odd(self.sizes), "cutoff": draws.uniform(self.cutoff)}
@@ -116,8 +122,12 @@ class NoiseStep(Settings):
     kind: Literal["noise"] = "noise"
     prob: Probability = Field(1.0, description="Probability that the step happens.")
     gaussian_prob: Probability = Field(0.5, description="Probability of Gaussian noise; otherwise Poisson.")
-    sigma: Range = Field((1.0, 30.0), description="Standard deviation of Gaussian noise in grey levels (of 255).")
-    poisson_scale: Range = Field((0.05, 3.0), description="Strength of Poisson noise; 1 is photon noise at 256 photons for white.")
+    sigma: Annotated[tuple[float, float], within(0, 255)] = Field(
+        (1.0, 30.0), description="Standard deviation of Gaussian noise in grey levels (of 255)."
+    )
+    poisson_scale: Annotated[tuple[float, float], within(0, 100)] = Field(
+        (0.05, 3.0), description="Strength of Poisson noise; 1 is photon noise at 256 photons for white."
+    )
     gray_prob: Probability = Field(0.4, description="Probability that all channels get the same field.")
 
     def draw(self, draws: Draws, frame: Frame) -> list[Op]:
@@ -133,16 +143,10 @@ class JpegStep(Settings):
 
     kind: Literal["jpeg"] = "jpeg"
     prob: Probability = Field(1.0, description="Probability that the step happens.")
-    quality: Range = Field((30.0, 95.0), description="Least and most quality, 1 to 100.")
+    quality: Annotated[tuple[float, float], within(1, 100)] = Field((30.0, 95.0), description="Least and most quality, 1 to 100.")
     codec: Literal["model", "real"] = Field(
         "model", description="model: real-valued quality, no 8-bit rounding; real: integer quality, 8 bits."
     )
-
-    @model_validator(mode="after")
-    def _check(self) -> JpegStep:
-        if not 1 <= self.quality[0] <= self.quality[1] <= 100:
-            raise ValueError(f"jpeg: expected qualities from 1 to 100, came {list(self.quality)}")
-        return self
 
     def draw(self, draws: Draws, frame: Frame) -> list[Op]:
         quality = draws.uniform(self.quality)

@@ -67,6 +67,8 @@ def evaluate(
     if list_metrics:
         return _list_metrics()
     _check_arguments(restored, reference, model, dataset, lr)
+    if not model and (seeds > 1 or steps is not None):
+        raise UserError("--seeds and --steps are for --model, which upscales; results that are there already are taken as they are.")
     device = _device(device)
     chosen, lacking = _available(metrics, has_reference=bool(reference or dataset), strict=strict)
     columns = _columns(restored or [])

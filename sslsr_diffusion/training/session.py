@@ -32,6 +32,7 @@ from sslsr_diffusion.training.state import (
     trained_parameters,
     whole,
 )
+from sslsr_diffusion.training.zero2 import Zero2, deepspeed_plugin
 from sslsr_diffusion.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -63,12 +64,13 @@ class Session:
         self.main: bool = self.accelerator.is_main_process
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
-        self.sharded: bool = str(self.accelerator.distributed_type).endswith("FSDP")
+        self.sharded: bool = _kind(self.accelerator) == "FSDP"
         _seed_everything(derive_seed(seed, "global", self.rank))
         objective.to(self.device)
         objective.module.train()
         optimizer = OPTIMIZERS[settings.optimizer.kind](list(trained_parameters(objective.module).values()), settings.optimizer)
         self.model, self.optimizer = self.accelerator.prepare(objective.module, optimizer)
+        self.zero2 = Zero2(self.model) if _kind(self.accelerator) == "DEEPSPEED" else None
         self.parameters: dict[str, nn.Parameter] = trained_parameters(self.accelerator.unwrap_model(self.model))
         self.schedule = build_schedule(settings.schedule, self._inner_optimizer(), settings.steps)
         self.ema = build_ema(settings.ema, self.parameters.values())
@@ -84,11 +86,14 @@ class Session:
         scales = {name: auto.value for name, auto in self.auto.items()}
         sums: dict[str, Tensor] = {}
         for last, batch, draw in zip([*[False] * (len(batches) - 1), True], batches, draws):
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.accelerator.autocast():
+            with contextlib.nullcontext() if last or self.zero2 else self.accelerator.no_sync(self.model):
+                with self._autocast():
                     outputs = self.objective.run(self.model, batch, draw)
                 result = apply_losses(outputs, self.losses, counts, scales)
-                self.accelerator.backward(result.loss)
+                if self.zero2:
+                    self.zero2.backward(result.loss, last=last)
+                else:
+                    self.accelerator.backward(result.loss)
             weighted = {f"weighted/{name}": value for name, value in result.weighted.items()}
             density = batch.mask.float().mean() / len(batches)
             for name, value in {"": result.loss.detach(), ".mask": density, **weighted, **result.raw}.items():
@@ -98,16 +103,16 @@ class Session:
 
     def _update(self, terms: dict[str, float], names: tuple[str, ...]) -> StepReport:
         """Clip, decide whether the numbers can be trusted, and move the weights (one host sync per optimizer step: the decision)."""
-        limit = self.settings.max_grad_norm or float("inf")
-        norm = float(whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))))
+        norm = self.zero2.step() if self.zero2 else self._clip()
         loss, density = terms.pop(""), terms.pop(".mask")
         weighted = {name.removeprefix("weighted/"): terms.pop(name) for name in list(terms) if name.startswith("weighted/")}
         sound = bool(np.isfinite(loss) and np.isfinite(norm))
         scaler = self.accelerator.scaler
         overflow = not sound and scaler is not None and scaler.get_scale() > 1  # fp16 finds its scale this way
-        if sound or scaler is not None:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        if not self.zero2:
+            if sound or scaler is not None:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
         if sound:
             self.schedule.step()
             if self.ema is not None:
@@ -116,6 +121,15 @@ class Session:
                 auto.observe(weighted[name], [value for other, value in weighted.items() if other != name])
         self._count(loss, names, sound=sound, overflow=overflow)
         return StepReport(loss, terms, norm, density, sound, names)
+
+    def _clip(self) -> float:
+        limit = self.settings.max_grad_norm or float("inf")
+        return float(whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))))
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.zero2 and self.settings.mixed_precision == "bf16":  # accelerate leaves precision to DeepSpeed's engine
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return self.accelerator.autocast()
 
     def _count(self, loss: float, names: tuple[str, ...], *, sound: bool, overflow: bool) -> None:
         progress, settings = self.progress, self.settings
@@ -169,7 +183,10 @@ class Session:
 
     def take(self, data: dict[str, Any]) -> Checkpoint:
         """Everything that a resume needs, as full CPU tensors and plain values."""
-        optimizer, plain = take_optimizer(self._inner_optimizer(), list(self.parameters))
+        if self.zero2:
+            optimizer, plain = self.zero2.take_optimizer(self.parameters)
+        else:
+            optimizer, plain = take_optimizer(self._inner_optimizer(), list(self.parameters))
         streams = self.gather([(self.rank, take_rng(self.device))])
         tensors = {
             "trained": {name: whole(p).clone() for name, p in self.parameters.items()},
@@ -194,7 +211,10 @@ class Session:
         """Continue exactly where `take` was called."""
         tensors, state = checkpoint
         give_trained(self.parameters, tensors["trained"], what=what)
-        give_optimizer(self._inner_optimizer(), self.parameters, tensors["optimizer"], state["optimizer"])
+        if self.zero2:
+            self.zero2.give_optimizer(self.parameters, tensors["optimizer"], state["optimizer"])
+        else:
+            give_optimizer(self._inner_optimizer(), self.parameters, tensors["optimizer"], state["optimizer"])
         self.schedule.load_state_dict({**state["schedule"], "lr_lambdas": self.schedule.state_dict()["lr_lambdas"]})
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -213,7 +233,7 @@ class Session:
             _seed_everything(derive_seed(self.seed, "global", self.rank, self.progress.step))
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        return self.zero2.optimizer if self.zero2 else getattr(self.optimizer, "optimizer", self.optimizer)
 
 
 def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: Path) -> Any:
@@ -228,21 +248,28 @@ def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: P
         torch.set_num_threads(settings.cpu_threads)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
+    plugin = deepspeed_plugin(settings)
     try:
         accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
+            mixed_precision="no" if plugin else settings.mixed_precision,
+            deepspeed_plugin=plugin,
             log_with=list(trackers) or None,
             project_dir=str(run),
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"training: this machine cannot run the recipe as it is: {error}") from error
     accelerator.gradient_accumulation_steps = 1
-    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    kind = _kind(accelerator)
     if kind == "FSDP" and not accelerator.is_fsdp2:
         raise UserError("training: expected FSDP2 (fsdp_version: 2), the accelerate configuration asks for FSDP 1.")
-    if kind in ("DEEPSPEED", "MEGATRON_LM", "TP"):
+    if kind in ("MEGATRON_LM", "TP"):
         raise UserError(f"training: {kind} is not supported; configs/accelerate/fsdp2.yaml divides the same states among GPUs.")
     return accelerator
+
+
+def _kind(accelerator: Any) -> str:
+    """MULTI_GPU, FSDP, DEEPSPEED ... by accelerate's names."""
+    return str(accelerator.distributed_type).rpartition(".")[2]
 
 
 def _seed_everything(seed: int) -> None:

@@ -193,7 +193,7 @@ def _job(
     pairs = _validation_pairs(recipe)
     validation = None
     if pairs:
-        metrics = {name: _metric(name) for name in recipe.validation.metrics}
+        metrics = {name: validation_metric(name) for name in recipe.validation.metrics}
         higher = {name: METRICS[name].higher_is_better for name in recipe.validation.metrics}
         validation = Validation(pairs, restore, metrics, recipe.validation, label, higher)
     return Job(
@@ -304,7 +304,8 @@ def _validation_pairs(recipe: Recipe) -> Sequence[Pair]:
     )
 
 
-def _metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+def validation_metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """(restored, reference), both [B, 3, H, W] in [0, 1] -> [B]; UserError for a name that cannot be measured per picture."""
     metric = METRICS.get(name)
     if metric is None or metric.whole_set:
         usable = [key for key, entry in METRICS.items() if not entry.whole_set]

@@ -44,7 +44,15 @@ def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False)
 
 def run_checks(recipe: Recipe, *, resume: bool = False) -> list[Check]:
     """Data, model and output, one entry each."""
-    checks = [*_data(recipe), *_model(recipe), _losses(recipe), _optimizer(recipe), _output(recipe, resume)]
+    checks = [
+        *_data(recipe),
+        *_model(recipe),
+        _losses(recipe),
+        _metrics(recipe),
+        _optimizer(recipe),
+        _trackers(recipe),
+        _output(recipe, resume),
+    ]
     return [check for check in checks if check is not None]
 
 
@@ -137,6 +145,29 @@ def _optimizer(recipe: Recipe) -> Check | None:
     return Check(
         "optimizer", "ok" if found else "missing", "bitsandbytes" if found else "adamw8bit needs: pip install 'sslsr-diffusion[adam8bit]'"
     )
+
+
+def _metrics(recipe: Recipe) -> Check | None:
+    from sslsr_diffusion.build import validation_metric
+
+    if not recipe.validation.limit:
+        return None
+    try:
+        for name in recipe.validation.metrics:
+            validation_metric(name)
+    except UserError as error:
+        return Check("metrics", "missing", str(error))
+    return Check("metrics", "ok", ", ".join(recipe.validation.metrics))
+
+
+def _trackers(recipe: Recipe) -> Check | None:
+    from sslsr_diffusion.training.machine import check_trackers
+
+    try:
+        check_trackers(recipe.output.trackers)
+    except (UserError, MissingDependency) as error:
+        return Check("trackers", "missing", str(error))
+    return Check("trackers", "ok", ", ".join(recipe.output.trackers)) if recipe.output.trackers else None
 
 
 def _output(recipe: Recipe, resume: bool) -> Check:

@@ -70,6 +70,14 @@ def test_dry_run_counts_parameters_and_memory_without_weights():
     assert not Path("runs").exists()
 
 
+def test_dry_run_finds_names_that_cannot_be_used():
+    arguments = small("tiny_autoencoder", "runs/ae", "validation.metrics=[psnr,ssin]", "output.trackers=[tensrboard]")
+    result = CliRunner().invoke(app, [*arguments, "--dry-run"], catch_exceptions=False)
+    assert result.exit_code == 2
+    assert re.search(r"metrics +missing +validation.metrics: 'ssin'", result.output)
+    assert re.search(r"trackers +missing +output.trackers: 'tensrboard' is unknown", result.output)
+
+
 @pytest.mark.slow
 def test_dry_run_of_the_mission_finds_the_published_numbers(monkeypatch):
     """StableSR trains 53.02 M SPADE parameters and a structural encoder of 52.49 M."""

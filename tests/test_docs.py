@@ -21,6 +21,13 @@ COMMANDS = [
     for line in re.sub(r" *\\\n *", " ", page.read_text(encoding="utf-8")).splitlines()
     if line.strip().startswith("sslsr ")
 ]
+# scripts are the verbs of the same name
+COMMANDS += [
+    (page.name, f"sslsr {verb} {options.split('  #')[0].strip()}")
+    for page in PAGES
+    for verb, options in re.findall(r"^.*\b(train|infer)\.py (-.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    if "`" not in options
+]
 SECTIONS = [
     (page.name, block)
     for page in PAGES

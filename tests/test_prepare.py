@@ -111,6 +111,14 @@ def test_low_resolution_sets_repeat_themselves(photos, tmp_path):
     assert np.asarray(Image.open(tmp_path / "one" / "hr" / "a.png")).shape == (68, 100, 3)
 
 
+def test_results_of_other_settings_are_not_taken_for_the_wanted_ones(photos, tmp_path):
+    words = ["prepare", "lr", "--input", str(photos), "--output", str(tmp_path / "set"), "--preset", "mild", "--processes", "1", "--seed"]
+    assert "6 new files" in run(*words[1:], 3, code=1)
+    assert "0 new files" in run(*words[1:], 3, code=1)
+    with pytest.raises(UserError, match="holds results of other settings"):
+        raise RUN.invoke(app, [*words, "4"]).exception
+
+
 def test_check(photos):
     (photos / "copy.png").write_bytes((photos / "a.png").read_bytes())
     output = run("check", "--input", photos, "--crop-size", 64, "--processes", 1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from sslsr_diffusion.data.preparation import Job
+    from functools import partial
 
 app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.")
 
@@ -166,12 +166,13 @@ def _listed(source: str) -> list[Path]:
     return paths
 
 
-def _run(job: Job, source: str, output: Path, processes: int) -> None:
+def _run(job: partial[int], source: str, output: Path, processes: int) -> None:
     import os
 
-    from sslsr_diffusion.data.preparation import default_processes, run_jobs
+    from sslsr_diffusion.data.preparation import check_settings, default_processes, run_jobs
 
     paths = _listed(source)
+    check_settings(job)
     base = Path(source).expanduser()
     base = base if base.is_dir() else Path(os.path.commonpath([path.parent for path in paths]))
     outcomes = list(_progress(run_jobs(job, paths, base, processes or default_processes()), len(paths)))

@@ -7,6 +7,7 @@ kept, every file is written under a temporary name first, and a picture that can
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sslsr_diffusion.config import Settings
 from sslsr_diffusion.data.degradation import Degradation, DegradationSettings
 from sslsr_diffusion.data.opencv import opencv
 from sslsr_diffusion.data.settings import MaskSettings
@@ -157,9 +159,30 @@ def low_resolution(path: Path, name: Path, *, output: Path, degradation: Degrada
     return _write_new(targets["hr"], lambda: to_array(cut[0])) + _write_new(targets["lr"], lambda: to_array(lr[0]))
 
 
-def job(function: Callable[..., int], **options: Any) -> Job:
+def job(function: Callable[..., int], **options: Any) -> partial[int]:
     """A picklable job with its options fixed."""
     return partial(function, **options)
+
+
+def check_settings(made: partial[int]) -> None:
+    """Note a job's settings beside its results, so that results of other settings are never taken for its own.
+
+    Raises:
+        UserError: the results in its output were made with other settings, or nothing can be written there.
+    """
+    output = made.keywords["output"]
+    values = {
+        name: value.model_dump() if isinstance(value, Settings) else value for name, value in made.keywords.items() if name != "output"
+    }
+    text = json.dumps(values, indent=1, default=str) + "\n"
+    note = output / f"prepared-{made.func.__name__}.json"
+    try:
+        if note.exists() and note.read_text(encoding="utf-8") != text:
+            raise UserError(f"--output {output}: holds results of other settings ({note.name} there has them); name another folder.")
+        output.mkdir(parents=True, exist_ok=True)
+        atomic_write(note, text.encode())
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}); name a folder of yours.") from None
 
 
 def default_processes() -> int:

@@ -198,7 +198,7 @@ def _job(
         validation = Validation(pairs, restore, metrics, recipe.validation, label, higher)
     return Job(
         objective=objective,
-        losses=build_losses(recipe.losses, prediction_type=prediction_type, distance=_perceptual_distance(recipe)),
+        losses=build_losses(recipe.losses, prediction_type=prediction_type, distance=_perceptual_distance(recipe), seed=recipe.seed),
         training=training,
         checkpoints=recipe.checkpoints,
         output=recipe.output,

@@ -22,6 +22,7 @@ from sslsr_diffusion.images import read_image, to_tensor
 from sslsr_diffusion.inference import StableSRPipeline
 from sslsr_diffusion.models import ModelSettings, build_networks
 from sslsr_diffusion.recipe import Recipe, load_recipe
+from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.fit import fit
 
 SIZE = 64
@@ -108,6 +109,9 @@ def test_other_settings_need_another_folder(world, made):
         prepare(world, made, steps=3)
     with pytest.raises(UserError, match="made with seed 5, now it is 6"):
         prepare(world, made, "--set", "seed=6")
+    (world / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be written"):
+        prepare(world, world / "file")
     with pytest.raises(UserError, match="expected pictures to make samples from"):
         prepare(world, world / "new", "--set", f"data.sources=[{{kind: cfw, path: {made}}}]")
 
@@ -124,7 +128,9 @@ def test_training_reads_the_latents_instead_of_sampling(world, made, tmp_path, m
         raise AssertionError("the upscaler ran")
 
     monkeypatch.setattr(building, "synthesize", never)
-    job = building.build(parse(Recipe, stored_recipe(world, made, output={"dir": str(tmp_path / "run"), "trackers": []})))
+    losses = [{"kind": "pixel_l1"}, {"kind": "patch_gan", "start_step": 2, "width": 4}]
+    recipe = stored_recipe(world, made, output={"dir": str(tmp_path / "run"), "trackers": []}, losses=losses)
+    job = building.build(parse(Recipe, recipe))
     batch = next(iter(job.open_data(0, 1, None, torch.device("cpu"))))
     index = int(Path(batch.names[0]).stem)
     assert torch.equal(batch.latents[0], latents(made, index))
@@ -132,6 +138,8 @@ def test_training_reads_the_latents_instead_of_sampling(world, made, tmp_path, m
     assert result.step == 2
     assert result.pipeline is not None
     assert (result.pipeline / "vae" / "config.json").is_file()
+    assert read_checkpoint(tmp_path / "run" / "checkpoint-2").state["patch_gan"]["step"] == 3
+    assert building.export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "exported") == 2
 
 
 def test_samples_that_cannot_be_used_are_named(world, made, tmp_path):

@@ -93,6 +93,7 @@ def cfw(
     from tqdm import tqdm
 
     from sslsr_diffusion.cfw_data import make_cfw_data
+    from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.inference.models import find_model
     from sslsr_diffusion.recipe import load_recipe
 
@@ -100,9 +101,12 @@ def cfw(
     folder, fingerprint = find_model(model)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     options: dict[str, Any] = {"count": count, "steps": steps, "batch_size": batch_size, "device": place, "fingerprint": fingerprint}
-    with tqdm(total=count, unit="sample", disable=None) as bar:
-        for present in make_cfw_data(recipe, folder, output, **options):
-            bar.update(present - bar.n)
+    try:
+        with tqdm(total=count, unit="sample", disable=None) as bar:
+            for present in make_cfw_data(recipe, folder, output, **options):
+                bar.update(present - bar.n)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}); mend that, and the same command goes on.") from None
     typer.echo(f"{count} samples in {output}; train on them with --set 'data.sources=[{{kind: cfw, path: {output}}}]'")
 
 

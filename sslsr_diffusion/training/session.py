@@ -76,6 +76,9 @@ class Session:
         self.ema = build_ema(settings.ema, self.parameters.values())
         self.progress = Progress()
         self.auto = {loss.name: AutoWeight(loss.settings.auto_steps) for loss in self.losses if getattr(loss, "auto", False)}  # type: ignore[attr-defined]
+        self.learners: list[Any] = [loss for loss in self.losses if hasattr(loss, "learn")]  # with a network and optimizer of their own
+        for learner in self.learners:
+            learner.to(self.device)
         self.stop_asked = False
 
     def step(self, micro: Sequence[Batch], *, stop: bool = False) -> StepReport:
@@ -95,8 +98,9 @@ class Session:
                 else:
                     self.accelerator.backward(result.loss)
             weighted = {f"weighted/{name}": value for name, value in result.weighted.items()}
+            learned = {name: value for learner in self.learners for name, value in learner.learn(outputs, counts[learner.name]).items()}
             density = batch.mask.float().mean() / len(batches)
-            for name, value in {"": result.loss.detach(), ".mask": density, **weighted, **result.raw}.items():
+            for name, value in {"": result.loss.detach(), ".mask": density, **weighted, **result.raw, **learned}.items():
                 sums[name] = sums.get(name, 0) + value.float()
         names = tuple(name for batch in micro for name in batch.names)
         return self._update(self._mean_over_processes(sums), names)
@@ -119,6 +123,9 @@ class Session:
                 self.ema.step(self.parameters.values())
             for name, auto in self.auto.items():
                 auto.observe(weighted[name], [value for other, value in weighted.items() if other != name])
+        for learner in self.learners:
+            self._average_gradients(learner.network)
+            learner.update(sound=sound)
         self._count(loss, names, sound=sound, overflow=overflow)
         return StepReport(loss, terms, norm, density, sound, names)
 
@@ -163,6 +170,13 @@ class Session:
             vector = self.accelerator.reduce(vector, reduction="mean")
         return dict(zip(sums, vector.tolist()))
 
+    def _average_gradients(self, network: nn.Module) -> None:
+        """What DDP does for the trained networks."""
+        for parameter in network.parameters() if self.world_size > 1 else ():
+            if parameter.grad is None:  # nothing to learn from on this process, perhaps on another
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
+
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the networks hold the weights that are validated and published."""
         return averaged(self.ema, self.parameters.values())
@@ -205,6 +219,11 @@ class Session:
             "data": self.gather([data]),  # one position per process
             "world_size": self.world_size,
         }
+        for learner in self.learners:
+            parameters = dict(learner.network.named_parameters())
+            tensors[learner.name] = {name: whole(p).clone() for name, p in parameters.items()}
+            tensors[f"{learner.name}_optimizer"], others = take_optimizer(learner.optimizer, list(parameters))
+            state[learner.name] = {"step": learner.step, "optimizer": others}
         return Checkpoint(tensors, state)
 
     def give(self, checkpoint: Checkpoint, *, what: str) -> None:
@@ -222,6 +241,12 @@ class Session:
             shadows = dict(zip(self.parameters, (nn.Parameter(s, requires_grad=False) for s in self.ema.shadow_params)))
             give_trained(shadows, tensors.get("ema", tensors["trained"]), what=what)
             self.ema.load_state_dict({**(state["ema"] or {}), "shadow_params": [s.data for s in shadows.values()]})
+        for learner in self.learners:
+            if learner.name in state:  # not where the loss was added to the recipe afterwards
+                parameters = dict(learner.network.named_parameters())
+                give_trained(parameters, tensors[learner.name], what=what)
+                give_optimizer(learner.optimizer, parameters, tensors[f"{learner.name}_optimizer"], state[learner.name]["optimizer"])
+                learner.step = state[learner.name]["step"]
         known = {f.name for f in fields(Progress)}
         self.progress = Progress(**{k: v for k, v in state["progress"].items() if k in known})
         self.progress.skipped_in_a_row = 0

@@ -6,11 +6,13 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training import checkpoints
@@ -23,6 +25,7 @@ from sslsr_diffusion.training.checkpoints import (
     write_atomically,
     write_checkpoint,
 )
+from sslsr_diffusion.training.run_folder import write_folder
 
 TENSORS = {"trained": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}, "rng": {"0/torch": torch.arange(5, dtype=torch.uint8)}}
 
@@ -154,3 +157,22 @@ def test_kill_minus_nine_during_writes_never_leaves_a_bad_one(tmp_path):
         found = latest_checkpoint(folder)
         assert found is not None
         assert read_checkpoint(found).state["step"] == int(found.name.split("-")[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
+def test_safetensors_without_room_is_an_error_of_the_disk(tmp_path):
+    """A file size limit stands for the full disk: the writer's own kind of error must not get past the policy for OSError."""
+    import resource
+
+    tensors = {"trained": {"a": torch.zeros(200_000)}}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_checkpoint(tmp_path / "checkpoint-1", tensors, {})
+        with pytest.raises(OSError, match="too large"):
+            write_folder(tmp_path / "pipeline", lambda folder: save_file(tensors["trained"], folder / "a.safetensors"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "checkpoint-1").exists()
+    assert not (tmp_path / "pipeline").exists()

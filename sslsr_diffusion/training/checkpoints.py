@@ -7,13 +7,14 @@ A process killed at any moment leaves a folder under a temporary name, or one wh
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
         files = {}
         for stem, group in tensors.items():
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}
-            save_file(plain, temporary / f"{stem}.safetensors", metadata={"format": "pt"})
+            with disk_errors():
+                save_file(plain, temporary / f"{stem}.safetensors", metadata={"format": "pt"})
             files[f"{stem}.safetensors"] = _sync(temporary / f"{stem}.safetensors")
         files[STATE] = _write(temporary / STATE, json.dumps(state, indent=1, allow_nan=True).encode())
         _write(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
@@ -138,6 +140,17 @@ def prune_checkpoints(run: Path, keep: int) -> None:
         folder.rename(doomed)  # a deletion that is cut off must not leave half a checkpoint under a good name
     for leftover in run.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """safetensors reports a full disk by an error of its own; here it is an OSError like everybody's."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

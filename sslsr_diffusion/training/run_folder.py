@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training.checkpoints import latest_checkpoint, sync_folder, write_atomically
+from sslsr_diffusion.training.checkpoints import disk_errors, latest_checkpoint, sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
+    with disk_errors():
+        write(temporary)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)

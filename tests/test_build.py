@@ -140,7 +140,7 @@ def test_what_a_wrong_base_or_autoencoder_gets(tmp_path: Path, base: Path) -> No
     assert "holds no autoencoder" in message(init="random", preset="tiny", vae=str(tmp_path))
     wide = AutoencoderKL.from_config({**TINY["vae"], "latent_channels": 16})
     wide.save_pretrained(tmp_path / "wide")
-    assert "works on 4 latent channels, the autoencoder gives 16" in message(init="random", preset="tiny", vae=str(tmp_path / "wide"))
+    assert "works on 8 latent channels, the autoencoder gives 16" in message(init="random", preset="tiny", vae=str(tmp_path / "wide"))
     (tmp_path / "broken" / "unet").mkdir(parents=True)
     (tmp_path / "broken" / "unet" / "config.json").write_text(json.dumps({**TINY["unet"], "_class_name": "UNet2DConditionModel"}))
     assert "unet of" in message(base=str(tmp_path / "broken"))

@@ -24,7 +24,7 @@ def tiny(train: str = "all") -> Denoiser:
 
 def inputs(seed: int, size: tuple[int, int] = (8, 12)) -> tuple[torch.Tensor, ...]:
     t = torch.tensor([3, 800])
-    return random_like((2, 4, *size), seed), t, random_like((2, 4, *size), seed + 1), random_like((1, 1, 32), seed + 2)
+    return random_like((2, 8, *size), seed), t, random_like((2, 8, *size), seed + 1), random_like((1, 1, 32), seed + 2)
 
 
 def test_sft_trains_the_encoder_and_the_spade_layers_by_name() -> None:

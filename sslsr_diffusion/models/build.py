@@ -18,6 +18,7 @@ from sslsr_diffusion.models.base import Base, find_base
 from sslsr_diffusion.models.cfw import AutoencoderKLCFW
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.denoiser import Denoiser
+from sslsr_diffusion.models.near_identity import can_start_near_identity, start_near_identity
 from sslsr_diffusion.models.schedule import Schedule, make_scheduler
 from sslsr_diffusion.models.settings import ModelSettings, load_preset
 from sslsr_diffusion.models.structural_encoder import StructuralEncoder
@@ -104,6 +105,8 @@ def build_autoencoder(settings: ModelSettings, *, device: torch.device | str = "
         vae = load_vae(settings.vae, meta=meta)
     elif settings.init == "random" or meta:
         vae = _drawn(AutoencoderKL, load_preset(settings.preset)["vae"], meta, seed)
+        if not meta and can_start_near_identity(vae):
+            start_near_identity(vae)
     else:
         vae = _load_vae_of(find_base(settings.base, settings.revision, parts=["vae/*"]), meta=False)
     vae.train()

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch.nn.functional import avg_pool2d, interpolate
+
+from sslsr_diffusion.models import ModelSettings, build_autoencoder
+from sslsr_diffusion.models.build import load_preset
+from sslsr_diffusion.models.near_identity import can_start_near_identity
+
+
+def test_a_fresh_autoencoder_passes_colours_through_at_latent_resolution():
+    """Colours of single pixels and of whole crops survive; 0.12 is what the norm's remaining dependence on the crop costs."""
+    codec = build_autoencoder(ModelSettings(init="random", preset="tiny"), seed=3)
+    smooth = interpolate(torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), size=(64, 64), mode="bicubic").clamp(0, 1)
+    flat = torch.tensor([0.9, 0.1, 0.2])[None, :, None, None].expand(1, 3, 64, 64)
+    for picture in (smooth, flat):
+        with torch.no_grad():
+            back = codec.decode(codec.encode(picture, torch.zeros(codec.noise_shape(picture))))
+        boxed = interpolate(avg_pool2d(picture, codec.scale), scale_factor=float(codec.scale), mode="nearest")
+        inside = (..., slice(8, -8), slice(8, -8))
+        assert (back - boxed)[inside].abs().mean() < 0.12
+
+
+def test_two_seeds_differ_and_every_weight_still_learns():
+    first, second = (build_autoencoder(ModelSettings(init="random", preset="tiny"), seed=s).vae for s in (1, 2))
+    assert not torch.equal(first.encoder.down_blocks[0].resnets[0].conv1.weight, second.encoder.down_blocks[0].resnets[0].conv1.weight)
+    out = first(torch.rand(1, 3, 32, 32)).sample
+    out.sub(0.3).abs().mean().backward()
+    assert all(p.grad is not None for p in first.parameters())
+
+
+def test_narrow_groups_are_left_as_drawn():
+    wide = AutoencoderKL.from_config({**load_preset("tiny")["vae"], "norm_num_groups": 8})
+    assert not can_start_near_identity(wide)

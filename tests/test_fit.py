@@ -109,6 +109,15 @@ def test_a_full_disk_costs_a_warning_or_the_run_by_policy(tmp_path, monkeypatch,
         fit(replace(toy_job(tmp_path / "b"), checkpoints=CheckpointSettings(every=10, on_failure="stop")))
 
 
+def test_a_pipeline_that_cannot_be_written_names_the_checkpoint(tmp_path):
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"sslsr export \S*checkpoint-20"):
+        fit(replace(toy_job(tmp_path / "run"), save_pipeline=full))
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-20"
+
+
 def test_auto_weight_is_the_median_ratio_then_frozen(tmp_path):
     auto = AutoWeight(steps=3)
     assert auto.value == 1.0

@@ -58,6 +58,7 @@ def start_near_identity(vae: AutoencoderKL) -> None:
 
 def _carry(conv: nn.Conv2d, rows: dict[int, dict[int, float]], taps: list[tuple[int, int]] | None = None) -> None:
     """Make output channel o of `conv` the given mix of input channels, at the centre tap or the taps named."""
+    assert conv.bias is not None
     for out, mix in rows.items():
         nn.init.zeros_(conv.weight[out])
         conv.bias[out] = 0.0

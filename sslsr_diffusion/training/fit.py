@@ -224,13 +224,21 @@ def _finish(job: Job, session: Session, folder: RunFolder) -> Path:
     else:
         weights, published = session.averaged(), session.progress.step
     session.objective.module.eval()
-    if session.main and session.sharded:  # no process holds whole weights; a checkpoint does
-        job.export(folder.best if best else folder.path / f"checkpoint-{session.progress.step}", folder.pipeline)
-    elif session.main:
-        with weights:
-            write_folder(folder.pipeline, job.save_pipeline)
+    source = folder.best if best else folder.path / f"checkpoint-{session.progress.step}"
+    try:
+        if session.main and session.sharded:  # no process holds whole weights; a checkpoint does
+            job.export(source, folder.pipeline)
+        elif session.main:
+            with weights:
+                write_folder(folder.pipeline, job.save_pipeline)
+        if session.main:
+            plot_losses(folder.history(), folder.path / "loss.png")
+    except OSError as error:
+        raise UserError(
+            f"training is done, but its pipeline could not be written ({error}). The weights are safe in {source}: "
+            f"make room, then `sslsr export {source} --output {folder.pipeline}`."
+        ) from error
     if session.main:
-        plot_losses(folder.history(), folder.path / "loss.png")
         if job.publisher is not None:
             job.publisher.publish(folder.pipeline, f"Step {published}", files=_card(job, folder, published))
             job.publisher.close()

@@ -70,18 +70,13 @@ def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
         networks.codec.vae.enable_gradient_checkpointing()
     objective = DiffusionObjective(networks, seed=recipe.seed, decode_crop=recipe.training.decode_crop)
 
-    def save_pipeline(folder: Path) -> None:
-        from sslsr_diffusion.inference import StableSRPipeline
-
-        StableSRPipeline(**objective.networks.components()).save_pretrained(folder, safe_serialization=True)
-
     upscaler = Upscaler(lambda: objective.networks, recipe.scale, recipe.validation.steps)
     return _job(
         recipe,
         objective,
         prediction_type=networks.schedule.prediction_type,
         restore=lambda lr, hr, seed: upscaler(lr, seed),
-        save_pipeline=save_pipeline,
+        save_pipeline=lambda folder: save_pipeline(objective.networks, recipe, folder),
         base={"id": networks.base, "revision": networks.revision},
         publisher=publisher,
     )
@@ -128,17 +123,12 @@ def _cfw(recipe: Recipe, publisher: Publisher | None) -> Job:
         synthesize=lambda z_lr, indices: synthesize(objective.networks, z_lr, indices, recipe.training.synthesis_steps, recipe.seed),
     )
 
-    def save_pipeline(folder: Path) -> None:
-        from sslsr_diffusion.inference import StableSRPipeline
-
-        StableSRPipeline(**objective.networks.components()).save_pretrained(folder, safe_serialization=True)
-
     upscaler = Upscaler(lambda: objective.networks, recipe.scale, recipe.validation.steps)
     return _job(
         recipe,
         objective,
         restore=lambda lr, hr, seed: upscaler(lr, seed),
-        save_pipeline=save_pipeline,
+        save_pipeline=lambda folder: save_pipeline(objective.networks, recipe, folder),
         base={"id": networks.base, "revision": networks.revision},
         publisher=publisher,
     )
@@ -234,6 +224,14 @@ def _card(recipe: Recipe, base: dict[str, Any]) -> Callable[[dict[str, float], l
     drawn = str(base.get("id", "")).startswith("random:")
     about = {"base": None if drawn else base.get("id"), "base_revision": base.get("revision")}
     return lambda metrics, pictures: card_files(metrics, pictures, repo_id=recipe.output.hub_id, recipe=resolved(recipe), **about)
+
+
+def save_pipeline(networks: Any, recipe: Recipe, folder: Path) -> None:
+    """A complete diffusers folder; a call that names no number of steps takes what validation took."""
+    from sslsr_diffusion.inference import StableSRPipeline
+
+    pipe = StableSRPipeline(**networks.components(), default_num_inference_steps=recipe.validation.steps)
+    pipe.save_pretrained(folder, safe_serialization=True)
 
 
 class Upscaler:

@@ -197,6 +197,15 @@ def test_strength_runs_the_last_steps_and_stays_nearer_to_the_picture():
     assert seen == [222, 111, 0]
 
 
+def test_the_default_number_of_steps_travels_with_the_folder(tmp_path) -> None:
+    StableSRPipeline(**components(), default_num_inference_steps=3).save_pretrained(tmp_path)
+    pipe = StableSRPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+    pipe(photo(), generator=seeded(), callback_on_step_end=lambda pipe, index, t, latents: seen.append(t) or {})
+    assert len(seen) == 3
+
+
 def test_callback_may_replace_the_latents():
     got = run(plain(), photo(), callback_on_step_end=lambda pipe, step, t, values: {"latents": torch.zeros_like(values["latents"])})
     again = run(plain(), photo(), generator=seeded(3), start="noise", callback_on_step_end=lambda p, s, t, v: {"latents": v["latents"] * 0})
@@ -293,7 +302,7 @@ def test_saved_pipeline_loads_elsewhere_and_gives_the_same_picture(tmp_path):
         "torch.save(out.images, '../result.pt')\n"
     )
     subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", code], check=True, cwd=tmp_path / "elsewhere", capture_output=True)
-    torch.testing.assert_close(torch.load(tmp_path / "result.pt"), run(pipe, photo()), atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.load(tmp_path / "result.pt"), run(pipe, photo()), atol=1e-5, rtol=0)  # other thread count, other order of sums
 
 
 @pytest.mark.cuda

@@ -39,14 +39,15 @@ def stablesr(
 
 
 def _to_pipeline(checkpoint: Path, output: Path, vqgan: Path | None, base: str | None, variant: str) -> None:
-    from sslsr_diffusion.convert import components_from_checkpoint
+    from sslsr_diffusion.convert import VARIANTS, components_from_checkpoint
     from sslsr_diffusion.inference import StableSRPipeline
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: already exists and is not empty; choose another folder.")
     chosen = None if variant == "auto" else variant
     result = components_from_checkpoint(checkpoint, vqgan=vqgan, base=base, variant=chosen)  # type: ignore[arg-type]
-    StableSRPipeline(**result.components).save_pretrained(output, safe_serialization=True)
+    pipe = StableSRPipeline(**result.components, default_num_inference_steps=VARIANTS[result.variant].steps)
+    pipe.save_pretrained(output, safe_serialization=True)
     typer.echo(f"StableSR {result.variant} ({result.components['scheduler'].config.prediction_type}) -> {output}")
     for name, component in result.components.items():
         if hasattr(component, "parameters"):

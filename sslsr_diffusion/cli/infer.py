@@ -40,7 +40,9 @@ def infer(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("results"),
     scale: Annotated[float, typer.Option(min=0.01, max=64, help="Enlargement: the output has round(scale * size) pixels.")] = 4.0,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps; without it 200.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Sampling steps; without it the model's own default (200 where it names none).")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every picture.")] = 0,
     tile: Annotated[str, typer.Option(help="Side of a tile in output pixels, 'auto' (by free memory) or 'none' (whole picture).")] = "auto",
     color_fix: Annotated[ColorFix, typer.Option(help="Takes the colours from the input.")] = ColorFix.wavelet,

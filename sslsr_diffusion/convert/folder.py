@@ -40,7 +40,7 @@ class Preset:
 VARIANTS: dict[str, Preset] = {
     "512": Preset("epsilon", 64, 200),
     "768v": Preset("v_prediction", 96, 200),
-    "turbo": Preset("epsilon", 64, 4, "made for 4 sampling steps (num_inference_steps=4, infer.py --steps 4)"),
+    "turbo": Preset("epsilon", 64, 4, "made for 4 sampling steps, which the pipeline takes by default"),
     "face": Preset("v_prediction", 64, 200, "the published face recipe says v-prediction although it starts from the epsilon model"),
 }
 

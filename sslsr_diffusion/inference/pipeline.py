@@ -76,13 +76,14 @@ class StableSRPipeline(DiffusionPipeline):
         structural_encoder: StructuralEncoder.
         scheduler: a diffusers scheduler of the DDPM family: betas, prediction type and the default sampler.
         text_encoder, tokenizer: CLIP; without them the text context is zeros and a prompt is refused.
+        default_num_inference_steps: sampling steps of a call that names none; kept in model_index.json.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"  # the structural encoder alternates with the UNet, so both stay
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
 
     # no annotations: diffusers checks components against them, and before 0.36 it fails on those that are not plain classes
-    def __init__(self, vae, unet, structural_encoder, scheduler, text_encoder=None, tokenizer=None):
+    def __init__(self, vae, unet, structural_encoder, scheduler, text_encoder=None, tokenizer=None, default_num_inference_steps=200):
         super().__init__()
         self.register_modules(
             vae=vae,
@@ -92,6 +93,7 @@ class StableSRPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
+        self.register_to_config(default_num_inference_steps=default_num_inference_steps)
         self._memory: dict[Any, MemoryModel] = {}
 
     @classmethod
@@ -105,7 +107,7 @@ class StableSRPipeline(DiffusionPipeline):
         self,
         image: Any,
         scale: float = 4,
-        num_inference_steps: int = 200,
+        num_inference_steps: int | None = None,
         generator: Generators = None,
         strength: float = 1.0,
         fidelity: float | None = None,
@@ -132,7 +134,7 @@ class StableSRPipeline(DiffusionPipeline):
             image: PIL image, array [h, w, 3] or [B, h, w, 3], tensor [3, h, w] or [B, 3, h, w] with values in [0, 1], or a list.
                 Pictures of one size run as a batch, others one after the other.
             scale: enlargement, any positive number.
-            num_inference_steps: sampling steps over the full schedule (4 for turbo models).
+            num_inference_steps: sampling steps over the full schedule; None: the pipeline's own default (200; 4 for turbo models).
             generator: one, or one per picture; a picture's result depends on its own generator alone, not on its batch.
             strength: 1 starts at the last timestep; 0.3 runs the last 30 % of the steps from a less noised picture.
             fidelity: how much of the low-resolution picture a CFW decoder takes over (0 to 1, default 0.5); a plain
@@ -160,7 +162,7 @@ class StableSRPipeline(DiffusionPipeline):
         texts = per_picture(prompt, len(pictures), "prompt"), per_picture(negative_prompt, len(pictures), "negative_prompt")
         options = _Options(
             scale=scale,
-            steps=num_inference_steps,
+            steps=self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps,
             strength=strength,
             sampler=sampler,
             start=start,

@@ -238,10 +238,9 @@ def _finish(job: Job, session: Session, folder: RunFolder) -> Path:
             f"training is done, but its pipeline could not be written ({error}). The weights are safe in {source}: "
             f"make room, then `sslsr export {source} --output {folder.pipeline}`."
         ) from error
-    if session.main:
-        if job.publisher is not None:
-            job.publisher.publish(folder.pipeline, f"Step {published}", files=_card(job, folder, published))
-            job.publisher.close()
+    if session.main and job.publisher is not None:
+        job.publisher.publish(folder.pipeline, f"Step {published}", files=_card(job, folder, published))
+        job.publisher.close()
     session.barrier()
     return folder.pipeline
 

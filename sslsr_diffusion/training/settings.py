@@ -74,7 +74,7 @@ class ValidationSettings(Settings):
     every: int = Field(1000, ge=0, description="Optimizer steps between two validation passes; 0: only at the end.")
     limit: int = Field(8, ge=0, description="Held-out pictures per pass; 0: no validation at all.")
     size: int = Field(512, ge=16, description="Side of the held-out HR crop in pixels.")
-    steps: int = Field(20, ge=1, description="Sampling steps of the upscaler.")
+    steps: int = Field(20, ge=1, description="Sampling steps of the upscaler; the pipeline keeps the number as its default.")
     metrics: tuple[str, ...] = Field(("psnr", "ssim"), description="Names of metrics over the restored pictures.")
     best: str = Field("psnr", description="The metric that decides which weights are the best.")
     pictures: int = Field(4, ge=0, description="Rows of the picture grid.")

@@ -179,7 +179,8 @@ def test_output_types_agree():
 def test_prediction_type_comes_from_the_scheduler(prediction_type):
     scheduler = type(components()["scheduler"]).from_config(components()["scheduler"].config, prediction_type=prediction_type)
     got = run(make_pipeline(scheduler=scheduler), photo(), color_fix="none")
-    assert (prediction_type == "epsilon") == torch.equal(got, run(plain(), photo(), color_fix="none"))
+    own = components()["scheduler"].config.prediction_type
+    assert (prediction_type == own) == torch.equal(got, run(plain(), photo(), color_fix="none"))
 
 
 def test_the_pipelines_own_scheduler_is_the_default_sampler():

@@ -35,7 +35,7 @@ def tiny_inputs(seed: int, batch: int = 2, size: tuple[int, int] = (12, 20)) -> 
         sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
     features = tuple(random_like((batch, 32, *s), seed * 10 + i) for i, s in enumerate(sizes))
     t = torch.randint(0, 1000, (batch,), generator=torch.Generator().manual_seed(seed))
-    return random_like((batch, 4, h, w), seed), t, random_like((batch, 3, 32), seed + 100), features
+    return random_like((batch, 8, h, w), seed), t, random_like((batch, 3, 32), seed + 100), features
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from evaluation_samples import folders, picture, write
 
@@ -24,6 +26,20 @@ def test_photographs_are_cut_and_shrunk(tmp_path):
     assert load_rgb(found.hr / "sub" / "a.png").shape[-2:] == (40, 48)
     assert load_rgb(found.lr / "sub" / "a.png").shape[-2:] == (10, 12)
     assert scale_of(found) == 4
+
+
+def test_bad_photographs_are_left_out_by_name(tmp_path):
+    write(tmp_path / "photos" / "good.png", picture(0))
+    write(tmp_path / "photos" / "good.tif", picture(1))
+    write(tmp_path / "photos" / "small.png", picture(2, 3, 3))
+    (tmp_path / "photos" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    found = find_dataset(str(tmp_path / "photos"), scale=4, made=tmp_path / "made")
+    assert [path.name for path in sorted(found.hr.iterdir())] == ["good.png"]
+    assert sorted(Path(line.split(": ")[0]).name for line in found.left_out) == ["cut.jpg", "good.tif", "small.png"]
+    (tmp_path / "photos" / "good.png").unlink()
+    (tmp_path / "photos" / "good.tif").unlink()
+    with pytest.raises(UserError, match=r"no photograph of .* could be used"):
+        find_dataset(str(tmp_path / "photos"), scale=4, made=tmp_path / "other")
 
 
 def test_what_is_not_there_is_said(tmp_path):

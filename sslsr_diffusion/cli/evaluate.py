@@ -76,6 +76,8 @@ def evaluate(
         from sslsr_diffusion.evaluation.dataset import find_dataset
 
         pairs = find_dataset(dataset, scale=scale, made=output / "dataset")
+        for line in pairs.left_out:
+            typer.echo(f"left out: {line}", err=True)
         reference, lr = pairs.hr, pairs.lr
         for name, path in (_named(text) for text in model or []):
             columns.setdefault(_free(name, columns), []).extend(

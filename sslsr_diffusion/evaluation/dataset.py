@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.scoring import load_rgb
-from sslsr_diffusion.images import Image, list_images, printable, resize_bicubic, to_array, write_image
+from sslsr_diffusion.images import Image, UnreadableImage, list_images, printable, resize_bicubic, to_array, write_image
 
 LR_NAMES = ("lr", "lq", "low")
 HR_NAMES = ("hr", "gt", "high")
@@ -17,6 +17,7 @@ HR_NAMES = ("hr", "gt", "high")
 class Dataset:
     lr: Path
     hr: Path
+    left_out: tuple[str, ...] = ()  # photographs that gave no pair, each with its reason
 
 
 def find_dataset(text: str, *, scale: int, made: Path) -> Dataset:
@@ -47,18 +48,30 @@ def _folder(path: Path) -> Path:
 
 
 def _make(root: Path, scale: int, made: Path) -> Dataset:
+    left_out: list[str] = []
+    owners: dict[Path, Path] = {}
     for path in list_images(root):
         name = path.relative_to(root).with_suffix(".png")
-        hr = load_rgb(path)
+        if owners.setdefault(name, path) is not path:
+            left_out.append(f"{printable(path)}: has the stem of {printable(owners[name].name)}, which was taken.")
+            continue
+        try:
+            hr = load_rgb(path)
+        except UnreadableImage as error:
+            left_out.append(f"{printable(path)}: {error}")
+            continue
         height, width = (side // scale for side in hr.shape[-2:])
         if min(height, width) < 1:
-            raise UserError(f"--dataset: {printable(path)} is smaller than {scale} pixels and cannot be shrunk {scale} times.")
+            left_out.append(f"{printable(path)}: is smaller than {scale} pixels and cannot be shrunk {scale} times.")
+            continue
         hr = hr[..., : height * scale, : width * scale]
         for folder, picture in (("lr", resize_bicubic(hr, (height, width)).clamp(0, 1)), ("hr", hr)):
             target = made / folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             write_image(target, Image(to_array(picture[0])))
-    return Dataset(made / "lr", made / "hr")
+    if len(left_out) == len(list_images(root)):
+        raise UserError(f"--dataset: no photograph of {printable(root)} could be used; the first: {left_out[0]}")
+    return Dataset(made / "lr", made / "hr", tuple(left_out))
 
 
 def scale_of(dataset: Dataset) -> float:

@@ -16,7 +16,7 @@ from PIL import Image
 from test_training_data import open_small, picture, same, settings, take
 
 from sslsr_diffusion.data.settings import ParquetSource
-from sslsr_diffusion.data.sources import open_source
+from sslsr_diffusion.data.sources import Item, open_source, row_item
 from sslsr_diffusion.data.streams import Stream
 from sslsr_diffusion.errors import UserError
 
@@ -247,3 +247,7 @@ def test_sixteen_bit_pictures_keep_their_depth(tmp_path):
     cv2.imwrite(str(tmp_path / "deep.png"), values)
     hr = next(open_small(settings({"kind": "folder", "path": str(tmp_path)}))).hr
     assert not torch.allclose(hr * 255, (hr * 255).round(), atol=1e-3)
+
+
+def test_a_row_without_the_column_is_an_empty_picture_not_a_crash():
+    assert row_item("stream[3]", {"__key__": "a/b", "txt": "words"}, "jpg", "lr") == Item("stream[3] a/b", b"", b"")

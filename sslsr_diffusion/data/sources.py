@@ -114,10 +114,10 @@ class Tar:
 def row_item(name: str, row: dict[str, Any], column: str, lr_column: str | None) -> Item:
     """The encoded picture (or pair) of one row."""
     key = row.get("__key__")
-    hr, path = _encoded(row[column])
+    hr, path = _encoded(row.get(column))
     if key or path:
         name = f"{name} {printable(str(key or Path(path).name))}"
-    return Item(name, hr, _encoded(row[lr_column])[0] if lr_column else None)
+    return Item(name, hr, _encoded(row.get(lr_column))[0] if lr_column else None)
 
 
 def _encoded(cell: Any) -> tuple[Path | bytes, str]:

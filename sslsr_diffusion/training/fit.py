@@ -16,6 +16,7 @@ import torch
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.losses import Loss
 from sslsr_diffusion.training.checkpoints import find_checkpoint, prune_checkpoints, read_checkpoint, write_checkpoint
+from sslsr_diffusion.training.farewell import leave_together
 from sslsr_diffusion.training.machine import check_precision, check_trackers
 from sslsr_diffusion.training.objective import Objective
 from sslsr_diffusion.training.plots import plot_losses
@@ -112,6 +113,7 @@ def fit(job: Job, *, resume: str | None = None, allow_recipe_change: bool = Fals
         finally:
             loader.close()
         reporter.problems(problems)
+    leave_together()
     return FitResult(folder.path, progress.step, stopped, progress.best, pipeline, problems)
 
 

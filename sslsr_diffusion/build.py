@@ -18,6 +18,7 @@ from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
 from sslsr_diffusion.losses import build_losses
+from sslsr_diffusion.inference.sampling import spaced_timesteps
 from sslsr_diffusion.models import build_autoencoder, build_networks
 from sslsr_diffusion.recipe import Recipe, resolved
 from sslsr_diffusion.seeding import derive_seed, sample_generator
@@ -68,7 +69,9 @@ def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
     if recipe.training.gradient_checkpointing:
         networks.denoiser.enable_gradient_checkpointing()
         networks.codec.vae.enable_gradient_checkpointing()
-    objective = DiffusionObjective(networks, seed=recipe.seed, decode_crop=recipe.training.decode_crop)
+    visited = recipe.training.sampler_steps
+    timesteps = None if visited is None else spaced_timesteps(visited, networks.schedule.num_train_timesteps)
+    objective = DiffusionObjective(networks, seed=recipe.seed, decode_crop=recipe.training.decode_crop, timesteps=timesteps)
 
     upscaler = Upscaler(lambda: objective.networks, recipe.scale, recipe.validation.steps)
     return _job(
@@ -79,6 +82,36 @@ def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
         save_pipeline=lambda folder: save_pipeline(objective.networks, recipe, folder),
         base={"id": networks.base, "revision": networks.revision},
         publisher=publisher,
+    )
+
+
+def _base(recipe: Recipe, publisher: Publisher | None) -> Job:
+    networks = build_networks(recipe.model, plain=True, seed=recipe.seed)
+    check_crop(recipe, networks)
+    if recipe.training.gradient_checkpointing:
+        networks.denoiser.enable_gradient_checkpointing()
+    objective = DiffusionObjective(networks, seed=recipe.seed, conditional=False)
+
+    def denoise(lr: Tensor, hr: Tensor, seed: int) -> Tensor:
+        """The held-out picture, noised to the middle of the schedule and sampled back: a base knows no low-resolution picture."""
+        nets, unit = objective.networks, crop_unit(objective.networks)
+        hr = hr.to(nets.text.device)
+        height, width = hr.shape[-2:]
+        padded = F.pad(hr, (0, -width % unit, 0, -height % unit), mode="replicate")
+        noise = torch.randn(nets.codec.noise_shape(padded), generator=torch.Generator().manual_seed(seed)).to(hr)
+        latents = nets.codec.encode(padded, noise)
+        sampled = sample_latents(nets, latents, [seed], recipe.validation.steps, seed=seed, strength=0.5, conditional=False)
+        return nets.codec.decode(sampled)[..., :height, :width]
+
+    return _job(
+        recipe,
+        objective,
+        prediction_type=networks.schedule.prediction_type,
+        restore=denoise,
+        save_pipeline=lambda folder: objective.networks.save_parts(folder),
+        base={"id": networks.base, "revision": networks.revision},
+        label="denoised",
+        publisher=None,
     )
 
 
@@ -120,7 +153,9 @@ def _cfw(recipe: Recipe, publisher: Publisher | None) -> Job:
     objective = CFWObjective(
         networks,
         seed=recipe.seed,
-        synthesize=lambda z_lr, indices: synthesize(objective.networks, z_lr, indices, recipe.training.synthesis_steps, recipe.seed),
+        synthesize=lambda z_lr, indices: sample_latents(
+            objective.networks, z_lr, indices, recipe.training.synthesis_steps, seed=recipe.seed
+        ),
     )
 
     upscaler = Upscaler(lambda: objective.networks, recipe.scale, recipe.validation.steps)
@@ -135,22 +170,24 @@ def _cfw(recipe: Recipe, publisher: Publisher | None) -> Job:
 
 
 @torch.no_grad()
-def synthesize(networks: Any, z_lr: Tensor, indices: list[int], steps: int, seed: int) -> Tensor:
-    """What the frozen upscaler makes of low-resolution latents [B, c, h, w]; noise from (seed, sample index) alone."""
+def sample_latents(
+    networks: Any, z: Tensor, indices: list[int], steps: int, *, seed: int, strength: float = 1.0, conditional: bool = True
+) -> Tensor:
+    """What the denoiser makes of noised latents [B, c, h, w], which it also sees clean if `conditional`; noise from (seed, index) alone."""
     from sslsr_diffusion.inference.sampling import build_sampler, sample
     from sslsr_diffusion.models import make_scheduler
 
     def noise(purpose: str) -> Tensor:
-        drawn = [torch.randn(z_lr.shape[1:], generator=sample_generator(seed, i, purpose)) for i in indices]
-        return torch.stack(drawn).to(z_lr)
+        drawn = [torch.randn(z.shape[1:], generator=sample_generator(seed, i, purpose)) for i in indices]
+        return torch.stack(drawn).to(z)
 
     def predict(x: Tensor, t: float) -> Tensor:
-        return networks.denoiser(x, torch.full((len(x),), int(t), device=x.device), z_lr, networks.text)
+        return networks.denoiser(x, torch.full((len(x),), int(t), device=x.device), z if conditional else None, networks.text)
 
     scheduler = make_scheduler(networks.scheduler_config)
     seeds = [derive_seed(seed, i, "sampler") for i in indices]
-    sampler = build_sampler(None, scheduler, steps, strength=1.0, eta=0.0, seeds=seeds, device=z_lr.device)
-    start = sampler.start(z_lr, noise("start"), from_lr=True)
+    sampler = build_sampler(None, scheduler, steps, strength=strength, eta=0.0, seeds=seeds, device=z.device)
+    start = sampler.start(z, noise("start"), from_lr=True)
     return sample(sampler, predict, start, lambda index: noise(f"step {index}"))
 
 
@@ -313,7 +350,12 @@ def validation_metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 def check_crop(recipe: Recipe, networks: Any) -> None:
     """Raises UserError unless these networks can halve the crop as often as they do."""
-    _check_crop(recipe, networks.codec.scale * 2 ** (len(networks.denoiser.unet.down_blocks) - 1))
+    _check_crop(recipe, crop_unit(networks))
+
+
+def crop_unit(networks: Any) -> int:
+    """Pixels along a side that become one latent pixel of the UNet's deepest level."""
+    return networks.codec.scale * 2 ** (len(networks.denoiser.unet.down_blocks) - 1)
 
 
 def _check_crop(recipe: Recipe, unit: int) -> None:
@@ -342,6 +384,7 @@ def _calibration_pixels(recipe: Recipe) -> Tensor:
 
 STAGES: dict[str, Callable[[Recipe, Publisher | None], Job]] = {
     "diffusion": _diffusion,
+    "base": _base,
     "autoencoder": _autoencoder,
     "cfw": _cfw,
 }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.build import check_crop, synthesize
+from sslsr_diffusion.build import check_crop, sample_latents
 from sslsr_diffusion.data import TrainingLoader, open_training_data
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import Image, atomic_write, to_array, to_tensor, write_image
@@ -137,7 +137,7 @@ def _stored(networks: Any, batch: Batch, recipe: Recipe, steps: int, device: str
     kind = kinds.get(recipe.training.mixed_precision)
     with torch.autocast(torch.device(device).type, kind, enabled=kind is not None):
         z_lr = codec.encode(upsampled(batch).to(device), noise.to(device)).float()
-        return batch, synthesize(networks, z_lr, indices, steps, recipe.seed)
+        return batch, sample_latents(networks, z_lr, indices, steps, seed=recipe.seed)
 
 
 def _write(output: Path, batch: Batch, latents: Tensor) -> None:

@@ -29,7 +29,7 @@ def describe_parameters(recipe: Recipe) -> list[str]:
         parts = {name: (total, 0) for name, (total, _) in networks.parameters_per_part().items()}
         parts["vae"] = (_count(vae.parameters()), _count(vae.fusion_layers.parameters()))
     else:
-        parts = build_networks(recipe.model, meta=True).parameters_per_part()
+        parts = build_networks(recipe.model, plain=recipe.stage == "base", meta=True).parameters_per_part()
     rows = [*parts.items(), ("all", (sum(p[0] for p in parts.values()), sum(p[1] for p in parts.values())))]
     return ["parameters"] + [
         f"  {name:<20} {_millions(total)}   trained {_millions(trained)}   frozen {_millions(total - trained)}"
@@ -93,11 +93,11 @@ def _step(recipe: Recipe, dtype: torch.dtype) -> tuple[nn.Module, Any]:
             codec.autoencode(pixels, torch.empty(codec.noise_shape(pixels), device="meta"))[0].float().mean().backward()
 
         return vae, autoencode
-    networks = build_networks(recipe.model, meta=True)
+    networks = build_networks(recipe.model, plain=recipe.stage == "base", meta=True)
     if training.gradient_checkpointing:
         networks.denoiser.enable_gradient_checkpointing()
         networks.codec.vae.enable_gradient_checkpointing()
-    for part in (networks.denoiser.unet, networks.denoiser.structural_encoder, networks.codec.vae):
+    for part in (networks.denoiser, networks.codec.vae):
         nn.Module.to(part, dtype)
     networks.denoiser.train()
 

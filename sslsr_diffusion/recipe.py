@@ -18,6 +18,7 @@ __all__ = ["Recipe", "load_recipe", "resolved"]
 
 LOSSES_OF_STAGE = {
     "diffusion": ("diffusion", "pixel_l1", "self_similarity", "lpips"),
+    "base": ("diffusion",),
     "autoencoder": ("pixel_l1", "self_similarity", "latent_kl", "lpips"),
     "cfw": ("pixel_l1", "self_similarity", "lpips", "patch_gan"),
 }
@@ -26,9 +27,10 @@ LOSSES_OF_STAGE = {
 class Recipe(Settings):
     """One training run, completely."""
 
-    stage: Literal["diffusion", "autoencoder", "cfw"] = Field(
+    stage: Literal["diffusion", "base", "autoencoder", "cfw"] = Field(
         "diffusion",
-        description="diffusion: the upscaler; autoencoder: a VAE from scratch; cfw: the decoder's fusion layers (StableSR stage 2).",
+        description="diffusion: the upscaler; base: a latent-diffusion model that sees no low-resolution picture, as stage diffusion starts "
+        "from; autoencoder: a VAE from scratch; cfw: the decoder's fusion layers (StableSR stage 2).",
     )
     seed: int = Field(42, ge=0, lt=2**63, description="Everything random follows from it and the global sample index.")
     scale: int = Field(4, ge=1, le=16, description="Enlargement: HR side / LR side.")
@@ -98,8 +100,10 @@ class Recipe(Settings):
             return mistakes
         if self.training.decode_crop is not None:
             mistakes.append(f"training.decode_crop: is for stage diffusion only, here the stage is {self.stage}; remove it.")
-        if self.stage == "autoencoder" and self.output.push_to_hub:
-            mistakes.append("output.push_to_hub: an autoencoder alone is no upscaler; publish the run that builds on it.")
+        if self.training.sampler_steps is not None:
+            mistakes.append(f"training.sampler_steps: is for stage diffusion only, here the stage is {self.stage}; remove it.")
+        if self.stage in ("autoencoder", "base") and self.output.push_to_hub:
+            mistakes.append(f"output.push_to_hub: stage {self.stage} makes no upscaler; publish the run that builds on it.")
         return mistakes
 
 

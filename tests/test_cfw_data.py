@@ -127,7 +127,7 @@ def test_training_reads_the_latents_instead_of_sampling(world, made, tmp_path, m
     def never(*args, **kwargs):
         raise AssertionError("the upscaler ran")
 
-    monkeypatch.setattr(building, "synthesize", never)
+    monkeypatch.setattr(building, "sample_latents", never)
     losses = [{"kind": "pixel_l1"}, {"kind": "patch_gan", "start_step": 2, "width": 4}]
     recipe = stored_recipe(world, made, output={"dir": str(tmp_path / "run"), "trackers": []}, losses=losses)
     job = building.build(parse(Recipe, recipe))

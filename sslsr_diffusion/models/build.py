@@ -30,6 +30,8 @@ __all__ = ["ModelSettings", "Networks", "build_autoencoder", "build_networks", "
 
 log = logging.getLogger(__name__)
 
+SFT_ARGUMENTS = ("feature_channels", "spade_hidden_channels")  # what SFTUNet2DConditionModel takes beside the plain UNet's arguments
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -49,19 +51,26 @@ class Networks:
     def components(self) -> dict[str, Any]:
         """The diffusers components of the pipeline; the text encoder, freed after the prompt was encoded, is read again."""
         text = self.source is not None and self.source.has("text_encoder")
+        encoder = self.denoiser.structural_encoder
         return {
             "vae": self.codec.vae,
             "unet": self.denoiser.unet,
-            "structural_encoder": self.denoiser.structural_encoder,
+            **({} if encoder is None else {"structural_encoder": encoder}),
             "scheduler": make_scheduler(self.scheduler_config),
             "text_encoder": load_text_encoder(self.source) if text and self.source else None,
             "tokenizer": load_tokenizer(self.source) if text and self.source else None,
         }
 
+    def save_parts(self, folder: Path) -> None:
+        """Every component in diffusers' layout, one folder each: what `model.base` takes, also without a structural encoder."""
+        for name, part in self.components().items():
+            if part is not None:
+                part.save_pretrained(folder / name)
+
     def parameters_per_part(self) -> dict[str, tuple[int, int]]:
         """Part -> (all parameters, trained parameters), for the dry run; the text encoder is in memory for one prompt only."""
         parts = {"unet": self.denoiser.unet, "structural encoder": self.denoiser.structural_encoder, "vae": self.codec.vae}
-        counts = {name: (_count(module), _count(module, trained=True)) for name, module in parts.items()}
+        counts = {name: (_count(module), _count(module, trained=True)) for name, module in parts.items() if module is not None}
         if self.text_config is not None:
             counts["text encoder"] = (count_text_encoder(self.text_config), 0)
         return counts
@@ -77,10 +86,13 @@ def _count(module: nn.Module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-def build_networks(settings: ModelSettings, *, device: torch.device | str = "cpu", meta: bool = False, seed: int = 0) -> Networks:
+def build_networks(
+    settings: ModelSettings, *, plain: bool = False, device: torch.device | str = "cpu", meta: bool = False, seed: int = 0
+) -> Networks:
     """Build codec, denoiser and schedule; the VAE is frozen and in eval mode, `settings.train` decides what trains.
 
     Args:
+        plain: a base instead of an upscaler: no structural encoder, no SFT layers, all of the UNet trains.
         device: where the networks end up; ignored with `meta`.
         meta: shapes only (the dry run): no weights are read and, unless `base` is a folder, no network is used.
         seed: of freshly drawn layers.
@@ -89,12 +101,12 @@ def build_networks(settings: ModelSettings, *, device: torch.device | str = "cpu
         UserError: the base or the autoencoder cannot be found, or does not fit.
     """
     if settings.init == "random" or (meta and not Path(settings.base).expanduser().is_dir()):
-        networks = _from_preset(settings, meta=meta, seed=seed)
+        networks = _from_preset(settings, plain=plain, meta=meta, seed=seed)
     else:
-        networks = _from_base(settings, find_base(settings.base, settings.revision), meta=meta, seed=seed)
+        networks = _from_base(settings, find_base(settings.base, settings.revision), plain=plain, meta=meta, seed=seed)
     _check_fit(networks)
     networks.codec.vae.requires_grad_(False).eval()
-    trained = networks.denoiser.set_trainable(settings.train)
+    trained = networks.denoiser.set_trainable("all" if plain else settings.train)
     networks = replace(networks, trained=trained)
     return networks if meta else networks.to(device)
 
@@ -134,15 +146,19 @@ def _load_vae_of(base: Base, *, meta: bool, part: str = "vae") -> AutoencoderKL:
     return _loaded(cls, base, part, meta)
 
 
-def _from_preset(settings: ModelSettings, *, meta: bool, seed: int) -> Networks:
+def _from_preset(settings: ModelSettings, *, plain: bool, meta: bool, seed: int) -> Networks:
     preset = load_preset(settings.preset)
     if settings.prompt and not meta:
         raise UserError("model.prompt: a model with init: random has no text encoder; leave the prompt empty, or train from a base.")
     vae = load_vae(settings.vae, meta=meta) if settings.vae else _drawn(AutoencoderKL, preset["vae"], meta, seed)
-    denoiser = Denoiser(
-        _drawn(SFTUNet2DConditionModel, preset["unet"], meta, seed),
-        _drawn(StructuralEncoder, preset["structural_encoder"], meta, seed),
-    )
+    if plain:
+        widths = {name: value for name, value in preset["unet"].items() if name not in SFT_ARGUMENTS}
+        denoiser = Denoiser(_drawn(UNet2DConditionModel, widths, meta, seed), None)
+    else:
+        denoiser = Denoiser(
+            _drawn(SFTUNet2DConditionModel, preset["unet"], meta, seed),
+            _drawn(StructuralEncoder, preset["structural_encoder"], meta, seed),
+        )
     return Networks(
         codec=Codec(vae),
         denoiser=denoiser,
@@ -154,16 +170,12 @@ def _from_preset(settings: ModelSettings, *, meta: bool, seed: int) -> Networks:
     )
 
 
-def _from_base(settings: ModelSettings, base: Base, *, meta: bool, seed: int) -> Networks:
+def _from_base(settings: ModelSettings, base: Base, *, plain: bool, meta: bool, seed: int) -> Networks:
     ours = base.has("structural_encoder")
-    if ours:
-        unet = _loaded(SFTUNet2DConditionModel, base, "unet", meta)
-        encoder = _loaded(StructuralEncoder, base, "structural_encoder", meta)
-    else:
-        log.info("%s has no structural encoder: it and the SFT layers are drawn new", base.name)
-        with _seeded(seed, meta):
-            unet = SFTUNet2DConditionModel.from_unet(_loaded(UNet2DConditionModel, base, "unet", meta))
-        encoder = _drawn(StructuralEncoder, _encoder_config(unet), meta, seed)
+    if plain and ours:
+        raise UserError(f"model.base: stage base wants a plain latent-diffusion model, {base.name} is an upscaler; use stage diffusion.")
+    denoiser = _upscaler(settings, base, meta, seed) if not plain else Denoiser(_loaded(UNet2DConditionModel, base, "unet", meta), None)
+    unet = denoiser.unet
     scheduler_config = base.config("scheduler")
     if base.has("text_encoder") and not meta:
         text = encode_prompt(base, settings.prompt)
@@ -173,7 +185,7 @@ def _from_base(settings: ModelSettings, base: Base, *, meta: bool, seed: int) ->
         text = empty_context(unet)
     return Networks(
         codec=Codec(load_vae(settings.vae, meta=meta) if settings.vae else _load_vae_of(base, meta=meta)),
-        denoiser=Denoiser(unet, encoder),
+        denoiser=denoiser,
         schedule=Schedule.from_scheduler(scheduler_config),
         text=text,
         base=base.name,
@@ -182,6 +194,19 @@ def _from_base(settings: ModelSettings, base: Base, *, meta: bool, seed: int) ->
         source=base,
         text_config=base.config("text_encoder") if base.has("text_encoder") else None,
     )
+
+
+def _upscaler(settings: ModelSettings, base: Base, meta: bool, seed: int) -> Denoiser:
+    """The base's UNet with structural encoder and SFT layers: its own, or drawn new, as wide as the preset of the same UNet has them."""
+    if base.has("structural_encoder"):
+        return Denoiser(_loaded(SFTUNet2DConditionModel, base, "unet", meta), _loaded(StructuralEncoder, base, "structural_encoder", meta))
+    log.info("%s has no structural encoder: it and the SFT layers are drawn new", base.name)
+    plain, preset = _loaded(UNet2DConditionModel, base, "unet", meta), load_preset(settings.preset)
+    same = all(list(plain.config[name]) == preset["unet"][name] for name in ("block_out_channels", "down_block_types"))
+    widths = {name: preset["unet"][name] for name in SFT_ARGUMENTS if same and name in preset["unet"]}
+    with _seeded(seed, meta):
+        unet = SFTUNet2DConditionModel.from_unet(plain, **widths)
+    return Denoiser(unet, _drawn(StructuralEncoder, preset["structural_encoder"] if same else _encoder_config(unet), meta, seed))
 
 
 def _encoder_config(unet: SFTUNet2DConditionModel) -> dict[str, Any]:
@@ -204,7 +229,7 @@ def _check_fit(networks: Networks) -> None:
         raise UserError(
             f"model.vae: the denoiser works on {unet.config.in_channels} latent channels, the autoencoder gives {codec.latent_channels}."
         )
-    if encoder.config.out_channels != unet.config.feature_channels or len(encoder.taps) != len(unet.down_blocks):
+    if encoder is not None and (encoder.config.out_channels != unet.config.feature_channels or len(encoder.taps) != len(unet.down_blocks)):
         raise UserError(
             f"model.base: the UNet of {networks.base} wants {len(unet.down_blocks)} maps of {unet.config.feature_channels} channels, its "
             f"structural encoder gives {len(encoder.taps)} of {encoder.config.out_channels}."
@@ -217,7 +242,7 @@ def _loaded(cls: Any, base: Base, part: str, meta: bool) -> Any:
         with torch.device("meta"):
             return cls.from_config(config)
     try:
-        return cls.from_pretrained(base.folder / part, torch_dtype=torch.float32)
+        return cls.from_pretrained(base.folder / part, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model.base: {part} of {base.name} cannot be loaded: {str(error).splitlines()[0]}") from error
 

@@ -7,33 +7,35 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
     from sslsr_diffusion.models.structural_encoder import StructuralEncoder
     from sslsr_diffusion.models.unet import SFTUNet2DConditionModel
 
 
 class Denoiser(nn.Module):
-    """Structural encoder and UNet in one forward; both see t."""
+    """Structural encoder and UNet in one forward; both see t. A plain UNet without encoder is a base: it sees no low-resolution picture."""
 
-    def __init__(self, unet: SFTUNet2DConditionModel, structural_encoder: StructuralEncoder) -> None:
+    def __init__(self, unet: SFTUNet2DConditionModel | UNet2DConditionModel, structural_encoder: StructuralEncoder | None) -> None:
         super().__init__()
         self.unet = unet
         self.structural_encoder = structural_encoder
 
-    def forward(self, zt: Tensor, t: Tensor, z_lr: Tensor, text: Tensor) -> Tensor:
+    def forward(self, zt: Tensor, t: Tensor, z_lr: Tensor | None, text: Tensor) -> Tensor:
         """What the UNet says about the noisy latent: epsilon or v, only the schedule knows which.
 
         Args:
             zt: [B, C, h, w] noisy latent.
             t: [B] int64.
-            z_lr: [B, C, h, w] latent of the upsampled low-resolution picture.
+            z_lr: [B, C, h, w] latent of the upsampled low-resolution picture; None for a base.
             text: [1 or B, L, D] text context.
 
         Returns:
             [B, C, h, w].
         """
-        features = self.structural_encoder(z_lr, t)
         context = text.expand(zt.shape[0], -1, -1)
-        return self.unet(zt, t, context, features=features, return_dict=False)[0]
+        given = {} if self.structural_encoder is None else {"features": self.structural_encoder(z_lr, t)}
+        return self.unet(zt, t, context, return_dict=False, **given)[0]
 
     def set_trainable(self, which: Literal["sft", "all"]) -> list[str]:
         """Choose what trains, by name: "sft" is StableSR's scheme (structural encoder and SPADE layers), "all" everything.
@@ -54,4 +56,5 @@ class Denoiser(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
         self.unet.enable_gradient_checkpointing()
-        self.structural_encoder.enable_gradient_checkpointing()
+        if self.structural_encoder is not None:
+            self.structural_encoder.enable_gradient_checkpointing()

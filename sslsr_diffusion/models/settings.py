@@ -27,7 +27,9 @@ class ModelSettings(Settings):
         "pretrained", description="pretrained: weights from `base`; random: architecture from `preset`, weights drawn, no download."
     )
     preset: str = Field(
-        "sd21", description="Architecture for init random, and for the dry run of a base that is not on disk: sd21, sd21_768v, tiny."
+        "sd21",
+        description="Architecture for init random, for the layers that a base of the same UNet lacks, and for the dry run of a base "
+        "that is not on disk: sd21, sd21_768v, small, tiny.",
     )
     vae: str | None = Field(
         None,

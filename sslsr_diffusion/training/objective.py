@@ -75,13 +75,26 @@ class DiffusionObjective:
 
     z0, z_lr = encode(hr), encode(bicubic(lr));  zt = add_noise(z0, n, t)
     pred = denoiser(zt, t, z_lr, text);  sr = decode(x0(pred, zt, t))
+
+    A base (a denoiser without structural encoder) goes the same way, not `conditional`: without z_lr. `timesteps` names the
+    noise levels that are trained, all alike often; None: every one.
     """
 
-    def __init__(self, networks: Any, *, seed: int, decode_crop: int | None = None) -> None:
+    def __init__(
+        self,
+        networks: Any,
+        *,
+        seed: int,
+        decode_crop: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        conditional: bool = True,
+    ) -> None:
         self.networks = networks
         self.module: nn.Module = networks.denoiser
         self.seed = seed
         self.decode_crop = decode_crop
+        self.timesteps = timesteps or range(networks.schedule.num_train_timesteps)
+        self.conditional = conditional
 
     def to(self, device: torch.device) -> None:
         self.networks = self.networks.to(device)
@@ -89,8 +102,8 @@ class DiffusionObjective:
     def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
         indices, device = batch.index.tolist(), batch.hr.device
         schedule, codec = self.networks.schedule, self.networks.codec
-        steps = schedule.num_train_timesteps
-        t = torch.tensor([int(torch.randint(steps, (), generator=sample_generator(self.seed, i, "timestep"))) for i in indices]).to(device)
+        places = [int(torch.randint(len(self.timesteps), (), generator=sample_generator(self.seed, i, "timestep"))) for i in indices]
+        t = torch.tensor([self.timesteps[place] for place in places]).to(device)
         given = Given(t=t, snr=schedule.snr(t).to(device))
         shape = codec.noise_shape(batch.hr)[1:]
         noise = {p: per_sample_noise(self.seed, indices, p, shape).to(device) for p in ("posterior_hr", "posterior_lr", "noise")}
@@ -101,7 +114,7 @@ class DiffusionObjective:
         nets, t = self.networks, draws.given.t
         with torch.no_grad():
             z0 = nets.codec.encode(batch.hr, draws.noise["posterior_hr"]).float()  # [B, 3, H, W] -> [B, 4, H/8, W/8], scaled
-            z_lr = nets.codec.encode(upsampled(batch), draws.noise["posterior_lr"]).float()
+            z_lr = nets.codec.encode(upsampled(batch), draws.noise["posterior_lr"]).float() if self.conditional else None
         zt = nets.schedule.add_noise(z0, draws.noise["noise"], t)
         target = nets.schedule.target(z0, draws.noise["noise"], t)
         pred = module(zt, t, z_lr, nets.text).float()  # epsilon or v: only the schedule knows which

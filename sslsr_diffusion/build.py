@@ -17,8 +17,8 @@ from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
-from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.inference.sampling import spaced_timesteps
+from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.models import build_autoencoder, build_networks
 from sslsr_diffusion.recipe import Recipe, resolved
 from sslsr_diffusion.seeding import derive_seed, sample_generator

@@ -29,8 +29,8 @@ class Recipe(Settings):
 
     stage: Literal["diffusion", "base", "autoencoder", "cfw"] = Field(
         "diffusion",
-        description="diffusion: the upscaler; base: a latent-diffusion model that sees no low-resolution picture, as stage diffusion starts "
-        "from; autoencoder: a VAE from scratch; cfw: the decoder's fusion layers (StableSR stage 2).",
+        description="diffusion: the upscaler; base: a latent-diffusion model that sees no low-resolution picture, the start of stage "
+        "diffusion; autoencoder: a VAE from scratch; cfw: the decoder's fusion layers (StableSR stage 2).",
     )
     seed: int = Field(42, ge=0, lt=2**63, description="Everything random follows from it and the global sample index.")
     scale: int = Field(4, ge=1, le=16, description="Enlargement: HR side / LR side.")

@@ -63,7 +63,7 @@ def print_table() -> None:
         restored = pipe(pair.lr, scale=recipe.scale, num_inference_steps=look.steps, generator=generator, output_type="pt").images.float()
         bicubic = resize_bicubic(pair.lr[None], size=hr.shape[-2:]).clamp(0, 1)
         rows.append([float(metric(image, hr)) for metric in (psnr, ssim) for image in (bicubic, restored)])
-        print_row(pair.name, rows[-1])
+        print_row(Path(pair.name).name, rows[-1])
     print_row("mean", [sum(column) / len(rows) for column in zip(*rows)])
 
 

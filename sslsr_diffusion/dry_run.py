@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,12 +22,22 @@ class Check(NamedTuple):
     detail: str
 
 
-def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False) -> bool:
-    """Say everything about a run that can be known without starting it; False if something that training needs is missing."""
+def dry_run(
+    recipe: Recipe, say: Callable[[str], None], *, resume: str | None = None, restart: bool = False, allow_recipe_change: bool = False
+) -> bool:
+    """Say everything about a run that can be known without starting it; False if something that training needs is missing.
+
+    Args:
+        resume: what the run would go on from: `latest`, a checkpoint, a run folder or a hub id.
+        restart: whether an earlier run in the output folder would be moved aside.
+        allow_recipe_change: whether the run would go on from a checkpoint of another recipe.
+    """
     from sslsr_diffusion.memory_estimate import describe_memory, describe_parameters
 
     say(yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True).rstrip())
-    checks = run_checks(recipe, resume=resume)
+    checks = run_checks(recipe, empty=resume is None and not restart)
+    if resume is not None:
+        checks.append(check_resume(recipe, resume, allow_recipe_change))
     say("\nchecks")
     for check in checks:
         say(f"  {check.what:<12} {check.verdict:<14} {check.detail}")
@@ -42,8 +53,8 @@ def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False)
     return all(check.verdict == "ok" for check in checks)
 
 
-def run_checks(recipe: Recipe, *, resume: bool = False) -> list[Check]:
-    """Data, model and output, one entry each."""
+def run_checks(recipe: Recipe, *, empty: bool = True) -> list[Check]:
+    """Data, model and output, one entry each; `empty`: the output folder must hold no run."""
     checks = [
         *_data(recipe),
         *_model(recipe),
@@ -51,7 +62,7 @@ def run_checks(recipe: Recipe, *, resume: bool = False) -> list[Check]:
         _metrics(recipe),
         _optimizer(recipe),
         _trackers(recipe),
-        _output(recipe, resume),
+        _output(recipe, empty),
     ]
     return [check for check in checks if check is not None]
 
@@ -170,7 +181,7 @@ def _trackers(recipe: Recipe) -> Check | None:
     return Check("trackers", "ok", ", ".join(recipe.output.trackers)) if recipe.output.trackers else None
 
 
-def _output(recipe: Recipe, resume: bool) -> Check:
+def _output(recipe: Recipe, empty: bool) -> Check:
     from sslsr_diffusion.training.run_folder import RunFolder
 
     path = run_folder(recipe)
@@ -179,9 +190,47 @@ def _output(recipe: Recipe, resume: bool) -> Check:
         standing = standing.parent
     if not standing.is_dir() or not os.access(standing, os.W_OK):
         return Check("output", "missing", f"{path}: {standing} is not a folder that can be written")
-    if not resume:
+    if empty:
         try:
             RunFolder(path).check_free()
         except UserError as error:
             return Check("output", "missing", str(error))
     return Check("output", "ok", str(path))
+
+
+def check_resume(recipe: Recipe, where: str, allow_recipe_change: bool = False) -> Check:
+    """Whether there is a whole checkpoint to go on from, and whether this recipe may."""
+    from sslsr_diffusion.pins import pinned, recorded_state
+    from sslsr_diffusion.training.checkpoints import find_checkpoint
+    from sslsr_diffusion.training.hub import is_hub_id
+    from sslsr_diffusion.training.resume import check_same_recipe
+
+    if is_hub_id(where):
+        return _published_state(where)
+    try:
+        folder = find_checkpoint(where, run_folder(recipe))
+        state = recorded_state(folder)
+        if "world_size" not in state:
+            return Check("resume", "missing", f"{folder} holds weights alone, no state to go on from")
+        check_same_recipe(state, resolved(pinned(recipe, folder)), state["world_size"], allow=allow_recipe_change)
+    except UserError as error:
+        return Check("resume", "missing", "; ".join(line.strip() for line in str(error).splitlines()))
+    return Check("resume", "ok", f"{folder}, step {state['progress']['step']} of {recipe.training.steps}")
+
+
+def _published_state(where: str) -> Check:
+    """Whether a repository of the hub holds the state of a run; nothing is downloaded."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    name, _, revision = where.partition("@")
+    try:
+        info = HfApi().repo_info(name, revision=revision or None, timeout=5)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        return Check("resume", "missing", f"{where}: no such folder, and no such repository or revision on the hub (or it is private)")
+    except Exception as error:  # every way in which a network can fail
+        return Check("resume", "not reachable", f"{where}: no such folder, and the hub does not answer ({type(error).__name__})")
+    steps = [int(m[1]) for file in info.siblings or [] if (m := re.fullmatch(r"state/checkpoint-(\d+)/manifest\.json", file.rfilename))]
+    if not steps:
+        return Check("resume", "missing", f"{where}: the repository holds no training state; output.push_state: true publishes it")
+    return Check("resume", "ok", f"{where} on the hub, commit {str(info.sha)[:12]}, step {max(steps)}; downloaded when training starts")

@@ -46,6 +46,7 @@ class HubServer:
         self.faults: list[Fault] = []
         self.log: list[str] = []
         self.tokens = tokens
+        self.query = ""  # of the request that is being answered
         self.lock = threading.RLock()
         hub = self
 
@@ -93,8 +94,17 @@ class HubServer:
 
     def tree(self, m: re.Match[str], body: bytes, headers: Any) -> Any:
         _, files = self.repository(m["repo"]).at(m["revision"])
-        rows = []
-        for path, file in sorted(files.items()):
+        folder = unquote(m["folder"] or "").strip("/")
+        inside = {path: file for path, file in sorted(files.items()) if not folder or path.startswith(f"{folder}/")}
+        if folder and not inside:
+            raise Refused(404, {"X-Error-Code": "EntryNotFound"})
+        depth = folder.count("/") + bool(folder)
+        flat = "recursive=true" not in self.query.lower()
+        folders = {"/".join(path.split("/")[: depth + 1]) for path in inside if flat and path.count("/") > depth}
+        rows: list[dict[str, Any]] = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
+        for path, file in inside.items():
+            if flat and path.count("/") > depth:
+                continue
             row: dict[str, Any] = {"type": "file", "path": path, "size": file.size, "oid": file.oid}
             if file.large:
                 row["lfs"] = {"oid": file.oid, "size": file.size, "pointerSize": 134}
@@ -232,17 +242,18 @@ def _part(data: bytes, headers: Any) -> tuple[int, dict[str, str], bytes]:
     return 206, {"Content-Range": f"bytes {wanted[0]}-{end - 1}/{len(data)}"}, data[wanted[0] : end]
 
 
-_REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+_REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"  # a data set's id is kept as its address has it, without the word "datasets"
+_API = rf"/api/(?:models|datasets)/{_REPO}"
 _ROUTES: list[tuple[str, str, Callable[..., Any], bool]] = [  # method, path, call, needs a write token
     ("POST", r"/api/repos/create", HubServer.create, True),
     ("POST", r"/api/validate-yaml", HubServer.validate, False),
-    ("GET", rf"/api/models/{_REPO}/revision/(?P<revision>.+)", HubServer.info, False),
-    ("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+).*", HubServer.tree, False),
-    ("GET", rf"/api/models/{_REPO}/xet-write-token/.*", HubServer.token, True),
-    ("GET", rf"/api/models/{_REPO}/xet-read-token/.*", HubServer.token, False),
-    ("GET", rf"/api/models/{_REPO}", HubServer.info, False),
-    ("POST", rf"/api/models/{_REPO}/preupload/.*", HubServer.preupload, True),
-    ("POST", rf"/api/models/{_REPO}/commit/.*", HubServer.commit, True),
+    ("GET", rf"{_API}/revision/(?P<revision>.+)", HubServer.info, False),
+    ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(?P<folder>/.*)?", HubServer.tree, False),
+    ("GET", rf"{_API}/xet-write-token/.*", HubServer.token, True),
+    ("GET", rf"{_API}/xet-read-token/.*", HubServer.token, False),
+    ("GET", rf"{_API}", HubServer.info, False),
+    ("POST", rf"{_API}/preupload/.*", HubServer.preupload, True),
+    ("POST", rf"{_API}/commit/.*", HubServer.commit, True),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", HubServer.lfs_batch, True),
     ("PUT", r"/lfs/(?P<oid>\w+)", HubServer.lfs_put, False),
     ("POST", rf"/verify/{_REPO}", HubServer.lfs_verify, False),
@@ -253,7 +264,7 @@ _ROUTES: list[tuple[str, str, Callable[..., Any], bool]] = [  # method, path, ca
     ("GET", r"/v1/reconstructions/(?P<hash>\w+)", HubServer.reconstruct, False),
     ("GET", r"/v2/reconstructions/(?P<hash>\w+)", HubServer.reconstruct_v2, False),
     ("GET", r"/xet-data/(?P<hash>\w+)", HubServer.xet_data, False),
-    ("GET", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", HubServer.resolve, False),
+    ("GET", rf"/(?:datasets/)?{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", HubServer.resolve, False),
 ]
 
 
@@ -293,6 +304,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if writes and (self.headers.get("Authorization") or "").removeprefix("Bearer ") not in hub.tokens:
                     raise Refused(401, text="Invalid credentials")
                 with hub.lock:
+                    hub.query = urlsplit(self.path).query
                     return call(hub, match, body, self.headers)
         raise Refused(404, text=f"no such call: {self.command} {path}")
 

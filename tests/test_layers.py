@@ -15,7 +15,7 @@ LAYERS = [
     {"data", "models", "losses", "evaluation"},
     {"inference", "convert", "training"},
     {"recipe"},
-    {"memory_estimate"},
+    {"memory_estimate", "pins"},
     {"build"},  # recipe -> objects
     {"dry_run", "cfw_data"},
     {"cli"},

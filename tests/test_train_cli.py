@@ -72,8 +72,9 @@ def test_dry_run_counts_parameters_and_memory_without_weights():
 
 def test_dry_run_finds_names_that_cannot_be_used():
     arguments = small("tiny_autoencoder", "runs/ae", "validation.metrics=[psnr,ssin]", "output.trackers=[tensrboard]")
-    result = CliRunner().invoke(app, [*arguments, "--dry-run"], catch_exceptions=False)
+    result = CliRunner().invoke(app, [*arguments, "--dry-run", "--resume", "nothing"], catch_exceptions=False)
     assert result.exit_code == 2
+    assert re.search(r"resume +missing +--resume nothing: no whole checkpoint", result.output)
     assert re.search(r"metrics +missing +validation.metrics: 'ssin'", result.output)
     assert re.search(r"trackers +missing +output.trackers: 'tensrboard' is unknown", result.output)
 

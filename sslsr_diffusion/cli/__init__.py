@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -44,6 +45,7 @@ def _root(
 
 def run(application: typer.Typer) -> None:
     """Run a typer application; a user's mistake becomes one line on stderr and exit code 2."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # asks at import for 4-bit kernels that nothing here uses
     try:
         application()
     except (UserError, MissingDependency) as error:

@@ -25,7 +25,8 @@ def train(
     if dry_run:
         from sslsr_diffusion.dry_run import dry_run as check
 
-        raise typer.Exit(0 if check(recipe, typer.echo, resume=resume is not None or restart) else 2)
+        fine = check(recipe, typer.echo, resume=resume, restart=restart, allow_recipe_change=allow_recipe_change)
+        raise typer.Exit(0 if fine else 2)
     _train(recipe, resume, restart=restart, allow_recipe_change=allow_recipe_change)
 
 
@@ -36,7 +37,9 @@ def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_chang
 
     from sslsr_diffusion.build import build
     from sslsr_diffusion.errors import UserError
+    from sslsr_diffusion.pins import pinned
     from sslsr_diffusion.recipe import run_folder
+    from sslsr_diffusion.training.checkpoints import find_checkpoint
     from sslsr_diffusion.training.fit import fit
     from sslsr_diffusion.training.run_folder import RunFolder
 
@@ -46,13 +49,17 @@ def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_chang
         if restart:
             folder.move_aside()
         folder.check_free()
+    checkpoint = find_checkpoint(resume, folder.path) if resume is not None else None
+    recipe = pinned(recipe, checkpoint)
     publisher = None
     if recipe.output.push_to_hub and main:
         from sslsr_diffusion.training.hub import HubPublisher
 
         publisher = HubPublisher(recipe.output.hub_id, private=recipe.output.private)
     try:
-        result = fit(build(recipe, publisher=publisher), resume=resume, allow_recipe_change=allow_recipe_change)
+        result = fit(
+            build(recipe, publisher=publisher), resume=str(checkpoint) if checkpoint else None, allow_recipe_change=allow_recipe_change
+        )
     except torch.OutOfMemoryError as error:
         from sslsr_diffusion.memory_estimate import describe_memory
 

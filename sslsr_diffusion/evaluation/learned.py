@@ -7,10 +7,11 @@ import functools
 import importlib
 import io
 import logging
+import os
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,7 +89,7 @@ def _model(name: str, device: str, hub_folder: str) -> Any:
     download_util.DEFAULT_CACHE_DIR = f"{hub_folder}/pyiqa"  # pyiqa reads torch's hub folder only once, at import
     chatter = io.StringIO()
     logging.getLogger("pyiqa").setLevel(logging.WARNING)
-    with contextlib.redirect_stdout(chatter), warnings.catch_warnings():
+    with contextlib.redirect_stdout(chatter), warnings.catch_warnings(), _tensors_only():
         warnings.simplefilter("ignore")  # pyiqa's ways of calling torchvision
         if name == "fid":
             from pyiqa.archs.inception import InceptionV3
@@ -98,6 +99,21 @@ def _model(name: str, device: str, hub_folder: str) -> Any:
             model = pyiqa.create_metric(name, device=torch.device(device))
     log.debug("%s", chatter.getvalue().strip())
     return model
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """pyiqa asks torch.load to run whatever a weights file says; here the files may hold tensors and nothing else."""
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
 
 
 def _import_clip() -> None:

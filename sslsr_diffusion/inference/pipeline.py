@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -101,6 +102,19 @@ class StableSRPipeline(DiffusionPipeline):
         """A repository as a local folder; diffusers' own method refuses components that live in another package than itself."""
         kept = ("revision", "cache_dir", "token", "force_download", "local_files_only")
         return str(download_files(pretrained_model_name, **{name: options[name] for name in kept if options.get(name) is not None}))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """As diffusers' own, from safetensors alone; Python files that lie in a local folder are never run.
+
+        Raises:
+            UserError: the folder holds Python files (older releases of diffusers would run them).
+        """
+        folder = Path(pretrained_model_name_or_path)
+        found = next((file for pattern in ("*.py", "*/*.py") for file in folder.glob(pattern)), None)
+        if found is not None:
+            raise UserError(f"{folder}: holds the Python file {found.relative_to(folder)}, which a pipeline never needs; remove it.")
+        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **options})
 
     @torch.no_grad()
     def __call__(

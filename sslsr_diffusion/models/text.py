@@ -36,7 +36,7 @@ def encode_prompt(base: Base, prompt: str) -> Tensor:
 def load_text_encoder(base: Base) -> Any:
     from transformers import CLIPTextModel
 
-    return CLIPTextModel.from_pretrained(base.folder / "text_encoder").float().eval().requires_grad_(False)
+    return CLIPTextModel.from_pretrained(base.folder / "text_encoder", use_safetensors=True).float().eval().requires_grad_(False)
 
 
 def count_text_encoder(config: dict[str, Any]) -> int:

@@ -119,13 +119,13 @@ def find_checkpoint(where: str, run: Path) -> Path:
     Raises:
         UserError: there is no whole checkpoint there.
     """
+    from sslsr_diffusion.training.hub import is_hub_id, resolve_checkpoint_from_hub
+
     folder = run if where == "latest" else Path(where).expanduser()
     if where != "latest" and (folder / MANIFEST).is_file():
         return folder
     found = latest_checkpoint(folder)
-    if found is None and where != "latest" and not folder.exists() and where.count("/") == 1 and not folder.is_absolute():
-        from sslsr_diffusion.training.hub import resolve_checkpoint_from_hub
-
+    if found is None and is_hub_id(where):
         return resolve_checkpoint_from_hub(where)
     if found is None:
         raise UserError(f"--resume {where}: no whole checkpoint in {folder}; leave --resume out to start from the beginning.")

@@ -247,6 +247,12 @@ def _quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
+def is_hub_id(where: str) -> bool:
+    """Whether what `--resume` was given can only be a repository: `user/name` or `user/name@revision`, and nothing here of that name."""
+    path = Path(where).expanduser()
+    return where.count("/") == 1 and not where.startswith((".", "~")) and not path.is_absolute() and not path.exists()
+
+
 def resolve_checkpoint_from_hub(
     repo_id: str,
     revision: str | None = None,

@@ -1,0 +1,100 @@
+"""Hub ids at one commit: what a run starts from is written down in its recipe, and what it goes on from stays the same."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sslsr_diffusion.recipe import Recipe, resolved
+from sslsr_diffusion.training.checkpoints import STATE
+
+log = logging.getLogger(__name__)
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+TIMEOUT_S = 10
+
+
+def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
+    """The recipe with the commit of every hub id (base model, data sets) as its revision.
+
+    A revision that is a commit already stays. Else the commit that the recipe in `checkpoint` has at the same place for the same
+    id; without one, today's. An id whose commit cannot be found out is left as it is, and a warning says so.
+
+    Args:
+        checkpoint: the folder that the run goes on from.
+    """
+    before = recorded_state(checkpoint).get("recipe") if checkpoint else None
+    changes: dict[str, str] = {}
+    for place, kind, name, revision in _hub_ids(recipe):
+        if _COMMIT.fullmatch(revision or ""):
+            continue
+        recorded = _at(before, place)
+        commit = recorded.get("revision") if recorded.get("base" if kind == "model" else "path") == name else None
+        if checkpoint is not None and not _COMMIT.fullmatch(str(commit)):
+            continue  # nothing was recorded: the recipe must stay what it was
+        commit = commit or _commit(kind, name, revision)
+        if commit is None:
+            log.warning("%s: its commit cannot be found out now, so the run is not bound to it", name)
+            continue
+        log.info("%s: commit %s%s", name, commit, " as in the checkpoint" if checkpoint else "")
+        changes[place] = commit
+    return _with_revisions(recipe, changes) if changes else recipe
+
+
+def _hub_ids(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
+    """(place in the recipe, "model" or "dataset", id, revision)."""
+    model = recipe.model
+    if model.init == "pretrained" and _is_id(model.base):
+        yield "model", "model", model.base, model.revision
+    for key in ("sources", "validation"):
+        for index, source in enumerate(getattr(recipe.data, key)):
+            if source.kind == "hub" and _is_id(source.path):
+                yield f"data.{key}.{index}", "dataset", source.path, source.revision
+
+
+def _is_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def recorded_state(checkpoint: Path) -> dict[str, Any]:
+    """What stands in a checkpoint beside its tensors; empty for a damaged one, which is reported by whoever reads it whole."""
+    try:
+        found = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _at(tree: Any, place: str) -> Mapping[str, Any]:
+    for key in place.split("."):
+        if isinstance(tree, list):
+            tree = tree[int(key)] if int(key) < len(tree) else None
+        else:
+            tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree if isinstance(tree, Mapping) else {}
+
+
+def _commit(kind: str, name: str, revision: str | None) -> str | None:
+    """Today's commit as the hub says, or that of the local cache where the hub does not answer."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        return str(HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=TIMEOUT_S).sha)
+    except Exception as error:  # every way in which a network can fail; what cannot be opened is reported by whoever opens it
+        log.debug("%s: %s", name, error)
+    try:
+        found = snapshot_download(name, revision=revision, repo_type=kind, local_files_only=True, allow_patterns=["*.json", "*.md"])
+    except Exception:
+        return None
+    return Path(found).name
+
+
+def _with_revisions(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
+    raw = resolved(recipe)
+    for place, commit in changes.items():
+        _at(raw, place)["revision"] = commit  # type: ignore[index]  # our own plain data
+    return Recipe.model_validate(raw)

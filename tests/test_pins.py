@@ -1,0 +1,152 @@
+"""Hub ids are bound to one commit when a run begins, and a resume stays there although the branch has moved on."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+from hub_server import HubServer
+from hub_storage import Repository, Stored
+from typer.testing import CliRunner
+
+from sslsr_diffusion.cli import app
+from sslsr_diffusion.config import parse
+from sslsr_diffusion.dry_run import check_resume
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.pins import pinned, recorded_state
+from sslsr_diffusion.recipe import Recipe
+from sslsr_diffusion.training.checkpoints import write_checkpoint
+
+PHOTOS = Path(__file__).parent.parent / "examples/photos"
+FIRST, SECOND = "1a" * 20, "2b" * 20
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        yield server
+
+
+def commit(hub: HubServer, name: str, oid: str, files: dict[str, bytes]) -> None:
+    repository = hub.repositories.setdefault(name, Repository())
+    stored = {path: Stored(len(data), hashlib.sha1(data).hexdigest(), data) for path, data in files.items()}
+    repository.commits.append((oid, "a commit", stored))
+
+
+def recipe(revision: str | None = None, base: str = "someone/base") -> Recipe:
+    hub_source = {"kind": "hub", "path": "someone/photos", "revision": revision}
+    data = {"sources": [{"kind": "folder", "path": "photos"}, hub_source], "validation": [hub_source]}
+    return parse(Recipe, {"model": {"base": base, "revision": revision}, "data": data, "losses": [{"kind": "diffusion"}]})
+
+
+def revisions(recipe: Recipe) -> list[str | None]:
+    return [recipe.model.revision, recipe.data.sources[1].revision, recipe.data.validation[0].revision]
+
+
+def test_a_run_begins_at_todays_commits_and_goes_on_at_its_own(hub, tmp_path):
+    for name in ("someone/base", "someone/photos"):
+        commit(hub, name, FIRST, {"README.md": b"first"})
+    fresh = pinned(recipe())
+    assert revisions(fresh) == [FIRST] * 3
+    for name in ("someone/base", "someone/photos"):
+        commit(hub, name, SECOND, {"README.md": b"second"})
+    write_checkpoint(tmp_path / "checkpoint-1", {}, {"recipe": fresh.model_dump(mode="json")})
+    hub.log.clear()
+    for written in (None, "main"):
+        assert revisions(pinned(recipe(written), tmp_path / "checkpoint-1")) == [FIRST] * 3
+    assert hub.log == []  # what is known is not asked
+    assert revisions(pinned(recipe())) == [SECOND] * 3
+    assert revisions(pinned(recipe(SECOND), tmp_path / "checkpoint-1")) == [SECOND] * 3  # another commit by name: the resume refuses it
+    other = pinned(recipe(base="someone/else"), tmp_path / "checkpoint-1")
+    assert revisions(other) == [None, FIRST, FIRST]
+
+
+def test_a_hub_that_does_not_answer_binds_nothing_and_says_so(hub, monkeypatch, caplog):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with caplog.at_level(logging.WARNING, "sslsr_diffusion"):
+        assert pinned(recipe()) == recipe()
+    assert "someone/base: its commit cannot be found out now" in caplog.text
+    assert recorded_state(Path("nowhere")) == {}
+
+
+@pytest.fixture
+def base(hub, tmp_path, monkeypatch):
+    """A tiny pipeline as someone/base, and an empty folder to work in."""
+    from sslsr_diffusion.inference import StableSRPipeline
+    from sslsr_diffusion.models import ModelSettings, build_networks
+
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state()
+    StableSRPipeline(**build_networks(ModelSettings(init="random", preset="tiny", train="all")).components()).save_pretrained("made")
+    files = {path.relative_to("made").as_posix(): path.read_bytes() for path in Path("made").rglob("*") if path.is_file()}
+    commit(hub, "someone/base", FIRST, files)
+    return files
+
+
+def train(steps: int, *more: str) -> str:
+    values = {
+        "model.init": "pretrained",
+        "model.base": "someone/base",
+        "model.vae": "null",
+        "data.sources.0.path": PHOTOS / "train",
+        "data.workers": 0,
+        "losses": "[{kind: diffusion}]",
+        "output.dir": "run",
+        "output.trackers": "[]",
+        "training.batch_size": 1,
+        "training.crop_size": 32,
+        "training.steps": steps,
+        "validation.limit": 0,
+    }
+    arguments = ["train", "--config", "tiny", *(f"--set={k}={v}" for k, v in values.items()), *more]
+    return CliRunner().invoke(app, arguments, catch_exceptions=False).output
+
+
+def test_training_records_the_commit_and_resumes_from_it(hub, base):
+    assert "Done: 1 steps" in train(1)
+    assert yaml.safe_load(Path("run/recipe.yaml").read_text())["model"]["revision"] == FIRST
+    commit(hub, "someone/base", SECOND, base)
+    commit(hub, "someone/base", "3c" * 20, {**base, "unet/diffusion_pytorch_model.safetensors": b"moved on"})
+    assert "Done: 2 steps" in train(2, "--resume", "latest")
+    state = recorded_state(Path("run/checkpoint-2"))
+    assert state["recipe"]["model"]["revision"] == state["base"]["revision"] == FIRST
+    with pytest.raises(UserError, match=f"model.revision: '{FIRST}' -> '{SECOND}'"):
+        train(3, "--resume", "latest", f"--set=model.revision={SECOND}")
+
+
+def test_a_dry_run_looks_up_what_would_be_resumed(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def resume(where: str, recipe: Recipe = recipe(FIRST)) -> str:
+        return f"{(check := check_resume(recipe, where)).verdict}: {check.detail}"
+
+    assert resume("latest").startswith("missing: --resume latest: no whole checkpoint in runs/run")
+    assert resume("nothing").startswith("missing: --resume nothing: no whole checkpoint")
+    assert resume("someone/base").startswith("missing: someone/base: no such folder")
+    commit(hub, "someone/base", FIRST, {"state/checkpoint-9/manifest.json": b"{}", "state/checkpoint-30/manifest.json": b"{}"})
+    commit(hub, "someone/empty", SECOND, {"README.md": b""})
+    assert resume("someone/base").startswith("ok: someone/base on the hub, commit 1a1a1a1a1a1a, step 30")
+    assert resume(f"someone/base@{FIRST}").startswith("ok")
+    assert resume("someone/empty").startswith("missing: someone/empty: the repository holds no training state")
+    hub.fault("/api/models/", "cut", times=100)
+    assert resume("someone/base").startswith("not reachable: someone/base: no such folder, and the hub does not answer")
+    state = {"world_size": 2, "progress": {"step": 1}, "recipe": recipe(FIRST).model_dump(mode="json")}
+    write_checkpoint(tmp_path / "runs/run/checkpoint-1", {}, state)
+    assert resume("latest") == "ok: runs/run/checkpoint-1, step 1 of 20000"
+    changed = recipe(FIRST).model_copy(update={"seed": 7})
+    assert "the recipe is not the one of the checkpoint:; seed: 42 -> 7; Use" in resume("latest", changed)
+    assert check_resume(changed, "latest", allow_recipe_change=True).verdict == "ok"
+    write_checkpoint(tmp_path / "best", {}, {"progress": {"step": 1}})
+    assert resume("best").startswith("missing: best holds weights alone")

@@ -147,7 +147,14 @@ def fit(
     typer.echo(f"{'file':40}{'noise':>8}{'jpeg':>7}{'blur':>7}", err=True)
     for one in estimates:
         quality = "-" if one.quality is None else f"{one.quality}{'' if one.from_tables else '~'}"
-        typer.echo(f"{one.name[-39:]:40}{one.noise:8.1f}{quality:>7}{one.blur:7.2f}", err=True)
+        noise = f"{'' if one.noise_measured else '<='}{one.noise:.1f}"
+        typer.echo(f"{one.name[-39:]:40}{noise:>8}{quality:>7}{one.blur:7.2f}", err=True)
+    hidden = sum(not one.noise_measured for one in estimates)
+    if hidden:
+        typer.echo(
+            f"noise of {hidden} of {len(estimates)} pictures is not measurable, compression or texture hides it: at most the number after <=",
+            err=True,
+        )
     text = yaml.safe_dump({"degradation": degradation_section(estimates, scale)}, sort_keys=False, default_flow_style=None)
     if output is None:
         typer.echo(text)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sslsr_diffusion.data.noise_level import noise_level
 from sslsr_diffusion.data.opencv import opencv
 from sslsr_diffusion.images import printable, read_image
 
@@ -28,6 +29,8 @@ _LUMA = np.array(
     ],
     dtype=np.float64,
 )
+# Luma is a weighted mean of three channels: independent colour noise of sigma leaves sigma * |(0.299, 0.587, 0.114)| in it
+LUMA_SHARE = float(np.linalg.norm([0.299, 0.587, 0.114]))
 _LEAST_COMB = 0.35  # mean cosine of coefficients on the multiples of a table: 0 by chance, near 1 for a compressed picture
 _MOST_FOUND = 95  # above that the steps are as fine as 8-bit rounding
 
@@ -37,7 +40,8 @@ class Estimate:
     """All of one picture."""
 
     name: str
-    noise: float  # standard deviation in grey levels
+    noise: float  # standard deviation per channel in grey levels, of noise that is drawn for each channel
+    noise_measured: bool  # if not, `noise` is the most that may be there unseen
     quality: int | None  # of the last JPEG compression; None: no trace of one
     from_tables: bool  # the file itself says the quality
     blur: float  # standard deviation in pixels of the sharpest edges
@@ -55,8 +59,9 @@ def estimate(path: Path) -> Estimate:
     coefficients = block_dct(luma)
     quality = table_quality(table) if table is not None else blocking_quality(coefficients)
     steps = table if table is not None else None if quality is None else scaled_table(quality)
-    sigma = noise_sigma(coefficients, steps)
-    return Estimate(printable(path), sigma, quality, table is not None, edge_blur(luma, sigma))
+    level = noise_level(luma, coefficients, steps)
+    blur = edge_blur(luma, level.sigma if level.measured else 0.0)
+    return Estimate(printable(path), level.sigma / LUMA_SHARE, level.measured, quality, table is not None, blur)
 
 
 def scaled_table(quality: float) -> Array:
@@ -91,37 +96,6 @@ def _comb(values: Array, steps: Array) -> float:
     cosines = np.where(beyond, np.cos(2 * np.pi * values / steps), 0.0)
     # quantised coefficients that are not 0 are at least one step: a picture that was not compressed has many between 0.5 and 1
     return float((cosines[:, fine].sum()) / beyond[:, fine].sum())
-
-
-def noise_sigma(coefficients: Array, steps: Array | None = None) -> float:
-    """Standard deviation of the noise in grey levels, from the flattest blocks.
-
-    There a coefficient is N(0, sigma^2); after quantisation with step s the share of zeros is erf(s / (2 sqrt(2) sigma)), which is
-    solved for sigma. Without compression it is the median of |c| / 0.6745 over the high frequencies.
-
-    Args:
-        coefficients: [n, 8, 8] orthonormal DCT of the luma blocks.
-        steps: the luma quantisation table, if the picture was compressed.
-    """
-    if not len(coefficients):
-        return 0.0
-    frequency = np.add.outer(np.arange(8), np.arange(8))
-    low = np.abs(coefficients[:, (frequency >= 1) & (frequency <= 3)]).sum(axis=1)
-    flat = coefficients[low <= np.quantile(low, 0.3)]
-    if steps is None or (steps <= 2).all():
-        high = flat[:, (frequency >= 7)]
-        return float(np.median(np.abs(high)) / 0.6745)
-    from scipy.special import erfinv
-
-    used = frequency >= 3
-    values, step = np.abs(flat[:, used]), steps[used]
-    zeros = (values < step / 2).mean(axis=0)
-    told = (zeros > 0.02) & (zeros < 0.985)
-    if not told.any():
-        return 0.0 if (zeros > 0.5).all() else float(np.median(values) / 0.6745)
-    sigmas = step[told] / (2 * np.sqrt(2) * erfinv(zeros[told]))
-    # texture only adds: the lower part of the frequencies is nearest to the noise; few zeros tell little and weigh little
-    return float(np.quantile(sigmas, 0.35))
 
 
 def edge_blur(luma: Array, noise: float) -> float:

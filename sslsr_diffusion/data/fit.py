@@ -12,8 +12,6 @@ from sslsr_diffusion.data.degradation import DegradationSettings
 from sslsr_diffusion.data.estimate import Estimate
 from sslsr_diffusion.errors import UserError
 
-# Luma is a weighted mean of three channels: independent colour noise of sigma leaves sigma * |(0.299, 0.587, 0.114)| in it
-LUMA_SHARE = float(np.linalg.norm([0.299, 0.587, 0.114]))
 _LEAST_BLUR = 0.4  # pixels: no picture is sharper than its pixel grid
 
 
@@ -34,7 +32,7 @@ def degradation_section(estimates: Sequence[Estimate], scale: int) -> dict[str, 
         size = int(np.clip(2 * np.ceil(2.5 * high) + 1, 7, 51))
         steps.append({"kind": "blur", "sizes": [7, size], "sigma": [low, high], "sinc_prob": 0.05, "families": {"iso": 0.7, "aniso": 0.3}})
     steps.append({"kind": "resize", "to": "target", "modes": ["area", "bilinear", "bicubic"]})
-    noise = _range([e.noise / LUMA_SHARE for e in estimates], 1)
+    noise = _range([part * e.noise for e in estimates for part in _parts(e)], 1)
     if noise[1] >= 0.5:
         steps.append({"kind": "noise", "gaussian_prob": 1.0, "sigma": noise, "gray_prob": 0.0})
     qualities = [float(e.quality) for e in estimates if e.quality is not None]
@@ -43,6 +41,11 @@ def degradation_section(estimates: Sequence[Estimate], scale: int) -> dict[str, 
     section = {"steps": steps}
     parse(DegradationSettings, section)
     return section
+
+
+def _parts(one: Estimate) -> list[float]:
+    """Unmeasured noise is anywhere below its bound, measured noise weighs as much in one place."""
+    return [1.0] * 11 if one.noise_measured else np.linspace(0, 1, 11).tolist()
 
 
 def _range(values: Sequence[float], digits: int) -> list[float]:

@@ -152,7 +152,7 @@ def fit(
     hidden = sum(not one.noise_measured for one in estimates)
     if hidden:
         typer.echo(
-            f"noise of {hidden} of {len(estimates)} pictures is not measurable, compression or texture hides it: at most the number after <=",
+            f"noise of {hidden} of {len(estimates)} pictures is not measurable under compression or texture: at most the number after <=",
             err=True,
         )
     text = yaml.safe_dump({"degradation": degradation_section(estimates, scale)}, sort_keys=False, default_flow_style=None)

@@ -27,7 +27,7 @@ def noise_level(luma: Array, coefficients: Array, steps: Array | None = None) ->
 
     Coefficient f of a block of class k is N(0, sigma^2 + a_k^2 |f|^(-2 p_k)) before quantisation: white noise, and content that falls with
     frequency. Amplitudes a_k (0 among them) and slopes p_k form a fixed grid, their shares are fitted for every sigma (EM), and the sigma
-    of the greatest likelihood is taken. Quantisation needs no undoing: the likelihood is that of the interval a coefficient was rounded from.
+    of the greatest likelihood is taken. Quantisation needs no undoing: what counts is the interval that a coefficient was rounded from.
 
     Args:
         luma: [H, W] grey levels.

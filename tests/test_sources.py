@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from PIL import Image
 from test_training_data import open_small, picture, same, settings, take
 
 from sslsr_diffusion.data.settings import ParquetSource
-from sslsr_diffusion.data.sources import Item, open_source, row_item
+from sslsr_diffusion.data.sources import Columns, Item, open_source, row_item
 from sslsr_diffusion.data.streams import Stream
 from sslsr_diffusion.errors import UserError
 
@@ -153,12 +154,10 @@ def test_a_stream_of_nothing_but_damage_is_said(tmp_path):
 
 def test_webdataset_shards(tmp_path):
     for shard in range(2):
-        with tarfile.open(tmp_path / f"s{shard}.tar", "w") as tar:
-            for i in range(3):
-                for name, data in ((f"k{shard}{i}.png", _png(i)), (f"k{shard}{i}.txt", b"caption")):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        _tar(
+            tmp_path / f"s{shard}.tar",
+            {f"k{shard}{i}.{kind}": _png(i) if kind == "png" else b"words" for i in range(3) for kind in ("png", "txt")},
+        )
     whole = (tmp_path / "s0.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "junk.tar").write_bytes(b"junk" * 200)
@@ -250,4 +249,62 @@ def test_sixteen_bit_pictures_keep_their_depth(tmp_path):
 
 
 def test_a_row_without_the_column_is_an_empty_picture_not_a_crash():
-    assert row_item("stream[3]", {"__key__": "a/b", "txt": "words"}, "jpg", "lr") == Item("stream[3] a/b", b"", b"")
+    found = row_item("stream[3]", {"__key__": "a/b", "txt": "words"}, Columns("jpg", "lr"))
+    assert found == Item("stream[3] a/b", b"", b"", file="a/b")
+
+
+def _tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def rows_and_masks(tmp_path) -> Path:
+    """Six pictures p0 to p5 as parquet rows (named in the cell, by a column, not at all) and in a tar; masks full for even numbers."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "masks").mkdir()
+    pictures = [_png(i, (64, 64)) for i in range(6)]
+    for i in range(6):
+        np.save(tmp_path / "masks" / f"p{i}.npy", np.full((64, 64), i % 2 == 0))
+    pq.write_table(pa.table({"image": [{"bytes": b, "path": f"p{i}.png"} for i, b in enumerate(pictures)]}), tmp_path / "cell.parquet")
+    pq.write_table(pa.table({"image": pictures, "file": [f"set/p{i}.jpg" for i in range(6)]}), tmp_path / "column.parquet")
+    _tar(tmp_path / "s.tar", {f"p{i}.png": b for i, b in enumerate(pictures)})
+    return tmp_path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"kind": "parquet", "path": "cell.parquet"},
+        {"kind": "hub", "path": "cell.parquet"},
+        {"kind": "parquet", "path": "column.parquet", "name_column": "file"},
+        {"kind": "webdataset", "path": "s.tar", "column": "png"},
+    ],
+    ids=["cell", "hub", "column", "webdataset"],
+)
+def test_mask_files_pair_with_rows_by_name(rows_and_masks, source, streaming):
+    path = rows_and_masks / source["path"]
+    if source["kind"] == "hub":  # a folder that `datasets` can load
+        (rows_and_masks / "hub").mkdir()
+        path = path.rename(rows_and_masks / "hub" / "train.parquet").parent
+    data = settings({**source, "path": str(path), "streaming": streaming}, mask={"kind": "files", "folder": str(rows_and_masks / "masks")})
+    loader = open_small(data)
+    full = {
+        re.findall(r"p\d", name)[-1]: float(mask.float().mean()) for batch in take(loader, 6) for name, mask in zip(batch.names, batch.mask)
+    }
+    assert full == {f"p{i}": float(i % 2 == 0) for i in range(6)}
+    assert loader.problems() == []
+
+
+def test_rows_without_names_cannot_have_mask_files(rows_and_masks):
+    masks = {"kind": "files", "folder": str(rows_and_masks / "masks")}
+    with pytest.raises(UserError, match=r"column\.parquet\[\d\]: expected a file name .* set name_column"):
+        next(open_small(settings({"kind": "parquet", "path": str(rows_and_masks / "column.parquet")}, mask=masks)))
+    with pytest.raises(UserError, match="expected a column 'names', found image, file"):
+        open_small(settings({"kind": "parquet", "path": str(rows_and_masks / "column.parquet"), "name_column": "names"}, mask=masks))

@@ -14,7 +14,7 @@ from torch import Tensor
 from sslsr_diffusion.data.opencv import opencv
 from sslsr_diffusion.data.settings import MaskSettings
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import printable, read_image
+from sslsr_diffusion.images import IMAGE_SUFFIXES, printable, read_image
 from sslsr_diffusion.ops import edge_mask
 
 MASK_SUFFIXES = (".npy", ".mat", ".png")  # the first that exists counts
@@ -67,24 +67,32 @@ class MaskFiles:
         if not self._found:
             raise UserError(f"mask folder {printable(base)}: expected {', '.join(MASK_SUFFIXES)} files, found none.")
 
-    def read(self, name: str, size: tuple[int, int]) -> NDArray[np.bool_]:
-        """The mask [H, W] of the picture called `name`, which has `size` (H, W) pixels."""
-        path = self._path(Path(name))
+    def read(self, name: str, file: str, size: tuple[int, int]) -> NDArray[np.bool_]:
+        """The mask [H, W] of a picture of `size` (H, W) by its file name (or key); `name` is for messages.
+
+        Raises:
+            MaskMismatch: there is no mask for it, or none that fits.
+        """
+        if not file:
+            raise MaskMismatch(f"{name}: expected a file name to find its mask by, the row has none; set name_column to a column of names.")
+        path = self._path(name, Path(file))
         mask = read_mask(path)
         if mask.shape != size:
-            raise MaskMismatch(f"{name}: {size[1]}x{size[0]} pixels, but its mask {path.name} has {mask.shape[1]}x{mask.shape[0]}.")
+            came = f"{mask.shape[1]}x{mask.shape[0]}"
+            raise MaskMismatch(f"{name}: {size[1]}x{size[0]} pixels, but its mask {printable(path.name)} has {came}.")
         return mask
 
-    def _path(self, picture: Path) -> Path:
+    def _path(self, name: str, picture: Path) -> Path:
         """Of several masks of that name, the one in folders that are named as the picture's."""
-        paths = self._found.get(picture.stem, [])
+        stem = picture.stem if picture.suffix.lower() in IMAGE_SUFFIXES else picture.name  # a key may hold dots
+        paths = self._found.get(stem, [])
         if not paths:
-            raise MaskMismatch(f"{picture}: no mask named {picture.stem} in {self._folder}.")
+            raise MaskMismatch(f"{name}: no mask named {printable(stem)} in {self._folder}.")
         alike = [sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], _parents(picture, path))) for path in paths]
         best = [path for path, count in zip(paths, alike) if count == max(alike)]
         if len(best) > 1:
             shown = " and ".join(printable(path) for path in best[:2])
-            raise MaskMismatch(f"{picture}: several masks have its name ({shown}); put them in folders named as the picture's.")
+            raise MaskMismatch(f"{name}: several masks have its name ({shown}); put them in folders named as the picture's.")
         return best[0]
 
 

@@ -140,7 +140,7 @@ class SampleMaker:
         if item.latents is not None and (height, width) != (self.crop_size, self.crop_size):
             raise Unusable(f"{item.name}: latents belong to whole pictures of {width}x{height} pixels, the crop is {self.crop_size}.")
         if self._mask_files is not None:
-            planes["mask"] = self._mask_files.read(item.name, (height, width))
+            planes["mask"] = self._mask_files.read(item.name, item.file, (height, width))
         if min(height, width) < self.crop_size:
             what = f"{item.name}: {width}x{height} pixels are less than the crop of {self.crop_size}"
             if self.settings.small_images == "skip":

@@ -51,6 +51,10 @@ class CFWSource(_Source):
 class _TableSource(_Source):
     column: str = Field("image", description="The column that holds the (high-resolution) pictures.")
     lr_column: str | None = Field(None, description="The column of the low-resolution partners, where the rows are real pairs.")
+    name_column: str | None = Field(
+        None,
+        description="The column of the pictures' file names, by which mask files are found; default: the names stored with the pictures.",
+    )
     streaming: bool = Field(False, description="Read on the fly in the stream's order instead of copying everything first.")
     shuffle_window: int = Field(256, ge=1, description="Streams only: so many neighbouring rows are handed out in random order.")
 

@@ -33,6 +33,19 @@ class Item(NamedTuple):
     hr: Path | bytes
     lr: Path | bytes | None = None  # the real low-resolution partner
     latents: Path | None = None  # what the upscaler made of it (kind cfw)
+    file: str = ""  # its own file name or key, by which mask files are found; rows may have none
+
+
+class Columns(NamedTuple):
+    """Where a row has its pictures, and where its name if that does not stand with the picture."""
+
+    hr: str
+    lr: str | None = None
+    name: str | None = None
+
+    @classmethod
+    def of(cls, settings: Any) -> Columns:
+        return cls(settings.column, settings.lr_column, getattr(settings, "name_column", None))
 
 
 class IndexedSource(Protocol):
@@ -65,21 +78,22 @@ class Files:
 
     def item(self, position: int) -> Item:
         path = self._hr[position]
-        return Item(printable(path), path, self._lr[position] if self._lr else None, self._latents[position] if self._latents else None)
+        lr, latents = self._lr[position] if self._lr else None, self._latents[position] if self._latents else None
+        return Item(printable(path), path, lr, latents, str(path))
 
 
 class Table:
     """Rows of a Hugging Face data set; pictures come as encoded bytes and are decoded by our own reader."""
 
-    def __init__(self, name: str, dataset: Any, column: str, lr_column: str | None) -> None:
-        self.name, self._dataset, self._column, self._lr_column = name, dataset, column, lr_column
+    def __init__(self, name: str, dataset: Any, columns: Columns) -> None:
+        self.name, self._dataset, self._columns = name, dataset, columns
         self.lost: list[str] = []
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def item(self, position: int) -> Item:
-        return row_item(f"{self.name}[{position}]", self._dataset[position], self._column, self._lr_column)
+        return row_item(f"{self.name}[{position}]", self._dataset[position], self._columns)
 
 
 class Tar:
@@ -99,7 +113,7 @@ class Tar:
         shard, offset, size, name = self._members[position]
         with self._shards[shard].open("rb") as file:
             file.seek(offset)
-            return Item(f"{printable(self._shards[shard].name)}/{printable(name)}", file.read(size))
+            return Item(f"{printable(self._shards[shard].name)}/{printable(name)}", file.read(size), file=name)
 
     def _index(self, number: int, shard: Path) -> None:
         try:
@@ -111,13 +125,13 @@ class Tar:
             self.lost.append(f"{printable(shard)}: not read to its end, no whole uncompressed tar file ({error}).")
 
 
-def row_item(name: str, row: dict[str, Any], column: str, lr_column: str | None) -> Item:
+def row_item(name: str, row: dict[str, Any], columns: Columns) -> Item:
     """The encoded picture (or pair) of one row."""
-    key = row.get("__key__")
-    hr, path = _encoded(row.get(column))
-    if key or path:
-        name = f"{name} {printable(str(key or Path(path).name))}"
-    return Item(name, hr, _encoded(row.get(lr_column))[0] if lr_column else None)
+    hr, path = _encoded(row.get(columns.hr))
+    given = row.get(columns.name) if columns.name else None
+    file = str(given or row.get("__key__") or path)
+    label = f"{name} {printable(file if given or not path else Path(file).name)}" if file else name
+    return Item(label, hr, _encoded(row.get(columns.lr))[0] if columns.lr else None, file=file)
 
 
 def _encoded(cell: Any) -> tuple[Path | bytes, str]:
@@ -195,7 +209,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _table(settings: HubSource | ParquetSource) -> Table:
-    return Table(settings.path, load_rows(settings, streaming=False), settings.column, settings.lr_column)
+    return Table(settings.path, load_rows(settings, streaming=False), Columns.of(settings))
 
 
 def _webdataset(settings: WebdatasetSource) -> Tar:
@@ -239,14 +253,16 @@ def load_rows(settings: HubSource | ParquetSource | WebdatasetSource, *, streami
 
 def _undecoded(rows: Any, settings: Any, datasets: Any) -> Any:
     """Bad pictures must not end an iteration, so `datasets` never decodes them."""
-    wanted = [c for c in (settings.column, settings.lr_column) if c]
+    columns = Columns.of(settings)
+    wanted = [c for c in columns if c]
     names = list(rows.column_names or rows.resolve_column_names() if hasattr(rows, "resolve_column_names") else rows.column_names or [])
     for column in wanted:
         if names and column not in names:
             raise UserError(
                 f"{settings.kind} source {settings.path!r}: expected a column {column!r}, found {', '.join(names)}; set column."
             )
-        rows = rows.cast_column(column, datasets.Image(decode=False))
+        if column != columns.name:
+            rows = rows.cast_column(column, datasets.Image(decode=False))
     keep = [*wanted, *(["__key__"] if "__key__" in names else [])]
     return rows.select_columns(keep) if names else rows
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sslsr_diffusion.data.settings import Source
-from sslsr_diffusion.data.sources import Item, load_rows, row_item
+from sslsr_diffusion.data.sources import Columns, Item, load_rows, row_item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.seeding import derive_seed
 
@@ -89,8 +89,9 @@ class Stream:
         assert self._iterator is not None
         self._start = copy.deepcopy(self._dataset.state_dict())
         rows: list[Item] = []
+        columns = Columns.of(self._settings)
         for row in self._iterator:
-            rows.append(row_item(f"{self.name}[{self._seen + len(rows)}]", row, self._settings.column, self._settings.lr_column))
+            rows.append(row_item(f"{self.name}[{self._seen + len(rows)}]", row, columns))
             if len(rows) == self._settings.shuffle_window:
                 break
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "window", self._epoch, self._seen))

@@ -16,6 +16,7 @@ from torch import Tensor
 from sslsr_diffusion.data.degradation import Degradation
 from sslsr_diffusion.data.draws import Op
 from sslsr_diffusion.data.masks import MaskFiles, cap, make_mask
+from sslsr_diffusion.data.retries import BadPictures, patiently
 from sslsr_diffusion.data.settings import DataSettings
 from sslsr_diffusion.data.sources import IndexedSource, Item
 from sslsr_diffusion.errors import UserError
@@ -56,7 +57,7 @@ class SampleMaker:
         self.settings, self.sources, self.crop_size, self.scale, self.seed = settings, sources, crop_size, scale, seed
         self.degradation = Degradation(settings.degradation, scale)
         self._mask_files = MaskFiles(settings.mask.folder) if settings.mask.folder else None
-        self._bad: dict[tuple[int, int], str] = {}  # spares a second attempt; changes no result
+        self._bad = BadPictures()
 
     def __getitems__(self, requests: Sequence[Request]) -> tuple[list[Sample], list[str]]:
         """The samples of a micro-batch and the problems on the way; DataLoader calls this.
@@ -83,21 +84,29 @@ class SampleMaker:
             return None
 
     def _from_index(self, request: Request, problems: list[str]) -> Sample:
-        """The requested picture or, while that is bad, the next one of this epoch's order: the same for any number of workers."""
+        """The requested picture or, while that is bad, the next one of this epoch's order: the same for any number of workers.
+
+        (Unless the storage fails one worker and not another: then the picture comes back when it can be read again.)
+        """
         source = self.sources[request.source]
         assert source is not None
         epoch, start = divmod(request.ordinal, len(source))
         order = permutation(len(source), derive_seed(self.seed, "order", request.source, epoch))
         for step in range(len(source)):
             position = int(order[(start + step) % len(source)])
-            if (request.source, position) in self._bad:
-                problems.append(self._bad[request.source, position])
+            key = (request.source, position)
+            known = self._bad.problem(key)
+            if known is not None:
+                problems.append(known)
                 continue
             try:
-                return self.make(request, source.item(position), problems)
+                sample = patiently(lambda position=position: self.make(request, source.item(position), problems))  # type: ignore[misc]
             except (UserError, OSError) as error:
-                self._bad[request.source, position] = str(error)
+                self._bad.note(key, error)
                 problems.append(str(error))
+            else:
+                self._bad.forget(key)
+                return sample
         raise UserError(f"{source.name}: nothing is left to train on, all {len(source)} pictures are unusable; the first: {problems[0]}")
 
     def make(self, request: Request, item: Item, problems: list[str]) -> Sample:
@@ -186,7 +195,7 @@ def _read_latents(path: Path) -> Tensor:
     try:
         return load_file(path)["latents"].float()
     except (OSError, SafetensorError, KeyError) as error:
-        raise Unusable(f"{printable(path)}: cannot be read as latents ({type(error).__name__}); delete it and make it again.") from None
+        raise Unusable(f"{printable(path)}: cannot be read as latents ({type(error).__name__}); delete it and make it again.") from error
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,11 @@ from pathlib import Path
 import pytest
 from test_sources import _png, _tar
 from test_training_data import open_small, settings, take
+
+from sslsr_diffusion.data import streams
+from sslsr_diffusion.data.settings import ParquetSource
+from sslsr_diffusion.data.streams import Stream
+from sslsr_diffusion.errors import UserError
 
 ROWS = 40
 
@@ -66,3 +72,40 @@ def test_two_processes_with_two_workers_see_every_row_once_and_resume(tmp_path, 
         assert len(set(whole[:20])) == 20
         seen += whole[:20]
     assert sorted(seen) == [f"id{i:02d}" for i in range(ROWS)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_damaged_shard_is_left_out_and_named(tmp_path, kind, streaming):
+    source = _source(tmp_path, kind, 4) | {"streaming": streaming}
+    shard = sorted(tmp_path.glob("s*"))[1]
+    shard.write_bytes(shard.read_bytes()[: 3 * shard.stat().st_size // 4])
+    loader = open_small(settings(source, degradation={"preset": "bicubic"}), batch_size=4)
+    found = set(_ids(take(loader, 20)))
+    assert {f"id{i:02d}" for i in range(ROWS) if not 10 <= i < 20} <= found
+    assert any(shard.name in text and "no whole" in text for text in loader.problems())
+    for path in tmp_path.glob("s*"):
+        path.write_bytes(b"junk" * 300)
+    with pytest.raises(UserError, match="no whole"):
+        open_small(settings(source))
+
+
+def test_a_stream_that_hiccups_loses_nothing_and_one_that_ends_says_where(tmp_path, monkeypatch):
+    source = ParquetSource(**_source(tmp_path, "parquet", 4))
+    wanted = [item.name for item in itertools.islice(Stream(source, 0), 60)]
+    pauses: list[float] = []
+    monkeypatch.setattr(streams.time, "sleep", pauses.append)
+    stream, plain, calls = Stream(source, 0), Stream._rows_of_window, itertools.count()
+
+    def failing(self):
+        if next(calls) % 3 < 2:
+            list(itertools.islice(self._iterator, 2))  # some rows have come before the failure
+            raise ConnectionError("the network is away")
+        return plain(self)
+
+    monkeypatch.setattr(Stream, "_rows_of_window", failing)
+    assert [item.name for item in itertools.islice(stream, 60)] == wanted
+    assert pauses[:4] == [1.0, 5.0, 1.0, 5.0]
+    monkeypatch.setattr(Stream, "_rows_of_window", lambda self: 1 / 0)
+    with pytest.raises(UserError, match=r"breaks off after row 20 of epoch 1 of process 0 \(division by zero\)"):
+        next(stream)

@@ -39,6 +39,7 @@ class Requests:
     ) -> None:
         self._schedule, self._streams, self._pool, self._lengths = schedule, streams, pool, lengths
         self._rank, self._world, self._size = place
+        self.lost = [text for stream in streams.values() for text in stream.lost]
         self.batch = 0
         self.marks: deque[dict[str, Any]] = deque()
 
@@ -83,7 +84,7 @@ class TrainingLoader:
     ) -> None:
         self._maker, self._requests, self._settings, self._description, self._device = maker, requests, settings, description, device
         self._state = requests.state_dict()
-        self._problems: Counter[str] = Counter(text for source in maker.sources if source is not None for text in source.lost)
+        self._problems: Counter[str] = Counter(requests.lost + [t for source in maker.sources if source is not None for t in source.lost])
         self._batches: Iterator[tuple[list[Sample], list[str]]] | None = None
 
     def __iter__(self) -> TrainingLoader:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import glob
-import logging
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
+from sslsr_diffusion.data.rows import Columns, Item, load_rows, local_files, pictures_in, row_item
 from sslsr_diffusion.data.settings import (
     CFWSource,
     FilesSource,
@@ -21,31 +19,7 @@ from sslsr_diffusion.data.settings import (
     WebdatasetSource,
 )
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import IMAGE_SUFFIXES, list_images, printable
-
-log = logging.getLogger(__name__)
-
-
-class Item(NamedTuple):
-    """One picture, or one real pair, not yet decoded."""
-
-    name: str  # for messages
-    hr: Path | bytes
-    lr: Path | bytes | None = None  # the real low-resolution partner
-    latents: Path | None = None  # what the upscaler made of it (kind cfw)
-    file: str = ""  # its own file name or key, by which mask files are found; rows may have none
-
-
-class Columns(NamedTuple):
-    """Where a row has its pictures, and where its name if that does not stand with the picture."""
-
-    hr: str
-    lr: str | None = None
-    name: str | None = None
-
-    @classmethod
-    def of(cls, settings: Any) -> Columns:
-        return cls(settings.column, settings.lr_column, getattr(settings, "name_column", None))
+from sslsr_diffusion.images import list_images, printable
 
 
 class IndexedSource(Protocol):
@@ -85,9 +59,9 @@ class Files:
 class Table:
     """Rows of a Hugging Face data set; pictures come as encoded bytes and are decoded by our own reader."""
 
-    def __init__(self, name: str, dataset: Any, columns: Columns) -> None:
+    def __init__(self, name: str, dataset: Any, columns: Columns, lost: Sequence[str]) -> None:
         self.name, self._dataset, self._columns = name, dataset, columns
-        self.lost: list[str] = []
+        self.lost = list(lost)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -104,7 +78,9 @@ class Tar:
         self.lost: list[str] = []
         self._members: list[tuple[int, int, int, str]] = []  # shard, offset, bytes, name
         for number, shard in enumerate(self._shards):
-            self._index(number, shard)
+            members, problem = pictures_in(shard)
+            self._members += [(number, *member) for member in members]
+            self.lost += [problem] if problem else []
 
     def __len__(self) -> int:
         return len(self._members)
@@ -114,32 +90,6 @@ class Tar:
         with self._shards[shard].open("rb") as file:
             file.seek(offset)
             return Item(f"{printable(self._shards[shard].name)}/{printable(name)}", file.read(size), file=name)
-
-    def _index(self, number: int, shard: Path) -> None:
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    if member.isreg() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES:
-                        self._members.append((number, member.offset_data, member.size, member.name))
-        except (tarfile.TarError, OSError) as error:
-            self.lost.append(f"{printable(shard)}: not read to its end, no whole uncompressed tar file ({error}).")
-
-
-def row_item(name: str, row: dict[str, Any], columns: Columns) -> Item:
-    """The encoded picture (or pair) of one row."""
-    hr, path = _encoded(row.get(columns.hr))
-    given = row.get(columns.name) if columns.name else None
-    file = str(given or row.get("__key__") or path)
-    label = f"{name} {printable(file if given or not path else Path(file).name)}" if file else name
-    return Item(label, hr, _encoded(row.get(columns.lr))[0] if columns.lr else None, file=file)
-
-
-def _encoded(cell: Any) -> tuple[Path | bytes, str]:
-    if isinstance(cell, bytes):
-        return cell, ""
-    cell = cell or {}
-    path = cell.get("path") or ""
-    return (cell["bytes"], path) if cell.get("bytes") is not None else (Path(path) if path else b"", path)
 
 
 def open_source(settings: Source) -> IndexedSource:
@@ -209,62 +159,12 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _table(settings: HubSource | ParquetSource) -> Table:
-    return Table(settings.path, load_rows(settings, streaming=False), Columns.of(settings))
+    rows, lost = load_rows(settings, streaming=False)
+    return Table(settings.path, rows, Columns.of(settings), lost)
 
 
 def _webdataset(settings: WebdatasetSource) -> Tar:
     return Tar(settings.path, local_files(settings.path, ".tar"))
-
-
-def local_files(path: str, suffix: str) -> list[Path]:
-    """The files of that suffix at a path: itself, in a folder, or matching a pattern."""
-    base = Path(path).expanduser()
-    found = sorted(base.rglob(f"*{suffix}")) if base.is_dir() else [base] if base.is_file() else sorted(map(Path, glob.glob(str(base))))
-    if not found:
-        raise UserError(f"expected {suffix} files at {path!r}, found none.")
-    return found
-
-
-def load_rows(settings: HubSource | ParquetSource | WebdatasetSource, *, streaming: bool) -> Any:
-    """The data set behind the settings, its pictures left encoded.
-
-    Raises:
-        UserError: it cannot be loaded, or has no such column (the message names those that it has).
-    """
-    import datasets
-
-    remote = "://" in settings.path
-    try:
-        if isinstance(settings, HubSource):
-            rows = datasets.load_dataset(
-                settings.path, settings.name, split=settings.split, revision=settings.revision, streaming=streaming
-            )
-        else:
-            kind, suffix = ("parquet", ".parquet") if isinstance(settings, ParquetSource) else ("webdataset", ".tar")
-            files = settings.path if remote else [str(p) for p in local_files(settings.path, suffix)]
-            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises nearly everything: network, parsing, missing files
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{settings.kind} source {settings.path!r}: cannot be loaded ({reason}).") from error
-    return _undecoded(rows, settings, datasets)
-
-
-def _undecoded(rows: Any, settings: Any, datasets: Any) -> Any:
-    """Bad pictures must not end an iteration, so `datasets` never decodes them."""
-    columns = Columns.of(settings)
-    wanted = [c for c in columns if c]
-    names = list(rows.column_names or rows.resolve_column_names() if hasattr(rows, "resolve_column_names") else rows.column_names or [])
-    for column in wanted:
-        if names and column not in names:
-            raise UserError(
-                f"{settings.kind} source {settings.path!r}: expected a column {column!r}, found {', '.join(names)}; set column."
-            )
-        if column != columns.name:
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    keep = [*wanted, *(["__key__"] if "__key__" in names else [])]
-    return rows.select_columns(keep) if names else rows
 
 
 OPENERS: dict[str, Callable[[Any], IndexedSource]] = {

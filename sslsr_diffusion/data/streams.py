@@ -9,17 +9,19 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from sslsr_diffusion.data.rows import Columns, Item, load_rows, reason, row_item
 from sslsr_diffusion.data.settings import Source
-from sslsr_diffusion.data.sources import Columns, Item, load_rows, row_item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.seeding import derive_seed
 
 log = logging.getLogger(__name__)
+_PAUSES = (1.0, 5.0)  # seconds before the second and third attempt
 
 
 def is_stream(settings: Source) -> bool:
@@ -35,7 +37,7 @@ class Stream:
 
     def __init__(self, settings: Any, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self._settings, self._seed, self._place = settings, derive_seed(seed, "stream", settings.path), (rank, world_size)
-        self._rows = load_rows(settings, streaming=True)
+        self._rows, self.lost = load_rows(settings, streaming=True)
         self._epoch, self._start, self._used, self._seen = 0, None, 0, 0
         self._window: list[Item] = []
         self._iterator: Iterator[dict[str, Any]] | None = None
@@ -88,12 +90,31 @@ class Stream:
     def _read_window(self) -> None:
         assert self._iterator is not None
         self._start = copy.deepcopy(self._dataset.state_dict())
-        rows: list[Item] = []
-        columns = Columns.of(self._settings)
+        rows = self._patiently()
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "window", self._epoch, self._seen))
+        self._window = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+        self._used = 0
+
+    def _patiently(self) -> list[Item]:
+        """The next rows; what stands behind a stream is often a network, so a failure is met by reading the window again."""
+        for pause in _PAUSES:
+            try:
+                return self._rows_of_window()
+            except Exception as error:  # network, decompression and parsing libraries raise errors of their own
+                log.warning("%s: %s; reading it again in %g seconds", self.name, reason(error), pause)
+            time.sleep(pause)
+            self._open(self._epoch, self._seen, self._start)
+        try:
+            return self._rows_of_window()
+        except Exception as error:
+            where = f"{self._settings.kind} source {self.name!r}: the stream breaks off after row {self._seen} of epoch {self._epoch}"
+            raise UserError(f"{where} of process {self._place[0]} ({reason(error)}); mend that file and resume.") from error
+
+    def _rows_of_window(self) -> list[Item]:
+        assert self._iterator is not None
+        columns, rows = Columns.of(self._settings), list[Item]()
         for row in self._iterator:
             rows.append(row_item(f"{self.name}[{self._seen + len(rows)}]", row, columns))
             if len(rows) == self._settings.shuffle_window:
                 break
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, "window", self._epoch, self._seen))
-        self._window = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
-        self._used = 0
+        return rows

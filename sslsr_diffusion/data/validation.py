@@ -9,8 +9,9 @@ from torch import Tensor
 
 from sslsr_diffusion.data.degradation import Degradation
 from sslsr_diffusion.data.loader import check_sizes
+from sslsr_diffusion.data.rows import Item
 from sslsr_diffusion.data.settings import DataSettings
-from sslsr_diffusion.data.sources import Item, open_source
+from sslsr_diffusion.data.sources import open_source
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import read_image, to_tensor
 from sslsr_diffusion.seeding import sample_generator

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +36,8 @@ def photos(tmp_path) -> Path:
 
 def run(*words: object, code: int = 0) -> str:
     result = RUN.invoke(app, ["prepare", *map(str, words)])
-    assert result.exit_code == code, result.output
+    assert result.exit_code == code, (result.output, result.exception)
+    assert not isinstance(result.exception, UserError), result.exception
     return result.output
 
 
@@ -119,21 +124,130 @@ def test_results_of_other_settings_are_not_taken_for_the_wanted_ones(photos, tmp
         raise RUN.invoke(app, [*words, "4"]).exception
 
 
+def test_two_labels_of_one_name_are_not_mixed_up(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "aS", "b"):
+        Image.fromarray(picture((64, 80), 1)).save(tmp_path / "in" / f"{name}.png")
+    output = run("multiscale", tmp_path / "in", "--output", tmp_path / "out", "--shortest-edge", 50, "--processes", 1, code=1)
+    assert "aS.png: its results would be named as those of a.png; rename it." in output
+    assert "2 of 3 pictures done" in output
+    assert {path.name for path in (tmp_path / "out").rglob("*.png")} == {"a.png", "aS.png", "b.png", "bS.png"}
+    run("crops", tmp_path / "in", "--output", tmp_path / "crops", "--size", 50, "--processes", 1)  # crops have numbers, no clash
+
+
+def test_a_process_that_is_killed_is_told_in_one_sentence(photos, tmp_path):
+    from sslsr_diffusion.data.preparation import run_jobs
+
+    with pytest.raises(UserError, match=r"one of 2 processes was ended from outside, .* smaller --processes goes on"):
+        list(run_jobs(_killed, sorted(photos.glob("*.png")), photos, 2))
+
+
+def _killed(path: Path, name: Path) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
 def test_check(photos):
     (photos / "copy.png").write_bytes((photos / "a.png").read_bytes())
-    output = run("check", "--input", photos, "--crop-size", 64, "--processes", 1)
-    assert "5 files, 4 readable, 1 not" in output
-    assert "formats: 4 x PNG 8 bit" in output
-    assert "unreadable: " in output
-    assert "small.png (90x20)" in output
-    assert "same pixels twice: " in output
-    assert "edge mask density" in output
-    assert "crops of 64 with half overlap: about 13" in output
+    for words in ([photos], ["--input", photos]):
+        output = run("check", *words, "--crop-size", 64, "--processes", len(words), code=1)
+        assert "5 pictures, 4 usable, 1 not" in output
+        assert "formats: 4 x PNG 8 bit" in output
+        assert "not usable: " in output
+        assert "cut.jpg" in output
+        assert "small.png (90x20)" in output
+        assert "same pixels twice: " in output
+        assert "mask density" in output
+        assert "crops of 64 with half overlap: about 13" in output
+    (photos / "cut.jpg").unlink()
+    run("check", photos, "--processes", 1)
 
 
-def test_nothing_there(tmp_path):
-    result = RUN.invoke(app, ["prepare", "check", "--input", str(tmp_path)])
-    assert "expected pictures, found none" in str(result.exception)
+@pytest.fixture
+def everything(tmp_path) -> Path:
+    """One readable and one damaged picture in every kind of source, and a recipe that reads them all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    good, bad = io.BytesIO(), b"\x89PNG cut"
+    Image.fromarray(picture((64, 80), 1)).save(good, "PNG")
+    Image.fromarray(picture((16, 20), 1)).save(tmp_path / "small.png")
+    for side in ("hr", "lr"):
+        (tmp_path / "pairs" / side).mkdir(parents=True)
+        for name in ("fits", "odd", "broken", *([side] if side == "hr" else [])):
+            small = (tmp_path / "small.png").read_bytes()
+            (tmp_path / "pairs" / side / f"{name}.png").write_bytes(small if side == "lr" and name != "odd" else good.getvalue())
+    (tmp_path / "pairs" / "hr" / "broken.png").write_bytes(bad)
+    (tmp_path / "list.txt").write_text("small.png\nmissing.png\n")
+    (tmp_path / "rows").mkdir()
+    pq.write_table(pa.table({"image": [good.getvalue(), bad], "x": [1, 2]}), tmp_path / "rows" / "r.parquet")
+    (tmp_path / "rows" / "junk.parquet").write_bytes(b"junk")
+    (tmp_path / "hub").mkdir()
+    pq.write_table(
+        pa.table({"image": [{"bytes": b, "path": f"{n}.png"} for n, b in (("ok", good.getvalue()), ("no", bad))]}),
+        tmp_path / "hub" / "h.parquet",
+    )
+    (tmp_path / "tar").mkdir()
+    with tarfile.open(tmp_path / "tar" / "s.tar", "w") as tar:
+        for name, data in (("ok.png", good.getvalue()), ("no.png", bad)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "count", "problems"),
+    [
+        (["list.txt"], "files", (2, 1), ["missing.png: cannot be read (No such file or directory)"]),
+        (["small.png"], "folder", (1, 1), []),
+        (["*.png"], "folder", (1, 1), []),
+        (["pairs"], "pairs", (4, 1), ["odd.png: the sizes of the pair do not fit", "broken.png: ", "no partner of that name in lr/"]),
+        (["rows"], "parquet", (3, 1), ["rows[1]: ", "junk.parquet: left out, no whole parquet file"]),
+        (["hub", "--kind", "hub"], "hub", (2, 1), ["hub[1] no.png: "]),
+        (["tar"], "webdataset", (2, 1), ["s.tar/no.png: "]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and value else None,
+)  # fmt: skip
+def test_check_reads_every_kind_of_source(everything, words, kind, count, problems, monkeypatch):
+    monkeypatch.chdir(everything)
+    output = run("check", *words, "--processes", 1, code=1 if problems else 0)
+    assert f"{kind} {words[0]}: {count[0]}\n" in output
+    assert f"{count[0]} pictures, {count[1]} usable, {count[0] - count[1]} not" in output
+    for problem in problems:
+        assert problem in output
+    assert output.count("not usable: ") == len(problems)
+
+
+def test_check_reads_what_a_recipe_reads(everything, monkeypatch):
+    """Streams, the recipe's own masks, training and validation together: what is in both is told."""
+    monkeypatch.chdir(everything)
+    (everything / "masks").mkdir()
+    np.save(everything / "masks" / "ok.npy", np.ones((64, 80)))
+    streams = "{kind: parquet, path: hub, streaming: true}, {kind: webdataset, path: tar, streaming: true, column: png}"
+    words = ["--set", f"data.sources=[{streams}, {{kind: pairs, path: pairs}}]"]
+    words += ["--set", "data.validation=[{kind: webdataset, path: tar}]"]
+    words += ["--set", "data.mask={kind: files, folder: masks}", "--set", "data.degradation.pool_size=0"]
+    output = run("check", "--config", "sd_upscaler_ssl", *words, "--processes", 2, code=1)
+    assert "10 pictures, 3 usable, 7 not" in output  # two rows, two members, four pairs, two members
+    assert "no mask named fits" in output
+    assert "mask density (least, median, most): 100.0%, 100.0%, 100.0%" in output
+    assert output.count("same pixels twice: ") == 2
+    assert "smaller than the crop of 512" in output
+
+
+def test_check_of_nothing_or_of_too_much(tmp_path):
+    for words, message in (
+        ([tmp_path], "expected pictures, found none"),
+        ([], "expected one folder, picture or pattern, as the argument or as --input, came none"),
+        ([tmp_path, "--input", tmp_path], "came both"),
+        ([tmp_path, "--config", "sd_upscaler_ssl"], "either --config or an input"),
+        ([tmp_path, "--kind", "foldr"], "did you mean folder"),
+        (["--config", "sd_upscaler_ssl", "--set", "data.sources=[]", "--set", "data.validation=[]"], "the recipe names none"),
+    ):
+        result = RUN.invoke(app, ["prepare", "check", *map(str, words)])
+        assert isinstance(result.exception, UserError), result.output
+        assert message in str(result.exception)
 
 
 def test_a_place_that_cannot_be_written_is_told(photos):

@@ -11,25 +11,31 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.")
 
-Input = Annotated[str, typer.Option("--input", help="A folder, a picture or a pattern.")]
+Place = Annotated[str | None, typer.Argument(metavar="[INPUT]", help="A folder, a picture or a pattern.", show_default=False)]
+Input = Annotated[str | None, typer.Option("--input", help="The same by name.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", help="Folder for the results; what is there already is kept.")]
 Processes = Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")]
 
 
 @app.command()
 def multiscale(
-    source: Input, output: Output, shortest_edge: Annotated[int, typer.Option(min=1, help="Pixels.")] = 512, processes: Processes = 0
+    output: Output,
+    place: Place = None,
+    source: Input = None,
+    shortest_edge: Annotated[int, typer.Option(min=1, help="Pixels.")] = 512,
+    processes: Processes = 0,
 ) -> None:
     """Copies at 0.75, 0.6, 1/3 and with the shorter side exactly --shortest-edge, as in the published preparation."""
     from sslsr_diffusion.data import preparation
 
-    _run(preparation.job(preparation.multiscale, output=output, shortest_edge=shortest_edge), source, output, processes)
+    _run(preparation.job(preparation.multiscale, output=output, shortest_edge=shortest_edge), _input(place, source), output, processes)
 
 
 @app.command()
 def crops(
-    source: Input,
     output: Output,
+    place: Place = None,
+    source: Input = None,
     size: Annotated[int, typer.Option(min=1, help="Side of a sub-image in pixels.")] = 512,
     step: Annotated[int, typer.Option(min=1, help="Distance of sub-images in pixels.")] = 256,
     processes: Processes = 0,
@@ -37,14 +43,15 @@ def crops(
     """Cut pictures into overlapping sub-images; pictures that are too small are named, never lost."""
     from sslsr_diffusion.data import preparation
 
-    _run(preparation.job(preparation.crops, output=output, size=size, step=step), source, output, processes)
+    _run(preparation.job(preparation.crops, output=output, size=size, step=step), _input(place, source), output, processes)
 
 
 @app.command()
 def masks(
-    source: Input,
     output: Output,
-    kind: Annotated[str, typer.Option(help="laplacian, laplacian_abs, sobel or canny.")] = "laplacian",
+    place: Place = None,
+    source: Input = None,
+    kind: Annotated[str, typer.Option(help="laplacian, laplacian_abs, sobel, canny, all or random.")] = "laplacian",
     threshold: Annotated[float, typer.Option(help="Grey levels.")] = 20.0,
     processes: Processes = 0,
 ) -> None:
@@ -54,13 +61,14 @@ def masks(
     from sslsr_diffusion.data.settings import MaskSettings
 
     settings = parse(MaskSettings, {"kind": kind, "threshold": threshold})
-    _run(preparation.job(preparation.masks, output=output, settings=settings), source, output, processes)
+    _run(preparation.job(preparation.masks, output=output, settings=settings), _input(place, source), output, processes)
 
 
 @app.command()
 def lr(
-    source: Input,
     output: Output,
+    place: Place = None,
+    source: Input = None,
     preset: Annotated[str, typer.Option(help="stablesr_ssl, real_esrgan, mild, bicubic or bsrgan.")] = "stablesr_ssl",
     scale: Annotated[int, typer.Option(min=1, max=8, help="How many times smaller.")] = 4,
     seed: Annotated[int, typer.Option(help="The same seed and names give the same pictures.")] = 0,
@@ -72,9 +80,8 @@ def lr(
     from sslsr_diffusion.data.degradation import DegradationSettings
 
     settings = parse(DegradationSettings, {"preset": preset})
-    _run(
-        preparation.job(preparation.low_resolution, output=output, degradation=settings, scale=scale, seed=seed), source, output, processes
-    )
+    job = preparation.job(preparation.low_resolution, output=output, degradation=settings, scale=scale, seed=seed)
+    _run(job, _input(place, source), output, processes)
 
 
 @app.command()
@@ -112,21 +119,66 @@ def cfw(
 
 @app.command()
 def check(
-    source: Input, crop_size: Annotated[int, typer.Option(min=1, help="Side of a training crop in pixels.")] = 512, processes: Processes = 0
+    place: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[INPUT]", show_default=False, help="Folder, picture, pattern, .txt list, .parquet, .tar, or a folder of hr/ and lr/."
+        ),
+    ] = None,
+    source: Input = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="Instead: everything that this recipe reads, as it reads it.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe (repeatable).")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="folder, files, pairs, cfw, hub, parquet or webdataset; default: by what is there.", show_default=False),
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="hub, parquet: the column of the pictures.", show_default="image")] = None,
+    lr_column: Annotated[str | None, typer.Option(help="hub, parquet: the column of the partners.", show_default=False)] = None,
+    crop_size: Annotated[int | None, typer.Option(min=1, help="Side of a crop in pixels.", show_default="the recipe's, or 512")] = None,
+    scale: Annotated[int, typer.Option(min=1, max=8, help="Without a recipe: how many times larger the hr of a pair is.")] = 4,
+    processes: Processes = 0,
 ) -> None:
-    """Read every picture and print sizes, formats, unreadable files, duplicates, mask densities and estimated crops."""
+    """Read every picture and print sizes, formats, unusable ones, duplicates, mask densities and estimated crops.
+
+    The exit code is 1 if something cannot be used, 0 if not; small pictures and duplicates are mentioned only.
+    """
     from sslsr_diffusion.data import check as checking
     from sslsr_diffusion.data.preparation import default_processes
+    from sslsr_diffusion.data.settings import MaskSettings
+    from sslsr_diffusion.errors import UserError
+    from sslsr_diffusion.recipe import load_recipe
 
-    paths = _listed(source)
-    found = _progress(checking.look_all(paths, crop_size=crop_size, processes=processes or default_processes()), len(paths))
-    for line in checking.report(found, crop_size):
+    mask, size = MaskSettings(), crop_size or 512
+    if config is None:
+        sources = [checking.guess_source(_input(place, source), kind=kind, column=column, lr_column=lr_column)]
+    elif place or source or kind or column or lr_column:
+        raise UserError("check: expected either --config or an input with its options, came both.")
+    else:
+        recipe = load_recipe(config, set_ or [])
+        sources, mask = [*recipe.data.sources, *recipe.data.validation], recipe.data.mask
+        size, scale = crop_size or recipe.training.crop_size, recipe.scale
+        if not sources:
+            raise UserError(f"{config}: expected data.sources, the recipe names none; set them, or name a folder instead of --config.")
+    found: list[checking.Finding] = []
+    looker = checking.Looker(size, scale, mask)
+    for settings in sources:
+        total, items = checking.contents(settings)
+        found += _progress(checking.look_all(items, looker, processes=processes or default_processes()), total)
+        typer.echo(f"{settings.kind} {settings.path}{'' if total is None else f': {total}'}")
+    for line in checking.report(found, size):
         typer.echo(line)
+    if any(one.problem for one in found):
+        raise typer.Exit(1)
 
 
 @app.command()
 def fit(
-    lr_folder: Annotated[str, typer.Option(help="A folder of your real low-resolution pictures.")],
+    place: Annotated[
+        str | None, typer.Argument(metavar="[LR_FOLDER]", show_default=False, help="A folder of your real low-resolution pictures.")
+    ] = None,
+    lr_folder: Annotated[str | None, typer.Option("--lr-folder", help="The same by name.", show_default=False)] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write the degradation section; default: print it.")] = None,
     scale: Annotated[int, typer.Option(min=1, max=8, help="The scale of the training.")] = 4,
 ) -> None:
@@ -137,7 +189,7 @@ def fit(
     from sslsr_diffusion.data.fit import degradation_section
     from sslsr_diffusion.errors import UserError
 
-    paths = _listed(lr_folder)
+    paths = _listed(_input(place, lr_folder, "--lr-folder"))
     estimates = []
     for path in _progress(paths, len(paths)):
         try:
@@ -165,6 +217,16 @@ def fit(
         except OSError as error:
             raise UserError(f"--output {output}: cannot be written ({error.strerror}); name a file in a folder of yours.") from None
         typer.echo(f"degradation section for `data:` of a recipe in {output}")
+
+
+def _input(place: str | None, source: str | None, option: str = "--input") -> str:
+    from sslsr_diffusion.errors import UserError
+
+    if (place is None) == (source is None):
+        raise UserError(
+            f"expected one folder, picture or pattern, as the argument or as {option}, came {'none' if place is None else 'both'}."
+        )
+    return place or source or ""
 
 
 def _listed(source: str) -> list[Path]:
@@ -196,7 +258,7 @@ def _run(job: partial[int], source: str, output: Path, processes: int) -> None:
         raise typer.Exit(1)
 
 
-def _progress(items: Any, total: int) -> Any:
+def _progress(items: Any, total: int | None) -> Any:
     from tqdm import tqdm
 
     progress: Callable[..., Any] = tqdm

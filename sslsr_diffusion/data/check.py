@@ -5,65 +5,164 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from sslsr_diffusion.config import parse
+from sslsr_diffusion.data.masks import MaskFiles, make_mask
 from sslsr_diffusion.data.opencv import opencv
-from sslsr_diffusion.data.preparation import crop_places
+from sslsr_diffusion.data.preparation import crop_places, process_pool
+from sslsr_diffusion.data.retries import patiently
+from sslsr_diffusion.data.rows import Columns, Item, load_rows, reason, row_item
+from sslsr_diffusion.data.settings import DataSettings, MaskSettings, Source
+from sslsr_diffusion.data.sources import open_source
+from sslsr_diffusion.data.streams import is_stream
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import printable, read_image, to_tensor
-from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
+from sslsr_diffusion.images import list_images, read_image, to_tensor
+from sslsr_diffusion.seeding import sample_generator
+
+_AHEAD = 4  # items per process that wait with their bytes
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One file."""
+    """One picture, or one pair."""
 
     name: str
     size: tuple[int, int] = (0, 0)  # (H, W)
     format: str = ""
     bits: int = 8
     digest: str = ""  # of the pixels
-    density: float = 0.0  # share of edge pixels
+    density: float = 0.0  # share of masked pixels
     crops: int = 0
     problem: str = ""
 
 
-def look_all(paths: Sequence[Path], *, crop_size: int, processes: int) -> Iterator[Finding]:
-    """A Finding for every path, in order."""
-    one = partial(look, crop_size=crop_size)
+class Looker:
+    """Decodes whole pictures and measures them. Picklable."""
+
+    def __init__(self, crop_size: int, scale: int, mask: MaskSettings) -> None:
+        self.crop_size, self._scale, self._mask = crop_size, scale, mask
+        self._files = MaskFiles(mask.folder) if mask.folder else None
+
+    def __call__(self, item: Item | Finding) -> Finding:
+        if isinstance(item, Finding):
+            return item
+        try:
+            return patiently(lambda: self._look(item))
+        except (UserError, OSError) as error:
+            return Finding(item.name, problem=str(error))
+
+    def _look(self, item: Item) -> Finding:
+        image = read_image(item.hr, name=item.name)
+        height, width = image.size
+        if item.lr is not None:
+            lr = read_image(item.lr, name=f"{item.name} (low-resolution partner)").size
+            if (lr[0] * self._scale, lr[1] * self._scale) != (height, width):
+                came = f"{width}x{height} and {lr[1]}x{lr[0]} pixels"
+                return Finding(item.name, problem=f"{item.name}: the sizes of the pair do not fit scale {self._scale}: {came}.")
+        if self._files is not None:
+            density = float(self._files.read(item.name, item.file, (height, width)).mean())
+        else:
+            density = float(make_mask(to_tensor(image.rgb)[None], self._mask, sample_generator(0, "check")).float().mean())
+        size = self.crop_size
+        count = len(crop_places(height, width, size, max(1, size // 2))) if min(height, width) >= size else 0
+        digest = hashlib.blake2b(np.ascontiguousarray(image.rgb).tobytes(), digest_size=16).hexdigest() + f"{height}x{width}"
+        return Finding(item.name, image.size, image.format, image.bits, digest, density, count)
+
+
+def guess_source(path: str, *, kind: str | None = None, **columns: Any) -> Source:
+    """The source that a path given without a recipe means: its kind by its suffix or by what lies in it."""
+    kind = kind or _kind(path)
+    more = {name: value for name, value in columns.items() if value is not None and kind in ("hub", "parquet", "webdataset")}
+    return parse(DataSettings, {"sources": [{"kind": kind, "path": path, **more}]}).sources[0]
+
+
+def _kind(path: str) -> str:
+    suffix = {".txt": "files", ".lst": "files", ".parquet": "parquet", ".tar": "webdataset"}.get(Path(path).suffix.lower())
+    base = Path(path).expanduser()
+    if suffix or not base.is_dir():
+        return suffix or "folder"
+    if (base / "hr").is_dir() and (base / "lr").is_dir():
+        return "cfw" if (base / "latents").is_dir() else "pairs"
+    for kind, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar")):
+        if any(base.rglob(pattern)) and not list_images(base):
+            return kind
+    return "folder"
+
+
+def contents(settings: Source) -> tuple[int | None, Iterator[Item | Finding]]:
+    """How many items a source has (None: a stream) and all of them, those that cannot even be fetched as findings.
+
+    Raises:
+        UserError: there is nothing to read.
+    """
+    if is_stream(settings):
+        return None, _stream(settings)
+    source = open_source(settings)
+    lost = [Finding(text, problem=text) for text in source.lost]
+
+    def each() -> Iterator[Item | Finding]:
+        yield from lost
+        for position in range(len(source)):
+            try:
+                yield source.item(position)
+            except OSError as error:
+                yield Finding(f"{source.name}[{position}]", problem=f"{source.name}[{position}]: cannot be read ({reason(error)}).")
+
+    return len(source) + len(lost), each()
+
+
+def _stream(settings: Any) -> Iterator[Item | Finding]:
+    """A stream once from its start to its end, in its own order."""
+    rows, lost = load_rows(settings, streaming=True)
+    yield from (Finding(text, problem=text) for text in lost)
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield row_item(f"{settings.path}[{number - 1}]", row, Columns.of(settings))
+    except Exception as error:  # network, decompression and parsing libraries raise errors of their own
+        name = f"{settings.path}[{number}]"
+        yield Finding(name, problem=f"{name}: the stream breaks off here ({reason(error)}).")
+
+
+def look_all(items: Iterable[Item | Finding], looker: Looker, *, processes: int) -> Iterator[Finding]:
+    """A Finding for every item, in order."""
     if processes <= 1:
-        yield from map(one, paths)
+        yield from map(looker, items)
         return
     opencv()
-    with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(one, paths, chunksize=4)
+    with process_pool(processes, initializer=_start, initargs=(looker,)) as pool:
+        waiting: list[Any] = []
+        for item in items:  # not pool.map, which would fetch every picture before the first is looked at
+            waiting.append(pool.submit(_look, item))
+            if len(waiting) >= _AHEAD * processes:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
 
 
-def look(path: Path, *, crop_size: int) -> Finding:
-    """Decode one file whole and measure it."""
-    name = printable(path)
-    try:
-        image = read_image(path, name=name)
-    except UserError as error:
-        return Finding(name, problem=str(error))
-    height, width = image.size
-    density = float(laplacian_edge_mask(to_tensor(image.rgb)[None]).float().mean())
-    count = len(crop_places(height, width, crop_size, max(1, crop_size // 2))) if min(height, width) >= crop_size else 0
-    digest = hashlib.blake2b(np.ascontiguousarray(image.rgb).tobytes(), digest_size=16).hexdigest() + f"{height}x{width}"
-    return Finding(name, image.size, image.format, image.bits, digest, density, count)
+_looker: Looker  # of a worker process
 
 
-def report(findings: Iterable[Finding], crop_size: int) -> list[str]:
-    """The findings as lines of text: numbers first, then every file that needs attention."""
-    found = list(findings)
-    good = [f for f in found if not f.problem]
-    bad = [f for f in found if f.problem]
-    lines = [f"{len(found)} files, {len(good)} readable, {len(bad)} not"]
+def _start(looker: Looker) -> None:
+    global _looker
+    opencv()
+    _looker = looker
+
+
+def _look(item: Item | Finding) -> Finding:
+    return _looker(item)
+
+
+def report(findings: Sequence[Finding], crop_size: int) -> list[str]:
+    """The findings as lines of text: numbers first, then everything that needs attention."""
+    good = [f for f in findings if not f.problem]
+    bad = [f for f in findings if f.problem]
+    lines = [f"{len(findings)} pictures, {len(good)} usable, {len(bad)} not"]
     if good:
         kinds = Counter(f"{f.format} {f.bits} bit" for f in good)
         lines.append("formats: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()))
@@ -72,10 +171,12 @@ def report(findings: Iterable[Finding], crop_size: int) -> list[str]:
         lines.append(f"shorter side: {sides[0]} to {sides[-1]} pixels, median {sides[len(sides) // 2]}; longest side {longest}")
         densities = np.array([f.density for f in good])
         quantiles = ", ".join(f"{q:.1%}" for q in np.quantile(densities, [0, 0.5, 1]))
-        lines.append(f"edge mask density (least, median, most): {quantiles}; {int((densities < 1e-4).sum())} files with hardly an edge")
+        lines.append(
+            f"mask density (least, median, most): {quantiles}; {int((densities < 1e-4).sum())} pictures with hardly a masked pixel"
+        )
         lines.append(f"crops of {crop_size} with half overlap: about {sum(f.crops for f in good)}")
     small = [f for f in good if min(f.size) < crop_size]
-    lines += [f"unreadable: {f.problem}" for f in bad]
+    lines += [f"not usable: {f.problem}" for f in bad]
     lines += [f"smaller than the crop of {crop_size}: {f.name} ({f.size[1]}x{f.size[0]})" for f in small]
     first: dict[str, str] = {}
     for f in good:

@@ -11,6 +11,8 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,14 +46,20 @@ class Outcome:
 def run_jobs(job: Job, paths: Sequence[Path], base: Path, processes: int) -> Iterator[Outcome]:
     """Yield an Outcome for every path, in the order of completion; `job` gets the path and its name relative to `base`.
 
-    Results are named after pictures without suffix: of several pictures of one such name the first is done, the others are problems.
+    Results are named after pictures without suffix: of several pictures whose results could have one name the first is done, the others
+    are problems.
     """
-    named = [(path, path.relative_to(base) if path.is_relative_to(base) else Path(path.name)) for path in paths]
-    first: dict[Path, Path] = {}
-    pairs = [(path, name) for path, name in named if first.setdefault(name.with_suffix(""), name) == name]
-    for _, name in named:
-        other = first[name.with_suffix("")]
-        if other != name:
+    labels = _LABELS.get(getattr(job, "func", job), ("",))
+    owners: dict[str, Path] = {}
+    pairs: list[tuple[Path, Path]] = []
+    for path in paths:
+        name = path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
+        results = [f"{name.with_suffix('')}{label}" for label in labels]
+        other = next((owners[result] for result in results if result in owners), None)
+        if other is None:
+            owners |= dict.fromkeys(results, name)
+            pairs.append((path, name))
+        else:
             yield Outcome(
                 printable(name), problem=f"{printable(name)}: its results would be named as those of {printable(other)}; rename it."
             )
@@ -59,9 +67,26 @@ def run_jobs(job: Job, paths: Sequence[Path], base: Path, processes: int) -> Ite
         yield from (_one(job, path, name) for path, name in pairs)
         return
     opencv()  # one thread, before any fork
-    with ProcessPoolExecutor(processes, initializer=_one_thread) as pool:
+    with process_pool(processes, initializer=_one_thread) as pool:
         for future in as_completed([pool.submit(_one, job, path, name) for path, name in pairs]):
             yield future.result()
+
+
+@contextmanager
+def process_pool(processes: int, **options: Any) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes.
+
+    Raises:
+        UserError: the system has ended one of them.
+    """
+    try:
+        with ProcessPoolExecutor(processes, **options) as pool:
+            yield pool
+    except BrokenProcessPool:
+        raise UserError(
+            f"one of {processes} processes was ended from outside, most often for lack of memory; "
+            "the same command with a smaller --processes goes on."
+        ) from None
 
 
 def _one(job: Job, path: Path, name: Path) -> Outcome:
@@ -157,6 +182,9 @@ def low_resolution(path: Path, name: Path, *, output: Path, degradation: Degrada
     ops = model.draw(height, width, sample_generator(seed, name.as_posix(), "test"))
     lr = model.apply(cut, ops, sample_generator(seed, name.as_posix(), "test noise"))
     return _write_new(targets["hr"], lambda: to_array(cut[0])) + _write_new(targets["lr"], lambda: to_array(lr[0]))
+
+
+_LABELS: dict[Any, tuple[str, ...]] = {multiscale: ("", "S", *(label for label, _ in _MULTI_SCALE))}
 
 
 def job(function: Callable[..., int], **options: Any) -> partial[int]:

@@ -128,6 +128,33 @@ def test_tile_shapes(monkeypatch, shape, density):
         assert_close(gradient, want_gradient.double(), 1e-3, "gradient")  # sign(T_sr - T_gt) may flip at a near-tie
 
 
+def test_kept_memory_carries_nothing_over(threads):
+    """A thread's memory comes back dirty, from larger calls too: poisoned, it must not show, and an image of NaN leaves no trace."""
+    threads(2)
+    small, large = make_pair(1, 3, 30, 37, density=0.3, seed=8), make_pair(2, 3, 60, 90, density=0.2, seed=9)
+    want = [loss_and_gradient(*inputs) for inputs in (small, large)]
+    for inputs, (loss, gradient) in zip((small, large), want):
+        _cpu_plan._kept.block.fill(float("nan"))
+        got, got_gradient = loss_and_gradient(*inputs)
+        assert torch.equal(got, loss)
+        assert torch.equal(got_gradient, gradient)
+    assert loss_and_gradient(large[0] * float("nan"), *large[1:])[0].isnan()
+    assert torch.equal(loss_and_gradient(*small)[1], want[0][1])
+
+
+def test_kept_memory_is_bounded(monkeypatch):
+    """A call above the bound frees what it took; a smaller one does not grow what is kept."""
+    small, large = make_pair(1, 3, 30, 37, density=0.3, seed=8), make_pair(1, 3, 160, 160, density=0.2, seed=9)
+    _cpu_plan._kept.block = None
+    loss_and_gradient(*small)
+    kept = _cpu_plan._kept.block
+    loss_and_gradient(*small)
+    assert _cpu_plan._kept.block is kept
+    monkeypatch.setattr(_cpu_plan, "_KEPT_BYTES", 2 * kept.nbytes)
+    loss_and_gradient(*large)
+    assert _cpu_plan._kept.block is None
+
+
 def test_layouts_of_memory():
     """Channels last, slices and expanded masks are taken as they come."""
     sr, _, mask = make_pair(2, 3, 16, 18, density=0.3, seed=0)
@@ -151,7 +178,7 @@ def test_first_use_says_that_it_compiles(caplog):
 def test_later_processes_load_from_the_cache():
     loss_and_gradient(*make_pair(1, 3, 12, 12, density=0.5, seed=0))
     code = (
-        "import torch; from sslsr_diffusion import SelfSimilarityLoss; from sslsr_diffusion.ops import _cpu_tiles as t;"
+        "import torch; from sslsr_diffusion import SelfSimilarityLoss; from sslsr_diffusion.ops import _cpu_calls as t;"
         "x = torch.rand(1, 3, 12, 12);"
         "SelfSimilarityLoss(7, 3, .05, backend='cpu')(x.clone().requires_grad_(), x, torch.ones(1, 1, 12, 12));"
         "print(sum(t.loss_tiles.stats.cache_hits.values()), sum(t.loss_tiles.stats.cache_misses.values()))"

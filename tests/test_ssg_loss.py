@@ -131,6 +131,22 @@ def test_empty_mask_is_zero_with_a_graph(backend):
 
 
 @pytest.mark.parametrize("backend", FUSED)
+def test_a_broken_prediction_shows(backend):
+    """One NaN reaches the loss, the rows whose windows see it and their pixels' gradient; no clamp swallows it."""
+    sr, gt, mask = make_pair(1, 3, 20, 20, density=0.3, seed=0)
+    sr[0, 1, 5, 5] = float("nan")
+    x = sr.float().requires_grad_()
+    loss = SelfSimilarityLoss(**SMALL, backend=backend)(x, gt.float(), mask)
+    loss.backward()
+    reached = (x.grad.isnan().any(1) & mask[:, 0]).nonzero()
+    assert loss.isnan()
+    assert 0 < len(reached) < mask.sum()
+    graph = self_similarity_graph(sr.float(), mask, **SMALL, backend=backend)
+    ys, xs = mask[0, 0].nonzero().unbind(1)
+    assert torch.equal(graph.isnan().any(1), ((ys - 5).abs() <= 3) & ((xs - 5).abs() <= 3))
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_processes_equal_one_big_batch(backend):
     """Three processes with one image each, gradients averaged as DDP does; one of them has no masked pixel."""
     sr, gt, mask = make_pair(3, 3, 20, 22, density=0.2, seed=7)

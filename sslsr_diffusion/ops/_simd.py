@@ -53,11 +53,22 @@ class Value:
 
     def where(self, comparison: str, other: Value | float, yes: Value, no: Value) -> Value:
         """Lane by lane: yes where `self comparison other`, else no."""
-        return Value(self.b, self.b.select(self.b.fcmp_ordered(comparison, self.v, self._other(other)), yes.v, no.v))
+        compare = self.b.icmp_signed if self.v.type == _INDEX else self.b.fcmp_ordered
+        return Value(self.b, self.b.select(compare(comparison, self.v, self._other(other)), yes.v, no.v))
 
     def at_least(self, other: Value | float) -> Value:
+        """The larger of the two; NaN stays NaN."""
         other = Value(self.b, self._other(other))
-        return self.where(">", other, self, other)
+        return self.where("<", other, other, self)
+
+    def at_most(self, other: Value | float) -> Value:
+        """The smaller of the two; NaN stays NaN."""
+        other = Value(self.b, self._other(other))
+        return self.where(">", other, other, self)
+
+    def halved(self) -> Value:
+        """Half of a non-negative integer, rounded down."""
+        return Value(self.b, self.b.lshr(self.v, ir.Constant(_INDEX, 1)))
 
     def magnitude(self) -> Value:
         return Value(self.b, self.b.call(_function(self.b, "llvm.fabs", 1), [self.v]))

@@ -28,19 +28,21 @@ def unavailable(device: torch.device) -> str | None:
 
 @torch.library.custom_op("sslsr::graph_cpu", mutates_args=(), device_types="cpu")
 def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool) -> Tensor:
-    from sslsr_diffusion.ops import _cpu_tiles as compiled
+    from sslsr_diffusion.ops import _cpu_calls as compiled
 
     channels = image.shape[1]
     plan = plans.plan(mask, channels, search, window, normalize)
     out = image.new_empty(len(plan.rows), search**2)
     if len(out) == 0:
         return out
-    padded, scale = plans.padded(image, plan.layout).numpy().ravel(), plans.scale(channels, window, sigma)
+    memory = plans.Memory(plan, images=1, with_gradient=False)
+    rows, padded = out.numpy(), memory.image(0)
+    compiled.pad(image.detach().contiguous().numpy(), padded, plan.lead, plan.layout)
 
     def work(worker: int) -> None:
         compiled.graph_tiles(
-            padded, out.numpy(), plan.part(worker), plan.positions, plan.rows, plan.layout,
-            plans.scratch(plan.layout, channels, window), scale, (0,) * channels, (0,) * window,
+            padded, rows, plan.part(worker), plan.positions, plan.rows, plan.layout, memory.scratch(worker),
+            plans.scale(channels, window, sigma), (0,) * channels, (0,) * window,
         )  # fmt: skip
 
     plans.share(plan, ("graph", channels, window), work)
@@ -56,24 +58,26 @@ def _(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, norma
 def _graph_backward(
     grad_out: Tensor, out: Tensor, image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool
 ) -> Tensor:
-    from sslsr_diffusion.ops import _cpu_tiles as compiled
+    from sslsr_diffusion.ops import _cpu_calls as compiled
 
     channels = image.shape[1]
+    gradient = torch.zeros_like(image, memory_format=torch.contiguous_format)
     plan = plans.plan(mask, channels, search, window, normalize)
     if len(plan.rows) == 0:
-        return torch.zeros_like(image, memory_format=torch.contiguous_format)
-    padded, scale = plans.padded(image, plan.layout), plans.scale(channels, window, sigma)
-    parts = plans.gradients(plan.workers, padded)
-    flat, pull = padded.numpy().ravel(), grad_out.detach().contiguous().numpy()
+        return gradient
+    memory = plans.Memory(plan, images=1, with_gradient=True)
+    padded, weights, pull = memory.image(0), out.detach().numpy(), grad_out.detach().contiguous().numpy()
+    compiled.pad(image.detach().contiguous().numpy(), padded, plan.lead, plan.layout)
 
     def work(worker: int) -> None:
         compiled.graph_gradient_tiles(
-            flat, out.detach().numpy(), pull, parts[worker].numpy().ravel(), plan.part(worker), plan.positions, plan.rows,
-            plan.layout, plans.scratch(plan.layout, channels, window), scale, (0,) * channels, (0,) * window,
+            padded, weights, pull, memory.gradient_of(worker), plan.part(worker), plan.positions, plan.rows, plan.layout,
+            memory.scratch(worker), plans.scale(channels, window, sigma), (0,) * channels, (0,) * window,
         )  # fmt: skip
 
     plans.share(plan, ("graph gradient", channels, window), work)
-    return plans.total(parts, image.shape, plan.layout)
+    compiled.fold(memory.gradients(), memory.own, plan.workers, gradient.numpy(), plan.lead, 1.0, plan.layout)
+    return gradient
 
 
 @_graph_backward.register_fake
@@ -103,25 +107,25 @@ def _loss(
     l1_weight: float, kl_weight: float, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """total, l1, kl and the gradient of total: [] without with_gradient, since nothing would use it."""
-    from sslsr_diffusion.ops import _cpu_tiles as compiled
+    from sslsr_diffusion.ops import _cpu_calls as compiled
 
     channels = sr.shape[1]
     plan = plans.plan(mask, channels, search, window, normalize)
+    gradient = sr.new_zeros(_gradient_shape(sr, with_gradient))
     if len(plan.rows) == 0:
         zero = sr.new_zeros(())
-        return zero, zero.clone(), zero.clone(), sr.new_zeros(_gradient_shape(sr, with_gradient))
-    padded, truth = (plans.padded(image, plan.layout) for image in (sr, gt))
-    parts = plans.gradients(plan.workers, padded) if with_gradient else [sr.new_empty(0)] * plan.workers
+        return zero, zero.clone(), zero.clone(), gradient
+    memory = plans.Memory(plan, images=2, with_gradient=with_gradient)
+    for number, image in enumerate((sr, gt)):
+        compiled.pad(image.detach().contiguous().numpy(), memory.image(number), plan.lead, plan.layout)
     sums = np.zeros((len(plan.tiles), 2))  # by tile: the order of the sum does not depend on the number of threads
-    flat, flat_truth = padded.numpy().ravel(), truth.numpy().ravel()
 
     def work(worker: int) -> None:
         tiles = plan.part(worker)
         own = np.zeros((len(tiles), 2))
         compiled.loss_tiles(
-            flat, flat_truth, parts[worker].numpy().ravel(), tiles, plan.positions, plan.layout,
-            plans.scratch(plan.layout, channels, window), own, plans.scale(channels, window, sigma),
-            l1_weight, kl_weight, (0,) * channels, (0,) * window,
+            memory.image(0), memory.image(1), memory.gradient_of(worker), tiles, plan.positions, plan.layout,
+            memory.scratch(worker), own, plans.scale(channels, window, sigma), l1_weight, kl_weight, (0,) * channels, (0,) * window,
         )  # fmt: skip
         sums[worker :: plan.workers] = own
 
@@ -129,7 +133,8 @@ def _loss(
     share = 1 / (max(float(rows), 1e-12) * search**2)
     l1, kl = sums.sum(0) * share
     total = l1_weight * l1 + kl_weight * kl
-    gradient = plans.total(parts, sr.shape, plan.layout).mul_(share) if with_gradient else sr.new_empty(_gradient_shape(sr, False))
+    if with_gradient:
+        compiled.fold(memory.gradients(), memory.own, plan.workers, gradient.numpy(), plan.lead, share, plan.layout)
     return sr.new_tensor(total), sr.new_tensor(l1), sr.new_tensor(kl), gradient
 
 

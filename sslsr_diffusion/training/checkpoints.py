@@ -59,7 +59,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
         files[STATE] = _write(temporary / STATE, json.dumps(state, indent=1, allow_nan=True).encode())
         _write(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
         sync_folder(temporary)
-        _replace(temporary, folder)
+        replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -135,11 +135,32 @@ def find_checkpoint(where: str, run: Path) -> Path:
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and leftovers of writes that were cut off."""
     for _, folder in _numbered(run)[:-keep]:
-        doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+        doomed = folder.with_name(f"{_TEMPORARY}doomed-{folder.name}")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)  # a deletion that is cut off must not leave half a checkpoint under a good name
     for leftover in run.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Put a whole folder in the place of an older one; `put_back` mends what a kill between the two renames leaves."""
+    old = _old(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    sync_folder(folder.parent)
+
+
+def put_back(folder: Path) -> None:
+    """Give the older folder its name again where its replacement was cut off."""
+    if not folder.exists() and _old(folder).is_dir():
+        _old(folder).rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f"{_TEMPORARY}old-{folder.name}")
 
 
 @contextlib.contextmanager
@@ -191,15 +212,3 @@ def _sync(path: Path) -> dict[str, Any]:
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    if folder.exists():
-        old = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(folder)
-    sync_folder(folder.parent)

@@ -15,13 +15,19 @@ import torch
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.losses import Loss
-from sslsr_diffusion.training.checkpoints import find_checkpoint, prune_checkpoints, read_checkpoint, write_checkpoint
-from sslsr_diffusion.training.farewell import leave_together
+from sslsr_diffusion.training.checkpoints import (
+    find_checkpoint,
+    latest_checkpoint,
+    prune_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
+from sslsr_diffusion.training.company import left_alone
 from sslsr_diffusion.training.machine import check_precision, check_trackers
 from sslsr_diffusion.training.objective import Objective
 from sslsr_diffusion.training.plots import plot_losses
 from sslsr_diffusion.training.reporting import Reporter
-from sslsr_diffusion.training.resume import check_same_recipe, data_state
+from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state
 from sslsr_diffusion.training.run_folder import RunFolder, write_folder
 from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings
@@ -76,36 +82,36 @@ def fit(job: Job, *, resume: str | None = None, allow_recipe_change: bool = Fals
     """Train until the last step or until asked to stop; `resume` is `latest`, a checkpoint or a run folder.
 
     Raises:
-        UserError: the checkpoint does not fit, or the numbers went wrong too often (a checkpoint is left behind).
+        UserError: the checkpoint does not fit, the numbers went wrong too often (a checkpoint is left behind), or another
+            process of the run is gone.
     """
     settings, folder = job.training, RunFolder(Path(job.output.dir))
     check_trackers(job.output.trackers)
     checkpoint_path = find_checkpoint(resume, folder.path) if resume else None
     session = Session(job.objective, job.losses, settings, seed=job.seed, trackers=job.output.trackers, run=folder.path)
     check_precision(settings.mixed_precision, session.device)
-    position = None
-    if checkpoint_path is not None:
-        checkpoint = read_checkpoint(checkpoint_path)
-        if "optimizer" not in checkpoint.state:
-            raise UserError(
-                f"--resume: {checkpoint_path} holds weights alone, no state to go on from; give a checkpoint-N folder or latest."
-            )
-        check_same_recipe(checkpoint.state, job.recipe, session.world_size, allow=allow_recipe_change)
-        session.give(checkpoint, what=str(checkpoint_path))
-        position = data_state(checkpoint.state, session.rank, session.world_size, settings.batch_size, allow=allow_recipe_change)
+    with left_alone(session.world_size, folder.path):
+        return _train(job, session, folder, checkpoint_path, allow_recipe_change)
+
+
+def _train(job: Job, session: Session, folder: RunFolder, checkpoint_path: Path | None, allow_recipe_change: bool) -> FitResult:
+    """What `fit` does once all processes are there."""
+    settings = job.training
+    position = None if checkpoint_path is None else _give(job, session, checkpoint_path, allow_recipe_change)
     progress = session.progress
     if session.main and session.sharded and job.validation is not None:
         logger.warning("the weights are divided among the processes (FSDP): validation is left out, so no weights are chosen as the best")
     if session.main:
-        folder.start(job.recipe)
-        folder.rewind_history(progress.step)
+        folder.start(job.recipe, progress.step)
     session.barrier()
+    if checkpoint_path is not None:
+        agree_on_best(progress, folder.best, job.recipe)
     loader = job.open_data(session.rank, session.world_size, position, session.device)
     with StopWatch() as watch, Reporter(session, folder, settings, resumed=checkpoint_path) as reporter:
         try:
             stopped = _loop(job, session, folder, loader, watch, reporter)
             if stopped is None:
-                pipeline = _finish(job, session, folder)
+                pipeline = _finish(job, session, folder, watch)
             else:
                 pipeline = None
                 reporter.say(f"stopped at step {progress.step} of {settings.steps}: {stopped}; --resume latest goes on")
@@ -113,8 +119,18 @@ def fit(job: Job, *, resume: str | None = None, allow_recipe_change: bool = Fals
         finally:
             loader.close()
         reporter.problems(problems)
-    leave_together()
     return FitResult(folder.path, progress.step, stopped, progress.best, pipeline, problems)
+
+
+def _give(job: Job, session: Session, path: Path, allow_recipe_change: bool) -> dict[str, Any]:
+    """Put a checkpoint's state into the session; where this process's data goes on."""
+    checkpoint = read_checkpoint(path)
+    if "optimizer" not in checkpoint.state:
+        raise UserError(f"--resume: {path} holds weights alone, no state to go on from; give a checkpoint-N folder or latest.")
+    check_same_recipe(checkpoint.state, job.recipe, session.world_size, allow=allow_recipe_change)
+    session.give(checkpoint, what=str(path))
+    check_same_step(session.gather([session.progress.step]))
+    return data_state(checkpoint.state, session.rank, session.world_size, job.training.batch_size, allow=allow_recipe_change)
 
 
 def _loop(job: Job, session: Session, folder: RunFolder, loader: Any, watch: StopWatch, reporter: Reporter) -> str | None:
@@ -143,9 +159,10 @@ def _loop(job: Job, session: Session, folder: RunFolder, loader: Any, watch: Sto
             _save(job, session, folder, loader)
             saved_at = progress.step
         if failed:
+            where = latest_checkpoint(folder.path) or "no checkpoint yet"
             raise UserError(
                 f"training stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row had a loss or gradient that is "
-                f"not a number (loss {report.loss:g}). The weights of the last good step are in {folder.path}/checkpoint-{progress.step}. "
+                f"not a number (loss {report.loss:g}). The weights of the last good step are in {where}. "
                 f"Lower training.optimizer.lr, use mixed_precision bf16 or no instead of fp16, or set max_grad_norm."
             )
         if stopped and not done:
@@ -175,31 +192,43 @@ def _look(job: Job, session: Session, folder: RunFolder, watch: StopWatch, repor
         if result is not None:
             reporter.looked(result)
             value = result.values.get(job.validation.settings.best)
-            if value is not None and job.validation.better(value, progress.best):
-                progress.best, progress.best_step = value, progress.step
-                _keep_best(job, session, folder)
+            if value is not None and job.validation.better(value, progress.best) and _keep_best(job, session, folder, value):
+                progress.best, progress.best_step = value, progress.step  # only now: the record never names weights that are not there
     session.objective.module.train()
 
 
-def _keep_best(job: Job, session: Session, folder: RunFolder) -> None:
+def _keep_best(job: Job, session: Session, folder: RunFolder, value: float) -> bool:
+    """Write best/ and offer it to the hub; whether it is on disk, the same answer on all processes."""
     tensors = {name: whole(parameter) for name, parameter in session.parameters.items()}
-    if not session.main:
-        return
-    state = {"progress": {"step": session.progress.step, "best": session.progress.best}, "recipe": job.recipe, "base": job.base}
-    try:
-        write_checkpoint(folder.best, {"trained": tensors}, state)
-        if job.publisher is not None:
-            target = folder.path / ".tmp-publish"  # the publisher links the files, so the folder may go at once
+    step, errors = session.progress.step, []
+    if session.main:
+        state = {"progress": {"step": step, "best": value}, "recipe": job.recipe, "base": job.base}
+        try:
+            write_checkpoint(folder.best, {"trained": tensors}, state)
+        except OSError as error:
+            logger.warning("the best weights could not be kept: %s", error)
+            errors.append(str(error))
+    if session.gather(errors):
+        return False
+    if session.main and job.publisher is not None:
+        target = folder.path / ".tmp-publish"  # the publisher links the files, so the folder may go at once
+        try:
             write_folder(target, job.save_pipeline)
-            job.publisher.publish(target, f"Best so far, step {session.progress.step}", files=_card(job, folder, session.progress.step))
-            shutil.rmtree(target, ignore_errors=True)
-    except OSError as error:
-        logger.warning("the best weights could not be kept: %s", error)
+            job.publisher.publish(target, f"Best so far, step {step}", files=_card(job, folder, step))
+        except OSError as error:
+            logger.warning("the best weights are kept, but could not be prepared for the hub: %s", error)
+        shutil.rmtree(target, ignore_errors=True)
+    return True
 
 
 def _save(job: Job, session: Session, folder: RunFolder, loader: Any) -> None:
     """Write a checkpoint; a failure costs a warning or the run, by the recipe's policy, never the checkpoints before."""
     tensors, state = session.take(loader.state_dict())
+    unsound = next((name for name, value in tensors["trained"].items() if not torch.isfinite(value).all()), None)
+    if unsound:  # resuming from it could only fail, and pruning would cost a good one
+        if session.main:
+            logger.warning("no checkpoint at step %d: the weights are not finite any more (%s)", session.progress.step, unsound)
+        return
     error = None
     if session.main:
         target = folder.path / f"checkpoint-{session.progress.step}"
@@ -216,7 +245,7 @@ def _save(job: Job, session: Session, folder: RunFolder, loader: Any) -> None:
         raise UserError(f"{errors[0]}. checkpoints.on_failure is stop, so the run ends here.")
 
 
-def _finish(job: Job, session: Session, folder: RunFolder) -> Path:
+def _finish(job: Job, session: Session, folder: RunFolder, watch: StopWatch) -> Path:
     """The final pipeline, the loss curves, the last publication."""
     best = job.output.pipeline == "best" and (folder.best / "manifest.json").is_file()
     if best:
@@ -242,6 +271,7 @@ def _finish(job: Job, session: Session, folder: RunFolder) -> Path:
         ) from error
     if session.main and job.publisher is not None:
         job.publisher.publish(folder.pipeline, f"Step {published}", files=_card(job, folder, published))
+        watch.let_go()  # everything is on the disk: a signal need not wait for the hub
         job.publisher.close()
     session.barrier()
     return folder.pipeline

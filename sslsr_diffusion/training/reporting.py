@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +29,7 @@ class Reporter:
         self._rows: list[dict[str, float]] = []
         self._began = time.perf_counter()
         self._bar: Any = None
+        self._full = False
         if session.main:
             from tqdm import tqdm
 
@@ -67,8 +70,7 @@ class Reporter:
         values |= {"train/lr": self.session.learning_rate(), "train/seconds_per_step": self._seconds_per_step()}
         values |= {f"train/auto_weight/{name}": auto.value for name, auto in self.session.auto.items()}
         values["train/skipped"] = float(self.session.progress.skipped)
-        self.session.accelerator.log(values, step=step)
-        self.folder.append_history({"step": step, **values})
+        self._write_down(step, values)
         terms = {key.removeprefix("loss/"): f"{value:.3g}" for key, value in values.items() if key.startswith("loss/")}
         self._bar.set_postfix({**terms, "lr": f"{values['train/lr']:.1e}"}, refresh=False)
         logger.info("step %d  %s", step, "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
@@ -80,20 +82,38 @@ class Reporter:
         step = self.session.progress.step
         values = {f"validation/{name}": value for name, value in result.values.items()}
         baseline = {f"validation_bicubic/{name}": value for name, value in result.bicubic.items()}
-        self.session.accelerator.log({**values, **baseline}, step=step)
-        self.folder.append_history({"step": step, **values, **baseline})
+        self._write_down(step, {**values, **baseline})
         self.say("validation  " + "  ".join(f"{n} {v:.3f} (bicubic {result.bicubic[n]:.3f})" for n, v in result.values.items()))
         if not result.rows:
             return
         from PIL import Image
 
         grid = picture_grid(result.rows, result.captions)
-        Image.fromarray(grid).save(self.folder.pictures / f"step-{step:06d}.png")
+        with self._disk():
+            Image.fromarray(grid).save(self.folder.pictures / f"step-{step:06d}.png")
         for tracker in self.session.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.writer.add_image("validation", grid, step, dataformats="HWC")
             elif hasattr(tracker, "log_images"):
                 tracker.log_images({"validation": np.asarray(grid)[None]}, step=step)
+
+    def _write_down(self, step: int, values: dict[str, float]) -> None:
+        with self._disk():
+            self.folder.append_history({"step": step, **values})
+        with self._disk():
+            self.session.accelerator.log(values, step=step)
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """A full disk costs lines and pictures, never the run; it is said once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._full:
+                logger.warning(
+                    "step %d: history or pictures could not be written (%s); training goes on", self.session.progress.step, error
+                )
+            self._full = True
 
     def say(self, text: str) -> None:
         """A line above the progress bar and in the log."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.training.checkpoints import read_checkpoint
+from sslsr_diffusion.training.state import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,17 @@ CHANGEABLE = (
     "checkpoints",
     "output",
     "data.workers",
+    "data.validation",
+)
+
+
+# Changing these makes another number of the metric that chooses best/.
+MEASURED_BY = (
+    "validation.best",
+    "validation.size",
+    "validation.steps",
+    "validation.limit",
+    "validation.seed",
     "data.validation",
 )
 
@@ -55,7 +69,7 @@ def check_same_recipe(state: Mapping[str, Any], recipe: Mapping[str, Any], world
     elif state["world_size"] != world_size:
         found["number of processes"] = (state["world_size"], world_size)
     lines = [f"{key}: {before!r} -> {now!r}" for key, (before, now) in found.items()]
-    refused = [line for key, line in zip(found, lines) if not any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)]
+    refused = [line for key, line in zip(found, lines) if not _under(key, CHANGEABLE)]
     if refused and not allow:
         raise UserError(
             "--resume: the recipe is not the one of the checkpoint:\n  "
@@ -64,6 +78,38 @@ def check_same_recipe(state: Mapping[str, Any], recipe: Mapping[str, Any], world
         )
     for line in lines:
         logger.warning("recipe changed since the checkpoint: %s", line)
+
+
+def check_same_step(steps: Sequence[int]) -> None:
+    """All processes go on from the same checkpoint.
+
+    Raises:
+        UserError: they found different ones.
+    """
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"--resume: the processes found checkpoints of different steps ({', '.join(map(str, steps))} by rank); "
+            "expected output.dir on a file system that all machines share."
+        )
+
+
+def agree_on_best(progress: Progress, best: Path, recipe: Mapping[str, Any]) -> None:
+    """Let the record of the best value say what lies in best/, which may be newer than the checkpoint, damaged or measured otherwise."""
+    if not best.exists():  # for example a run that goes on from the hub: what was published stays the best
+        return
+    try:
+        state = read_checkpoint(best).state
+        value, step = float(state["progress"]["best"]), int(state["progress"]["step"])
+        changed = [key for key in differences(state["recipe"], recipe) if _under(key, MEASURED_BY)]
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        logger.warning("the best weights so far cannot be used (%s); the next validation chooses anew", error)
+        progress.best = progress.best_step = None
+        return
+    if changed:
+        logger.warning("the best value so far was measured otherwise (%s changed); the next validation chooses anew", ", ".join(changed))
+        progress.best = progress.best_step = None
+        return
+    progress.best, progress.best_step = value, step
 
 
 def data_state(state: Mapping[str, Any], rank: int, world_size: int, batch_size: int, *, allow: bool) -> dict[str, Any]:
@@ -91,3 +137,7 @@ def _samples_per_step(recipe: Mapping[str, Any], world_size: int) -> int | None:
         return int(training["batch_size"]) * int(training["accumulate"]) * world_size
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _under(key: str, roots: Sequence[str]) -> bool:
+    return any(key == root or key.startswith(f"{root}.") for root in roots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training.checkpoints import disk_errors, latest_checkpoint, sync_folder, write_atomically
+from sslsr_diffusion.training.checkpoints import disk_errors, latest_checkpoint, put_back, replace_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +56,21 @@ class RunFolder:
         self.path.rename(aside)
         logger.info("the earlier run was moved to %s", aside)
 
-    def start(self, recipe: Mapping[str, Any]) -> None:
-        """Make the folder and write down what is going to run."""
+    def start(self, recipe: Mapping[str, Any], step: int) -> None:
+        """Make the folder and write down what is going to run, and forget what was logged after `step`."""
         try:
             self.pictures.mkdir(parents=True, exist_ok=True)
+            for folder in (self.best, self.pipeline):
+                put_back(folder)
             write_atomically(self.recipe, yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).encode())
             write_atomically(self.path / "versions.json", json.dumps(versions(), indent=1).encode())
+            kept = [row for row in self.history() if row["step"] <= step]
+            write_atomically(self.history_file, "".join(json.dumps(row) + "\n" for row in kept).encode())
         except OSError as error:
             raise UserError(f"output.dir: {self.path} cannot be written ({error.strerror}); choose another folder.") from None
 
     def log_to_file(self) -> logging.Handler:
-        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        handler = _LogFile(self.path / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         package = logging.getLogger("sslsr_diffusion")
         package.addHandler(handler)
@@ -73,14 +78,19 @@ class RunFolder:
             package.setLevel(logging.INFO)
         return handler
 
-    def rewind_history(self, step: int) -> None:
-        """Forget what was logged after the checkpoint that the run goes on from."""
-        kept = [row for row in self.history() if row["step"] <= step]
-        write_atomically(self.history_file, "".join(json.dumps(row) + "\n" for row in kept).encode())
-
     def append_history(self, row: Mapping[str, Any]) -> None:
-        with self.history_file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        """Add a row.
+
+        Raises:
+            OSError: it could not be written; the rows before it are untouched.
+        """
+        before = self.history_file.stat().st_size if self.history_file.exists() else 0
+        try:
+            with self.history_file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+        except OSError:
+            os.truncate(self.history_file, before)  # half a row would spoil the next one
+            raise
 
     def history(self) -> list[dict[str, Any]]:
         """All whole rows; a line cut off by a crash is passed over."""
@@ -97,19 +107,25 @@ class RunFolder:
         return rows
 
 
+class _LogFile(logging.FileHandler):
+    """A full disk costs lines of the log; the console has them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Fill a folder under a temporary name, then put it in the old one's place."""
-    temporary, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".tmp-old-{folder.name}")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with disk_errors():
-        write(temporary)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    sync_folder(folder.parent)
+    try:
+        with disk_errors():
+            write(temporary)
+        replace_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def versions() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -145,16 +146,18 @@ class Session:
         if not sound:
             progress.skipped += 1
             progress.skipped_in_a_row += 0 if overflow else 1
-            logger.warning(
-                "step %d skipped: its loss or gradient is not a number (loss %g); batch: %s", progress.step, loss, ", ".join(names)
-            )
+            self._tell("step %d skipped: its loss or gradient is not a number (loss %g); batch: %s", progress.step, loss, names)
             return
         progress.skipped_in_a_row = 0
         if progress.mean_loss is not None and progress.step > SPIKE_AFTER and loss > settings.spike_factor * progress.mean_loss:
-            logger.warning(
-                "step %d: loss %.4g against a running mean of %.4g; batch: %s", progress.step, loss, progress.mean_loss, ", ".join(names)
-            )
+            self._tell("step %d: loss %.4g against a running mean of %.4g; batch: %s", progress.step, loss, progress.mean_loss, names)
         progress.mean_loss = loss if progress.mean_loss is None else 0.98 * progress.mean_loss + 0.02 * loss
+
+    def _tell(self, text: str, *values: Any) -> None:
+        """Warn, with the file names of all processes last: every process sees the same loss, so all come here together."""
+        names = self.gather(values[-1])
+        if self.main:
+            logger.warning(text, *values[:-1], ", ".join(names))
 
     def _global_counts(self, draws: Sequence[Any], stop: bool) -> dict[str, Tensor]:
         """Per loss: units over all micro-batches and processes, divided by the number of processes (DDP averages gradients)."""
@@ -285,8 +288,9 @@ def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: P
         raise UserError(f"training: this machine cannot run the recipe as it is: {error}") from error
     accelerator.gradient_accumulation_steps = 1
     kind = _kind(accelerator)
-    if kind == "FSDP" and not accelerator.is_fsdp2:
-        raise UserError("training: expected FSDP2 (fsdp_version: 2), the accelerate configuration asks for FSDP 1.")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not accelerator.is_fsdp2:
+        reason = "asks for FSDP 1" if kind == "FSDP" else f"is not followed on this machine (accelerate chose {kind})"
+        raise UserError(f"training: expected FSDP2 (fsdp_version: 2) on GPUs, the accelerate configuration {reason}.")
     if kind in ("MEGATRON_LM", "TP"):
         raise UserError(f"training: {kind} is not supported; configs/accelerate/fsdp2.yaml divides the same states among GPUs.")
     return accelerator

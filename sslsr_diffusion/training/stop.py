@@ -35,7 +35,7 @@ class StopWatch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._restore()
+        self.let_go()
 
     def reason(self) -> str | None:
         if self._reason is None and self._parent is not None and os.getppid() != self._parent:
@@ -44,9 +44,10 @@ class StopWatch:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._reason = f"{signal.Signals(number).name} received"
-        self._restore()
+        self.let_go()
 
-    def _restore(self) -> None:
+    def let_go(self) -> None:
+        """From here on a signal ends the process at once, as without this watch."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()

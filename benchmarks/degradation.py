@@ -4,7 +4,7 @@ The plain way is BasicSR's: kernels padded to 21 x 21 and a grouped convolution,
 multiplies every 8x8 block with an 8x8x8x8 tensor. Both sides carry out the same drawn operations, image by image.
 tests/test_degradation_plain.py checks that they agree.
 
-    python benchmarks/degradation.py [--count 40] [--processes 2] [--device cpu|cuda] [--output benchmarks/results/degradation.csv]
+    python benchmarks/degradation.py [--presets mild ...] [--processes 2] [--device cpu|cuda] [--output benchmarks/results/degradation.csv]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import csv
 import functools
 import itertools
 import platform
+import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -158,32 +159,47 @@ def measure(task: tuple[str, str, int, int, str]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+def repeated(preset: str, options: argparse.Namespace, pool: ProcessPoolExecutor) -> dict[str, str | int | float]:
+    """One row: medians over repetitions that take turns, and in brackets the least and the greatest."""
+    images = options.count * options.processes
+    seen: dict[str, list[float]] = {f"{way}_{what}": [] for way in ("ours", "plain") for what in ("images_per_s", "cpu_ms")}
+    for _ in range(options.repetitions):
+        for way in ("ours", "plain"):
+            seconds = list(pool.map(measure, [(preset, way, 1000 * p, options.count, options.device) for p in range(options.processes)]))
+            seen[f"{way}_images_per_s"].append(sum(options.count / wall for wall, _ in seconds))
+            seen[f"{way}_cpu_ms"].append(1000 * sum(cpu for _, cpu in seconds) / images)
+    seen["speedup"] = [ours / plain for ours, plain in zip(seen["ours_images_per_s"], seen["plain_images_per_s"])]
+    seen["cpu_speedup"] = [plain / ours for ours, plain in zip(seen["ours_cpu_ms"], seen["plain_cpu_ms"])]
+    hardware = torch.cuda.get_device_name() if options.device != "cpu" else f"{options.processes} x {platform.machine()} core"
+    row: dict[str, str | int | float] = {"preset": preset, "hardware": hardware, "torch": torch.__version__, "images": images}
+    for name, values in seen.items():
+        row[name] = f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+    return row | {"repetitions": options.repetitions}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=40, help="images per process")
+    parser.add_argument("--count", type=int, default=10, help="images per process and repetition")
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--presets", nargs="*", default=list(PRESETS))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="CSV; rows of the same preset and hardware are replaced, the others kept")
     options = parser.parse_args()
-    hardware = torch.cuda.get_device_name() if options.device != "cpu" else f"{options.processes} x {platform.machine()} core"
     rows = []
-    for preset in options.presets:
-        row = {"preset": preset, "hardware": hardware, "torch": torch.__version__, "images": options.count * options.processes}
-        for way in ("ours", "plain"):
-            tasks = [(preset, way, 1000 * p, options.count, options.device) for p in range(options.processes)]
-            with ProcessPoolExecutor(options.processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-                seconds = list(pool.map(measure, tasks))
-            row[f"{way}_images_per_s"] = round(sum(options.count / wall for wall, _ in seconds), 2)
-            row[f"{way}_cpu_ms"] = round(1000 * sum(cpu for _, cpu in seconds) / row["images"], 1)
-        row["speedup"] = round(row["ours_images_per_s"] / row["plain_images_per_s"], 2)
-        row["cpu_speedup"] = round(row["plain_cpu_ms"] / row["ours_cpu_ms"], 2)
-        print(row, flush=True)
-        rows.append(row)
+    with ProcessPoolExecutor(options.processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(measure, [("bicubic", "ours", 0, 20, options.device)] * options.processes))  # started, imported, compiled
+        for preset in options.presets:
+            rows.append(repeated(preset, options, pool))
+            print(rows[-1], flush=True)
     if options.output:
+        replaced = {(row["preset"], row["hardware"]) for row in rows}
+        if options.output.exists():
+            with options.output.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if (row["preset"], row["hardware"]) not in replaced] + rows
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, rows[-1])
             writer.writeheader()
             writer.writerows(rows)
 

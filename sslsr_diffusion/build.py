@@ -17,6 +17,7 @@ from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
+from sslsr_diffusion.inference.reconstruction import Reconstruct
 from sslsr_diffusion.inference.sampling import spaced_timesteps
 from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.models import build_autoencoder, build_networks
@@ -31,7 +32,6 @@ from sslsr_diffusion.training.validation import Pair, Validation
 
 logger = logging.getLogger(__name__)
 
-SMALLER_TILES = (512, 256)  # pixels; for validation when memory runs out
 CALIBRATION_PICTURES = 32  # crops from which a fresh autoencoder's scaling factor is measured
 
 
@@ -121,20 +121,20 @@ def _autoencoder(recipe: Recipe, publisher: Publisher | None) -> Job:
     if recipe.training.gradient_checkpointing:
         codec.vae.enable_gradient_checkpointing()
     objective = AutoencoderObjective(codec, seed=recipe.seed)
-    device_of = lambda: next(codec.vae.parameters()).device  # noqa: E731
-
-    def reconstruct(lr: Tensor, hr: Tensor, seed: int) -> Tensor:
-        hr = hr.to(device_of())
-        height, width = hr.shape[-2:]
-        padded = F.pad(hr, (0, -width % codec.scale, 0, -height % codec.scale), mode="replicate")
-        noise = torch.randn(codec.noise_shape(padded), generator=torch.Generator().manual_seed(seed)).to(hr)
-        return codec.decode(codec.encode(padded, noise))[..., :height, :width]
+    reconstruct = Reconstruct(codec)
 
     def save_vae(folder: Path) -> None:
-        codec.calibrate(_calibration_pixels(recipe).to(device_of()))
+        codec.calibrate(_calibration_pixels(recipe).to(next(codec.vae.parameters()).device))
         codec.vae.save_pretrained(folder / "vae", safe_serialization=True)
 
-    return _job(recipe, objective, restore=reconstruct, save_pipeline=save_vae, label="reconstruction", publisher=None)
+    return _job(
+        recipe,
+        objective,
+        restore=lambda lr, hr, seed: reconstruct(hr, seed),
+        save_pipeline=save_vae,
+        label="reconstruction",
+        publisher=None,
+    )
 
 
 def _cfw(recipe: Recipe, publisher: Publisher | None) -> Job:
@@ -277,23 +277,13 @@ class Upscaler:
     def __init__(self, networks: Callable[[], Any], scale: int, steps: int) -> None:
         self._networks, self._scale, self._steps = networks, scale, steps
         self._pipe: Any = None
-        self._tiles: tuple[Any, ...] = ("auto", *SMALLER_TILES)
 
     def __call__(self, lr: Tensor, seed: int) -> Tensor:
-        """[1, 3, h, w] in [0, 1] -> [1, 3, scale * h, scale * w] in [0, 1]."""
+        """[1, 3, h, w] in [0, 1] -> [1, 3, scale * h, scale * w] in [0, 1]; the pipeline takes smaller tiles where memory runs out."""
         if self._pipe is None:
             self._pipe = self._build()
-        for tile in self._tiles:
-            generator = torch.Generator().manual_seed(seed)
-            try:
-                return self._pipe(
-                    lr, scale=self._scale, num_inference_steps=self._steps, generator=generator, tile=tile, vae_tile=tile, output_type="pt"
-                ).images
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                self._tiles = self._tiles[1:] or self._tiles
-                logger.warning("validation ran out of memory with tile %s; trying %s pixels", tile, self._tiles[0])
-        raise UserError("validation: out of memory even with the smallest tiles; lower validation.size, or set validation.limit to 0.")
+        generator = torch.Generator().manual_seed(seed)
+        return self._pipe(lr, scale=self._scale, num_inference_steps=self._steps, generator=generator, output_type="pt").images
 
     def _build(self) -> Any:
         from sslsr_diffusion.inference import StableSRPipeline

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from sslsr_diffusion.inference.memory import _LivePeak as LivePeak
+from sslsr_diffusion.inference.memory import LivePeak
 from sslsr_diffusion.models import AutoencoderKLCFW, build_autoencoder, build_networks
 from sslsr_diffusion.recipe import Recipe
 from sslsr_diffusion.training.windows import MARGIN

@@ -14,7 +14,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from sslsr_diffusion import StableSRPipeline
-from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_networks
 
 STEPS = 2
@@ -131,13 +131,19 @@ def test_the_same_call_gives_the_same_bits():
 
 
 def test_auto_takes_smaller_tiles_when_memory_is_short():
-    whole = plain()(photo(40, 40), num_inference_steps=1, output_type="pt", memory_budget=1 << 40).plans[0]
-    assert (whole.tile, whole.vae_tile) == (128, None)  # twice the training side at most
+    def chosen(budget: int) -> tuple:
+        plan = plain()(photo(40, 40), num_inference_steps=1, output_type="pt", memory_budget=budget).plans[0]
+        return plan.tile, plan.vae_tile
+
+    assert chosen(1 << 40) == (128, None)  # twice the training side at most
     memory = plain().memory_model()
-    small = plain()(photo(40, 40), num_inference_steps=1, output_type="pt", memory_budget=memory.codec_bytes(32, 32)).plans[0]
-    assert (small.tile, small.vae_tile) == (128, 128)
-    least = plain()(photo(40, 40), num_inference_steps=1, output_type="pt", memory_budget=memory.denoise_bytes(16, 16)).plans[0]
-    assert (least.tile, least.vae_tile) == (64, 128)
+    beside = memory.weight_bytes()[0] + memory.picture_bytes(160, 160)
+    assert chosen(beside + memory.codec_bytes(32, 32, steady=True)) == (128, 128)
+    with pytest.raises(NotEnoughMemory, match=r"memory budget: 1\.0 MB is too little .* the least is \d+\.\d MB\.") as caught:
+        chosen(10**6)
+    assert chosen(caught.value.least)[1] == 128
+    with pytest.raises(NotEnoughMemory, match=r"vae_tile 160 would take .*; 'auto' needs"):
+        plain()(photo(40, 40), memory_budget=caught.value.least, vae_tile=None)
 
 
 def test_pictures_of_different_sizes_run_one_by_one():

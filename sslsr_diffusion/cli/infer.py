@@ -50,24 +50,33 @@ def infer(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is done, replace files that are there.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, float32 on the CPU.")] = Dtype.auto,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="For model and work together, such as 8GB: chooses dtype, tile and CPU offload that stay below it.")
+    ] = None,
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done already is skipped."""
-    call = {"num_inference_steps": steps, "tile": _tile(tile), "color_fix": color_fix.value}
+    call: dict[str, Any] = {"num_inference_steps": steps, "tile": _tile(tile), "color_fix": color_fix.value}
     if steps is None:
         del call["num_inference_steps"]
+    from sslsr_diffusion.inference.memory import parse_bytes
     from sslsr_diffusion.inference.models import find_model, load_pipeline, newest_run
+    from sslsr_diffusion.inference.placement import check_tile_of, find_device
     from sslsr_diffusion.inference.runner import FORMATS, RunnerOptions, plan_files, run_plan
 
+    where: dict[str, Any] = {"device": device, "dtype": dtype.value}
+    if memory_budget is not None:
+        call["memory_budget"] = parse_bytes(memory_budget)
+        where.update(memory_budget=call["memory_budget"], tile=call["tile"])
+    find_device(device)
     if model is None:
         model = str(newest_run(Path("runs")))
         typer.echo(f"model: {model} (the newest finished run; --model chooses another)")
     folder, fingerprint = find_model(model, revision)
+    check_tile_of(folder, call["tile"])
     options = RunnerOptions(scale, seed, call, FORMATS[format.value] if format else None, overwrite=overwrite, model=fingerprint)
     plan = plan_files(input, output, options)
     if plan.todo:
-        plan.report = _run(
-            lambda progress: run_plan(load_pipeline(folder, device=device, dtype=dtype.value), plan, progress=progress), plan
-        )
+        plan.report = _run(lambda progress: run_plan(load_pipeline(folder, **where), plan, progress=progress), plan)
     _show(plan.report, output)
 
 

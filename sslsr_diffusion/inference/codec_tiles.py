@@ -61,4 +61,4 @@ class TiledCodec:
                     run([box.scaled(z).of(x) for x, z in zip(own, zooms)], [0])
             with norms.applying():
                 pictures.append(blend(run, own, boxes, zooms=zooms, batch_size=self.batch_size, overlap=self.overlap))
-        return torch.cat(pictures)
+        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)

@@ -39,8 +39,13 @@ def color_fix(kind: str | None, content: Tensor, style: Tensor) -> Tensor:
 
 
 def wavelet(content: Tensor, style: Tensor) -> Tensor:
-    # the blur is linear: low(style) - low(content) = low(style - content), one cascade instead of two
-    return content + low_frequencies(style - content)
+    # the blur is linear: low(style) - low(content) = low(style - content), one cascade instead of two; a channel at a time,
+    # because the cascade holds four copies of what it works on
+    out = torch.empty_like(content)
+    for channel in range(content.shape[1]):
+        one = slice(channel, channel + 1)
+        out[:, one] = content[:, one] + low_frequencies(style[:, one] - content[:, one])
+    return out
 
 
 def low_frequencies(image: Tensor) -> Tensor:

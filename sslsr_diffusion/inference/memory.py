@@ -1,12 +1,15 @@
-"""How much memory a tile takes, found by running the networks on shapes alone, and the largest tile that fits."""
+"""How much memory the networks take, found by running them on shapes alone; how much there is; when it ran out."""
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import copy
+import ctypes
+import re
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,16 +17,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-log = logging.getLogger(__name__)
+from sslsr_diffusion.errors import UserError
 
-# Convolution workspaces, reordered copies and the allocator's fragmentation are invisible to a shape run. On the CPU the
-# tiny networks took 2.6 to 2.7 times the shape run's peak.
+# Convolution workspaces, reordered copies and the allocator's fragmentation are invisible to a shape run. On the CPU single
+# calls took 1.0 to 1.25 times the shape run's peak with freed blocks handed back at once, up to 2.7 times without.
 SAFETY = {"cpu": 3.0}
 SAFETY_ELSEWHERE = 1.6
+SAFETY_STEADY = 1.5  # after `hand_freed_blocks_back`
+CALL_BYTES = 64 << 20  # compiled kernels, thread buffers, libraries' pages at first use: whatever the size of the call
 _SHARE = 0.8  # of the free memory that a run may take
+_PICTURES = 6  # float32 copies of the whole padded picture at once, at most: enlarged, padded, decoded, colours
+_LATENTS = 8  # the same of its latent: start, noise, prediction, blended
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+Offload = Literal["none", "model", "sequential"]
 
 
-class _LivePeak(TorchDispatchMode):
+class LivePeak(TorchDispatchMode):
     """Sums the bytes of all tensors that are alive, and remembers the largest sum."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
@@ -63,16 +72,21 @@ def peak_activation_bytes(network: Any, run: Callable[[Any], object]) -> int:
     network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
     with torch.device("meta"):
         shadow = type(network).from_config(network.config)
-    peak = _LivePeak(shadow.parameters())
+    peak = LivePeak(shadow.parameters())
     with torch.no_grad(), torch.device("meta"), _FusedAttention(), peak:
         run(shadow.eval())
     return peak.peak
 
 
 class MemoryModel:
-    """Activation bytes per latent pixel of the pipeline's networks; activations grow with the area, so one shape run is enough."""
+    """What the pipeline's networks take: activation floats per latent pixel, which grow with the area, so one shape run is enough."""
 
-    def __init__(self, unet: Any, structural_encoder: Any, vae: Any, device: torch.device) -> None:
+    def __init__(self, unet: Any, structural_encoder: Any, vae: Any, device: torch.device, *, text_parameters: int = 0) -> None:
+        """
+        Args:
+            unet, structural_encoder, vae: the networks, or their shapes on the meta device.
+            text_parameters: size of the text encoder, 0 without one.
+        """
         side = 2 ** (len(unet.config.block_out_channels) + 1)
         area = side * side
         latents = (1, unet.config.in_channels, side, side)
@@ -87,30 +101,59 @@ class MemoryModel:
             context = torch.empty(1, 77, unet.config.cross_attention_dim)
             shadow(torch.empty(latents), torch.zeros(1, dtype=torch.long), context, features=[torch.empty(f) for f in features])
 
+        def run_fused(shadow: Any) -> None:
+            _, maps = shadow.encode_with_features(torch.empty(pixels))
+            shadow.decode(torch.empty(latents), features=maps)
+
         floats = 4 * area
         encoder = peak_activation_bytes(structural_encoder, run_encoder) / floats
         self._denoise = max(encoder, peak_activation_bytes(unet, run_unet) / floats)
-        self._decode = peak_activation_bytes(vae, lambda shadow: shadow.decode(torch.empty(latents))) / floats
-        self._encode = peak_activation_bytes(vae, lambda shadow: shadow.encode(torch.empty(pixels))) / floats
+        runs = [lambda shadow: shadow.decode(torch.empty(latents)), lambda shadow: shadow.encode(torch.empty(pixels))]
+        if hasattr(vae, "encode_with_features"):
+            runs.append(run_fused)
+        self._codec = max(peak_activation_bytes(vae, run) for run in runs) / floats
         self._widths = {"unet": unet.dtype.itemsize, "vae": vae.dtype.itemsize}
-        self._safety = SAFETY.get(device.type, SAFETY_ELSEWHERE)
+        self._device, self.zoom, self._channels = device.type, zoom, unet.config.in_channels
+        networks = {"unet": unet, "structural_encoder": structural_encoder, "vae": vae}
+        self._counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        self._counts["text_encoder"] = text_parameters
+        self._largest = max(p.numel() for network in networks.values() for p in network.parameters())
 
-    def denoise_bytes(self, height: int, width: int, batch: int = 1) -> int:
+    def at(self, dtype: torch.dtype) -> MemoryModel:
+        """The same networks in another precision."""
+        other = copy.copy(self)
+        other._widths = {"unet": dtype.itemsize, "vae": dtype.itemsize}
+        return other
+
+    def denoise_bytes(self, height: int, width: int, batch: int = 1, *, steady: bool = False) -> int:
         """Estimated peak of one network call on `batch` latent tiles of height x width (weights not counted)."""
-        return int(self._safety * self._denoise * self._widths["unet"] * height * width * batch)
+        return self._call(self._denoise * self._widths["unet"] * height * width * batch, steady)
 
-    def codec_bytes(self, height: int, width: int, batch: int = 1) -> int:
+    def codec_bytes(self, height: int, width: int, batch: int = 1, *, steady: bool = False) -> int:
         """The same for encoding or decoding, whichever takes more."""
-        return int(self._safety * max(self._decode, self._encode) * self._widths["vae"] * height * width * batch)
+        return self._call(self._codec * self._widths["vae"] * height * width * batch, steady)
 
+    def _call(self, activations: float, steady: bool) -> int:
+        safety = SAFETY.get(self._device, SAFETY_ELSEWHERE)
+        if self._device == "cpu":
+            safety = SAFETY_STEADY if steady else safety
+            reordered = self._largest * max(self._widths.values())  # convolutions copy their weights into another order
+            return int(safety * (activations + reordered)) + CALL_BYTES
+        return int(safety * activations) + CALL_BYTES
 
-def largest_fitting(sides: Sequence[int], cost: Callable[[int], int], budget: int, what: str) -> int:
-    """The first of the descending `sides` whose cost is within the budget; the last, with a warning, if none is."""
-    for side in sides:
-        if cost(side) <= budget:
-            return side
-    log.warning("%s: even the smallest tile needs about %d MB, free are %d MB", what, cost(sides[-1]) >> 20, budget >> 20)
-    return sides[-1]
+    def picture_bytes(self, height: int, width: int, batch: int = 1) -> int:
+        """What `batch` whole pictures of height x width padded output pixels take beside any network call."""
+        return int(4 * height * width * batch * (_PICTURES * 3 + _LATENTS * self._channels / self.zoom**2))
+
+    def weight_bytes(self, offload: Offload = "none") -> tuple[int, int]:
+        """Weights on the device while the denoiser works, and while the autoencoder does."""
+        count, width = self._counts, self._widths["unet"]
+        if offload == "sequential":
+            return 2 * self._largest * width, 2 * self._largest * width
+        if offload == "model":
+            return max(count["unet"] + count["structural_encoder"], count["text_encoder"]) * width, count["vae"] * width
+        total = sum(count.values()) * width
+        return total, total
 
 
 def free_bytes(device: torch.device) -> int:
@@ -134,3 +177,47 @@ def _container_bytes() -> int:
         except (OSError, ValueError):
             continue  # no such limit, or "max"
     return 1 << 62
+
+
+def hand_freed_blocks_back() -> None:
+    """Let glibc return every freed block of a megabyte to the system at once: its habit of keeping them is what peaks are made of."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "8GB", "8GiB", "500MB", "1.5 g" (decimal without the i); a bare number is bytes.
+
+    Raises:
+        UserError: something else came.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text, re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise UserError(f"--memory-budget {text}: expected a size such as 8GB, 7.5GiB or 500MB.")
+    power = " kmgt".index((found[2] or " ").lower())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def shown_bytes(count: float) -> str:
+    """500 MB, 8.1 GB: rounded up, so that what is shown is enough."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            tenths = -(-count // (unit / 10))
+            return f"{tenths / 10:.1f} {name}" if tenths < 1000 else f"{-(-count // unit):.0f} {name}"
+    return "1 MB"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch has a class for GPUs, the CPU's and Metal's allocators raise plain RuntimeErrors."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+_SIGNS = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def release_cached(device: torch.device) -> None:
+    """Give back what the device's allocator keeps after a failed allocation."""
+    if device.type in ("cuda", "mps", "xpu"):
+        getattr(torch, device.type).empty_cache()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PIPELINE_CLASS = "StableSRPipeline"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -92,33 +95,39 @@ def download_files(model: str, **options: Any) -> Path:
     return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["state/*"], **options))
 
 
-def load_pipeline(folder: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
+def load_pipeline(folder: Path, *, device: str = "auto", dtype: str = "auto", memory_budget: int | None = None, tile: Any = "auto") -> Any:
     """The pipeline of a folder on a device, ready to be called.
 
     Args:
         device: "auto" (the first GPU, else the CPU) or a torch device.
         dtype: "auto" (float16 on a GPU, float32 on the CPU), "float32", "float16" or "bfloat16".
+        memory_budget: bytes; dtype "auto" and offload then follow from it (`placement.place`).
+        tile: what the pipeline will be called with.
     Raises:
         UserError: the device is not there, or the folder's files are incomplete or damaged.
+        NotEnoughMemory: nothing fits the budget.
     """
-    import torch
-
     from sslsr_diffusion.inference.pipeline import StableSRPipeline
+    from sslsr_diffusion.inference.placement import find_device, place
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu.")
-    kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else torch.float16
     try:
         with _quiet_diffusers():
-            pipe = StableSRPipeline.from_pretrained(folder, local_files_only=True).to(device, kind)
+            placement = place(folder, find_device(device), dtype, memory_budget, tile)
+            # in the wanted precision at once: both copies together would be the peak
+            pipe = StableSRPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=placement.dtype)
+            if placement.offload == "model":
+                pipe.enable_model_cpu_offload(device=placement.device)
+            elif placement.offload == "sequential":
+                pipe.enable_sequential_cpu_offload(device=placement.device)
+            else:
+                pipe.to(placement.device)
     except UserError:
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds on incomplete folders
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--model {folder}: cannot be loaded ({reason[:200]}).") from error
     pipe.set_progress_bar_config(disable=True)
+    log.info("%s", placement)
     return pipe
 
 

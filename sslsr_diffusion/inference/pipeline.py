@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.codec_tiles import TiledCodec
-from sslsr_diffusion.inference.color_fix import COLOR_FIXES, color_fix
+from sslsr_diffusion.inference.color_fix import color_fix
 from sslsr_diffusion.inference.denoising import TiledDenoiser
-from sslsr_diffusion.inference.memory import MemoryModel, free_bytes
+from sslsr_diffusion.inference.memory import (
+    MemoryModel,
+    Offload,
+    free_bytes,
+    hand_freed_blocks_back,
+    is_out_of_memory,
+    release_cached,
+)
 from sslsr_diffusion.inference.models import download_files
 from sslsr_diffusion.inference.noise import Generators, ImageNoise, image_seeds
+from sslsr_diffusion.inference.options import OnStepEnd, Options
 from sslsr_diffusion.inference.pictures import OUTPUT_TYPES, from_tensors, to_tensors
-from sslsr_diffusion.inference.plan import Plan, Tile, make_plan
+from sslsr_diffusion.inference.plan import Part, Plan, Room, Tile, make_plan
 from sslsr_diffusion.inference.prompts import encode_texts, per_picture
 from sslsr_diffusion.inference.sampling import build_sampler, sample
-from sslsr_diffusion.inference.tiling import TILE_WEIGHTS, pad_to, tile_boxes
+from sslsr_diffusion.inference.tiling import pad_to, tile_boxes
 from sslsr_diffusion.models.codec import Codec
 
 log = logging.getLogger(__name__)
 
-OnStepEnd = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+R = TypeVar("R")
 DEFAULT_FIDELITY = 0.5
 
 
@@ -40,32 +48,12 @@ class StableSRPipelineOutput(BaseOutput):
     Args:
         images: the restored pictures, as `output_type` asked.
         plans: how each picture was cut into tiles (sides in output pixels), in the order of `images`.
+        notes: a sentence for each time that memory ran out and smaller tiles took over.
     """
 
     images: Any
     plans: list[Plan]
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What one call asks for, the same for all its pictures."""
-
-    scale: float
-    steps: int
-    strength: float
-    sampler: str | None
-    start: str
-    eta: float
-    guidance_scale: float
-    fidelity: float
-    tile: Tile
-    tile_overlap: int | None
-    tile_batch_size: int
-    vae_tile: Tile
-    memory_budget: int | None
-    color_fix: str | None
-    tile_weights: str
-    on_step_end: OnStepEnd | None
+    notes: list[str] = field(default_factory=list)
 
 
 class StableSRPipeline(DiffusionPipeline):
@@ -96,6 +84,8 @@ class StableSRPipeline(DiffusionPipeline):
         )
         self.register_to_config(default_num_inference_steps=default_num_inference_steps)
         self._memory: dict[Any, MemoryModel] = {}
+        self._limits: dict[str, int] = {}  # sides above which memory ran out in this process
+        self._notes: list[str] = []
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options: Any) -> str:
@@ -159,7 +149,8 @@ class StableSRPipeline(DiffusionPipeline):
             tile_overlap: in output pixels; default half a tile, as published.
             tile_batch_size: tiles per network call.
             vae_tile: the same as `tile` for the autoencoder.
-            memory_budget: bytes that "auto" may count on instead of what is free.
+            memory_budget: bytes that weights and work of this call may take on the device together; "auto" then chooses tiles
+                that stay below. None: what is free.
             color_fix: "wavelet", "adain" or "none": colours from the bicubically upsampled picture.
             sampler: ddpm, ddim, ddim-original, dpm++, unipc, euler or a diffusers scheduler's class name; default: what
                 the pipeline's scheduler stands for.
@@ -171,10 +162,11 @@ class StableSRPipeline(DiffusionPipeline):
             callback_on_step_end: (pipe, step, timestep, {"latents": x}) -> None, or a dict whose "latents" replace x.
         Raises:
             UserError: an argument has an impossible value (the message says which, and what is possible).
+            NotEnoughMemory: the budget is too small, or memory ran out even with the smallest tiles.
         """
         pictures = to_tensors(image)
         texts = per_picture(prompt, len(pictures), "prompt"), per_picture(negative_prompt, len(pictures), "negative_prompt")
-        options = _Options(
+        options = Options(
             scale=scale,
             steps=self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps,
             strength=strength,
@@ -192,42 +184,96 @@ class StableSRPipeline(DiffusionPipeline):
             tile_weights=tile_weights,
             on_step_end=callback_on_step_end,
         )
-        _check(options, output_type, pictures)
-        seeds = image_seeds(generator, len(pictures))
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, came {output_type!r}.")
+        options.check()
+        self._notes = []
+        restored, plans = self._upscale_all(pictures, image_seeds(generator, len(pictures)), texts, options)
+        images = from_tensors(restored, output_type)
+        return StableSRPipelineOutput(images=images, plans=plans, notes=self._notes) if return_dict else (images,)
+
+    def _upscale_all(
+        self, pictures: list[Tensor], seeds: list[int], texts: tuple[list[str], list[str]], options: Options
+    ) -> tuple[list[Tensor], list[Plan]]:
+        """Pictures of one size together, others one after the other."""
         one_size = len({picture.shape for picture in pictures}) == 1
         groups = [list(range(len(pictures)))] if one_size else [[k] for k in range(len(pictures))]
         restored: list[Tensor] = []
         plans: list[Plan] = []
-        for group in groups:
-            batch = torch.stack([pictures[k] for k in group])
-            wanted, unwanted = ([side[k] for k in group] for side in texts)
-            results, plan = self._upscale(batch, [seeds[k] for k in group], wanted, unwanted, options)
-            restored.extend(results)
-            plans.extend([plan] * len(group))
-        self.maybe_free_model_hooks()
-        images = from_tensors(restored, output_type)
-        return StableSRPipelineOutput(images=images, plans=plans) if return_dict else (images,)
+        try:
+            for group in groups:
+                batch = torch.stack([pictures[k] for k in group])
+                wanted, unwanted = ([side[k] for k in group] for side in texts)
+                results, plan = self._upscale(batch, [seeds[k] for k in group], wanted, unwanted, options)
+                restored.extend(results)
+                plans.extend([plan] * len(group))
+        finally:
+            self.maybe_free_model_hooks()
+        return restored, plans
 
     def _upscale(
-        self, pictures: Tensor, seeds: list[int], prompts: list[str], negative: list[str], options: _Options
+        self, pictures: Tensor, seeds: list[int], prompts: list[str], negative: list[str], options: Options
     ) -> tuple[Tensor, Plan]:
         """Pictures of one size, [B, 3, h, w] -> [B, 3, H, W] in [0, 1]."""
-        device = self._execution_device
         height, width = (max(1, round(options.scale * side)) for side in pictures.shape[-2:])
-        upsampled = resize_bicubic(pictures.to(device), (height, width)).clamp(0, 1)
+        upsampled = resize_bicubic(pictures.to(self._execution_device), (height, width)).clamp(0, 1)
         plan = self._plan(height, width, len(seeds), options)
-        padded = pad_to(upsampled, plan.height, plan.width)
-        codec = TiledCodec(Codec(self.vae), *plan.vae_cells, batch_size=options.tile_batch_size)
-        noise = ImageNoise(seeds, codec.codec.noise_shape(padded)[1:], device)
+        restored, plan = self._restore(pad_to(upsampled, plan.height, plan.width), seeds, prompts, negative, plan, options)
+        return color_fix(options.color_fix, restored[..., :height, :width], upsampled).clamp_(0, 1), plan
 
-        z_lr = codec.encode(padded, noise("posterior"))
-        latents = self._denoise(z_lr, noise, seeds, prompts, negative, plan, options)
-        fused = padded if codec.codec.has_fidelity else None
-        restored = codec.decode(latents, fused, options.fidelity)[..., :height, :width]
-        return color_fix(options.color_fix, restored, upsampled).clamp_(0, 1), plan
+    def _restore(
+        self, padded: Tensor, seeds: list[int], prompts: list[str], negative: list[str], plan: Plan, options: Options
+    ) -> tuple[Tensor, Plan]:
+        """Encode, denoise, decode: three phases, none of which needs the others' networks on the device."""
+        codec = Codec(self.vae)
+        noise = ImageNoise(seeds, codec.noise_shape(padded)[1:], padded.device)
+
+        def encode(plan: Plan) -> Tensor:
+            return TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).encode(padded, noise("posterior"))
+
+        z_lr, plan = self._within_memory("vae_tile", plan, encode)
+        self.maybe_free_model_hooks()
+
+        def denoise(plan: Plan) -> Tensor:
+            return self._denoise(z_lr, noise, seeds, prompts, negative, plan, options)
+
+        latents, plan = self._within_memory("tile", plan, denoise)
+        self.maybe_free_model_hooks()
+
+        def decode(plan: Plan) -> Tensor:
+            fused = padded if codec.has_fidelity else None
+            return TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).decode(latents, fused, options.fidelity)
+
+        return self._within_memory("vae_tile", plan, decode)
+
+    def _within_memory(self, part: Part, plan: Plan, run: Callable[[Plan], R]) -> tuple[R, Plan]:
+        """Run by the plan, or by smaller and smaller ones while memory runs out; what was found holds for later pictures too.
+
+        Raises:
+            NotEnoughMemory: the smallest tiles are too large.
+        """
+        while True:
+            try:
+                return run(plan), plan
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # outside of the handler: there the traceback would keep the failed call's tensors
+            release_cached(self._execution_device)
+            smaller = plan.smaller(part)
+            if smaller is None:
+                raise NotEnoughMemory(
+                    f"out of memory even with {part} {plan.side(part)}, the smallest; a picture of {plan.width} x {plan.height} pixels is "
+                    "too large here: lower the scale, use a half-precision dtype, or another device."
+                )
+            self._limits.update({part: smaller.side(part), "batch": smaller.batch})
+            what = f"{part} {plan.side(part)} -> {smaller.side(part)}" if smaller.batch == plan.batch else "one sample per network call"
+            self._notes.append(f"out of memory: {what}")
+            log.warning("out of memory with %s %d: going on with %s", part, plan.side(part), what)
+            plan = smaller
 
     def _denoise(
-        self, z_lr: Tensor, noise: ImageNoise, seeds: list[int], prompts: list[str], negative: list[str], plan: Plan, options: _Options
+        self, z_lr: Tensor, noise: ImageNoise, seeds: list[int], prompts: list[str], negative: list[str], plan: Plan, options: Options
     ) -> Tensor:
         """Latents of the upsampled pictures -> latents of the restored ones, both [B, C, h, w] scaled float32."""
         guided = options.guidance_scale > 1
@@ -242,7 +288,7 @@ class StableSRPipeline(DiffusionPipeline):
             tile_boxes(z_lr.shape[-2], z_lr.shape[-1], *plan.tile_cells),
             negative_text=encode_texts(negative, *encoders) if guided else None,
             guidance_scale=options.guidance_scale,
-            batch_size=options.tile_batch_size,
+            batch_size=plan.batch,
             overlap=plan.tile_cells[1],
             weights=options.tile_weights,
         )
@@ -259,48 +305,46 @@ class StableSRPipeline(DiffusionPipeline):
 
             return sample(sampler, predict, x, lambda index: noise("step", index), on_step_end)
 
-    def _plan(self, height: int, width: int, batch: int, options: _Options) -> Plan:
-        budget = options.memory_budget if options.memory_budget is not None else free_bytes(self._execution_device)
+    def _plan(self, height: int, width: int, pictures: int, options: Options) -> Plan:
         return make_plan(
             height,
             width,
             unet=self.unet.config,
             vae_scale=Codec(self.vae).scale,
             memory=self.memory_model,
-            budget=budget,
+            room=self._room(options.memory_budget),
             tile=options.tile,
             overlap=options.tile_overlap,
             vae_tile=options.vae_tile,
-            batch=min(batch, options.tile_batch_size) * (2 if options.guidance_scale > 1 else 1),
+            pictures=pictures,
+            batch=options.tile_batch_size,
+            guided=options.guidance_scale > 1,
+            limits=self._limits,
         )
+
+    def _room(self, budget: int | None) -> Room:
+        if budget is None:
+            return Room(free_bytes(self._execution_device), offload=self._offload())
+        if self._execution_device.type == "cpu":
+            hand_freed_blocks_back()
+        return Room(budget, strict=True, offload=self._offload())
+
+    def _offload(self) -> Offload:
+        """How diffusers' hooks move the weights at present."""
+        if getattr(self, "_all_hooks", None):
+            return "model"
+        return "sequential" if any(hasattr(part, "_hf_hook") for part in (self.unet, self.vae)) else "none"
 
     def memory_model(self) -> MemoryModel:
         """What a tile of these networks takes; measured on shapes alone, once per device and precision."""
         key = (self.unet.dtype, self.vae.dtype, self._execution_device.type)
         if key not in self._memory:
-            self._memory[key] = MemoryModel(self.unet, self.structural_encoder, self.vae, self._execution_device)
+            text = sum(p.numel() for p in self.text_encoder.parameters()) if self.text_encoder is not None else 0
+            networks = (self.unet, self.structural_encoder, self.vae)
+            self._memory[key] = MemoryModel(*networks, self._execution_device, text_parameters=text)
         return self._memory[key]
 
     def _fidelity(self, fidelity: float | None) -> float:
         if fidelity is not None and not Codec(self.vae).has_fidelity:
             log.info("fidelity is ignored: this model's autoencoder has no CFW layers.")
         return DEFAULT_FIDELITY if fidelity is None else float(fidelity)
-
-
-def _check(options: _Options, output_type: str, pictures: list[Tensor]) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise UserError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, came {output_type!r}.")
-    if (options.color_fix or "none") not in COLOR_FIXES:
-        raise UserError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, came {options.color_fix!r}.")
-    if options.tile_weights not in TILE_WEIGHTS:
-        raise UserError(f"tile_weights: expected one of {', '.join(TILE_WEIGHTS)}, came {options.tile_weights!r}.")
-    if not 0 < options.scale < float("inf"):
-        raise UserError(f"scale: expected a positive number, came {options.scale}.")
-    if options.start not in ("lr", "noise"):
-        raise UserError(f"start: expected 'lr' or 'noise', came {options.start!r}.")
-    if options.start == "noise" and options.strength < 1:
-        raise UserError(f"start: pure noise needs strength 1, came {options.strength}; use start='lr' for an intermediate step.")
-    if options.tile_batch_size < 1:
-        raise UserError(f"tile_batch_size: expected 1 or more, came {options.tile_batch_size}.")
-    if not 0 <= options.eta <= 1:
-        raise UserError(f"eta: expected 0 to 1, came {options.eta}.")

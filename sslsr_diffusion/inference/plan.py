@@ -1,22 +1,24 @@
-"""How a picture is padded and cut: whole where it fits, else the largest tiles that do."""
+"""How a picture is padded and cut: whole where it fits, else the largest tiles that do; and what to try when memory runs out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.inference.memory import MemoryModel, largest_fitting
+from sslsr_diffusion.errors import NotEnoughMemory, UserError
+from sslsr_diffusion.inference.memory import MemoryModel, Offload, shown_bytes
 from sslsr_diffusion.inference.tiling import rounded_up
 
 log = logging.getLogger(__name__)
 
 Tile = int | Literal["auto"] | None
+Part = Literal["tile", "vae_tile"]  # whose tiles: the denoiser's or the autoencoder's
 
 _VAE_SIDES = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128)
 _LARGEST = 2.0  # "auto" gives the denoiser at most this many times the side it was trained at
+_SHARES = (_LARGEST, 1.5, 1.0, 0.75, 0.5, 0.25)  # of that side
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Plan:
     vae_tile: int | None
     vae_overlap: int
     vae_scale: int
+    unit: int  # sides are multiples of it
+    trained: int  # the side that the denoiser was trained at
+    batch: int = 1  # samples per network call
 
     @property
     def tile_cells(self) -> tuple[int, int]:
@@ -40,6 +45,32 @@ class Plan:
     def vae_cells(self) -> tuple[int | None, int]:
         return (self.vae_tile // self.vae_scale if self.vae_tile else None), self.vae_overlap // self.vae_scale
 
+    def side(self, part: Part) -> int:
+        return (self.tile if part == "tile" else self.vae_tile) or max(self.height, self.width)
+
+    def smaller(self, part: Part) -> Plan | None:
+        """The next thing to try when `part` ran out of memory: one sample per call, then smaller tiles; None: nothing is left."""
+        if self.batch > 1:
+            return replace(self, batch=1)
+        longest = max(self.height, self.width)
+        sides = _sides(longest, self.trained, self.unit) if part == "tile" else _vae_sides(longest, self.vae_scale)
+        below = [side for side in sides if side < self.side(part)]
+        if not below:
+            return None
+        if part == "tile":
+            overlap = self.tile_overlap * below[0] // self.side(part) // self.vae_scale * self.vae_scale
+            return replace(self, tile=below[0], tile_overlap=overlap)
+        return replace(self, vae_tile=below[0], vae_overlap=rounded_up(below[0] // 4, self.vae_scale))
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory that a call may take: what is free beside the loaded weights, or a budget that covers the weights too."""
+
+    bytes: int
+    strict: bool = False  # a budget: refuse what does not fit; otherwise warn and try
+    offload: Offload = "none"
+
 
 def make_plan(
     height: int,
@@ -48,65 +79,126 @@ def make_plan(
     unet: Any,
     vae_scale: int,
     memory: Callable[[], MemoryModel],
-    budget: int,
+    room: Room,
     tile: Tile,
     overlap: int | None,
     vae_tile: Tile,
-    batch: int,
+    pictures: int = 1,
+    batch: int = 1,
+    guided: bool = False,
+    limits: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Padded size and tiles for a picture of height x width output pixels.
+    """Padded size and tiles for `pictures` pictures of height x width output pixels.
 
     The padded sides are multiples of what the networks halve, and no smaller than what the denoiser was trained at
     (its config's sample_size): a picture that is smaller would be outside of what it has learned.
 
     Args:
         unet: the UNet's config.
-        memory: gives the estimates; called only for "auto".
-        budget: bytes that the activations of one network call may take.
-        batch: samples per network call.
+        memory: gives the estimates; called only for "auto" and for a budget.
+        batch: samples per network call (the denoiser's are doubled when `guided`).
+        limits: sides (by part) and "batch" above which memory ran out before.
+    Raises:
+        UserError: an impossible tile or overlap.
+        NotEnoughMemory: the budget is below what the smallest tiles take (the message says how much that is).
     """
     unit = vae_scale * 2 ** (len(unet.block_out_channels) - 1)
     trained = rounded_up(int(unet.sample_size or 0) * vae_scale, unit)
     padded = rounded_up(height, unit, trained), rounded_up(width, unit, trained)
+    longest, limits = max(padded), limits or {}
+    batch = min(batch, limits.get("batch", batch))
+    asked = {"tile": _asked(tile, longest, unit, "tile"), "vae_tile": _asked(vae_tile, longest, 4 * vae_scale, "vae_tile")}
+    sides = {"tile": _sides(longest, trained or 512, unit), "vae_tile": _vae_sides(longest, vae_scale)}
 
-    def whole_or(side: int) -> tuple[int, int]:
-        return min(side, padded[0]) // vae_scale, min(side, padded[1]) // vae_scale
+    def cost(part: str, side: int) -> int:
+        h, w = (min(side, edge) // vae_scale for edge in padded)
+        samples = batch if side < longest else min(batch, pictures)
+        weights = memory().weight_bytes(room.offload) if room.strict or room.offload != "none" else (0, 0)
+        beside = memory().picture_bytes(*padded, pictures)
+        if part == "tile":
+            return weights[0] + beside + memory().denoise_bytes(h, w, samples * (2 if guided else 1), steady=room.strict)
+        return weights[1] + beside + memory().codec_bytes(h, w, samples, steady=room.strict)
 
-    if tile == "auto":
-        sides = _sides(max(padded), trained or 512, unit)
-        chosen = largest_fitting(sides, lambda s: memory().denoise_bytes(*whole_or(s), batch), budget, "tile")
-    else:
-        chosen = _asked(tile, max(padded), unit, "tile")
-    if vae_tile == "auto":
-        sides = [max(padded), *(s for s in _VAE_SIDES if s < max(padded) and s % vae_scale == 0)]
-        vae_chosen = largest_fitting(sides, lambda s: memory().codec_bytes(*whole_or(s), batch), budget, "vae_tile")
-    else:
-        vae_chosen = _asked(vae_tile, max(padded), 4 * vae_scale, "vae_tile")
+    chosen = {part: _choose(part, asked[part], sides[part], limits.get(part), cost, room) for part in asked}
+    if room.strict:
+        _check_budget(chosen, asked, sides, cost, room)
+    side, vae_side = chosen["tile"], chosen["vae_tile"]
+    if overlap is not None and side < (asked["tile"] or 0):
+        overlap = overlap * side // (asked["tile"] or side) // vae_scale * vae_scale
     plan = Plan(
         *padded,
-        tile=chosen if chosen < max(padded) else None,
-        tile_overlap=_overlap(chosen if overlap is None else overlap, chosen, overlap is None, vae_scale),
-        vae_tile=vae_chosen if vae_chosen < max(padded) else None,
-        vae_overlap=rounded_up(vae_chosen // 4, vae_scale),
+        tile=side if side < longest else None,
+        tile_overlap=_overlap(side if overlap is None else overlap, side, overlap is None, vae_scale),
+        vae_tile=vae_side if vae_side < longest else None,
+        vae_overlap=rounded_up(vae_side // 4, vae_scale),
         vae_scale=vae_scale,
+        unit=unit,
+        trained=trained or 512,
+        batch=batch,
     )
     log.info("padded to %d x %d, tile %s, vae tile %s (output pixels)", *padded, plan.tile or "none", plan.vae_tile or "none")
     return plan
 
 
+def _choose(part: str, asked: int | None, sides: Sequence[int], limit: int | None, cost: Callable[[str, int], int], room: Room) -> int:
+    """The side that was asked for, or the largest that fits the room; below `limit` either way."""
+    if asked is not None:
+        return min(asked, limit or asked)
+    for side in sides:
+        if (limit is None or side <= limit) and cost(part, side) <= room.bytes:
+            return side
+    least = sides[-1]
+    if not room.strict:
+        log.warning("%s: even the smallest needs about %s, free are %s", part, shown_bytes(cost(part, least)), shown_bytes(room.bytes))
+    return least
+
+
+def _check_budget(
+    chosen: Mapping[str, int],
+    asked: Mapping[str, int | None],
+    sides: Mapping[str, Sequence[int]],
+    cost: Callable[[str, int], int],
+    room: Room,
+) -> None:
+    over = [part for part, side in chosen.items() if cost(part, side) > room.bytes]
+    if not over:
+        return
+    needed = shown_bytes(max(cost(part, side) for part, side in chosen.items()))
+    least = max(cost(part, sides[part][-1]) for part in chosen)
+    fixed = [f"{part} {asked[part]}" for part in over if asked[part] is not None]
+    advice = f"{' and '.join(fixed)} would take {needed}; 'auto' needs" if fixed else "the least is"
+    raise NotEnoughMemory(
+        f"memory budget: {shown_bytes(room.bytes)} is too little for this model and picture size; {advice} {shown_bytes(least)}.", least
+    )
+
+
 def _sides(longest: int, trained: int, unit: int) -> list[int]:
     """Candidates of "auto", descending: the whole picture if it is not far beyond the training size, then shares of that."""
     whole = [longest] if longest <= _LARGEST * trained else []
-    shares = {rounded_up(int(trained * share), unit) for share in (_LARGEST, 1.5, 1.0, 0.75, 0.5, 0.25)}
+    shares = {rounded_up(int(trained * share), unit) for share in _SHARES}
     return whole + sorted((side for side in shares if side < longest), reverse=True)
 
 
-def _asked(tile: Tile, longest: int, unit: int, name: str) -> int:
+def _vae_sides(longest: int, vae_scale: int) -> list[int]:
+    return [longest, *(side for side in _VAE_SIDES if side < longest and side % vae_scale == 0)]
+
+
+def _asked(tile: Tile, longest: int, unit: int, name: str) -> int | None:
+    """The side of an explicit tile; None for "auto"."""
+    if tile == "auto":
+        return None
     if tile is None:
         return longest
-    if not isinstance(tile, int) or tile < unit or tile % unit:
-        raise UserError(f"{name}: expected a multiple of {unit} pixels, 'auto' or None, came {tile!r}.")
+    check_tile(tile, unit, name)
     return min(tile, longest)
+
+
+def check_tile(tile: Tile, unit: int, name: str) -> None:
+    """Raises UserError unless the networks can halve such a tile."""
+    if tile in ("auto", None):
+        return
+    if not isinstance(tile, int) or tile < unit or tile % unit:
+        raise UserError(f"{name}: expected a multiple of {unit} pixels, 'auto' or none, came {tile!r}.")
 
 
 def _overlap(overlap: int, tile: int, default: bool, vae_scale: int) -> int:

@@ -46,7 +46,8 @@ class RunnerOptions:
 
     @property
     def digest(self) -> str:
-        kept = {"scale": self.scale, "seed": self.seed, "call": dict(self.call), "quality": self.quality, "model": self.model}
+        call = {name: value for name, value in self.call.items() if name != "memory_budget"}  # how, not what
+        kept = {"scale": self.scale, "seed": self.seed, "call": call, "quality": self.quality, "model": self.model}
         return digest_of(kept)
 
 
@@ -220,6 +221,10 @@ def run_plan(pipe: Any, plan: Plan, *, progress: Progress | None = None) -> Runn
 def _reason(error: Exception, item: Item) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be written ({error.strerror})"
+    from sslsr_diffusion.inference.memory import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return "out of memory; lower the scale, close other programs, or use another device"
     text = printable(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
     return text.removeprefix(f"{printable(item.source.name)}: ")[:300]
 
@@ -234,7 +239,7 @@ def _make(pipe: Any, item: Item, plan: Plan) -> tuple[str, ...]:
     with item.source.open("rb") as file:
         input_hash = hashlib.file_digest(file, "sha256").hexdigest()
     plan.record.finish(key, plan.options.digest, item.source, input_hash, stat)
-    return (*image.notes, *notes)
+    return (*image.notes, *result.notes, *notes)
 
 
 def upscale_image(pipe: Any, image: Image, options: RunnerOptions) -> Image:
@@ -247,7 +252,8 @@ def upscale_image(pipe: Any, image: Image, options: RunnerOptions) -> Image:
 
     generator = torch.Generator().manual_seed(options.seed)
     given = to_tensor(image.rgb)
-    answer = pipe(image=given, scale=options.scale, generator=generator, output_type="pt", **options.call).images[0]
+    output = pipe(image=given, scale=options.scale, generator=generator, output_type="pt", **options.call)
+    answer = output.images[0]
     size = tuple(max(1, round(options.scale * side)) for side in image.size)
     if tuple(answer.shape) != (3, *size):
         raise ValueError(f"expected {size[1]} x {size[0]} pixels from the pipeline, came {list(answer.shape)}")
@@ -256,4 +262,4 @@ def upscale_image(pipe: Any, image: Image, options: RunnerOptions) -> Image:
         answer = answer.mean(dim=0, keepdim=True).expand(3, -1, -1)
     if image.alpha is not None:
         alpha = to_array(resize_bicubic(to_tensor(image.alpha)[None], (size[0], size[1]))[0], dtype)[..., 0]
-    return replace(image, rgb=to_array(answer, dtype), alpha=alpha, notes=())
+    return replace(image, rgb=to_array(answer, dtype), alpha=alpha, notes=tuple(getattr(output, "notes", ())))

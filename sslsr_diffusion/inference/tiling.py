@@ -112,7 +112,8 @@ def blend(
                 yield sample, box, result.float()
 
     if len(boxes) == 1:
-        return torch.stack([result for _, _, result in results()])
+        whole = [result for _, _, result in results()]
+        return whole[0][None] if len(whole) == 1 else torch.stack(whole)
     return _weighted_mean(results(), boxes, len(inputs[0]), overlap, weights)
 
 
@@ -139,6 +140,8 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def pad_to(image: Tensor, height: int, width: int) -> Tensor:
     """[..., H, W] continued on the right and below by reflection, folded as often as a small picture needs."""
+    if image.shape[-2:] == (height, width):
+        return image
     return image.index_select(-2, _folded(image.shape[-2], height, image.device)).index_select(
         -1, _folded(image.shape[-1], width, image.device)
     )

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sslsr_diffusion.errors import NotEnoughMemory
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.training.settings import ValidationSettings
@@ -67,6 +68,7 @@ def validate(
 ) -> ValidationResult | None:
     """Restore and measure this process's share of the pictures; every process returns the same means, None when stopped.
 
+    A picture that does not fit into memory is left out with a warning; None when that holds for all of them.
     All processes restore the same number of pictures (sharded networks need everyone in every forward), so the last share
     may repeat a picture; repeats are not counted.
     """
@@ -76,7 +78,11 @@ def validate(
         if should_stop() and world_size == 1:
             return None
         pair = pairs[min(position, len(pairs) - 1)]
-        entry = _measure(validation, pair, position)
+        try:
+            entry = _measure(validation, pair, position)
+        except NotEnoughMemory as error:  # a look is not worth the run
+            logger.warning("validation: %s is left out: %s", pair.name, error)
+            continue
         if position < len(pairs):
             found.append((position, *entry))
     everything = sorted((gather(found) if gather else found), key=lambda e: e[0])

@@ -1,0 +1,55 @@
+"""What a call of the pipeline asks for, and what is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.color_fix import COLOR_FIXES
+from sslsr_diffusion.inference.plan import Tile
+from sslsr_diffusion.inference.tiling import TILE_WEIGHTS
+
+OnStepEnd = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one call of the pipeline asks for, the same for all its pictures."""
+
+    scale: float
+    steps: int
+    strength: float
+    sampler: str | None
+    start: str
+    eta: float
+    guidance_scale: float
+    fidelity: float
+    tile: Tile
+    tile_overlap: int | None
+    tile_batch_size: int
+    vae_tile: Tile
+    memory_budget: int | None
+    color_fix: str | None
+    tile_weights: str
+    on_step_end: OnStepEnd | None
+
+    def check(self) -> None:
+        """Raises UserError for an impossible value; tiles and steps are checked where they are used."""
+        if (self.color_fix or "none") not in COLOR_FIXES:
+            raise UserError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, came {self.color_fix!r}.")
+        if self.tile_weights not in TILE_WEIGHTS:
+            raise UserError(f"tile_weights: expected one of {', '.join(TILE_WEIGHTS)}, came {self.tile_weights!r}.")
+        if not 0 < self.scale < float("inf"):
+            raise UserError(f"scale: expected a positive number, came {self.scale}.")
+        if self.start not in ("lr", "noise"):
+            raise UserError(f"start: expected 'lr' or 'noise', came {self.start!r}.")
+        if self.start == "noise" and self.strength < 1:
+            raise UserError(f"start: pure noise needs strength 1, came {self.strength}; use start='lr' for an intermediate step.")
+        if self.tile_batch_size < 1:
+            raise UserError(f"tile_batch_size: expected 1 or more, came {self.tile_batch_size}.")
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta: expected 0 to 1, came {self.eta}.")

@@ -1,0 +1,165 @@
+"""A memory budget: how it is read, what follows from it, and that the process really stays below it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sslsr_diffusion import StableSRPipeline
+from sslsr_diffusion.errors import NotEnoughMemory, UserError
+from sslsr_diffusion.inference import placement
+from sslsr_diffusion.inference.memory import is_out_of_memory, parse_bytes, shown_bytes
+from sslsr_diffusion.inference.models import load_pipeline
+from sslsr_diffusion.inference.placement import find_device, place
+from sslsr_diffusion.models import ModelSettings, build_networks
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    StableSRPipeline(**build_networks(ModelSettings(init="random", preset="tiny", train="all")).components()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("8GB", 8 * 10**9), ("8GiB", 8 * 2**30), ("500MB", 500 * 10**6), ("1.5 gib", 3 * 2**29), ("2g", 2 * 10**9), ("4096", 4096)],
+)
+def test_sizes_are_read_with_their_units(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "8 XB", "0", "eight", "1e9", "8GBs"])
+def test_other_texts_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="expected a size such as 8GB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("count", [1, 999_999, 1_000_001, 99_949_999, 123_456_789, 8_049_999_999, 123 * 10**9])
+def test_what_is_shown_is_never_too_little(count: int) -> None:
+    assert count <= parse_bytes(shown_bytes(count)) <= 1.01 * count + 10**6
+
+
+def test_the_budget_chooses_precision_and_offload(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fastest first; only the sizes decide, so a GPU's choices can be asked for without one."""
+    monkeypatch.setattr(placement, "_memory_of", functools.cache(placement._memory_of))
+    gpu = torch.device("cuda")
+    assert str(place(model, CPU, "auto")) == "float32 on cpu"
+    assert str(place(model, CPU, "auto", 10**9)) == "float32 on cpu"
+    assert {str(place(model, CPU, "auto", mb * 10**6)) for mb in range(90, 110, 3)} == {"float32 on cpu", "bfloat16 on cpu"}
+    assert str(place(model, gpu, "auto", 10**9)) == "float16 on cuda"
+    assert str(place(model, gpu, "float32", 10**9)) == "float32 on cuda"
+    choices = {str(place(model, gpu, "auto", mb * 10**6)) for mb in range(75, 100)}
+    assert choices == {
+        "float16 on cuda",
+        "float16 on cuda, networks wait on the CPU",
+        "float16 on cuda, layers wait on the CPU",
+    }
+
+
+def test_a_budget_below_everything_says_the_least_that_would_do(model: Path) -> None:
+    with pytest.raises(
+        NotEnoughMemory, match=r"^--memory-budget: 20\.0 MB is too little for this model; the least .* (\d+\.\d) MB\.$"
+    ) as caught:
+        load_pipeline(model, device="cpu", memory_budget=20 * 10**6)
+    least = int(float(str(caught.value).split()[-2]) * 1e6)
+    place(model, CPU, "auto", least)
+    with pytest.raises(NotEnoughMemory):
+        place(model, CPU, "auto", int(0.99 * least))
+
+
+CALL = """
+import sys, gc, json, torch
+from pathlib import Path
+from sslsr_diffusion.inference.models import load_pipeline
+from sslsr_diffusion.inference.memory import parse_bytes
+
+def status(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) << 10
+
+for budget, side in json.loads(sys.argv[2]):
+    pipe = load_pipeline(Path(sys.argv[1]), device="cpu", memory_budget=parse_bytes(budget))
+    picture = torch.rand(3, side // 4, side // 4)
+    gc.collect()
+    open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+    loaded = status("VmRSS")
+    plan = pipe(picture, num_inference_steps=1, output_type="pt", memory_budget=parse_bytes(budget)).plans[0]
+    weights = sum(p.nbytes for part in (pipe.unet, pipe.vae, pipe.structural_encoder) for p in part.parameters())
+    print(json.dumps([status("VmHWM") - loaded, weights, str(pipe.unet.dtype), plan.tile, plan.vae_tile]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+def test_peak_memory_above_the_loaded_model_stays_below_the_budget(model: Path) -> None:
+    """Stricter than the promise: weights and peak together stay below; a process's first call, which loads libraries, counts as well."""
+    rows = []
+    for cases in ([("150MB", 256)], [("400MB", 1024)], [("250MB", 512), ("700MB", 1024), ("1.2GB", 1024)]):
+        done = subprocess.run([sys.executable, "-c", CALL, str(model), json.dumps(cases)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows += zip(cases, map(json.loads, done.stdout.splitlines()[-len(cases) :]))
+    assert len(rows) == 5
+    tiles = []
+    for (budget, side), (above, weights, _, _, vae_tile) in rows:
+        assert above + weights <= parse_bytes(budget), rows
+        tiles.append((parse_bytes(budget), side, vae_tile or side))
+    large = [tile for _, side, tile in sorted(tiles) if side == 1024]
+    assert large == sorted(large)
+    assert large[0] < large[-1]  # more memory, larger tiles
+    (_, generous) = rows[-1]
+    assert generous[0] > 0.3 * 1.2e9, rows  # the room is used: an estimate that always fears the worst would pass the rest
+
+
+@pytest.mark.cuda
+def test_peak_memory_on_a_gpu_stays_below_the_budget(model: Path) -> None:
+    for budget, side in (("150MB", 512), ("300MB", 1024), ("1GB", 1024)):
+        pipe = load_pipeline(model, device="cuda", memory_budget=parse_bytes(budget))
+        torch.cuda.reset_peak_memory_stats()
+        pipe(torch.rand(3, side // 4, side // 4), num_inference_steps=1, output_type="pt", memory_budget=parse_bytes(budget))
+        assert torch.cuda.max_memory_allocated() <= parse_bytes(budget)
+        del pipe
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("foo", "cuda:x", "cpu:-7"):
+        with pytest.raises(UserError, match=f"--device {name}: expected auto, cpu, cuda, cuda:1 or mps"):
+            find_device(name)
+    for name in ("meta", "xla", *([] if torch.cuda.is_available() else ["cuda", "cuda:1"])):
+        with pytest.raises(UserError, match=f"--device {name}: torch sees no such device here"):
+            find_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert find_device("auto").type == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert find_device("auto").type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert find_device("auto").type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_failed_allocations_are_told_from_other_errors(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_cpu_allocators_own_error_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)

@@ -4,7 +4,7 @@
     python benchmarks/ssg.py --device cuda                 # baseline: the direct kernels (one thread per pixel and offset, atomics)
 
 Needs torch and numpy, and numba (cpu) or CuPy (cuda). Appends one JSON line per row to benchmarks/results/ssg_<device>.jsonl,
-prints a Markdown table and, with matplotlib, draws benchmarks/results/ssg_<device>.png.
+prints a Markdown table and, with matplotlib, draws the newest row of each case as benchmarks/results/ssg_<device>.png.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import argparse
 import functools
 import importlib.util
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +29,11 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sslsr_diffusion.ops import SelfSimilarityLoss, apply_mask_stride
+from sslsr_diffusion.ops.settings import Settings
 
 RESULTS = Path(__file__).parent / "results"
 WEIGHT = 1000.0
+NAMES = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "direct")}
 
 
 def make_pair(size: int, density: float, stride: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,47 +48,8 @@ def make_pair(size: int, density: float, stride: int, device: str) -> tuple[Tens
     return sr.to(device), gt.to(device), apply_mask_stride(mask, stride).to(device)
 
 
-class PeakMemory:
-    """Growth of the device's allocation, or of the process's resident memory, while a call runs."""
-
-    def __init__(self, device: str):
-        self.device, self.bytes = device, 0
-
-    def __enter__(self) -> PeakMemory:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-            return self
-        self.before = self.peak = _resident()
-        self.done = threading.Event()
-        self.watch = threading.Thread(target=self._sample)
-        self.watch.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self.done.wait(0.0005):
-            self.peak = max(self.peak, _resident())
-
-    def __exit__(self, *_: object) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            self.bytes = torch.cuda.max_memory_allocated() - self.before
-            return
-        self.done.set()
-        self.watch.join()
-        self.bytes = max(self.peak, _resident()) - self.before
-
-
-def _resident() -> int:
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
-
-
 def measure(call: Callable[[], object], device: str, repeats: int, warm_up: int = 2) -> dict[str, float]:
     for _ in range(warm_up):
-        call()
-    with PeakMemory(device) as memory:
         call()
     times = []
     for _ in range(repeats):
@@ -100,9 +64,43 @@ def measure(call: Callable[[], object], device: str, repeats: int, warm_up: int 
         "median_ms": round(statistics.median(times), 3),
         "fastest_ms": round(min(times), 3),
         "slowest_ms": round(max(times), 3),
-        "extra_mb": round(memory.bytes / 2**20, 1),
         "repeats": repeats,
     }
+
+
+def peak_extra_mb(backend: str, device: str, case: tuple[int, float, int, bool]) -> float:
+    """Peak memory of one call beyond what was there before it: its inputs, the interpreter, the compiled code.
+
+    cuda: what torch allocated, after a warm-up. cpu: peak resident memory (VmHWM) of a new process that has only made a call on a
+    16-pixel image; large blocks come fresh from the system there, so that none hides in what an earlier call had freed.
+    """
+    if device == "cuda":
+        call = loss_call(backend, make_pair(*case[:3], device), case[3])
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    command = [sys.executable, __file__, "--memory-of", json.dumps([backend, case])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+    return float(done.stdout)
+
+
+def print_own_peak(backend: str, case: tuple[int, float, int, bool]) -> None:
+    size, density, stride, backward = case
+    loss_call(backend, make_pair(16, 0.1, 1, "cpu"), backward)()
+    call = loss_call(backend, make_pair(size, density, stride, "cpu"), backward)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = _status("VmRSS")
+    call()
+    print(round((_status("VmHWM") - before) / 1024, 1))
+
+
+def _status(key: str) -> int:
+    """A line of /proc/self/status, in kB."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
 
 
 def loss_call(backend: str, inputs: tuple[Tensor, Tensor, Tensor], backward: bool) -> Callable[[], object]:
@@ -112,8 +110,7 @@ def loss_call(backend: str, inputs: tuple[Tensor, Tensor, Tensor], backward: boo
     if backend == "direct":
         from sslsr_diffusion.ops.ssg_direct import direct_loss
 
-        sizes = {"search_size": 25, "window_size": 9, "sigma": 0.004, "normalize": True, "num_rows": None}
-        run = functools.partial(direct_loss, **sizes, l1_weight=WEIGHT, kl_weight=WEIGHT)
+        run = functools.partial(direct_loss, settings=Settings(25, 9, 0.004, True), weights=(WEIGHT, WEIGHT), num_rows=None)
 
     def call() -> object:
         loss = run(sr, gt, mask)
@@ -137,28 +134,37 @@ def hardware(device: str) -> dict[str, str]:
     return {"hardware": name, **versions}
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace) -> None:
     device = options.device
-    ours, baseline = ("cpu", "reference") if device == "cpu" else ("cuda", "direct")
-    rows = []
+    ours, baseline = NAMES[device]
     for size in options.sizes:
-        for density, stride in ((0.1, 3), (0.03, 1), (0.1, 1), (0.3, 1), (1.0, 1)):
+        for density, stride in options.masks:
             inputs = make_pair(size, density, stride, device)
             masked = int(inputs[2].sum())
             # the definition keeps about 2.5 MB per masked pixel for its backward
             fits = device == "cuda" or masked * 2.5 <= options.baseline_mb
             for backward in (False, True):
+                case = (size, density, stride, backward)
                 row: dict[str, Any] = {"size": size, "density": density, "stride": stride, "rows": masked, "backward": backward}
                 row["ours"] = measure(loss_call(ours, inputs, backward), device, options.repeats)
+                row["ours"]["extra_mb"] = peak_extra_mb(ours, device, case)
                 if fits:
                     row["baseline"] = measure(loss_call(baseline, inputs, backward), device, min(3, options.repeats), warm_up=1)
+                    row["baseline"]["extra_mb"] = peak_extra_mb(baseline, device, case)
                     row["times_faster"] = round(row["baseline"]["median_ms"] / row["ours"]["median_ms"], 1)
                 row.update(device=device, backend=ours, baseline_backend=baseline, note=options.note, **hardware(device))
-                rows.append(row)
                 with (options.output / f"ssg_{device}.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(table_row(row), flush=True)
-    return rows
+
+
+def newest_rows(path: Path) -> list[dict[str, Any]]:
+    """The last row of each case in the file, so that a benchmark may be run in pieces."""
+    rows = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        rows[row["size"], row["density"], row["stride"], row["backward"]] = row
+    return list(rows.values())
 
 
 HEAD = (
@@ -199,19 +205,31 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def mask_option(text: str) -> tuple[float, int]:
+    density, _, stride = text.partition(":")
+    return float(density), int(stride or 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96, 128, 256, 512, 1024])
+    parser.add_argument("--masks", type=mask_option, nargs="+", default=[(0.1, 3), (0.03, 1), (0.1, 1), (0.3, 1), (1.0, 1)],
+                        metavar="DENSITY[:STRIDE]")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--baseline-mb", type=float, default=4000, help="memory that the CPU baseline may take")
     parser.add_argument("--note", default="", help="kept with every row, for example how busy the machine was")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.memory_of:
+        backend, case = json.loads(options.memory_of)
+        print_own_peak(backend, case)
+        return
     options.output.mkdir(parents=True, exist_ok=True)
     print(HEAD)
-    rows = run(options)
-    draw(rows, options.output / f"ssg_{options.device}.png")
+    run(options)
+    draw(newest_rows(options.output / f"ssg_{options.device}.jsonl"), options.output / f"ssg_{options.device}.png")
 
 
 if __name__ == "__main__":

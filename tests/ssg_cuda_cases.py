@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslsr_diffusion.ops import ssg_reference
+from sslsr_diffusion.ops.settings import Settings
 
 
 class Case(NamedTuple):
@@ -22,7 +23,12 @@ class Case(NamedTuple):
     density: float = 0.1
 
     def settings(self) -> dict[str, Any]:
+        """For the public functions."""
         return {"search_size": self.search, "window_size": self.window, "sigma": self.sigma, "normalize": self.normalize}
+
+    def inner(self) -> Settings:
+        """For the backends."""
+        return Settings(self.search, self.window, self.sigma, self.normalize)
 
 
 CASES = {
@@ -55,7 +61,7 @@ def make_inputs(case: Case) -> Inputs:
     """
     for seed in itertools.count():
         inputs = draw_inputs(case, seed)
-        sr, gt = (ssg_reference.graph(image.double(), inputs.mask, **case.settings()) for image in (inputs.sr, inputs.gt))
+        sr, gt = (ssg_reference.graph(image.double(), inputs.mask, case.inner()) for image in (inputs.sr, inputs.gt))
         relevant = (gt > 1e-5) & (gt < 1)  # un-normalised, the centre is 1 in both, exactly
         if ((sr - gt).abs() > 2e-6 * gt)[relevant].all():
             return inputs
@@ -78,8 +84,7 @@ def draw_inputs(case: Case, seed: int) -> Inputs:
 def reference_loss(inputs: Inputs, case: Case, weights: tuple[float, float], num_rows: float | None = None) -> tuple[Tensor, ...]:
     """(total, l1, kl, gradient) in float64, by the definition and autograd."""
     sr = inputs.sr.double().requires_grad_()
-    named = {"num_rows": num_rows, "l1_weight": weights[0], "kl_weight": weights[1], **case.settings()}
-    total, l1, kl = ssg_reference.loss(sr, inputs.gt.double(), inputs.mask, **named)
+    total, l1, kl = ssg_reference.loss(sr, inputs.gt.double(), inputs.mask, case.inner(), weights, num_rows)
     (gradient,) = torch.autograd.grad(total, sr)
     return total.detach(), l1, kl, gradient
 
@@ -87,7 +92,7 @@ def reference_loss(inputs: Inputs, case: Case, weights: tuple[float, float], num
 def reference_graph(inputs: Inputs, case: Case, cotangent: Tensor) -> tuple[Tensor, Tensor]:
     """(graph, gradient) in float64."""
     image = inputs.sr.double().requires_grad_()
-    graph = ssg_reference.graph(image, inputs.mask, **case.settings())
+    graph = ssg_reference.graph(image, inputs.mask, case.inner())
     (gradient,) = torch.autograd.grad(graph, image, cotangent.double())
     return graph.detach(), gradient
 

@@ -15,16 +15,13 @@ from hypothesis import strategies as st
 from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, draw_inputs, golden_mask, make_inputs, reference_graph, reference_loss
 from ssg_inputs import assert_close
 
-from sslsr_diffusion.ops import SelfSimilarityLoss, ssg_cuda, ssg_direct, ssg_reference
-from sslsr_diffusion.ops.ssg_cuda_plan import Settings, run_graph, run_graph_backward, run_loss
+from sslsr_diffusion.ops import SelfSimilarityLoss, saved_gradient, ssg_cuda, ssg_direct, ssg_reference
+from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.ssg_cuda_plan import run_graph, run_graph_backward, run_loss
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
 
 WEIGHTS = (700.0, 900.0)
-
-
-def settings_of(case: Case) -> Settings:
-    return Settings(case.search, case.window, case.sigma, case.normalize)
 
 
 def emulate_loss(inputs: Inputs, settings: Settings, weights=WEIGHTS, reverse=False, with_gradient=True, **named):
@@ -78,7 +75,7 @@ def test_loss_matches_float64_reference(case):
     entries = int(inputs.mask.sum()) * case.search**2
     for weights in ((0.0, 900.0), (700.0, 0.0)):
         _, l1, kl, want = reference_loss(inputs, case, weights)
-        sums, gradient, launch = emulate_loss(inputs, settings_of(case), weights)
+        sums, gradient, launch = emulate_loss(inputs, case.inner(), weights)
         assert launch.launches == ["ssg_loss", "ssg_gather"]
         assert sums[0] / entries == pytest.approx(float(l1), rel=1e-5)  # up to 1323 float32 terms in a distance
         assert sums[1] / entries == pytest.approx(float(kl), rel=2e-5)  # a sum with cancelling signs
@@ -92,8 +89,8 @@ def test_graph_matches_float64_reference(case):
     cotangent = torch.randn(len(pixels), case.search**2, generator=torch.Generator().manual_seed(1))
     want, want_gradient = reference_graph(inputs, case, cotangent)
     launch = EmulatedLauncher()
-    rows = run_graph(launch, inputs.sr, pixels, settings_of(case), shared_limit=SHARED_LIMIT)
-    gradient = run_graph_backward(launch, inputs.sr, inputs.mask, rows, cotangent, settings_of(case), shared_limit=SHARED_LIMIT)
+    rows = run_graph(launch, inputs.sr, pixels, case.inner(), shared_limit=SHARED_LIMIT)
+    gradient = run_graph_backward(launch, inputs.sr, inputs.mask, rows, cotangent, case.inner(), shared_limit=SHARED_LIMIT)
     assert (rows - want).abs().max() <= 2e-6
     assert_same_gradient(gradient, want_gradient)
 
@@ -129,7 +126,7 @@ def gradient_floor(case: Case) -> float:
 
 def almost_equal_somewhere(case: Case, inputs: Inputs) -> bool:
     """Where float32 cannot tell which graph is larger, the sign in the L1 gradient is anybody's."""
-    sr, gt = (ssg_reference.graph(image.double(), inputs.mask, **case.settings()) for image in (inputs.sr, inputs.gt))
+    sr, gt = (ssg_reference.graph(image.double(), inputs.mask, case.inner()) for image in (inputs.sr, inputs.gt))
     return bool(((sr - gt).abs() <= 2 * drawn_tolerance(case) * gt)[(gt > 1e-5) & (gt < 1)].any())
 
 
@@ -139,7 +136,7 @@ def test_drawn_losses_match_float64_reference(drawn):
     case, inputs, weights = drawn
     if weights[0] and almost_equal_somewhere(case, inputs):
         weights = (0.0, weights[1])
-    sums, gradient, _ = emulate_loss(inputs, settings_of(case), weights)
+    sums, gradient, _ = emulate_loss(inputs, case.inner(), weights)
     rows = max(int(inputs.mask.sum()), 1)
     _, l1, kl, want = reference_loss(inputs, case, weights, num_rows=rows)
     tolerance = drawn_tolerance(case)
@@ -156,9 +153,9 @@ def test_drawn_graphs_match_float64_reference(drawn):
     pixels = inputs.mask.flatten().nonzero().squeeze(1)
     cotangent = torch.randn(len(pixels), case.search**2, generator=torch.Generator().manual_seed(1))
     want, want_gradient = reference_graph(inputs, case, cotangent)
-    rows = run_graph(EmulatedLauncher(), inputs.sr, pixels, settings_of(case), shared_limit=SHARED_LIMIT)
+    rows = run_graph(EmulatedLauncher(), inputs.sr, pixels, case.inner(), shared_limit=SHARED_LIMIT)
     named = {"shared_limit": SHARED_LIMIT}
-    gradient = run_graph_backward(EmulatedLauncher(), inputs.sr, inputs.mask, rows, cotangent, settings_of(case), **named)
+    gradient = run_graph_backward(EmulatedLauncher(), inputs.sr, inputs.mask, rows, cotangent, case.inner(), **named)
     tolerance = drawn_tolerance(case)
     assert rows.shape == want.shape
     if len(rows):
@@ -172,7 +169,7 @@ def test_kl_of_almost_equal_images_keeps_its_digits():
     inputs = make_inputs(case)
     inputs = inputs._replace(sr=inputs.gt + 0.002 * (inputs.sr - inputs.gt))
     _, _, want, _ = reference_loss(inputs, case, WEIGHTS)
-    sums, _, _ = emulate_loss(inputs, settings_of(case), with_gradient=False)
+    sums, _, _ = emulate_loss(inputs, case.inner(), with_gradient=False)
     assert sums[1] / (int(inputs.mask.sum()) * 625) == pytest.approx(float(want), rel=1e-3, abs=1e-11)
 
 
@@ -183,7 +180,7 @@ def test_kl_of_almost_equal_images_keeps_its_digits():
 def test_same_bits_in_any_order_of_threads(name):
     """A missing barrier lets a thread read what the one before it has, or has not yet, written."""
     inputs = make_inputs(CASES[name])
-    forward, backward = (emulate_loss(inputs, settings_of(CASES[name]), reverse=reverse) for reverse in (False, True))
+    forward, backward = (emulate_loss(inputs, CASES[name].inner(), reverse=reverse) for reverse in (False, True))
     assert torch.equal(forward[0], backward[0])
     assert torch.equal(forward[1], backward[1])
 
@@ -193,7 +190,7 @@ def test_graph_backward_has_the_same_bits_in_any_order_of_threads():
     inputs = make_inputs(case)
     rows = torch.rand(int(inputs.mask.sum()), case.search**2)
     results = [
-        run_graph_backward(EmulatedLauncher(reverse), inputs.sr, inputs.mask, rows, 1 - rows, settings_of(case), shared_limit=SHARED_LIMIT)
+        run_graph_backward(EmulatedLauncher(reverse), inputs.sr, inputs.mask, rows, 1 - rows, case.inner(), shared_limit=SHARED_LIMIT)
         for reverse in (False, True)
     ]
     assert torch.equal(*results)
@@ -203,7 +200,7 @@ def test_graph_backward_has_the_same_bits_in_any_order_of_threads():
 def test_what_does_not_fit_is_done_in_several_launches(slot_bytes):
     case = Case((3, 3, 18, 33), search=7, window=3, density=0.2)
     inputs = make_inputs(case)
-    whole, pieces = (emulate_loss(inputs, settings_of(case), **named) for named in ({}, {"slot_bytes": slot_bytes}))
+    whole, pieces = (emulate_loss(inputs, case.inner(), **named) for named in ({}, {"slot_bytes": slot_bytes}))
     assert whole[2].launches == ["ssg_loss", "ssg_gather"]
     assert len(pieces[2].launches) > 2
     torch.testing.assert_close(pieces[0], whole[0], rtol=1e-12, atol=0)  # double sums, other tiles
@@ -212,7 +209,7 @@ def test_what_does_not_fit_is_done_in_several_launches(slot_bytes):
 
 def test_without_a_gradient_the_values_are_the_same_and_nothing_is_kept():
     inputs = make_inputs(CASES["full mask"])
-    settings = settings_of(CASES["full mask"])
+    settings = CASES["full mask"].inner()
     with_gradient, without = emulate_loss(inputs, settings), emulate_loss(inputs, settings, with_gradient=False)
     assert without[2].launches == ["ssg_loss"]
     assert without[1].numel() == 0
@@ -222,7 +219,7 @@ def test_without_a_gradient_the_values_are_the_same_and_nothing_is_kept():
 def test_empty_masks():
     inputs = make_inputs(CASES["full mask"])
     inputs = inputs._replace(mask=torch.zeros_like(inputs.mask))
-    sums, gradient, _ = emulate_loss(inputs, settings_of(CASES["full mask"]))
+    sums, gradient, _ = emulate_loss(inputs, CASES["full mask"].inner())
     assert torch.equal(sums, torch.zeros(2, dtype=torch.float64))
     assert torch.equal(gradient, torch.zeros_like(inputs.sr))
 
@@ -252,14 +249,13 @@ def cpu_ops():
 
 
 SMALL = Case((2, 3, 9, 10), search=7, window=3, density=0.3)
-NAMED = {**SMALL.settings(), "l1_weight": WEIGHTS[0], "kl_weight": WEIGHTS[1]}
 
 
 @pytest.mark.parametrize("num_rows", [None, 11.5, torch.tensor(0.125)])
 def test_loss_glue(cpu_ops, num_rows):
     inputs = make_inputs(SMALL)
     sr = inputs.sr.clone().requires_grad_()
-    total, l1, kl = ssg_cuda.loss(sr, inputs.gt, inputs.mask, num_rows=num_rows, **NAMED)
+    total, l1, kl = ssg_cuda.loss(sr, inputs.gt, inputs.mask, SMALL.inner(), WEIGHTS, num_rows)
     want = reference_loss(inputs, SMALL, WEIGHTS, None if num_rows is None else float(num_rows))
     torch.testing.assert_close(torch.stack([total, l1, kl]).double(), torch.stack(want[:3]), rtol=5e-6, atol=0)
     assert (total.dtype, total.shape, l1.requires_grad, kl.requires_grad) == (torch.float32, (), False, False)
@@ -267,10 +263,20 @@ def test_loss_glue(cpu_ops, num_rows):
     assert_same_gradient(sr.grad / 3, want[3])
 
 
+@pytest.mark.parametrize("num_rows", [0, torch.tensor(0.0)])
+def test_no_rows_at_all_is_zero(cpu_ops, num_rows):
+    inputs = make_inputs(SMALL)
+    sr = inputs.sr.clone().requires_grad_()
+    total, l1, kl = ssg_cuda.loss(sr, inputs.gt, inputs.mask, SMALL.inner(), WEIGHTS, num_rows)
+    total.backward()
+    assert total == l1 == kl == 0
+    assert torch.equal(sr.grad, torch.zeros_like(sr))
+
+
 def test_loss_glue_on_an_empty_mask(cpu_ops):
     inputs = make_inputs(SMALL)
     sr = inputs.sr.clone().requires_grad_()
-    total, l1, kl = ssg_cuda.loss(sr, inputs.gt, torch.zeros_like(inputs.mask), num_rows=None, **NAMED)
+    total, l1, kl = ssg_cuda.loss(sr, inputs.gt, torch.zeros_like(inputs.mask), SMALL.inner(), WEIGHTS, None)
     total.backward()
     assert torch.equal(torch.stack([total, l1, kl]), torch.zeros(3))
     assert torch.equal(sr.grad, torch.zeros_like(sr))
@@ -279,13 +285,13 @@ def test_loss_glue_on_an_empty_mask(cpu_ops):
 def test_graph_glue(cpu_ops):
     inputs = make_inputs(SMALL)
     image = inputs.sr.to(memory_format=torch.channels_last).requires_grad_()
-    rows = ssg_cuda.graph(image, inputs.mask, **SMALL.settings())
+    rows = ssg_cuda.graph(image, inputs.mask, SMALL.inner())
     cotangent = torch.randn(rows.shape, generator=torch.Generator().manual_seed(2))
     want, want_gradient = reference_graph(inputs, SMALL, cotangent)
     assert (rows - want).abs().max() <= 2e-6
     (got,) = torch.autograd.grad(rows, image, cotangent)
     assert_same_gradient(got, want_gradient)
-    empty = ssg_cuda.graph(image, torch.zeros_like(inputs.mask), **SMALL.settings())
+    empty = ssg_cuda.graph(image, torch.zeros_like(inputs.mask), SMALL.inner())
     assert empty.shape == (0, 49)
     assert torch.equal(torch.autograd.grad(empty.sum(), image)[0], torch.zeros_like(image))
 
@@ -294,8 +300,8 @@ def test_a_second_derivative_raises(cpu_ops):
     inputs = make_inputs(SMALL)
     sr = inputs.sr.clone().requires_grad_()
     for value in (
-        ssg_cuda.loss(sr, inputs.gt, inputs.mask, num_rows=None, **NAMED)[0],
-        ssg_cuda.graph(sr, inputs.mask, **SMALL.settings()).square().sum(),
+        ssg_cuda.loss(sr, inputs.gt, inputs.mask, SMALL.inner(), WEIGHTS, None)[0],
+        ssg_cuda.graph(sr, inputs.mask, SMALL.inner()).square().sum(),
     ):
         (gradient,) = torch.autograd.grad(value, sr, create_graph=True)
         with pytest.raises(RuntimeError):
@@ -312,7 +318,7 @@ def test_opcheck(cpu_ops):
         torch.library.opcheck(ssg_cuda._loss_op, (image, inputs.gt, inputs.mask, 7, 3, 0.02, True, 1.0, 2.0, with_gradient))
     torch.library.opcheck(ssg_cuda._graph_op, (sr, inputs.mask, pixels, 7, 3, 0.02, True))
     torch.library.opcheck(ssg_cuda._graph_backward_op, (inputs.sr, inputs.mask, rows, rows.flip(1).contiguous(), 7, 3, 0.02, True))
-    torch.library.opcheck(ssg_cuda._loss_backward_op, (inputs.sr, torch.tensor(2.0, dtype=torch.float64)))
+    torch.library.opcheck(saved_gradient.scale_gradient, (inputs.sr, torch.tensor(2.0, dtype=torch.float64)))
 
 
 def test_the_module_compiles_into_one_graph(cpu_ops, monkeypatch):
@@ -322,7 +328,7 @@ def test_the_module_compiles_into_one_graph(cpu_ops, monkeypatch):
     monkeypatch.setattr(ssg_cuda, "unavailable", lambda device: ask(torch.device("cuda", 0)))
     monkeypatch.setattr(torch.version, "hip", None)
     inputs = make_inputs(SMALL)
-    ssl = SelfSimilarityLoss(**NAMED, mask_stride=2, backend="cuda")
+    ssl = SelfSimilarityLoss(**SMALL.settings(), l1_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], mask_stride=2, backend="cuda")
 
     def step(sr):
         return ssl(sr * 1.5, inputs.gt, inputs.mask)
@@ -344,10 +350,7 @@ def test_the_module_compiles_into_one_graph(cpu_ops, monkeypatch):
 def test_direct_loss_matches_float64_reference(name):
     case, inputs = CASES[name], make_inputs(CASES[name])
     sr = inputs.sr.clone().requires_grad_()
-    weights = {"l1_weight": WEIGHTS[0], "kl_weight": WEIGHTS[1]}
-    total, l1, kl = ssg_direct.direct_loss(
-        sr, inputs.gt, inputs.mask, num_rows=None, **case.settings(), **weights, block=64, launch=EmulatedLauncher()
-    )
+    total, l1, kl = ssg_direct.direct_loss(sr, inputs.gt, inputs.mask, case.inner(), WEIGHTS, None, block=64, launch=EmulatedLauncher())
     total.backward()
     want = reference_loss(inputs, case, WEIGHTS)
     torch.testing.assert_close(torch.stack([total, l1, kl]).detach().double(), torch.stack(want[:3]), rtol=2e-5, atol=0)

@@ -132,7 +132,7 @@ def test_agrees_with_the_direct_kernels_and_the_torch_backend():
     weights = {"l1_weight": WEIGHTS[0], "kl_weight": WEIGHTS[1]}
     got = loss_and_gradient(inputs, case)
     sr = inputs.sr.clone().requires_grad_()
-    direct = direct_loss(sr, inputs.gt, inputs.mask, num_rows=None, **case.settings(), **weights)
+    direct = direct_loss(sr, inputs.gt, inputs.mask, case.inner(), WEIGHTS, None)
     direct[0].backward()
     portable = SelfSimilarityLoss(**case.settings(), **weights, backend="torch")
     other = inputs.sr.clone().requires_grad_()

@@ -130,6 +130,18 @@ def test_empty_mask_is_zero_with_a_graph(backend):
     assert (sr.grad == 0).all()
 
 
+@pytest.mark.parametrize("num_rows", [0, 0.0, torch.tensor(0), torch.tensor(0.0)])
+@pytest.mark.parametrize("backend", FUSED)
+def test_no_rows_on_any_process_is_zero_with_a_graph(backend, num_rows):
+    """A mean over nothing is 0 here, also where the mask disagrees: a batch of flat pictures must not end a distributed run."""
+    sr, gt, mask = make_pair(1, 3, 16, 16, density=0.3, seed=0)
+    x = sr.float().requires_grad_()
+    loss, terms = SelfSimilarityLoss(**SMALL, backend=backend)(x, gt.float(), mask, num_rows=num_rows, return_terms=True)
+    loss.backward()
+    assert loss.item() == terms["l1"] == terms["kl"] == 0
+    assert (x.grad == 0).all()
+
+
 @pytest.mark.parametrize("backend", FUSED)
 def test_a_broken_prediction_shows(backend):
     """One NaN reaches the loss, the rows whose windows see it and their pixels' gradient; no clamp swallows it."""
@@ -191,6 +203,16 @@ def test_inference_saves_nothing(backend):
     assert without.item() == with_gradient.item()
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_second_derivatives_raise(backend):
+    sr, gt, mask = make_pair(1, 3, 16, 16, density=0.3, seed=0)
+    x = sr.float().requires_grad_()
+    loss = SelfSimilarityLoss(**SMALL, backend=backend)(x, gt.float(), mask)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        gradient.square().sum().backward()
+
+
 def test_autocast_and_half():
     sr, gt, mask = make_pair(1, 3, 20, 20, density=0.3, seed=0)
     ssl = SelfSimilarityLoss(**SMALL)
@@ -211,6 +233,7 @@ def test_autocast_and_half():
         ({"gt": torch.rand(1, 3, 16, 16).to("meta")}, r"device of sr cpu, came on meta"),
         ({"mask": torch.ones(1, 16, 16)}, r"\[1, 1, 16, 16\].*came \[1, 16, 16\]"),
         ({"num_rows": -1}, r"num_rows: .*came -1"),
+        ({"num_rows": float("nan")}, r"num_rows: .*came nan"),
         ({"num_rows": torch.ones(2)}, r"0-dim tensor, came shape \[2\]"),
     ],
 )

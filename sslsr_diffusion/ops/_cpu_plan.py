@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 _logger = logging.getLogger(__name__)
-_TILE_BYTES = 8_000_000  # of one graph of one tile
+_TILE_BYTES = 2_900_000  # of one graph of one tile: two for each thread keep a call on 512 pixels below 40 MB
+_TILE_SHAPES = ((136, 64), (136, 24), (72, 16), (40, 16), (16, 8))  # at most; smaller where more pixels are masked
 _MAP_BYTES = 850_000  # of one tile's maps: they stay in the second-level cache
 _KEPT_BYTES = 48 * 2**20
 _ready: set[tuple[object, ...]] = set()
@@ -47,23 +48,19 @@ def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _shape_of_tiles(height: int, width: int, images: int, search: int, window: int, workers: int, *, tight: bool) -> tuple[int, int]:
-    """Even tiles that fit the caches; fewer pixels each (tight) where most of them are masked."""
-    reach, half = search // 2, window // 2
-    widest = 88 if tight else 136
-    columns = -(-width // widest)
-    tile_width = _round_up(-(-width // columns), 16)
-    lines = _MAP_BYTES // (4 * search * _round_up(tile_width + reach + half, 16))
-    tallest = 16 if tight else max(8, min(64, (lines - reach - half) // 8 * 8))
-    while tight and tallest > 8 and tallest * tile_width * search**2 * 4 > _TILE_BYTES:
-        tallest -= 8
-    while tight and tile_width > 16 and tallest * tile_width * search**2 * 4 > _TILE_BYTES:
-        tile_width -= 16
-        columns = -(-width // tile_width)
+def _shape_of_tiles(
+    height: int, width: int, images: int, search: int, window: int, workers: int, widest: int, tallest: int
+) -> tuple[int, int]:
+    """Even tiles of at most widest x tallest pixels whose maps fit the second-level cache."""
+    border = search // 2 + window // 2
+    tile_width = _round_up(-(-width // -(-width // widest)), 16)
+    columns = -(-width // tile_width)
+    lines = _MAP_BYTES // (4 * search * _round_up(tile_width + border, 16))
+    tallest = max(8, min(tallest, (lines - border) // 8 * 8))
 
     def cost(tile_height: int) -> int:
         bands = -(-height // tile_height)
-        return -(-bands * columns * images // workers) * (tile_height + window + reach // 2)
+        return -(-bands * columns * images // workers) * (tile_height + border)
 
     return min(range(tallest, 0, -8), key=cost), tile_width
 
@@ -76,8 +73,8 @@ def plan(mask: Tensor, channels: int, search: int, window: int, normalize: bool)
     reach, half = search // 2, window // 2
     marked = mask[:, 0].contiguous().numpy()
     workers = max(1, torch.get_num_threads())
-    for tight in (False, True):
-        tile_height, tile_width = _shape_of_tiles(height, width, batch, search, window, workers, tight=tight)
+    for widest, tallest in _TILE_SHAPES:
+        tile_height, tile_width = _shape_of_tiles(height, width, batch, search, window, workers, widest, tallest)
         counts, positions, rows = compiled.bucket(marked, tile_height, tile_width)
         dense = counts > 0.6 * tile_height * tile_width
         most = int(np.where(dense, tile_height * tile_width, counts).max())

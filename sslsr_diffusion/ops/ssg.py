@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sslsr_diffusion.ops import ssg_cpu, ssg_cuda, ssg_reference, ssg_torch
 from sslsr_diffusion.ops.errors import BackendUnavailable
+from sslsr_diffusion.ops.settings import Settings
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -48,7 +49,7 @@ def self_similarity_graph(
     check_inputs(image, mask, search_size, window_size, sigma)
     image = in_full_precision(image)
     run = choose_backend(backend, image)
-    return run.graph(image, as_bool(mask), search_size=search_size, window_size=window_size, sigma=float(sigma), normalize=bool(normalize))
+    return run.graph(image, as_bool(mask), Settings(search_size, window_size, float(sigma), bool(normalize)))
 
 
 def check_sizes(search_size: int, window_size: int, sigma: float) -> None:

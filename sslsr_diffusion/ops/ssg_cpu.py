@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.ops import _cpu_plan as plans
+from sslsr_diffusion.ops import saved_gradient
+from sslsr_diffusion.ops.settings import Settings
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -130,7 +132,7 @@ def _loss(
         sums[worker :: plan.workers] = own
 
     plans.share(plan, ("loss", channels, window), work)
-    share = 1 / (max(float(rows), 1e-12) * search**2)
+    share = Settings(search, window, sigma, normalize).per_entry(float(rows))
     l1, kl = sums.sum(0) * share
     total = l1_weight * l1 + kl_weight * kl
     if with_gradient:
@@ -146,38 +148,24 @@ def _(
     return sr.new_empty(()), sr.new_empty(()), sr.new_empty(()), sr.new_empty(_gradient_shape(sr, with_gradient))
 
 
-def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[3])
+_loss.register_autograd(saved_gradient.backward, setup_context=saved_gradient.save_gradient)
 
 
-def _loss_gradient(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return gradient * grad_total, *(None,) * 10
-
-
-_loss.register_autograd(_loss_gradient, setup_context=_loss_context)
-
-
-def graph(image: Tensor, mask: Tensor, *, search_size: int, window_size: int, sigma: float, normalize: bool) -> Tensor:
+def graph(image: Tensor, mask: Tensor, settings: Settings) -> Tensor:
     """The graph [N, search_size^2], differentiable in image; arguments as in `self_similarity_graph`, already checked."""
-    return _graph(image, mask, search_size, window_size, sigma, normalize)
+    return _graph(image, mask, *settings)
 
 
 def loss(
     sr: Tensor,
     gt: Tensor,
     mask: Tensor,
-    *,
+    settings: Settings,
+    weights: tuple[float, float],
     num_rows: float | Tensor | None,
-    search_size: int,
-    window_size: int,
-    sigma: float,
-    normalize: bool,
-    l1_weight: float,
-    kl_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, l1, kl) without ever holding a graph larger than a tile; total is differentiable in sr."""
     rows = mask.sum() if num_rows is None else torch.as_tensor(num_rows)
     with_gradient = sr.requires_grad and torch.is_grad_enabled()
-    total, l1, kl, _ = _loss(sr, gt, mask, rows, search_size, window_size, sigma, normalize, l1_weight, kl_weight, with_gradient)
+    total, l1, kl, _ = _loss(sr, gt, mask, rows, *settings, *weights, with_gradient)
     return total, l1.detach(), kl.detach()

@@ -12,44 +12,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslsr_diffusion.ops import saved_gradient
 from sslsr_diffusion.ops import ssg_cuda_plan as plan
 from sslsr_diffusion.ops.cupy_loader import CupyLauncher, shared_memory_limit, unavailable
+from sslsr_diffusion.ops.settings import Settings
 
 __all__ = ["graph", "loss", "unavailable"]
 
-_FEWEST_ROWS = 1e-12  # no rows at all: the sums are 0, and 0 / 1e-12 is 0
 
-
-def graph(image: Tensor, mask: Tensor, *, search_size: int, window_size: int, sigma: float, normalize: bool) -> Tensor:
+def graph(image: Tensor, mask: Tensor, settings: Settings) -> Tensor:
     """The graph [N, search_size^2], differentiable in image; arguments as in `self_similarity_graph`, already checked."""
     pixels = mask.flatten().nonzero().squeeze(1)
-    return _graph_op(image, mask, pixels, search_size, window_size, sigma, normalize)
+    return _graph_op(image, mask, pixels, *settings)
 
 
 def loss(
     sr: Tensor,
     gt: Tensor,
     mask: Tensor,
-    *,
+    settings: Settings,
+    weights: tuple[float, float],
     num_rows: float | Tensor | None,
-    search_size: int,
-    window_size: int,
-    sigma: float,
-    normalize: bool,
-    l1_weight: float,
-    kl_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, l1, kl) without ever holding the graph or waiting for the GPU; total is differentiable in sr, once."""
     with_gradient = sr.requires_grad and torch.is_grad_enabled()
-    weighted, sums, _ = _loss_op(sr, gt, mask, search_size, window_size, sigma, normalize, l1_weight, kl_weight, with_gradient)
+    weighted, sums, _ = _loss_op(sr, gt, mask, *settings, *weights, with_gradient)
     rows = mask.sum() if num_rows is None else num_rows
-    if isinstance(rows, Tensor):
-        rows = rows.detach().double().clamp_min(_FEWEST_ROWS)
-    else:
-        rows = max(float(rows), _FEWEST_ROWS)  # stays on the host: as a tensor its copy would be waited for
-    entries = rows * search_size**2
-    l1, kl = (sums / entries).float().unbind()
-    return (weighted / entries).float(), l1.detach(), kl.detach()
+    # a number stays on the host: as a tensor its copy would be waited for
+    share = settings.per_entry(rows.detach().double() if isinstance(rows, Tensor) else rows)
+    l1, kl = (sums * share).float().unbind()
+    return (weighted * share).float(), l1.detach(), kl.detach()
 
 
 def _launcher(device: torch.device) -> tuple[plan.Launcher, int]:
@@ -82,7 +74,7 @@ def _loss_op(
         sr.contiguous(),
         gt.contiguous(),
         mask.contiguous(),
-        plan.Settings(search_size, window_size, sigma, normalize),
+        Settings(search_size, window_size, sigma, normalize),
         (l1_weight, kl_weight),
         with_gradient=with_gradient,
         shared_limit=shared_limit,
@@ -97,29 +89,7 @@ def _(sr: Tensor, gt: Tensor, mask: Tensor, *settings: Any) -> tuple[Tensor, Ten
     return sr.new_empty((), dtype=wide), sr.new_empty(2, dtype=wide), sr.new_empty(sr.shape if with_gradient else (0,))
 
 
-@torch.library.custom_op("sslsr::ssg_loss_backward", mutates_args=(), schema="(Tensor gradient, Tensor factor) -> Tensor")
-def _loss_backward_op(gradient: Tensor, factor: Tensor) -> Tensor:
-    """An op of its own, without an autograd formula: a second derivative raises instead of coming out as zero."""
-    return gradient * factor.to(gradient.dtype)
-
-
-@_loss_backward_op.register_fake
-def _(gradient: Tensor, factor: Tensor) -> Tensor:
-    return torch.empty_like(gradient)
-
-
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, sums, gradient = output
-    ctx.mark_non_differentiable(sums, gradient)
-    ctx.save_for_backward(gradient)
-
-
-def _loss_backward(ctx: Any, grad_weighted: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return _loss_backward_op(gradient, grad_weighted), *(None,) * 9
-
-
-_loss_op.register_autograd(_loss_backward, setup_context=_save_gradient)
+_loss_op.register_autograd(saved_gradient.backward, setup_context=saved_gradient.save_gradient)
 
 
 @torch.library.custom_op(
@@ -131,7 +101,7 @@ _loss_op.register_autograd(_loss_backward, setup_context=_save_gradient)
 def _graph_op(image: Tensor, mask: Tensor, pixels: Tensor, search_size: int, window_size: int, sigma: float, normalize: bool) -> Tensor:
     """Rows [N, search_size^2] for int64 `pixels` [N], the flat indices of the mask's true entries."""
     launch, shared_limit = _launcher(image.device)
-    settings = plan.Settings(search_size, window_size, sigma, normalize)
+    settings = Settings(search_size, window_size, sigma, normalize)
     return plan.run_graph(launch, image.contiguous(), pixels.contiguous(), settings, shared_limit=shared_limit)
 
 
@@ -152,7 +122,7 @@ def _graph_backward_op(
 ) -> Tensor:
     """d / d image from d / d rows."""
     launch, shared_limit = _launcher(image.device)
-    settings = plan.Settings(search_size, window_size, sigma, normalize)
+    settings = Settings(search_size, window_size, sigma, normalize)
     tensors = (image.contiguous(), mask.contiguous(), rows.contiguous(), grad_rows.contiguous())
     return plan.run_graph_backward(launch, *tensors, settings, shared_limit=shared_limit)
 

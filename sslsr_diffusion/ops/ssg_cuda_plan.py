@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sslsr_diffusion.ops.settings import Settings
 
 Argument = Tensor | np.int32 | np.float32
 
@@ -124,16 +126,6 @@ def plan_tiles(shape: torch.Size, search: int, slot_bytes: int = SLOT_BYTES) -> 
     return TilePlan(tile_h, tile_w, tiles_y, tiles_x, tiles, per_launch, slot_floats)
 
 
-class Settings(NamedTuple):
-    search: int
-    window: int
-    sigma: float
-    normalize: bool
-
-    def inverse_kappa(self, channels: int) -> np.float32:
-        return np.float32(1 / (channels * self.window**2 * self.sigma))
-
-
 def run_loss(
     launch: Launcher,
     sr: Tensor,
@@ -158,7 +150,7 @@ def run_loss(
     gradient = sr.new_empty(sr.shape if with_gradient else 0)
     for tiles in plan.launches():
         args: list[Argument] = [sr, gt, mask, np.int32(channels), np.int32(height), np.int32(width), *plan.arguments()]
-        args += [np.int32(tiles.start), settings.inverse_kappa(channels), np.float32(weights[0]), np.float32(weights[1])]
+        args += [np.int32(tiles.start), np.float32(1 / settings.kappa(channels)), np.float32(weights[0]), np.float32(weights[1])]
         args += [np.int32(settings.normalize), np.int32(with_gradient), sums, counts, slots]
         launch("ssg_loss.cu", "ssg_loss", row.defines(), len(tiles), row.threads, row.shared_bytes, args)
         if with_gradient:
@@ -173,7 +165,7 @@ def run_graph(launch: Launcher, image: Tensor, pixels: Tensor, settings: Setting
     rows = image.new_empty(len(pixels), settings.search**2)
     if len(pixels):
         args: list[Argument] = [image, pixels, np.int32(channels), np.int32(height), np.int32(width)]
-        args += [settings.inverse_kappa(channels), np.int32(settings.normalize), rows]
+        args += [np.float32(1 / settings.kappa(channels)), np.int32(settings.normalize), rows]
         launch("ssg_graph.cu", "ssg_graph", row.defines(), len(pixels), row.threads, row.shared_bytes, args)
     return rows
 
@@ -199,7 +191,14 @@ def run_graph_backward(
     gradient = torch.empty_like(image)
     for tiles in plan.launches():
         args: list[Argument] = [image, mask, row_of, rows, rows_gradient, np.int32(channels), np.int32(height), np.int32(width)]
-        args += [*plan.arguments(), np.int32(tiles.start), settings.inverse_kappa(channels), np.int32(settings.normalize), counts, slots]
+        args += [
+            *plan.arguments(),
+            np.int32(tiles.start),
+            np.float32(1 / settings.kappa(channels)),
+            np.int32(settings.normalize),
+            counts,
+            slots,
+        ]
         launch("ssg_graph.cu", "ssg_graph_backward", row.defines(), len(tiles), row.threads, row.shared_bytes, args)
         _gather(launch, plan, tiles, settings.search, slots, counts, gradient)
     return gradient

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sslsr_diffusion.ops.cupy_loader import CupyLauncher, unavailable
+from sslsr_diffusion.ops.settings import Settings
 from sslsr_diffusion.ops.ssg_cuda_plan import Argument, Launcher
 from sslsr_diffusion.ops.ssg_reference import CLAMP, ROW_EPS
 
@@ -56,32 +57,28 @@ def direct_loss(
     sr: Tensor,
     gt: Tensor,
     mask: Tensor,
-    *,
+    settings: Settings,
+    weights: tuple[float, float],
     num_rows: float | Tensor | None,
-    search_size: int,
-    window_size: int,
-    sigma: float,
-    normalize: bool,
-    l1_weight: float,
-    kl_weight: float,
+    *,
     block: int = PUBLISHED_BLOCK,
     launch: Launcher | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, l1, kl) as a backend's `loss`; `block` is the threads per block, `launch` what runs the kernels (CuPy by default)."""
     launch = launch or CupyLauncher(sr.device)
     pixels = mask.flatten().nonzero().squeeze(1)
-    kappa = sr.shape[1] * window_size**2 * sigma
+    kappa = settings.kappa(sr.shape[1])
 
     def graph(image: Tensor) -> Tensor:
-        padded = F.pad(image, (search_size // 2,) * 4, mode="reflect").contiguous()
-        weights = torch.exp(_Distances.apply(padded, pixels, (search_size, window_size), block, launch) / -kappa)
-        return weights / (weights.sum(1, keepdim=True) + ROW_EPS) if normalize else weights
+        padded = F.pad(image, (settings.reach,) * 4, mode="reflect").contiguous()
+        weights = torch.exp(_Distances.apply(padded, pixels, (settings.search, settings.window), block, launch) / -kappa)
+        return weights / (weights.sum(1, keepdim=True) + ROW_EPS) if settings.normalize else weights
 
     graph_sr = graph(sr)
     with torch.no_grad():
         graph_gt = graph(gt)
-    count = torch.as_tensor(len(pixels) if num_rows is None else num_rows, device=sr.device).clamp_min(1e-12) * search_size**2
-    l1 = (graph_sr - graph_gt).abs().sum() / count
+    share = settings.per_entry(len(pixels) if num_rows is None else num_rows)
+    l1 = (graph_sr - graph_gt).abs().sum() * share
     target = graph_gt.clamp_min(CLAMP)
-    kl = (target * (target.log() - graph_sr.clamp_min(CLAMP).log())).sum() / count
-    return l1_weight * l1 + kl_weight * kl, l1.detach(), kl.detach()
+    kl = (target * (target.log() - graph_sr.clamp_min(CLAMP).log())).sum() * share
+    return weights[0] * l1 + weights[1] * kl, l1.detach(), kl.detach()

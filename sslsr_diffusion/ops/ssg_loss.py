@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor, nn
 
 from sslsr_diffusion.ops.edge_mask import apply_mask_stride, laplacian_edge_mask
+from sslsr_diffusion.ops.settings import Settings
 from sslsr_diffusion.ops.ssg import as_bool, backend_module, check_inputs, check_sizes, choose_backend, in_full_precision
 
 
@@ -76,8 +77,9 @@ class SelfSimilarityLoss(nn.Module):
             sr: [B, C, H, W] float, about [0, 1], not clamped; the gradient goes here.
             gt: [B, C, H, W] float in [0, 1], same range as sr; never receives a gradient.
             mask: [B, 1, H, W] bool or {0, 1} before the stride; None: `laplacian_edge_mask(gt)`.
-            num_rows: rows the mean counts; None: this mask's own. Distributed training passes all_reduce(rows) / world_size over all
-                micro-batches of an optimizer step, so that N processes equal one big batch.
+            num_rows: rows the mean counts, at least 0; None: this mask's own. Distributed training passes all_reduce(rows) / world_size
+                over all micro-batches of an optimizer step, so that N processes equal one big batch. 0, as a number or a tensor, is that
+                sum when no process has a row: loss, terms and gradient are then 0, whatever the mask.
             return_terms: also return {"l1", "kl", "rows"}: unweighted, detached 0-dim tensors.
 
         Raises:
@@ -97,20 +99,10 @@ class SelfSimilarityLoss(nn.Module):
         if isinstance(num_rows, Tensor) and num_rows.ndim != 0:
             raise ValueError(f"num_rows: expected a number or a 0-dim tensor, came shape {list(num_rows.shape)}.")
         if isinstance(num_rows, (int, float)) and not 0 <= num_rows < float("inf"):
-            raise ValueError(f"num_rows: expected a finite number of rows, came {num_rows!r}.")
+            raise ValueError(f"num_rows: expected a finite number of at least 0 rows, came {num_rows!r}.")
         mask = apply_mask_stride(as_bool(mask), self.mask_stride)
-        total, l1, kl = choose_backend(self.backend, sr).loss(
-            sr,
-            gt,
-            mask,
-            num_rows=num_rows,
-            search_size=self.search_size,
-            window_size=self.window_size,
-            sigma=self.sigma,
-            normalize=self.normalize,
-            l1_weight=self.l1_weight,
-            kl_weight=self.kl_weight,
-        )
+        settings = Settings(self.search_size, self.window_size, self.sigma, self.normalize)
+        total, l1, kl = choose_backend(self.backend, sr).loss(sr, gt, mask, settings, (self.l1_weight, self.kl_weight), num_rows)
         return (total, {"l1": l1, "kl": kl, "rows": mask.sum()}) if return_terms else total
 
     def extra_repr(self) -> str:

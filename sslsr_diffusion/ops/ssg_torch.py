@@ -25,32 +25,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sslsr_diffusion.ops.settings import Settings
 from sslsr_diffusion.ops.ssg_reference import CLAMP, ROW_EPS
 
 LOG_CLAMP = math.log(CLAMP)
 _BAND_ELEMENTS = 6_000_000  # largest buffer of a band: about 24 MB in float32
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    search: int
-    window: int
-    sigma: float
-
-    @property
-    def reach(self) -> int:
-        return self.search // 2
-
-    @property
-    def half(self) -> int:
-        return self.window // 2
-
-    @property
-    def margin(self) -> int:
-        return self.reach + self.half
-
-    def kappa(self, channels: int) -> float:
-        return channels * self.window**2 * self.sigma
 
 
 @dataclass(frozen=True)
@@ -62,7 +41,7 @@ class _Band:
     first: int  # their first row in the graph
 
 
-def _bands(mask: Tensor, sizes: _Sizes) -> Iterator[_Band]:
+def _bands(mask: Tensor, settings: Settings) -> Iterator[_Band]:
     """Strips of rows small enough for the buffers; strips without a masked pixel are left out."""
     width = mask.shape[3]
     counts = mask.sum((1, 3)).tolist()  # [B][H]: the one synchronisation of a call
@@ -72,8 +51,8 @@ def _bands(mask: Tensor, sizes: _Sizes) -> Iterator[_Band]:
         while top < height:
             bottom, masked = top, 0
             while bottom < height:
-                maps = sizes.search * (bottom + 1 - top + 2 * sizes.half) * (width + 2 * sizes.half)
-                if bottom > top and max(maps, (masked + rows[bottom]) * sizes.search**2) > _BAND_ELEMENTS:
+                maps = settings.search * (bottom + 1 - top + 2 * settings.half) * (width + 2 * settings.half)
+                if bottom > top and max(maps, (masked + rows[bottom]) * settings.search**2) > _BAND_ELEMENTS:
                     break
                 masked, bottom = masked + rows[bottom], bottom + 1
             if masked:
@@ -81,15 +60,15 @@ def _bands(mask: Tensor, sizes: _Sizes) -> Iterator[_Band]:
             first, top = first + masked, bottom
 
 
-def _padded(image: Tensor, sizes: _Sizes) -> Tensor:
+def _padded(image: Tensor, settings: Settings) -> Tensor:
     """Reflected by reach, then zeros by half (never read into a sum): every shift of a band is a plain slice."""
-    reach, half = sizes.reach, sizes.half
+    reach, half = settings.reach, settings.half
     return F.pad(F.pad(image, (reach,) * 4, mode="reflect"), (half,) * 4)
 
 
-def _unpad(grad: Tensor, sizes: _Sizes) -> Tensor:
+def _unpad(grad: Tensor, settings: Settings) -> Tensor:
     """The adjoint of `_padded`: folds the border back onto the pixels it was reflected from."""
-    half, reach = sizes.half, sizes.reach
+    half, reach = settings.half, settings.reach
     grad = grad[..., half : grad.shape[-2] - half, half : grad.shape[-1] - half]
     for dim in (-2, -1):
         size = grad.shape[dim] - 2 * reach
@@ -104,34 +83,36 @@ def _unpad(grad: Tensor, sizes: _Sizes) -> Tensor:
 class _BandMaths:
     """Distances of one band of one padded image, and their adjoint."""
 
-    def __init__(self, padded: Tensor, band: _Band, width: int, sizes: _Sizes):
-        self.sizes, self.band, self.width = sizes, band, width
-        self.grown = (band.height + 2 * sizes.half, width + 2 * sizes.half)  # the region the windows of the band cover
-        self.area = padded[band.image, :, band.top : band.top + band.height + 2 * sizes.margin]  # [C, h + 2 margin, W + 2 margin]
-        reach = sizes.reach
+    def __init__(self, padded: Tensor, band: _Band, width: int, settings: Settings):
+        self.settings, self.band, self.width = settings, band, width
+        self.grown = (band.height + 2 * settings.half, width + 2 * settings.half)  # the region the windows of the band cover
+        self.area = padded[
+            band.image, :, band.top : band.top + band.height + 2 * (settings.reach + settings.half)
+        ]  # [C, h + 2 margin, W + 2 margin]
+        reach = settings.reach
         self.base = self.area[:, reach : reach + self.grown[0], reach : reach + self.grown[1]]  # [C, h', w']
 
     def _difference(self, dy: int, channel: int) -> Tensor:
         """P(x+d) - P(x) for one row of offsets: [k, h', w']."""
-        top = self.sizes.reach + dy
+        top = self.settings.reach + dy
         shifted = self.area[channel, top : top + self.grown[0]].unfold(1, self.grown[1], 1)  # [h', k, w']
         return shifted.transpose(0, 1) - self.base[channel]
 
     def _vertical(self, dy: int) -> range:
-        half, reach = self.sizes.half, self.sizes.reach
+        half, reach = self.settings.half, self.settings.reach
         return range(max(-half, -reach - dy), min(half, reach - dy) + 1)
 
     def _columns(self, ux: int) -> slice:
         """The offsets dx for which window column ux lies inside the search square."""
-        return slice(max(0, -ux), self.sizes.search - max(0, ux))
+        return slice(max(0, -ux), self.settings.search - max(0, ux))
 
     def distances(self) -> Tensor:
         """[k*k, n] distances of the band's masked pixels."""
-        search, half = self.sizes.search, self.sizes.half
+        search, half = self.settings.search, self.settings.half
         height, width = self.band.height, self.width
         out = self.base.new_empty(search, search, len(self.band.pixels))
         outside = self._outside()
-        for dy in range(-self.sizes.reach, self.sizes.reach + 1):
+        for dy in range(-self.settings.reach, self.settings.reach + 1):
             difference = self._difference(dy, 0).square_()
             for channel in range(1, len(self.area)):
                 difference.add_(self._difference(dy, channel).square_())
@@ -143,25 +124,25 @@ class _BandMaths:
             for ux in range(-half, half + 1):
                 columns = self._columns(ux)
                 total[columns].add_(summed[columns, :, half + ux : half + ux + width])
-            out[dy + self.sizes.reach] = total.flatten(1)[:, self.band.pixels]
+            out[dy + self.settings.reach] = total.flatten(1)[:, self.band.pixels]
         return out.flatten(0, 1)
 
     def _variants(self, dy: int) -> tuple[int, Tensor]:
         """How W_d is cut, 0 .. 2 half with half for "not at all": of this row of offsets, and of each of its columns."""
-        inner, half = self.sizes.reach - self.sizes.half, self.sizes.half
-        dx = torch.arange(-self.sizes.reach, self.sizes.reach + 1, device=self.area.device)
+        inner, half = self.settings.reach - self.settings.half, self.settings.half
+        dx = torch.arange(-self.settings.reach, self.settings.reach + 1, device=self.area.device)
         cut = (dx - dx.clamp(-inner, inner)) + half
         return dy - max(-inner, min(inner, dy)) + half, cut
 
     def _cut(self, variant: int) -> range:
         """Window positions that stay inside the search square for a variant of `_variants`."""
-        half = self.sizes.half
+        half = self.settings.half
         cut = variant - half
         return range(max(-half, -half - cut), min(half, half - cut) + 1)
 
     def _outside(self) -> Tensor:
         """sum_{u not in W_d} E(p+u) for every way a window can be cut: [w, w, h, W]."""
-        half, window = self.sizes.half, self.sizes.window
+        half, window = self.settings.half, self.settings.window
         energy = self.base.square().sum(0)
         height, width = self.band.height, self.width
         columns = energy.new_zeros(window, energy.shape[0], width)  # per horizontal cut: what falls outside
@@ -181,11 +162,11 @@ class _BandMaths:
 
     def add_gradient(self, adjoint: Tensor, grad: Tensor) -> None:
         """Adds the pull of A = dL/d dist ([k*k, n]) to `grad`, the gradient of the padded image."""
-        reach, search = self.sizes.reach, self.sizes.search
+        reach, search = self.settings.reach, self.settings.search
         height, width = self.band.height, self.width
-        target = grad[self.band.image, :, self.band.top : self.band.top + height + 2 * self.sizes.margin]
+        target = grad[self.band.image, :, self.band.top : self.band.top + len(self.area[0])]
         base = target[:, reach : reach + self.grown[0], reach : reach + self.grown[1]]
-        cuts = adjoint.new_zeros(self.sizes.window, self.sizes.window, height, width)
+        cuts = adjoint.new_zeros(self.settings.window, self.settings.window, height, width)
         dense = adjoint.new_zeros(search, height * width)
         skewed = adjoint.new_zeros(self.grown[0], search, self.grown[1] + search)
         for dy in range(-reach, reach + 1):
@@ -206,7 +187,7 @@ class _BandMaths:
 
     def _spread(self, maps: Tensor, dy: int) -> Tensor:
         """2 B_d for one row of offsets: [k, h', w']."""
-        half, height, width = self.sizes.half, self.band.height, self.width
+        half, height, width = self.settings.half, self.band.height, self.width
         wide = maps.new_zeros(len(maps), height, self.grown[1])
         for ux in range(-half, half + 1):
             columns = self._columns(ux)
@@ -218,7 +199,7 @@ class _BandMaths:
 
     def _spread_outside(self, cuts: Tensor) -> Tensor:
         """e of the formula above, the adjoint of `_outside`: [h', w']."""
-        half, window = self.sizes.half, self.sizes.window
+        half, window = self.settings.half, self.settings.window
         height, width = self.band.height, self.width
         columns, row = cuts.new_zeros(window, self.grown[0], width), cuts.new_zeros(self.grown[0], width)
         for variant in range(window):
@@ -236,16 +217,16 @@ class _BandMaths:
 
 class _Graph(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, image: Tensor, mask: Tensor, sizes: _Sizes, normalize: bool) -> Tensor:
-        padded = _padded(image, sizes)
-        out = image.new_empty(int(mask.sum()), sizes.search**2)
-        kappa = sizes.kappa(image.shape[1])
-        for band in _bands(mask, sizes):
-            weights = _BandMaths(padded, band, image.shape[3], sizes).distances().div_(-kappa).exp_()
-            if normalize:
+    def forward(ctx: Any, image: Tensor, mask: Tensor, settings: Settings) -> Tensor:
+        padded = _padded(image, settings)
+        out = image.new_empty(int(mask.sum()), settings.search**2)
+        kappa = settings.kappa(image.shape[1])
+        for band in _bands(mask, settings):
+            weights = _BandMaths(padded, band, image.shape[3], settings).distances().div_(-kappa).exp_()
+            if settings.normalize:
                 weights /= weights.sum(0) + ROW_EPS
             out[band.first : band.first + len(band.pixels)] = weights.T
-        ctx.sizes, ctx.normalize = sizes, normalize
+        ctx.settings = settings
         ctx.save_for_backward(image, mask, out)
         return out
 
@@ -253,21 +234,21 @@ class _Graph(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         image, mask, out = ctx.saved_tensors
-        sizes, kappa = ctx.sizes, ctx.sizes.kappa(image.shape[1])
-        padded = _padded(image, sizes)
+        settings, kappa = ctx.settings, ctx.settings.kappa(image.shape[1])
+        padded = _padded(image, settings)
         grad = torch.zeros_like(padded)
-        for band in _bands(mask, sizes):
+        for band in _bands(mask, settings):
             rows = slice(band.first, band.first + len(band.pixels))
             adjoint = grad_out[rows] * out[rows]
-            if ctx.normalize:
+            if settings.normalize:
                 adjoint = torch.addcmul(adjoint, out[rows], adjoint.sum(1, keepdim=True), value=-1)
-            _BandMaths(padded, band, image.shape[3], sizes).add_gradient((adjoint / -kappa).T, grad)
-        return _unpad(grad, sizes), None, None, None
+            _BandMaths(padded, band, image.shape[3], settings).add_gradient((adjoint / -kappa).T, grad)
+        return _unpad(grad, settings), None, None
 
 
-def graph(image: Tensor, mask: Tensor, *, search_size: int, window_size: int, sigma: float, normalize: bool) -> Tensor:
+def graph(image: Tensor, mask: Tensor, settings: Settings) -> Tensor:
     """The graph [N, search_size^2], differentiable in image; arguments as in `self_similarity_graph`, already checked."""
-    return _Graph.apply(image, mask, _Sizes(search_size, window_size, sigma), normalize)
+    return _Graph.apply(image, mask, settings)
 
 
 class _Loss(torch.autograd.Function):
@@ -275,23 +256,23 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sr: Tensor, gt: Tensor, mask: Tensor, rows: Tensor, sizes: _Sizes, normalize: bool, weights: tuple[float, float]
+        ctx: Any, sr: Tensor, gt: Tensor, mask: Tensor, rows: Tensor, settings: Settings, weights: tuple[float, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        padded_sr, padded_gt = _padded(sr, sizes), _padded(gt, sizes)
+        padded_sr, padded_gt = _padded(sr, settings), _padded(gt, settings)
         grad = torch.zeros_like(padded_sr) if ctx.needs_input_grad[0] else None
         sums = sr.new_zeros(2, dtype=sr.dtype if sr.device.type == "mps" else torch.float64)
-        kappa = sizes.kappa(sr.shape[1])
-        for band in _bands(mask, sizes):
-            maths = _BandMaths(padded_sr, band, sr.shape[3], sizes)
-            exponent_gt = _BandMaths(padded_gt, band, sr.shape[3], sizes).distances().div_(-kappa)
-            terms, adjoint = _band_loss(maths.distances().div_(-kappa), exponent_gt, normalize, weights, grad is not None)
+        kappa = settings.kappa(sr.shape[1])
+        for band in _bands(mask, settings):
+            maths = _BandMaths(padded_sr, band, sr.shape[3], settings)
+            exponent_gt = _BandMaths(padded_gt, band, sr.shape[3], settings).distances().div_(-kappa)
+            terms, adjoint = _band_loss(maths.distances().div_(-kappa), exponent_gt, settings.normalize, weights, grad is not None)
             sums += terms
             if grad is not None and adjoint is not None:
                 maths.add_gradient(adjoint / -kappa, grad)
-        scale = 1 / (rows.to(sums.dtype).clamp_min(1e-12) * sizes.search**2)
+        scale = settings.per_entry(rows.to(sums.dtype))
         l1, kl = (sums * scale).to(sr.dtype)
         if grad is not None:
-            ctx.save_for_backward(_unpad(grad, sizes) * scale.to(sr.dtype))
+            ctx.save_for_backward(_unpad(grad, settings) * scale.to(sr.dtype))
         ctx.mark_non_differentiable(l1, kl)
         return weights[0] * l1 + weights[1] * kl, l1, kl
 
@@ -299,7 +280,7 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_total, None, None, None, None, None, None
+        return grad * grad_total, None, None, None, None, None
 
 
 def _band_loss(
@@ -325,19 +306,13 @@ def loss(
     sr: Tensor,
     gt: Tensor,
     mask: Tensor,
-    *,
+    settings: Settings,
+    weights: tuple[float, float],
     num_rows: float | Tensor | None,
-    search_size: int,
-    window_size: int,
-    sigma: float,
-    normalize: bool,
-    l1_weight: float,
-    kl_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, l1, kl) without ever holding a graph larger than a band; total is differentiable in sr."""
     rows = mask.sum() if num_rows is None else torch.as_tensor(num_rows, device=sr.device)
-    sizes = _Sizes(search_size, window_size, sigma)
-    return _Loss.apply(sr, gt, mask, rows, sizes, normalize, (l1_weight, kl_weight))
+    return _Loss.apply(sr, gt, mask, rows, settings, weights)
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -1,0 +1,35 @@
+"""What every backend of the operator is told, besides its tensors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Settings(NamedTuple):
+    """How a graph is drawn; already checked."""
+
+    search: int
+    window: int
+    sigma: float
+    normalize: bool
+
+    @property
+    def reach(self) -> int:
+        return self.search // 2
+
+    @property
+    def half(self) -> int:
+        return self.window // 2
+
+    def kappa(self, channels: int) -> float:
+        """A distance falls by 1 / e per kappa."""
+        return channels * self.window**2 * self.sigma
+
+    def per_entry(self, rows: float | Tensor) -> Any:
+        """What sums over the rows' entries are multiplied with to become means, of the type of rows; 0 where there are no rows."""
+        if isinstance(rows, Tensor):
+            return torch.where(rows > 0, 1 / (rows * self.search**2), 0)
+        return 1 / (rows * self.search**2) if rows > 0 else 0.0

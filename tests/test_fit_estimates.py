@@ -55,6 +55,24 @@ def test_noise_that_compression_has_destroyed_is_bounded_not_invented(quality, s
         assert sigma <= found.noise <= 10
 
 
+def test_a_photograph_taken_upright_is_measured_in_its_own_blocks(tmp_path):
+    """Phones store pictures lying down with a note; turned upright, the blocks would start somewhere else."""
+    tall, note = _flat(8)[:, :251], Image.Exif()
+    note[0x0112] = 6
+    Image.fromarray(tall).save(tmp_path / "plain.jpg", quality=60)
+    Image.fromarray(tall).save(tmp_path / "turned.jpg", quality=60, exif=note)
+    plain, turned = (estimate(tmp_path / f"{name}.jpg") for name in ("plain", "turned"))
+    assert plain.noise == turned.noise == pytest.approx(8, rel=0.1)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_jpeg_files_of_every_colour_space(mode, tmp_path):
+    Image.fromarray(_flat(8)).convert(mode).save(tmp_path / "x.jpg", quality=60, progressive=True)
+    found = estimate(tmp_path / "x.jpg")
+    assert found.quality == 60
+    assert found.noise_measured
+
+
 def test_quality_of_tables():
     for quality in (5, 30, 50, 75, 90, 99):
         assert abs(table_quality(scaled_table(quality)) - quality) <= 1

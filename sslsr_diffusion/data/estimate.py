@@ -32,6 +32,7 @@ _LUMA = np.array(
 # Luma is a weighted mean of three channels: independent colour noise of sigma leaves sigma * |(0.299, 0.587, 0.114)| in it
 LUMA_SHARE = float(np.linalg.norm([0.299, 0.587, 0.114]))
 _LEAST_COMB = 0.35  # mean cosine of coefficients on the multiples of a table: 0 by chance, near 1 for a compressed picture
+_MOST_BLOCKS = 4000  # spread over the picture; more tell nothing new
 _MOST_FOUND = 95  # above that the steps are as fine as 8-bit rounding
 
 
@@ -54,8 +55,8 @@ def estimate(path: Path) -> Estimate:
         UnreadableImage: it is no picture.
     """
     data = path.read_bytes()
-    luma = _luma(read_image(data, name=printable(path)).rgb)
-    table = _table_of(data)
+    image = read_image(data, name=printable(path))
+    luma, table = _jpeg(data) or (_luma(image.rgb), None)
     coefficients = block_dct(luma)
     quality = table_quality(table) if table is not None else blocking_quality(coefficients)
     steps = table if table is not None else None if quality is None else scaled_table(quality)
@@ -80,7 +81,7 @@ def blocking_quality(coefficients: Array) -> int | None:
 
     A comb of step s leaves mean cos(2 pi c / s) near 1; multiples of s fit s / 2 as well, so of fits that are alike the coarsest counts.
     """
-    values = coefficients.reshape(-1, 64)[:, 1:]
+    values = coefficients[:: 1 + len(coefficients) // _MOST_BLOCKS].reshape(-1, 64)[:, 1:]
     scores = np.array([_comb(values, scaled_table(q).ravel()[1:]) for q in range(20, _MOST_FOUND + 1)])
     best = float(scores.max())
     if best < _LEAST_COMB:
@@ -139,12 +140,14 @@ def _luma(rgb: NDArray[Any]) -> Array:
     return levels @ np.array([0.299, 0.587, 0.114])
 
 
-def _table_of(data: bytes) -> Array | None:
-    """The luma quantisation table of a JPEG file in natural order."""
+def _jpeg(data: bytes) -> tuple[Array, Array] | None:
+    """Luma as the file has it (blocks as they were coded: not turned upright, never RGB) and its table in natural order."""
     if data[:2] != b"\xff\xd8":
         return None
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as file:
         tables = getattr(file, "quantization", None) or {}
-    return np.array(tables[0], dtype=np.float64).reshape(8, 8) if 0 in tables else None
+        file.draft("L", file.size)
+        luma = np.asarray(file.convert("L"), dtype=np.float64)
+    return (luma, np.array(tables[0], dtype=np.float64).reshape(8, 8)) if 0 in tables else None

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.")
 
-Place = Annotated[str | None, typer.Argument(metavar="[INPUT]", help="A folder, a picture or a pattern.", show_default=False)]
+Place = Annotated[str | None, typer.Argument(metavar="INPUT", help="A folder, a picture or a pattern.", show_default=False)]
 Input = Annotated[str | None, typer.Option("--input", help="The same by name.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", help="Folder for the results; what is there already is kept.")]
 Processes = Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")]
@@ -122,7 +122,7 @@ def check(
     place: Annotated[
         str | None,
         typer.Argument(
-            metavar="[INPUT]", show_default=False, help="Folder, picture, pattern, .txt list, .parquet, .tar, or a folder of hr/ and lr/."
+            metavar="INPUT", show_default=False, help="Folder, picture, pattern, .txt list, .parquet, .tar, or a folder of hr/ and lr/."
         ),
     ] = None,
     source: Input = None,
@@ -176,7 +176,7 @@ def check(
 @app.command()
 def fit(
     place: Annotated[
-        str | None, typer.Argument(metavar="[LR_FOLDER]", show_default=False, help="A folder of your real low-resolution pictures.")
+        str | None, typer.Argument(metavar="LR_FOLDER", show_default=False, help="A folder of your real low-resolution pictures.")
     ] = None,
     lr_folder: Annotated[str | None, typer.Option("--lr-folder", help="The same by name.", show_default=False)] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write the degradation section; default: print it.")] = None,

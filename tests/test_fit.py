@@ -10,43 +10,24 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from test_two_processes import environment
-from torch.nn import functional as F
-from toys import smooth, toy_job, toy_losses
+from toys import toy_job, toy_losses, toy_validation
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training import fit as fit_module
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
 from sslsr_diffusion.training.fit import fit
-from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, ValidationSettings
+from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 from sslsr_diffusion.training.state import AutoWeight
-from sslsr_diffusion.training.validation import Validation
-
-
-class PicturePair(NamedTuple):
-    name: str
-    lr: torch.Tensor
-    hr: torch.Tensor
-
-
-def validation(every: int = 10, **values) -> Validation:
-    pairs = [PicturePair(f"p{i}.png", F.avg_pool2d(smooth(i)[None], 4)[0], smooth(i)) for i in range(3)]
-    settings = ValidationSettings(every=every, metrics=("mse",), best="mse", pictures=2, **values)
-    return Validation(
-        pairs,
-        restore=lambda lr, hr, seed: hr + 0.1 * torch.randn(hr.shape, generator=torch.Generator().manual_seed(seed)),
-        metrics={"mse": lambda a, b: (a - b).square().mean(dim=(1, 2, 3))},
-        settings=settings,
-        higher_is_better={"mse": False},
-    )
 
 
 def test_a_run_folder_explains_itself(tmp_path):
-    job = replace(toy_job(tmp_path / "run", ema={"decay": 0.9}), validation=validation(), output=OutputSettings(dir=str(tmp_path / "run")))
+    job = replace(
+        toy_job(tmp_path / "run", ema={"decay": 0.9}), validation=toy_validation(), output=OutputSettings(dir=str(tmp_path / "run"))
+    )
     result = fit(job)
     assert result.step == 20
     assert result.stopped is None
@@ -68,7 +49,7 @@ def test_a_run_folder_explains_itself(tmp_path):
 
 def test_looking_does_not_change_training(tmp_path):
     fit(toy_job(tmp_path / "blind"))
-    fit(replace(toy_job(tmp_path / "seeing"), validation=validation(every=3)))
+    fit(replace(toy_job(tmp_path / "seeing"), validation=toy_validation(every=3)))
     blind, seeing = (read_checkpoint(tmp_path / n / "checkpoint-20").tensors["trained"] for n in ("blind", "seeing"))
     assert all(torch.equal(blind[name], seeing[name]) for name in blind)
 
@@ -173,7 +154,7 @@ def test_best_and_end_are_published_and_every_checkpoint_tries_again(tmp_path):
     recorder = Recorder()
     output = OutputSettings(dir=str(tmp_path / "run"), trackers=(), push_to_hub=True, hub_id="a/b", push_state=True)
     card = lambda metrics, pictures: {"README.md": f"{metrics['validation/mse']}".encode(), **{p.name: p for p in pictures}}  # noqa: E731
-    fit(replace(toy_job(tmp_path / "run"), validation=validation(), output=output, publisher=recorder, card=card))
+    fit(replace(toy_job(tmp_path / "run"), validation=toy_validation(), output=output, publisher=recorder, card=card))
     files = "['README.md', 'step-0000{}.png']"
     assert recorder.calls == [
         f"publish Best so far, step 10 {files.format(10)}",
@@ -193,7 +174,7 @@ def test_the_card_of_the_best_weights_shows_their_numbers_and_pictures(tmp_path)
         shown.append((metrics["step"], [p.name for p in pictures]))
         return {}
 
-    fit(replace(toy_job(tmp_path / "run"), validation=validation(), output=output, publisher=recorder, card=card))
+    fit(replace(toy_job(tmp_path / "run"), validation=toy_validation(), output=output, publisher=recorder, card=card))
     assert recorder.calls[-2] == "publish Step 10 []"
     assert shown[-1] == (10, ["step-000010.png"])
 
@@ -208,7 +189,7 @@ def test_divided_weights_are_not_validated_and_the_run_says_so(tmp_path, monkeyp
 
     monkeypatch.setattr(fit_module.Session, "__init__", divided)
     exported = []
-    job = replace(toy_job(tmp_path / "run"), validation=validation(), export=lambda *folders: exported.append(folders))
+    job = replace(toy_job(tmp_path / "run"), validation=toy_validation(), export=lambda *folders: exported.append(folders))
     result = fit(job)
     assert result.best is None
     assert "validation is left out" in caplog.text

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from sslsr_diffusion.losses.self_similarity import SelfSimilaritySettings
 from sslsr_diffusion.seeding import sample_generator
 from sslsr_diffusion.training.fit import Job
 from sslsr_diffusion.training.objective import DiffusionObjective
-from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings
+from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings, ValidationSettings
+from sslsr_diffusion.training.validation import Validation
 from sslsr_diffusion.types import Batch
 
 SIZE = 32
@@ -191,6 +193,24 @@ def toy_job(
         export=lambda checkpoint, folder: None,
         recipe={"training": settings.model_dump(mode="json")},
         seed=3,
+    )
+
+
+class PicturePair(NamedTuple):
+    name: str
+    lr: Tensor
+    hr: Tensor
+
+
+def toy_validation(every: int = 10, strength: Callable[[], float] = lambda: 0.1, **values: Any) -> Validation:
+    """Three pictures, restored as the truth with noise of `strength`."""
+    pairs = [PicturePair(f"p{i}.png", F.avg_pool2d(smooth(i)[None], 4)[0], smooth(i)) for i in range(3)]
+    return Validation(
+        pairs,
+        restore=lambda lr, hr, seed: hr + strength() * torch.randn(hr.shape, generator=torch.Generator().manual_seed(seed)),
+        metrics={"mse": lambda a, b: (a - b).square().mean(dim=(1, 2, 3))},
+        settings=ValidationSettings(every=every, metrics=("mse",), best="mse", pictures=2, **values),
+        higher_is_better={"mse": False},
     )
 
 

@@ -91,7 +91,9 @@ def fit(job: Job, *, resume: str | None = None, allow_recipe_change: bool = Fals
     session = Session(job.objective, job.losses, settings, seed=job.seed, trackers=job.output.trackers, run=folder.path)
     check_precision(settings.mixed_precision, session.device)
     with left_alone(session.world_size, folder.path):
-        return _train(job, session, folder, checkpoint_path, allow_recipe_change)
+        result = _train(job, session, folder, checkpoint_path, allow_recipe_change)
+    session.close()
+    return result
 
 
 def _train(job: Job, session: Session, folder: RunFolder, checkpoint_path: Path | None, allow_recipe_change: bool) -> FitResult:
@@ -138,6 +140,8 @@ def _loop(job: Job, session: Session, folder: RunFolder, loader: Any, watch: Sto
     settings, progress = job.training, session.progress
     batches: Iterator[Any] = iter(loader)
     saved_at = progress.step if progress.step else None
+    if progress.step >= settings.steps and session.main and job.publisher is not None and job.output.push_state:
+        job.publisher.checkpoint(folder.path / f"checkpoint-{progress.step}")  # its upload may have been cut off with the run
     while progress.step < settings.steps:
         began = time.perf_counter()
         report = session.step([next(batches) for _ in range(settings.accumulate)], stop=watch.reason() is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import random
@@ -195,6 +196,14 @@ class Session:
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
+    def close(self) -> None:
+        """Let go of the wrapped module and with it of the connection to the other processes.
+
+        Its threads end here and not in the interpreter's last moments, where they now and then abort a process that is done.
+        """
+        del self.model, self.optimizer, self.zero2
+        self.accelerator.free_memory()
+
     def learning_rate(self) -> float:
         return float(self._inner_optimizer().param_groups[0]["lr"])
 
@@ -277,6 +286,7 @@ def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: P
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
     plugin = deepspeed_plugin(settings)
+    importlib.import_module("torch.distributed.nn.functional")  # imported later (by DDP), its default arguments hold the group for ever
     try:
         accelerator = Accelerator(
             mixed_precision="no" if plugin else settings.mixed_precision,

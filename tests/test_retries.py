@@ -1,14 +1,17 @@
-"""Pictures that the storage does not deliver come back, damaged ones do not."""
+"""What fails while samples are made: storage that hiccups, pictures that are gone or damaged, workers that are killed."""
 
 from __future__ import annotations
 
 import errno
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from test_training_data import from_folder, open_small, picture, same, take
 
+from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import UnreadableImage
 
 
@@ -73,3 +76,21 @@ def test_a_picture_that_was_away_comes_back_and_a_damaged_one_is_not_read_again(
     assert [has_it(), storage.reads] == [False, 5]
     storage.now = 1e6
     assert [has_it(), has_it(), storage.reads] == [False, False, 5]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_left_is_said(tmp_path, workers):
+    (tmp_path / "a.png").write_bytes(b"no")
+    loader = open_small(from_folder(tmp_path, workers=workers))
+    with pytest.raises(UserError, match=r"nothing is left to train on, all 1 pictures") as caught:
+        next(loader)
+    assert "Traceback" not in str(caught.value)
+    loader.close()
+
+
+def test_a_killed_worker_is_told_in_one_sentence(folder):
+    loader = open_small(from_folder(folder, workers=1, prefetch=1))
+    next(loader)
+    os.kill(loader._batches._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"ended from outside, .* lower data\.workers or data\.prefetch and resume"):
+        take(loader, 5)  # some batches may have been made before

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sslsr_diffusion.data.opencv import opencv
-from sslsr_diffusion.data.samples import Request, Sample, SampleMaker
+from sslsr_diffusion.data.samples import Made, Request, Sample, SampleMaker
 from sslsr_diffusion.data.schedule import Pool, SourceSchedule
 from sslsr_diffusion.data.settings import DataSettings
 from sslsr_diffusion.data.sources import IndexedSource, open_source
@@ -85,7 +85,7 @@ class TrainingLoader:
         self._maker, self._requests, self._settings, self._description, self._device = maker, requests, settings, description, device
         self._state = requests.state_dict()
         self._problems: Counter[str] = Counter(requests.lost + [t for source in maker.sources if source is not None for t in source.lost])
-        self._batches: Iterator[tuple[list[Sample], list[str]]] | None = None
+        self._batches: Iterator[Made | UserError] | None = None
 
     def __iter__(self) -> TrainingLoader:
         return self
@@ -94,18 +94,31 @@ class TrainingLoader:
         for _ in range(_HOPELESS):
             if self._batches is None:
                 self._batches = self._start()
-            samples, problems = next(self._batches)
+            samples, problems = self._made()
             self._state = self._requests.marks.popleft()
             self._note(problems)
             if samples:
                 return self._collate(samples)
         raise UserError(f"data: nothing is left to train on, {_HOPELESS} batches in a row held no usable picture; the last: {problems[-1]}")
 
+    def _made(self) -> Made:
+        assert self._batches is not None
+        try:
+            made = next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "data: a process that prepares samples was ended from outside, most often for lack of memory; "
+                "lower data.workers or data.prefetch and resume."
+            ) from error
+        return _or_raise(made)
+
     def raw_samples(self, count: int) -> tuple[list[Sample], list[str]]:
         """The next samples with the operations drawn for them, made in this process, and the problems met."""
         samples: list[Sample] = []
         for _, requests in zip(range(count + _HOPELESS), self._requests):
-            made, problems = self._maker.__getitems__(requests)
+            made, problems = _or_raise(self._maker.__getitems__(requests))
             samples += made
             self._problems.update(problems)
             if len(samples) >= count:
@@ -131,7 +144,7 @@ class TrainingLoader:
             self._requests.marks.clear()
             self._requests.load_state_dict(self._state)
 
-    def _start(self) -> Iterator[tuple[list[Sample], list[str]]]:
+    def _start(self) -> Iterator[Made | UserError]:
         opencv().setNumThreads(1)  # before any fork, whatever was set or started since
         workers = self._settings.workers
         parallel: dict[str, Any] = {}
@@ -250,7 +263,13 @@ def _describe(settings: DataSettings, lengths: list[int | None], crop_size: int,
     )
 
 
-def _unchanged(made: tuple[list[Sample], list[str]]) -> tuple[list[Sample], list[str]]:
+def _unchanged(made: Made | UserError) -> Made | UserError:
+    return made
+
+
+def _or_raise(made: Made | UserError) -> Made:
+    if isinstance(made, UserError):
+        raise made
     return made
 
 

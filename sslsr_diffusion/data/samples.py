@@ -47,6 +47,9 @@ class Sample:
     latents: Tensor | None = None  # [c, h, w], scaled: what the upscaler made of lr
 
 
+Made = tuple[list[Sample], list[str]]
+
+
 class Unusable(UserError):
     """A picture that can be read, but not used for this training."""
 
@@ -60,11 +63,18 @@ class SampleMaker:
         self._mask_files = MaskFiles(settings.mask.folder) if settings.mask.folder else None
         self._bad = BadPictures()
 
-    def __getitems__(self, requests: Sequence[Request]) -> tuple[list[Sample], list[str]]:
+    def __getitems__(self, requests: Sequence[Request]) -> Made | UserError:
         """The samples of a micro-batch and the problems on the way; DataLoader calls this.
 
-        A stream cannot be asked again, so its bad items are replaced by others of the same batch, cropped anew.
+        What ends the training is returned, not raised: DataLoader would put the worker's traceback into its sentence.
         """
+        try:
+            return self._batch(requests)
+        except UserError as error:
+            return error
+
+    def _batch(self, requests: Sequence[Request]) -> Made:
+        """A stream cannot be asked again, so its bad items are replaced by others of the same batch, cropped anew."""
         problems: list[str] = []
         samples = [self._from_index(r, problems) if r.item is None else self._from_item(r, r.item, problems) for r in requests]
         good = [(request.item, sample) for request, sample in zip(requests, samples) if sample is not None]

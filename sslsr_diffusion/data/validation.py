@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from sslsr_diffusion.data.degradation import Degradation
 from sslsr_diffusion.data.loader import check_sizes
-from sslsr_diffusion.data.rows import Item
+from sslsr_diffusion.data.retries import patiently
 from sslsr_diffusion.data.settings import DataSettings
-from sslsr_diffusion.data.sources import open_source
+from sslsr_diffusion.data.sources import IndexedSource, open_source
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import read_image, to_tensor
 from sslsr_diffusion.seeding import sample_generator
@@ -46,7 +47,7 @@ def open_validation_pairs(settings: DataSettings, *, crop_size: int, scale: int,
             if len(pairs) >= limit:
                 return pairs
             try:
-                pairs.append(_pair(source.item(position), degradation, crop_size, seed, position))
+                pairs.append(patiently(partial(_pair, source, position, degradation, crop_size, seed)))
             except (UserError, OSError) as error:
                 reason = str(error)
                 log.warning("validation: %s", reason)
@@ -55,8 +56,8 @@ def open_validation_pairs(settings: DataSettings, *, crop_size: int, scale: int,
     return pairs
 
 
-def _pair(item: Item, degradation: Degradation, crop_size: int, seed: int, position: int) -> ValidationPair:
-    scale = degradation.scale
+def _pair(source: IndexedSource, position: int, degradation: Degradation, crop_size: int, seed: int) -> ValidationPair:
+    item, scale = source.item(position), degradation.scale
     hr = to_tensor(read_image(item.hr, name=item.name).rgb)
     height, width = (min(crop_size, n) // scale * scale for n in hr.shape[1:])
     if not height or not width:

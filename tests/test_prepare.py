@@ -161,6 +161,8 @@ def test_check(photos):
         assert "crops of 64 with half overlap: about 13" in output
     (photos / "cut.jpg").unlink()
     run("check", photos, "--processes", 1)
+    (photos / "below" / "away.png").symlink_to(photos / "moved.png")
+    assert "away.png: a link to nothing." in run("check", photos, "--processes", 1, code=1)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from sslsr_diffusion.data.opencv import opencv
 from sslsr_diffusion.data.preparation import crop_places, process_pool
 from sslsr_diffusion.data.retries import patiently
 from sslsr_diffusion.data.rows import Columns, Item, load_rows, reason, row_item
-from sslsr_diffusion.data.settings import DataSettings, MaskSettings, Source
+from sslsr_diffusion.data.settings import DataSettings, FolderSource, MaskSettings, Source
 from sslsr_diffusion.data.sources import open_source
 from sslsr_diffusion.data.streams import is_stream
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import list_images, read_image, to_tensor
+from sslsr_diffusion.images import IMAGE_SUFFIXES, list_images, printable, read_image, to_tensor
 from sslsr_diffusion.seeding import sample_generator
 
 _AHEAD = 4  # items per process that wait with their bytes
@@ -103,7 +104,7 @@ def contents(settings: Source) -> tuple[int | None, Iterator[Item | Finding]]:
     if is_stream(settings):
         return None, _stream(settings)
     source = open_source(settings)
-    lost = [Finding(text, problem=text) for text in source.lost]
+    lost = [Finding(text, problem=text) for text in [*source.lost, *_no_files(settings)]]
 
     def each() -> Iterator[Item | Finding]:
         yield from lost
@@ -114,6 +115,15 @@ def contents(settings: Source) -> tuple[int | None, Iterator[Item | Finding]]:
                 yield Finding(f"{source.name}[{position}]", problem=f"{source.name}[{position}]: cannot be read ({reason(error)}).")
 
     return len(source) + len(lost), each()
+
+
+def _no_files(settings: Source) -> list[str]:
+    """What is named like a picture in a folder and is passed over in training, because no file is behind it."""
+    if not isinstance(settings, FolderSource):
+        return []
+    below = (Path(folder) / name for folder, _, names in os.walk(Path(settings.path).expanduser()) for name in sorted(names))
+    named = (path for path in below if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+    return [f"{printable(path)}: {'a link to nothing' if path.is_symlink() else 'no file'}." for path in named if not path.is_file()]
 
 
 def _stream(settings: Any) -> Iterator[Item | Finding]:

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sslsr_diffusion.errors import UserError
 
 S = TypeVar("S", bound="Settings")
+LARGEST_RECIPE, DEEPEST_RECIPE = 20_000, 50  # values, levels
+LARGEST_FILE = 1 << 20  # bytes
 
 
 class Settings(BaseModel):
@@ -37,9 +39,15 @@ def find_recipe(name: str) -> Path:
     Raises:
         RecipeError: there is no such file and no shipped recipe of that name (the message lists the nearest ones).
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        kind = "a folder" if path.is_dir() else "no regular file" if path.exists() else None
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, holds a zero byte, or ~user of nobody
+        raise RecipeError(f"recipe: {_short(name)} cannot be a file ({getattr(error, 'strerror', None) or error}).") from None
+    if kind is not None:
+        raise RecipeError(f"recipe: {name!r} is {kind}; give a recipe file, or the name of a shipped recipe.")
     shipped = shipped_recipes()
     if path.name == name and name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
@@ -78,15 +86,52 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def _weigh(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
+    """How many values the node stands for when every alias is written out; a few lines can stand for billions.
+
+    Raises:
+        ConstructorError: more than LARGEST_RECIPE, deeper than DEEPEST_RECIPE, or an anchor that contains itself.
+    """
+    if id(node) not in known:
+        known[id(node)] = LARGEST_RECIPE + 1  # what its own inside would find: an anchor that contains itself
+        inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        parts = inside if isinstance(node, yaml.CollectionNode) else ()
+        known[id(node)] = 1 + sum(_weigh(part, known, depth + 1) for part in parts)
+    if known[id(node)] > LARGEST_RECIPE:
+        raise yaml.constructor.ConstructorError(
+            None, None, "with its aliases written out it has no end, or too many values", node.start_mark
+        )
+    if depth > DEEPEST_RECIPE:
+        raise yaml.constructor.ConstructorError(None, None, "it is nested too deeply", node.start_mark)
+    return known[id(node)]
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Plain data from YAML text; RecipeError names `source`, line and reason."""
+    loader = None
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        loader = _Loader(text)  # refuses control characters at once
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _weigh(node, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise RecipeError(f"{source}: not valid YAML: it is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError, AttributeError, LookupError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{source}{where}: not valid YAML: {reason}.") from None
+        raise RecipeError(f"{source}{where}: not valid YAML: {_yaml_reason(error)}.") from None
+
+
+def _yaml_reason(error: Exception) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError):  # AttributeError and KeyError come from !!timestamp and !!bool
+        known = isinstance(error, yaml.YAMLError) and str(error)
+        return str(error).splitlines()[0] if known else "a value does not fit its tag, or a number has too many digits"
+    problem, context = str(error.problem or "cannot be read"), str(error.context or "")
+    if "'\\t'" in problem:
+        return f"{problem}; indent with spaces, not with tabs"
+    return f"{context}, {problem}" if context.startswith("expected") else problem
 
 
 def read_raw(path: Path, _trail: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -95,7 +140,9 @@ def read_raw(path: Path, _trail: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in _trail:
         raise RecipeError(f"extends: {' -> '.join(p.name for p in (*_trail, path))} goes round in a circle; remove one of them.")
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.stat().st_size > LARGEST_FILE:
+            raise RecipeError(f"{path.name}: has {path.stat().st_size >> 20} MB; is this a recipe?")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise RecipeError(f"{path.name}: expected UTF-8 text, found other bytes; is this a recipe?") from None
     except OSError as error:
@@ -103,8 +150,11 @@ def read_raw(path: Path, _trail: tuple[Path, ...] = ()) -> dict[str, Any]:
     raw = parse_yaml(text, path.name)
     if raw is None:
         raw = {}
-    if not isinstance(raw, dict) or not all(isinstance(k, str) for k in raw):
-        raise RecipeError(f"{path.name}: expected `key: value` lines at the top level, found {type(raw).__name__}.")
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path.name}: expected `key: value` lines at the top level, found {_short(raw)}.")
+    odd = next((key for key in raw if not isinstance(key, str)), None)
+    if odd is not None or None in raw:
+        raise RecipeError(f"{path.name}: expected a word as the key at the top level, found {odd!r}.")
     parent = raw.pop("extends", None)
     if parent is None:
         return raw
@@ -184,6 +234,8 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
         return f"{where}: {_short(value)} is not allowed; expected one of {', '.join(options)}{hint}"
     if kind == "union_tag_not_found":
         return f"{where}: the key {ctx.get('discriminator', 'kind')} is missing; it says which kind of entry this is."
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{where}: expected a section of `key: value` lines; came {_short(came)}."
     message = (
         str(ctx["error"]) if kind == "value_error" and "error" in ctx else detail["msg"].replace("Input should be", "expected").rstrip(".")
     )

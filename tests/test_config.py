@@ -77,6 +77,16 @@ def test_all_mistakes_come_at_once():
         ("a: [1, 2\n", "not valid YAML"),
         ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
         ("? [1, 2]\n: 3\n", "not valid YAML"),
+        ("a: !!timestamp x\n", "a value does not fit its tag"),
+        ("a: !!bool x\n", "a value does not fit its tag"),
+        ("a: " + "1" * 5000, "too many digits"),
+        ("a:\n\tb: 1\n", "indent with spaces, not with tabs"),
+        ("a: 1\n---\nb: 2\n", "expected a single document in the stream, but found another document"),
+        ("a: &a [*a]\n", "with its aliases written out it has no end"),
+        ("a: &a {b: *a}\n", "with its aliases written out it has no end"),
+        ("a: " + "[" * 60 + "]" * 60, "nested too deeply"),
+        ("a: " + "[" * 3000, "nested too deeply"),
+        ("a0: &a0 x\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12)), "too many values"),
     ],
 )
 def test_bad_yaml_is_named_with_its_place(text, message):
@@ -138,6 +148,31 @@ def test_unreadable_files(tmp_path):
         read_raw(tmp_path / "list.yaml")
     with pytest.raises(RecipeError, match=r"nearest shipped ones: .*tiny"):
         find_recipe("tinny")
+    for name, reason in (
+        (str(tmp_path), "is a folder"),
+        ("x" * 300, "too long"),
+        ("~nobody-here/x", "home"),
+        ("/dev/null", "no regular file"),
+    ):
+        with pytest.raises(RecipeError, match=reason):
+            find_recipe(name)
+    (tmp_path / "weights.yaml").write_bytes(bytes(3 << 20))
+    with pytest.raises(RecipeError, match="has 3 MB; is this a recipe"):
+        read_raw(tmp_path / "weights.yaml")
+    (tmp_path / "number.yaml").write_text("1: 2\n")
+    with pytest.raises(RecipeError, match="expected a word as the key at the top level, found 1"):
+        read_raw(tmp_path / "number.yaml")
+
+
+def test_windows_files_are_read(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"\xef\xbb\xbfseed: 1\r\nscale: 2\r\n")
+    assert read_raw(tmp_path / "r.yaml") == {"seed": 1, "scale": 2}
+
+
+def test_messages_hold_no_control_characters():
+    with pytest.raises(RecipeError) as caught:
+        parse(Sheet, {"\x1b[31mred\u202e": 1})
+    assert str(caught.value).startswith("\\x1b[31mred\\u202e: unknown key")
 
 
 def complaint(attempt: Callable[[], object]) -> str | None:

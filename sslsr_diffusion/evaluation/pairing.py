@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import list_images, printable
+from sslsr_diffusion.images import list_images, printable, size_of
 
 SHOWN = 5
 
@@ -104,24 +104,12 @@ def _check_sizes(items: Iterable[Item]) -> None:
         files = [path for paths in item.restored.values() for path in paths]
         first = item.reference or files[0]
         for path in files:
-            a, b = _size(path), _size(first)
+            a, b = size_of(path), size_of(first)
             if a and b and a != b:
                 wrong.append(f"{printable(path)} is {a[0]} x {a[1]}, {printable(first)} is {b[0]} x {b[1]}")
     if wrong:
         more = f"; and {len(wrong) - SHOWN} more pairs" if len(wrong) > SHOWN else ""
         raise UserError(f"sizes differ: {'; '.join(wrong[:SHOWN])}{more}. Restored and reference images must have one size.")
-
-
-def _size(path: Path) -> tuple[int, int] | None:
-    """Width and height as shown, from the header alone; None where the header cannot be read (the reader will say why)."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5
-            return (image.height, image.width) if turned else (image.width, image.height)
-    except Exception:  # whatever a broken file does to Pillow
-        return None
 
 
 def _missing(who: str, stems: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sslsr_diffusion.images.files import IMAGE_SUFFIXES, list_images, printable
 from sslsr_diffusion.images.picture import Image, UnreadableImage
-from sslsr_diffusion.images.reader import MAX_PIXELS, format_of, read_image
+from sslsr_diffusion.images.reader import MAX_PIXELS, format_of, read_image, size_of
 from sslsr_diffusion.images.tensors import resize_bicubic, to_array, to_tensor
 from sslsr_diffusion.images.writers import SUFFIXES, atomic_write, suffixes_of, write_image
 
@@ -24,6 +24,7 @@ __all__ = [
     "printable",
     "read_image",
     "resize_bicubic",
+    "size_of",
     "suffixes_of",
     "to_array",
     "to_tensor",

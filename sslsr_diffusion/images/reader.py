@@ -100,13 +100,28 @@ def _read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _decode(data: bytes) -> Image:
+def _open(source: Any) -> Any:
+    """Pillow's lazy image of a path or a binary file, of our formats alone."""
     from PIL import Image as Pillow
 
     # What Pillow only warns about is either reported by us or harmless; a filter by module is safe in threads, catch_warnings is not.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     Pillow.init()
-    with Pillow.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Pillow.OPEN]) as file:
+    return Pillow.open(source, formats=[f for f in FORMATS if f in Pillow.OPEN])
+
+
+def size_of(path: Path) -> tuple[int, int] | None:
+    """(width, height) in pixels of a picture held upright, from its header alone; None where that cannot be read."""
+    try:
+        with _open(path) as file:
+            turned = file.getexif().get(metadata.ORIENTATION, 1) >= 5
+            return (file.height, file.width) if turned else (file.width, file.height)
+    except Exception:  # whatever a broken file does to Pillow; reading it whole says what is wrong
+        return None
+
+
+def _decode(data: bytes) -> Image:
+    with _open(io.BytesIO(data)) as file:
         width, height = file.size
         if width * height > MAX_PIXELS:
             raise _Refused(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS:,}")
@@ -266,4 +281,8 @@ def _with_profile(image: Image) -> Image:
         return replace(image, gray=False)
     if space == "GRAY" and image.gray:
         return image
-    return replace(image, icc_profile=None, notes=(*image.notes, f"colour profile left out, it is for {space or 'nothing known'}"))
+    return replace(
+        image,
+        icc_profile=None,
+        notes=(*image.notes, f"colour profile left out, it is for {printable(space) if space else 'nothing known'}"),
+    )

@@ -95,6 +95,26 @@ def download_files(model: str, **options: Any) -> Path:
     return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["state/*"], **options))
 
 
+def refuse_code(folder: Path) -> None:
+    """Raises UserError for a pipeline folder with Python files: older releases of diffusers would run them."""
+    found = next((file for pattern in ("*.py", "*/*.py") for file in folder.glob(pattern)), None)
+    if found is not None:
+        raise UserError(f"{folder}: holds the Python file {found.relative_to(folder)}, which a pipeline never needs; remove it.")
+
+
+def forget_folder(component: Any) -> None:
+    """diffusers and transformers write down where a model was loaded from, a user's home folder for example; hub ids stay."""
+    config = getattr(component, "config", None)
+    remembered = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
+    if Path(str(remembered or "")).is_absolute():
+        if hasattr(component, "register_to_config"):
+            component.register_to_config(_name_or_path="")
+        else:
+            component.config._name_or_path = ""
+    if hasattr(component, "init_kwargs") and Path(str(getattr(component, "name_or_path", ""))).is_absolute():
+        component.name_or_path = component.init_kwargs["name_or_path"] = ""  # a tokenizer
+
+
 def load_pipeline(folder: Path, *, device: str = "auto", dtype: str = "auto", memory_budget: int | None = None, tile: Any = "auto") -> Any:
     """The pipeline of a folder on a device, ready to be called.
 

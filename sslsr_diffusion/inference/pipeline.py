@@ -26,7 +26,7 @@ from sslsr_diffusion.inference.memory import (
     is_out_of_memory,
     release_cached,
 )
-from sslsr_diffusion.inference.models import download_files
+from sslsr_diffusion.inference.models import download_files, forget_folder, refuse_code
 from sslsr_diffusion.inference.noise import Generators, ImageNoise, image_seeds
 from sslsr_diffusion.inference.options import OnStepEnd, Options
 from sslsr_diffusion.inference.pictures import OUTPUT_TYPES, from_tensors, to_tensors
@@ -95,16 +95,15 @@ class StableSRPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """As diffusers' own, from safetensors alone; Python files that lie in a local folder are never run.
-
-        Raises:
-            UserError: the folder holds Python files (older releases of diffusers would run them).
-        """
-        folder = Path(pretrained_model_name_or_path)
-        found = next((file for pattern in ("*.py", "*/*.py") for file in folder.glob(pattern)), None)
-        if found is not None:
-            raise UserError(f"{folder}: holds the Python file {found.relative_to(folder)}, which a pipeline never needs; remove it.")
+        """As diffusers' own, from safetensors alone; UserError for a local folder with Python files."""
+        refuse_code(Path(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **options})
+
+    def save_pretrained(self, *given: Any, **options: Any) -> None:
+        """As diffusers' own, but the configs do not say from which folder of this machine a component was loaded."""
+        for component in self.components.values():
+            forget_folder(component)
+        super().save_pretrained(*given, **options)
 
     @torch.no_grad()
     def __call__(

@@ -211,8 +211,17 @@ class HubPublisher:
     def _warn(self, error: Exception) -> None:
         self.failures += 1
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        text = _TOKEN.sub("hf_***", text.replace(self._token, "***") if self._token else text)
+        text = _without_tokens(text, self._token)
         log.warning("hub: not published to %s (%s); tried again at the next checkpoint", self.repo_id, text[:300])
+
+
+def _without_tokens(text: str, *known: str | None) -> str:
+    """A message of the client or the hub, without the tokens that are in use and all that look like one."""
+    from huggingface_hub import get_token
+
+    for secret in (*known, get_token()):
+        text = text.replace(secret, "***") if secret else text
+    return _TOKEN.sub("hf_***", text)
 
 
 def _retry_after(error: Exception) -> float | None:
@@ -279,7 +288,7 @@ def resolve_checkpoint_from_hub(
         raise UserError(f"--resume {repo_id}: no such folder, and no such repository or revision on the hub (or it is private).") from None
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--resume {repo_id}: cannot be downloaded ({_TOKEN.sub('hf_***', reason)[:200]}).") from None
+        raise UserError(f"--resume {repo_id}: cannot be downloaded ({_without_tokens(reason, token)[:200]}).") from None
     found = sorted((folder / STATE).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2] or 0))
     if not found:
         raise UserError(f"--resume {repo_id}: the repository holds no training state; it is published with output.push_state: true.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +34,10 @@ class Reporter:
         if session.main:
             from tqdm import tqdm
 
-            self._handler = folder.log_to_file()
+            self._handlers = [folder.log_to_file()]
             self._bar = tqdm(total=settings.steps, initial=session.progress.step, desc="train", unit="step", dynamic_ncols=True)
+            self._handlers.append(_AboveTheBar(self._bar))
+            logging.getLogger("sslsr_diffusion").addHandler(self._handlers[-1])
         step = session.progress.step
         session.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}} if step else {})
         logger.info("%s at step %d of %d", f"resumed from {resumed}" if resumed else "started", step, settings.steps)
@@ -49,8 +52,9 @@ class Reporter:
             self._bar.close()
             if error is not None:
                 logger.error("ended by %s: %s", type(error).__name__, error)
-            logging.getLogger("sslsr_diffusion").removeHandler(self._handler)
-            self._handler.close()
+            for handler in self._handlers:
+                logging.getLogger("sslsr_diffusion").removeHandler(handler)
+                handler.close()
 
     def step(self, report: StepReport, seconds: float) -> None:
         """One optimizer step happened."""
@@ -137,3 +141,16 @@ class Reporter:
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} if rows else {}
+
+
+class _AboveTheBar(logging.Handler):
+    """Warnings of the loop, the checkpoints and the hub on the terminal too; pictures are summed up at the end."""
+
+    def __init__(self, bar: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._bar = bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("sslsr_diffusion.training.") and record.name != __name__:
+            with contextlib.suppress(OSError):  # a terminal that has gone is no reason to stop
+                self._bar.write(self.format(record), file=sys.stderr)

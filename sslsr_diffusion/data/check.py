@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -121,7 +122,8 @@ def _no_files(settings: Source) -> list[str]:
     """What is named like a picture in a folder and is passed over in training, because no file is behind it."""
     if not isinstance(settings, FolderSource):
         return []
-    below = (Path(folder) / name for folder, _, names in os.walk(Path(settings.path).expanduser()) for name in sorted(names))
+    folders = itertools.islice(os.walk(Path(settings.path).expanduser()), None if settings.recursive else 1)
+    below = (Path(folder) / name for folder, _, names in folders for name in sorted(names))
     named = (path for path in below if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
     return [f"{printable(path)}: {'a link to nothing' if path.is_symlink() else 'no file'}." for path in named if not path.is_file()]
 

@@ -28,6 +28,9 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see cupy_loader; torch 2.6 cannot trace find_spec
+
+
 @torch.library.custom_op("sslsr::graph_cpu", mutates_args=(), device_types="cpu")
 def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool) -> Tensor:
     from sslsr_diffusion.ops import _cpu_calls as compiled

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -98,7 +99,7 @@ def toy(folder: Path, steps: int, publisher: Any) -> Job:
 
 
 def real(folder: Path, steps: int, publisher: Any) -> Job:
-    """The autoencoder of the demo on the shipped photographs, two workers."""
+    """The demo's denoiser on the shipped photographs, with two workers."""
     from sslsr_diffusion.build import build
     from sslsr_diffusion.recipe import load_recipe
 
@@ -120,10 +121,32 @@ def real(folder: Path, steps: int, publisher: Any) -> Job:
         "validation.limit": 1,
         "validation.size": 32,
         "validation.every": 4,
+        "validation.steps": 1,
         "checkpoints.every": 3,
+        "model.vae": "null",
+        "losses.2.search_size": 9,
+        "losses.2.backend": "torch",
+        "training.decode_crop": 6,
     }
-    recipe = load_recipe(str(root / "configs/tiny_autoencoder.yaml"), [f"{key}={value}" for key, value in values.items()])
+    recipe = load_recipe(str(root / "configs/tiny.yaml"), [f"{key}={value}" for key, value in values.items()])
     return build(recipe, publisher=publisher)
+
+
+def warm() -> None:
+    """Import here what every life would import again."""
+    for name in (
+        "accelerate",
+        "diffusers.optimization",
+        "diffusers.training_utils",
+        "hf_xet",
+        "huggingface_hub.hf_api",
+        "matplotlib.pyplot",
+        "sslsr_diffusion.build",
+        "torch._dynamo",
+        "torch.distributed.nn.functional",
+    ):
+        importlib.import_module(name)
+    torch.set_num_threads(1)
 
 
 def live(make: MakeJob, folder: Path, steps: int, marks: Marks | None, endpoint: str | None, every: int | None = None) -> None:
@@ -238,6 +261,7 @@ def check_end(folder: Path, reference: Path, steps: int) -> None:
 
 def torment(make: MakeJob, root: Path, strikes: list[int], seed: int, steps: int) -> Iterator[tuple[int, str, str]]:
     """(signal, where it hit, how the life ended) per strike; raises when anything was lost."""
+    warm()
     draw, marks, folder, reference = random.Random(seed), Marks(), root / "run", root / "whole"
     whole = start(make, reference, steps, None, None, every=1)
     whole.join()
@@ -287,7 +311,7 @@ def main() -> None:
     given = parser.parse_args()
     plans = {
         "toy networks": (toy, [signal.SIGKILL] * given.kills + [signal.SIGTERM] * given.terms),
-        "tiny_autoencoder, two workers": (real, [signal.SIGKILL] * given.real_kills + [signal.SIGTERM] * (given.real_kills // 3)),
+        "recipe tiny, two workers": (real, [signal.SIGKILL] * given.real_kills + [signal.SIGTERM] * (given.real_kills // 3)),
     }
     for title, (make, strikes) in plans.items():
         random.Random(given.seed).shuffle(strikes)

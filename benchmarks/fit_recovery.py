@@ -5,7 +5,7 @@ shorter side of 280 pixels, blurred by a Gaussian of 0.2 to 1.5 pixels, gets ind
 rounded to 8 bits and saved as JPEG of quality 30 to 95 with halved chroma; all three are uniform draws by a fixed seed. A sigma counts as
 found within 25 %, a quality within 10; noise that the command calls not measurable counts as not found.
 
-    python benchmarks/fit_recovery.py [--draws 6] [--kind jpg|png] [--output benchmarks/results/fit_recovery.csv]
+    python benchmarks/fit_recovery.py [--draws 6] [--sigma 2 25] [--kind jpg|png] [--output benchmarks/results/fit_recovery.csv]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Case(NamedTuple):
     data: bytes  # the JPEG file
 
 
-def cases(draws: int) -> Iterator[Case]:
+def cases(draws: int, sigmas: tuple[float, float] = (2, 25)) -> Iterator[Case]:
     import cv2
 
     for number, path in enumerate(PHOTOS):
@@ -44,7 +44,7 @@ def cases(draws: int) -> Iterator[Case]:
         shrink = SIDE / min(photo.size)
         small = photo.resize((round(photo.width * shrink), round(photo.height * shrink)), Image.Resampling.LANCZOS)
         for _ in range(draws):
-            blur, sigma, quality = random.uniform(0.2, 1.5), random.uniform(2, 25), int(random.integers(30, 96))
+            blur, sigma, quality = random.uniform(0.2, 1.5), random.uniform(*sigmas), int(random.integers(30, 96))
             pixels = cv2.GaussianBlur(np.asarray(small, dtype=np.float64), (0, 0), blur)
             pixels += random.normal(0, sigma, pixels.shape)
             file = io.BytesIO()
@@ -78,11 +78,12 @@ def recover(case: Case, kind: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=6, help="of every photograph")
+    parser.add_argument("--sigma", nargs=2, type=float, default=[2, 25], help="least and greatest")
     parser.add_argument("--kind", nargs="*", default=["jpg", "png"])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [recover(case, kind, Path(folder)) for kind in options.kind for case in cases(options.draws)]
+        rows = [recover(case, kind, Path(folder)) for kind in options.kind for case in cases(options.draws, tuple(options.sigma))]
     for kind in options.kind:
         mine = [row for row in rows if row["kind"] == kind]
         unmeasured = [row for row in mine if not row["measured"]]
@@ -91,7 +92,7 @@ def main() -> None:
             f"not measurable: {len(unmeasured)} (bound holds: {sum(row['sigma'] <= row['found_sigma'] for row in unmeasured)}); "
             f"quality within 10: {sum(row['quality_ok'] for row in mine)}"
         )
-        for low, high in ((2, 4), (4, 7), (7, 12), (12, 25)):
+        for low, high in ((1, 4), (4, 7), (7, 12), (12, 25)):
             line = f"  sigma {low:2} to {high:2}:"
             for least, most in ((30, 49), (50, 69), (70, 84), (85, 95)):
                 cell = [row for row in mine if low <= row["sigma"] < high and least <= row["quality"] <= most]

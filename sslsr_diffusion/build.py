@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
 from sslsr_diffusion.inference.reconstruction import Reconstruct
 from sslsr_diffusion.inference.sampling import spaced_timesteps
+from sslsr_diffusion.live_networks import Upscaler, sample_latents, save_pipeline
 from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.models import build_autoencoder, build_networks
 from sslsr_diffusion.recipe import Recipe, resolved
-from sslsr_diffusion.seeding import derive_seed, sample_generator
+from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.fit import Job, Publisher
 from sslsr_diffusion.training.objective import AutoencoderObjective, CFWObjective, DiffusionObjective, Objective
@@ -79,7 +79,7 @@ def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
         objective,
         prediction_type=networks.schedule.prediction_type,
         restore=lambda lr, hr, seed: upscaler(lr, seed),
-        save_pipeline=lambda folder: save_pipeline(objective.networks, recipe, folder),
+        save_pipeline=lambda folder: save_pipeline(objective.networks, folder, default_steps=recipe.validation.steps),
         base={"id": networks.base, "revision": networks.revision},
         publisher=publisher,
     )
@@ -163,32 +163,10 @@ def _cfw(recipe: Recipe, publisher: Publisher | None) -> Job:
         recipe,
         objective,
         restore=lambda lr, hr, seed: upscaler(lr, seed),
-        save_pipeline=lambda folder: save_pipeline(objective.networks, recipe, folder),
+        save_pipeline=lambda folder: save_pipeline(objective.networks, folder, default_steps=recipe.validation.steps),
         base={"id": networks.base, "revision": networks.revision},
         publisher=publisher,
     )
-
-
-@torch.no_grad()
-def sample_latents(
-    networks: Any, z: Tensor, indices: list[int], steps: int, *, seed: int, strength: float = 1.0, conditional: bool = True
-) -> Tensor:
-    """What the denoiser makes of noised latents [B, c, h, w], which it also sees clean if `conditional`; noise from (seed, index) alone."""
-    from sslsr_diffusion.inference.sampling import build_sampler, sample
-    from sslsr_diffusion.models import make_scheduler
-
-    def noise(purpose: str) -> Tensor:
-        drawn = [torch.randn(z.shape[1:], generator=sample_generator(seed, i, purpose)) for i in indices]
-        return torch.stack(drawn).to(z)
-
-    def predict(x: Tensor, t: float) -> Tensor:
-        return networks.denoiser(x, torch.full((len(x),), int(t), device=x.device), z if conditional else None, networks.text)
-
-    scheduler = make_scheduler(networks.scheduler_config)
-    seeds = [derive_seed(seed, i, "sampler") for i in indices]
-    sampler = build_sampler(None, scheduler, steps, strength=strength, eta=0.0, seeds=seeds, device=z.device)
-    start = sampler.start(z, noise("start"), from_lr=True)
-    return sample(sampler, predict, start, lambda index: noise(f"step {index}"))
 
 
 def _job(
@@ -261,64 +239,6 @@ def _card(recipe: Recipe, base: dict[str, Any]) -> Callable[[dict[str, float], l
     drawn = str(base.get("id", "")).startswith("random:")
     about = {"base": None if drawn else base.get("id"), "base_revision": base.get("revision")}
     return lambda metrics, pictures: card_files(metrics, pictures, repo_id=recipe.output.hub_id, recipe=resolved(recipe), **about)
-
-
-def save_pipeline(networks: Any, recipe: Recipe, folder: Path) -> None:
-    """A complete diffusers folder; a call that names no number of steps takes what validation took."""
-    from sslsr_diffusion.inference import StableSRPipeline
-
-    pipe = StableSRPipeline(**networks.components(), default_num_inference_steps=recipe.validation.steps)
-    pipe.save_pretrained(folder, safe_serialization=True)
-
-
-class Upscaler:
-    """The pipeline around the live networks, as a callable; the recipe's text context, encoded once, stands in for the text encoder."""
-
-    def __init__(self, networks: Callable[[], Any], scale: int, steps: int) -> None:
-        self._networks, self._scale, self._steps = networks, scale, steps
-        self._pipe: Any = None
-
-    def __call__(self, lr: Tensor, seed: int) -> Tensor:
-        """[1, 3, h, w] in [0, 1] -> [1, 3, scale * h, scale * w] in [0, 1]; the pipeline takes smaller tiles where memory runs out."""
-        if self._pipe is None:
-            self._pipe = self._build()
-        generator = torch.Generator().manual_seed(seed)
-        return self._pipe(lr, scale=self._scale, num_inference_steps=self._steps, generator=generator, output_type="pt").images
-
-    def _build(self) -> Any:
-        from sslsr_diffusion.inference import StableSRPipeline
-        from sslsr_diffusion.models import make_scheduler
-
-        networks = self._networks()
-        pipe = StableSRPipeline(
-            vae=networks.codec.vae,
-            unet=networks.denoiser.unet,
-            structural_encoder=networks.denoiser.structural_encoder,
-            scheduler=make_scheduler(networks.scheduler_config),
-            text_encoder=CachedText(networks.text),
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-
-class CachedText(nn.Module):
-    """Answers every prompt with the context that training uses."""
-
-    def __init__(self, text: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("text", text)
-        self.config = SimpleNamespace(max_position_embeddings=text.shape[1] if text.shape[1] > 2 else 77)
-
-    @property
-    def device(self) -> torch.device:
-        return self.get_buffer("text").device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.get_buffer("text").dtype
-
-    def forward(self, ids: Tensor) -> tuple[Tensor]:
-        return (self.get_buffer("text").expand(ids.shape[0], -1, -1),)
 
 
 def _validation_pairs(recipe: Recipe) -> Sequence[Pair]:

@@ -14,7 +14,7 @@ LAYERS = [
     {"types", "errors", "seeding", "config", "images", "ops"},
     {"data", "models", "losses", "evaluation"},
     {"inference", "convert", "training"},
-    {"recipe"},
+    {"recipe", "live_networks"},
     {"memory_estimate", "pins"},
     {"build"},  # recipe -> objects
     {"dry_run", "cfw_data"},

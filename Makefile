@@ -1,5 +1,6 @@
 # make demo   install, train the tiny recipes on shipped photographs, upscale examples/lr, print the table
 # make test   install with the dev and eval extras, lint, types, tests
+# make chaos  kills a run at random moments until it is done, and compares every bit (minutes)
 # TORCH=torch==2.13.0 make demo   chooses the torch build (for example a CPU wheel)
 PYTHON ?= python3
 TORCH ?= torch
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check tests clean
+.PHONY: demo test check tests chaos clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -34,6 +35,9 @@ check: $(VENV)/.installed-dev
 
 tests: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+chaos: $(VENV)/.installed-dev
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m chaos.kills
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -74,6 +74,58 @@ def test_too_many_in_a_row_stop_with_the_last_good_weights(tmp_path):
     assert not (tmp_path / "run/pipeline").exists()
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, caplog):
+    """A step with sound numbers can still spoil the weights: the checkpoint before it is the last good one, and stays."""
+    job = toy_job(tmp_path / "run", non_finite_limit=4)
+    opened = job.open_data
+
+    def open_data(*place):
+        loader = opened(*place)
+
+        class Spoiling(loader.__class__):
+            def __next__(self):
+                if self.position == 14 * self.batch_size:
+                    job.objective.module.trained.weight.data[0, 0, 0, 0] = float("inf")
+                return super().__next__()
+
+        loader.__class__ = Spoiling
+        return loader
+
+    with pytest.raises(UserError, match=r"last good step are in \S*checkpoint-10\."):
+        fit(replace(job, open_data=open_data, checkpoints=CheckpointSettings(every=5, keep=1)))
+    assert "no checkpoint at step 15: the weights are not finite any more (trained.weight)" in caplog.text
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-10"]
+
+
+def test_a_spike_is_logged_with_the_names_of_its_batch(tmp_path, caplog):
+    job = toy_job(tmp_path / "run", steps=24, spike_factor=3)
+    opened, loss = job.open_data, job.losses[0]
+
+    def open_data(*place):
+        loader = opened(*place)
+
+        class Spiking(loader.__class__):
+            def __next__(self):
+                weight = 1e4 if self.position == 21 * self.batch_size else 1.0
+                loss.settings = loss.settings.model_copy(update={"weight": weight})
+                return super().__next__()
+
+        loader.__class__ = Spiking
+        return loader
+
+    fit(replace(job, open_data=open_data))
+    (said,) = [record.getMessage() for record in caplog.records if "running mean" in record.getMessage()]
+    assert said.startswith("step 22: loss")
+    assert said.endswith("batch: 42.png, 43.png")
+
+
+def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path, monkeypatch):
+    """On the CPU accelerate ignores its FSDP plugin without a word."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"expected FSDP2 .* is not followed on this machine \(accelerate chose NO\)"):
+        fit(toy_job(tmp_path / "run"))
+
+
 def test_a_full_disk_costs_a_warning_or_the_run_by_policy(tmp_path, monkeypatch, caplog):
     real = fit_module.write_checkpoint
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import time
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from toys import toy_job, toy_losses
+from toys import toy_job, toy_losses, toy_validation
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint, write_checkpoint
+from sslsr_diffusion.training import fit as fit_module
+from sslsr_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
 from sslsr_diffusion.training.fit import fit
-from sslsr_diffusion.training.resume import check_same_recipe, data_state, differences
-from sslsr_diffusion.training.settings import CheckpointSettings
-from sslsr_diffusion.training.state import give_optimizer, take_optimizer
+from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state, differences
+from sslsr_diffusion.training.run_folder import RunFolder
+from sslsr_diffusion.training.session import Session
+from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
+from sslsr_diffusion.training.state import Progress, give_optimizer, take_optimizer
 
 VARIANTS = {
     "plain": {},
@@ -77,33 +79,88 @@ def stop_at_ten(job):
     return replace(job, open_data=open_data)
 
 
-def run_in_a_fork(folder: Path) -> multiprocessing.Process:
-    """A toy run in a child of its own, resumed when there is something to resume from."""
+def test_the_best_value_survives_a_resume(tmp_path):
+    """The passes after the resume are worse: none takes the best one's place; history and tracker count on."""
+    looking = toy_validation(every=5, strength=lambda: 0.1)
+    fit(replace(toy_job(tmp_path / "run", steps=10, log_every=1), validation=looking, checkpoints=CheckpointSettings(every=5)))
+    worse = toy_validation(every=5, strength=lambda: 0.3)
+    output = OutputSettings(dir=str(tmp_path / "run"))
+    result = fit(
+        replace(toy_job(tmp_path / "run", log_every=1), validation=worse, output=output), resume=str(tmp_path / "run/checkpoint-5")
+    )
+    assert result.best == pytest.approx(0.01, rel=0.3)
+    assert read_checkpoint(tmp_path / "run/best").state["progress"] == {"step": 5, "best": result.best}
+    assert read_checkpoint(tmp_path / "run/checkpoint-20").state["progress"]["best_step"] == 5
+    rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss/total" in row] == list(range(1, 21))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def target() -> None:
-        job = replace(toy_job(folder, batch_size=1, steps=30, ema={"decay": 0.9}), checkpoints=CheckpointSettings(every=2))
-        fit(job, resume="latest" if latest_checkpoint(folder) else None)
-
-    process = multiprocessing.get_context("fork").Process(target=target)
-    process.start()
-    return process
+    (events,) = (tmp_path / "run/tensorboard").rglob("events.out.*")
+    assert [entry.step for entry in EventAccumulator(str(events)).Reload().Scalars("loss/total")] == list(range(6, 21))
 
 
-def test_kill_minus_nine_and_resume_until_done_equals_the_undisturbed_run(tmp_path):
-    """Killed six times, in steps and in checkpoint writes alike; whatever checkpoint is found, the end is the same, bit for bit."""
-    whole = run_in_a_fork(tmp_path / "whole")
-    for turn in range(6):
-        process, before = run_in_a_fork(tmp_path / "killed"), latest_checkpoint(tmp_path / "killed")
-        while process.is_alive() and latest_checkpoint(tmp_path / "killed") == before:
-            time.sleep(0.005)
-        time.sleep(0.02 * turn)
-        process.kill()
-        process.join()
-    last = run_in_a_fork(tmp_path / "killed")
-    for process in (whole, last):
-        process.join()
-        assert process.exitcode == 0
-    same(tmp_path / "whole/checkpoint-30", tmp_path / "killed/checkpoint-30")
+def test_what_lies_in_best_is_the_record(tmp_path, monkeypatch, caplog):
+    """Its writing fails: nothing is recorded, and the next pass writes it. It is damaged, or measured otherwise: chosen anew."""
+    real, tried = fit_module.write_checkpoint, []
+
+    def failing(folder, *rest):
+        tried.append(folder.name)
+        if folder.name == "best" and tried.count("best") == 1:
+            raise OSError(28, "No space left on device")
+        real(folder, *rest)
+
+    monkeypatch.setattr(fit_module, "write_checkpoint", failing)
+    strengths = iter([0.1] * 3 + [0.2] * 3)
+    looking = toy_validation(every=10, strength=lambda: next(strengths))
+    job = replace(toy_job(tmp_path / "run"), validation=looking, recipe={"validation": {"best": "mse"}})
+    assert fit(job).best == pytest.approx(0.04, rel=0.3)  # the better first one is not there, so it is not claimed
+    assert "could not be kept" in caplog.text
+    best, recipe = tmp_path / "run/best", job.recipe
+    assert read_checkpoint(best).state["progress"]["step"] == 20
+    progress = Progress(best=0.5, best_step=10)
+    agree_on_best(progress, best, recipe)
+    assert (progress.best, progress.best_step) == (pytest.approx(0.04, rel=0.3), 20)
+    agree_on_best(progress, best, {"validation": {"best": "ssim"}})
+    assert (progress.best, progress.best_step) == (None, None)
+    (best / "trained.safetensors").write_bytes(b"")
+    progress = Progress(best=0.5, best_step=10)
+    agree_on_best(progress, best, recipe)
+    assert (progress.best, progress.best_step) == (None, None)
+    progress = Progress(best=0.5, best_step=10)
+    agree_on_best(progress, tmp_path / "from the hub/best", recipe)
+    assert (progress.best, progress.best_step) == (0.5, 10)
+
+
+@pytest.mark.parametrize("part", ["best", "pipeline"])
+def test_a_replacement_that_was_cut_off_is_put_back(tmp_path, part):
+    """Killed between the two renames: the older folder has only its temporary name."""
+    fit(replace(toy_job(tmp_path / "run"), validation=toy_validation(every=20)))
+    (tmp_path / "run" / part).rename(tmp_path / f"run/.tmp-old-{part}")
+    RunFolder(tmp_path / "run").start({}, 20)
+    assert any((tmp_path / "run" / part).iterdir())
+
+
+def test_processes_that_found_different_checkpoints_are_told():
+    check_same_step([4, 4])
+    with pytest.raises(UserError, match=r"different steps \(4, 2 by rank\); expected output.dir on a file system"):
+        check_same_step([4, 2])
+
+
+def test_the_gradient_scaler_goes_on(tmp_path):
+    """fp16 needs a GPU; its scaler is put into the session by hand."""
+    job = toy_job(tmp_path)
+
+    def session():
+        made = Session(job.objective, job.losses, job.training, seed=3, trackers=(), run=tmp_path)
+        made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+        return made
+
+    first, second = session(), session()
+    first.accelerator.scaler.load_state_dict({**first.accelerator.scaler.state_dict(), "scale": 512.0, "_growth_tracker": 7})
+    write_checkpoint(tmp_path / "checkpoint-0", *first.take({}))
+    second.give(read_checkpoint(tmp_path / "checkpoint-0"), what="test")
+    assert second.accelerator.scaler.state_dict() == first.accelerator.scaler.state_dict()
+    assert second.accelerator.scaler.get_scale() == 512
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):

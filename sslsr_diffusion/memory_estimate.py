@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
+from sslsr_diffusion.evaluation.perceptual import PerceptualDistance
 from sslsr_diffusion.inference.memory import LivePeak
-from sslsr_diffusion.models import AutoencoderKLCFW, build_autoencoder, build_networks
+from sslsr_diffusion.models import AutoencoderKLCFW, Codec, build_autoencoder, build_networks
 from sslsr_diffusion.recipe import Recipe
+from sslsr_diffusion.training.settings import TrainingSettings
 from sslsr_diffusion.training.windows import MARGIN
 
 GIB = 2**30
+_SHARE = 0.9  # of a device that a step may fill: workspaces and fragmentation are not in the estimate
 _SDPA = "torch.nn.functional.scaled_dot_product_attention"  # a function mode would not reach checkpointed recomputation
 
 
@@ -37,84 +41,179 @@ def describe_parameters(recipe: Recipe) -> list[str]:
     ]
 
 
-def describe_memory(recipe: Recipe) -> list[str]:
-    """One line per way to run the recipe: its own settings first, then what would save memory."""
-    if recipe.stage == "cfw":
-        return []
-    training = recipe.training
-    variants = {"as it is": training}
-    if not training.gradient_checkpointing:
-        variants["gradient_checkpointing: true"] = training.model_copy(update={"gradient_checkpointing": True})
-    if recipe.stage == "diffusion" and training.decode_crop is None and any(loss.kind != "diffusion" for loss in recipe.losses):
-        variants["decode_crop: 32"] = training.model_copy(update={"decode_crop": 32})
-    if training.batch_size > 1:
-        variants["batch_size: 1"] = training.model_copy(update={"batch_size": 1})
-    if training.optimizer.kind == "adamw":
-        variants["optimizer.kind: adamw8bit"] = training.model_copy(
-            update={"optimizer": training.optimizer.model_copy(update={"kind": "adamw8bit"})}
-        )
-    lines = ["memory per process, estimated (kernels' workspaces and the framework itself come on top)"]
-    for name, variant in variants.items():
+def describe_memory(recipe: Recipe, available: int | None = None) -> list[str]:
+    """One line per way to run the recipe: its own settings first, then what would save memory, then all of that together.
+
+    Args:
+        available: bytes that the device has; each line then says whether it fits.
+    """
+    lines = [
+        "memory per process, estimated (kernels' workspaces and the framework itself, on a CPU about half a GiB, come on top)"
+        + ("" if available is None else f"; this device has {available / GIB:.1f} GiB")
+    ]
+    for name, variant in _variants(recipe).items():
         parts = step_bytes(recipe.model_copy(update={"training": variant}))
-        lines.append(f"  {name:<30} {sum(parts.values()) / GIB:6.2f} GiB   " + "  ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items()))
+        total = sum(parts.values())
+        verdict = "" if available is None else "   fits" if total <= _SHARE * available else "   too much"
+        detail = "  ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
+        lines.append(f"  {name:<34} {total / GIB:6.2f} GiB{verdict}   {detail}")
     return lines
+
+
+def _variants(recipe: Recipe) -> dict[str, TrainingSettings]:
+    """Names of savings, and the training settings with them; more accumulation keeps the samples of an optimizer step."""
+    training = recipe.training
+    savings: dict[str, dict[str, Any]] = {}
+    if not training.gradient_checkpointing:
+        savings["gradient_checkpointing: true"] = {"gradient_checkpointing": True}
+    if recipe.stage == "diffusion" and any(loss.kind != "diffusion" for loss in recipe.losses):
+        smaller = 32 if training.decode_crop is None else training.decode_crop // 2
+        if smaller >= 16:
+            savings[f"decode_crop: {smaller}"] = {"decode_crop": smaller}
+    if training.batch_size > 1:
+        more = training.batch_size * training.accumulate
+        savings[f"batch_size: 1, accumulate: {more}"] = {"batch_size": 1, "accumulate": more}
+    if training.mixed_precision == "no":
+        savings["mixed_precision: bf16"] = {"mixed_precision": "bf16"}
+    if training.optimizer.kind == "adamw":
+        savings["optimizer.kind: adamw8bit (CUDA)"] = {"optimizer": training.optimizer.model_copy(update={"kind": "adamw8bit"})}
+    variants = {"as it is": training, **{name: training.model_copy(update=values) for name, values in savings.items()}}
+    if len(savings) > 1:
+        together: dict[str, Any] = {}
+        for values in savings.values():
+            together.update(values)
+        variants["all of these"] = training.model_copy(update=together)
+    return variants
 
 
 def step_bytes(recipe: Recipe) -> dict[str, int]:
     """Bytes of one process in a training step, by what holds them."""
     training = recipe.training
     half = training.mixed_precision != "no"
-    module, run = _step(recipe, torch.bfloat16 if half else torch.float32)
+    module, run = _STEPS[recipe.stage](recipe, torch.bfloat16 if half else torch.float32)
     every, trained = _count(module.parameters()), _count(p for p in module.parameters() if p.requires_grad)
     peak = LivePeak(module.parameters())
     # on one thread, or the backward pass would run outside of these modes
     with torch.autograd.set_multithreading_enabled(False), torch.device("meta"), patch(_SDPA, _fused_attention), peak:
         run()
     per_state = 2 if training.optimizer.kind == "adamw8bit" else 8
+    # autocast's half-precision copies: of trained weights for the whole step, of frozen ones as long as the graph holds them
+    copies = 2 * (trained if training.gradient_checkpointing else every) if half else 0
     return {
-        "weights": every * (6 if half else 4),  # float32, and the copies that autocast keeps
+        "weights": every * 4 + copies,
         "optimizer": trained * per_state,
         "average": trained * 4 if training.ema else 0,
         "activations and gradients": peak.peak + (trained * 2 if half else 0),
     }
 
 
-def _step(recipe: Recipe, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def _autoencoder_step(recipe: Recipe, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    samples, side = recipe.training.batch_size, recipe.training.crop_size
+    codec = build_autoencoder(recipe.model, meta=True)
+    if recipe.training.gradient_checkpointing:
+        codec.vae.enable_gradient_checkpointing()
+    vae = nn.Module.to(codec.vae, dtype).train()  # not diffusers' own to(), which warns
+    compare = _comparison(recipe)
+
+    def autoencode() -> None:
+        pixels = torch.empty(samples, 3, side, side, device="meta")
+        restored, _ = codec.autoencode(pixels, torch.empty(codec.noise_shape(pixels), device="meta"))
+        compare(restored).backward()
+
+    return vae, autoencode
+
+
+def _denoiser_step(recipe: Recipe, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     training = recipe.training
     samples, side = training.batch_size, training.crop_size
-    if recipe.stage == "autoencoder":
-        codec = build_autoencoder(recipe.model, meta=True)
-        if training.gradient_checkpointing:
-            codec.vae.enable_gradient_checkpointing()
-        vae = nn.Module.to(codec.vae, dtype).train()  # not diffusers' own to(), which warns
-
-        def autoencode() -> None:
-            pixels = torch.empty(samples, 3, side, side, device="meta")
-            codec.autoencode(pixels, torch.empty(codec.noise_shape(pixels), device="meta"))[0].float().mean().backward()
-
-        return vae, autoencode
     networks = build_networks(recipe.model, plain=recipe.stage == "base", meta=True)
     if training.gradient_checkpointing:
         networks.denoiser.enable_gradient_checkpointing()
         networks.codec.vae.enable_gradient_checkpointing()
-    for part in (networks.denoiser, networks.codec.vae):
-        nn.Module.to(part, dtype)
+    _cast(networks.denoiser, networks.codec.vae, dtype)
     networks.denoiser.train()
+    compare = _comparison(recipe)
 
     def step() -> None:
         latent = side // networks.codec.scale
-        z = torch.empty(samples, networks.codec.latent_channels, latent, latent, device="meta", dtype=dtype)
+        z = _encoded(networks.codec, samples, side).to(dtype)
         t = torch.zeros(samples, dtype=torch.int64, device="meta")
-        length = 77 if networks.text.shape[1] == 1 and recipe.model.init == "pretrained" else networks.text.shape[1]
-        text = torch.empty(1, length, networks.text.shape[2], device="meta", dtype=dtype)
-        pred = networks.denoiser(z, t, z, text)
+        pred = networks.denoiser(z, t, z, _text(recipe, networks, dtype))
         loss = pred.float().square().mean()
         if any(entry.kind != "diffusion" for entry in recipe.losses):
             window = latent if training.decode_crop is None else min(latent, training.decode_crop + 2 * MARGIN)
-            loss = loss + networks.codec.decode(pred[..., :window, :window]).mean()
+            loss = loss + compare(networks.codec.decode(pred[..., :window, :window]))
         loss.backward()
 
     return nn.ModuleList([networks.denoiser, networks.codec.vae]), step
+
+
+def _cfw_step(recipe: Recipe, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    samples, side = recipe.training.batch_size, recipe.training.crop_size
+    networks = build_networks(recipe.model, meta=True)
+    vae = networks.codec.vae
+    if not networks.codec.has_fidelity:
+        with torch.device("meta"):
+            vae = AutoencoderKLCFW.from_autoencoder(vae)
+    if recipe.training.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    networks.denoiser.requires_grad_(False)
+    vae.requires_grad_(False)
+    vae.fusion_layers.requires_grad_(True)
+    _cast(networks.denoiser, vae, dtype)
+    codec = Codec(vae.train())
+    stored = any(source.kind == "cfw" for source in recipe.data.sources)  # samples made before: no denoiser runs
+    compare = _comparison(recipe)
+
+    def step() -> None:
+        pixels = torch.empty(samples, 3, side, side, device="meta")
+        with torch.no_grad():
+            z, features = codec.encode_with_features(pixels, torch.empty(codec.noise_shape(pixels), device="meta"))
+            if not stored:
+                t = torch.zeros(samples, dtype=torch.int64, device="meta")
+                networks.denoiser(z.to(dtype), t, z.to(dtype), _text(recipe, networks, dtype))
+        compare(codec.decode(z, features, 1.0)).backward()
+
+    return nn.ModuleList([networks.denoiser, vae]), step
+
+
+def _cast(denoiser: Any, vae: nn.Module, dtype: torch.dtype) -> None:
+    for part in (denoiser.unet, denoiser.structural_encoder, vae):
+        if part is not None:
+            nn.Module.to(part, dtype)
+
+
+@torch.no_grad()
+def _encoded(codec: Codec, samples: int, side: int) -> Tensor:
+    pixels = torch.empty(samples, 3, side, side, device="meta")
+    return codec.encode(pixels, torch.empty(codec.noise_shape(pixels), device="meta"))
+
+
+def _text(recipe: Recipe, networks: Any, dtype: torch.dtype) -> Tensor:
+    length = 77 if networks.text.shape[1] == 1 and recipe.model.init == "pretrained" else networks.text.shape[1]
+    return torch.empty(1, length, networks.text.shape[2], device="meta", dtype=dtype)
+
+
+def _comparison(recipe: Recipe) -> Callable[[Tensor], Tensor]:
+    """A scalar of the decoded pixels, with LPIPS's network in it where the recipe lists that loss."""
+    distance = None
+    if any(loss.kind == "lpips" for loss in recipe.losses):
+        try:
+            from torchvision.models import vgg16
+        except Exception:  # torchvision fails in many ways when it does not fit the installed torch; training says so
+            return lambda pixels: pixels.float().mean()
+        with torch.device("meta"):
+            features = vgg16(weights=None).features
+            distance = PerceptualDistance(features, [torch.empty(channels) for channels in (64, 128, 256, 512, 512)])
+
+    def compare(pixels: Tensor) -> Tensor:
+        loss = pixels.float().mean()
+        return loss if distance is None else loss + distance(pixels, torch.empty_like(pixels)).mean()
+
+    return compare
+
+
+_STEPS = {"autoencoder": _autoencoder_step, "diffusion": _denoiser_step, "base": _denoiser_step, "cfw": _cfw_step}
 
 
 class _FusedAttentionShape(torch.autograd.Function):

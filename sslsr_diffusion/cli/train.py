@@ -60,12 +60,17 @@ def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_chang
         result = fit(
             build(recipe, publisher=publisher), resume=str(checkpoint) if checkpoint else None, allow_recipe_change=allow_recipe_change
         )
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        from sslsr_diffusion.inference.memory import device_bytes, is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
         from sslsr_diffusion.memory_estimate import describe_memory
 
-        reason = str(error).partition("\n")[0][:200]
-        advice = "\n".join(describe_memory(recipe))
-        raise UserError(f"out of memory: {reason}\n{advice}\nChange one of these and go on with --resume latest.") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        device = torch.device("cuda" if torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU") else "cpu")
+        advice = "\n".join(describe_memory(recipe, device_bytes(device)))
+        raise UserError(f"out of memory: {reason}\n{advice}\nChange one of these under training and go on with --resume latest.") from None
     if not main:
         return
     for problem in result.problems:

@@ -168,6 +168,19 @@ def free_bytes(device: torch.device) -> int:
     return int(_SHARE * min(psutil.virtual_memory().available, _container_bytes()))
 
 
+def device_bytes(device: torch.device) -> int:
+    """Memory that the device has in all; a container's limit counts as the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    limits = [psutil.virtual_memory().total]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+    return min(limits)
+
+
 def _container_bytes() -> int:
     """What a container's limit leaves; a container sees its host's memory as its own."""
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):

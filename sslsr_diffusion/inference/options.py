@@ -1,16 +1,17 @@
-"""What a call of the pipeline asks for, and what is possible."""
+"""What a call of the pipeline asks for, what is possible, and what it answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.color_fix import COLOR_FIXES
-from sslsr_diffusion.inference.plan import Tile
+from sslsr_diffusion.inference.plan import Plan, Tile
 from sslsr_diffusion.inference.tiling import TILE_WEIGHTS
 
 OnStepEnd = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -53,3 +54,17 @@ class Options:
             raise UserError(f"tile_batch_size: expected 1 or more, came {self.tile_batch_size}.")
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta: expected 0 to 1, came {self.eta}.")
+
+
+@dataclass
+class StableSRPipelineOutput(BaseOutput):
+    """
+    Args:
+        images: the restored pictures, as `output_type` asked.
+        plans: how each picture was cut into tiles (sides in output pixels), in the order of `images`.
+        notes: a sentence for each time that memory ran out and smaller tiles took over.
+    """
+
+    images: Any
+    plans: list[Plan]
+    notes: list[str] = field(default_factory=list)

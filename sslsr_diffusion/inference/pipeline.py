@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
@@ -28,7 +26,7 @@ from sslsr_diffusion.inference.memory import (
 )
 from sslsr_diffusion.inference.models import download_files, forget_folder, refuse_code
 from sslsr_diffusion.inference.noise import Generators, ImageNoise, image_seeds
-from sslsr_diffusion.inference.options import OnStepEnd, Options
+from sslsr_diffusion.inference.options import OnStepEnd, Options, StableSRPipelineOutput
 from sslsr_diffusion.inference.pictures import OUTPUT_TYPES, from_tensors, to_tensors
 from sslsr_diffusion.inference.plan import Part, Plan, Room, Tile, make_plan
 from sslsr_diffusion.inference.prompts import encode_texts, per_picture
@@ -40,20 +38,6 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 DEFAULT_FIDELITY = 0.5
-
-
-@dataclass
-class StableSRPipelineOutput(BaseOutput):
-    """
-    Args:
-        images: the restored pictures, as `output_type` asked.
-        plans: how each picture was cut into tiles (sides in output pixels), in the order of `images`.
-        notes: a sentence for each time that memory ran out and smaller tiles took over.
-    """
-
-    images: Any
-    plans: list[Plan]
-    notes: list[str] = field(default_factory=list)
 
 
 class StableSRPipeline(DiffusionPipeline):
@@ -223,7 +207,7 @@ class StableSRPipeline(DiffusionPipeline):
     def _restore(
         self, padded: Tensor, seeds: list[int], prompts: list[str], negative: list[str], plan: Plan, options: Options
     ) -> tuple[Tensor, Plan]:
-        """Encode, denoise, decode: three phases, none of which needs the others' networks on the device."""
+        """Encode, read the prompts, denoise, decode: no phase needs the others' networks on the device."""
         codec = Codec(self.vae)
         noise = ImageNoise(seeds, codec.noise_shape(padded)[1:], padded.device)
 
@@ -231,13 +215,13 @@ class StableSRPipeline(DiffusionPipeline):
             return TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).encode(padded, noise("posterior"))
 
         z_lr, plan = self._within_memory("vae_tile", plan, encode)
+        texts = self._texts(prompts, negative, guided=options.guidance_scale > 1, device=padded.device)
         self.maybe_free_model_hooks()
 
         def denoise(plan: Plan) -> Tensor:
-            return self._denoise(z_lr, noise, seeds, prompts, negative, plan, options)
+            return self._denoise(z_lr, noise, seeds, texts, plan, options)
 
         latents, plan = self._within_memory("tile", plan, denoise)
-        self.maybe_free_model_hooks()
 
         def decode(plan: Plan) -> Tensor:
             fused = padded if codec.has_fidelity else None
@@ -253,7 +237,9 @@ class StableSRPipeline(DiffusionPipeline):
         """
         while True:
             try:
-                return run(plan), plan
+                result = run(plan)
+                self.maybe_free_model_hooks()
+                return result, plan
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -271,21 +257,24 @@ class StableSRPipeline(DiffusionPipeline):
             log.warning("out of memory with %s %d: going on with %s", part, plan.side(part), what)
             plan = smaller
 
-    def _denoise(
-        self, z_lr: Tensor, noise: ImageNoise, seeds: list[int], prompts: list[str], negative: list[str], plan: Plan, options: Options
-    ) -> Tensor:
-        """Latents of the upsampled pictures -> latents of the restored ones, both [B, C, h, w] scaled float32."""
-        guided = options.guidance_scale > 1
+    def _texts(self, prompts: list[str], negative: list[str], *, guided: bool, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Contexts of the prompts and, for guidance, of the negative ones."""
         if any(negative) and not guided:
             log.warning("negative_prompt has no effect without guidance; set guidance_scale above 1.")
-        encoders = (self.text_encoder, self.tokenizer, self.unet, z_lr.device)
+        encoders = (self.text_encoder, self.tokenizer, self.unet, device)
+        return encode_texts(prompts, *encoders), encode_texts(negative, *encoders) if guided else None
+
+    def _denoise(
+        self, z_lr: Tensor, noise: ImageNoise, seeds: list[int], texts: tuple[Tensor, Tensor | None], plan: Plan, options: Options
+    ) -> Tensor:
+        """Latents of the upsampled pictures -> latents of the restored ones, both [B, C, h, w] scaled float32."""
         predict = TiledDenoiser(
             self.unet,
             self.structural_encoder,
             z_lr,
-            encode_texts(prompts, *encoders),
+            texts[0],
             tile_boxes(z_lr.shape[-2], z_lr.shape[-1], *plan.tile_cells),
-            negative_text=encode_texts(negative, *encoders) if guided else None,
+            negative_text=texts[1],
             guidance_scale=options.guidance_scale,
             batch_size=plan.batch,
             overlap=plan.tile_cells[1],

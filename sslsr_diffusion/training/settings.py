@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sslsr_diffusion.config import Settings
 
@@ -49,7 +49,10 @@ class TrainingSettings(Settings):
         1, ge=1, description="Micro-batches per optimizer step; all means run over the whole of them, on all processes."
     )
     crop_size: int = Field(512, ge=16, description="Side of the square HR crop in pixels.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Arithmetic inside the networks; losses are always float32.")
+    # YAML reads a bare no as False
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)] = Field(
+        "no", description="Arithmetic inside the networks; losses are always float32."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations of UNet and VAE decoder in the backward pass.")
     decode_crop: int | None = Field(
         None, ge=4, description="Side in latent pixels of the random window that pixel losses decode; null: the whole crop."

@@ -1,4 +1,4 @@
-"""Two gloo processes with fully_shard over the toy denoiser: state goes out whole and comes back sharded. Prints `equal` at the end."""
+"""Two gloo processes with fully_shard over the denoiser: state goes out whole and comes back sharded. Prints `equal` at the end."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from toys import ToyDenoiser
 
+from sslsr_diffusion.models import Denoiser, ModelSettings, build_networks
 from sslsr_diffusion.training.state import give_optimizer, give_trained, take_optimizer, trained_parameters, whole
 
 
-def make(shard: bool) -> tuple[ToyDenoiser, torch.optim.Optimizer]:
+def make(shard: bool) -> tuple[Denoiser, torch.optim.Optimizer]:
+    """The real denoiser at toy width, frozen parameters and all, divided block by block as configs/accelerate/fsdp2.yaml asks."""
     torch.manual_seed(0)
-    module = ToyDenoiser(dropout=0)
+    module = build_networks(ModelSettings(init="random", preset="tiny", train="sft")).denoiser
     if shard:
-        fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    return module, torch.optim.AdamW(trained_parameters(module).values(), lr=0.1)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        blocks = [part for part in module.modules() if type(part).__name__ == "BasicTransformerBlock"]
+        for part in (*blocks, module):
+            fully_shard(part, mesh=mesh)
+    # eps 1 makes the first steps proportional to the gradient
+    return module, torch.optim.AdamW(trained_parameters(module).values(), lr=0.1, eps=1.0)
 
 
-def train(module: ToyDenoiser, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def train(module: Denoiser, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        z = torch.randn(2, 3, 8, 8, generator=generator)
-        module(z, torch.tensor([1, 500]), z, torch.zeros(1)).square().mean().backward()
+        z, text = (torch.randn(*shape, generator=generator) for shape in ((2, 8, 8, 8), (1, 1, 32)))
+        module(z, torch.tensor([1, 500]), z, text).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained_parameters(module).values(), 0.1)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,6 +1,6 @@
 # make demo   install, train the tiny recipes on shipped photographs, upscale examples/lr, print the table
 # make test   install with the dev and eval extras, lint, types, tests
-# make chaos  kills a run at random moments until it is done, and compares every bit (minutes)
+# make chaos  kills a run at random moments until it is done and compares every bit; hub faults; fuzz (minutes)
 # TORCH=torch==2.13.0 make demo   chooses the torch build (for example a CPU wheel)
 PYTHON ?= python3
 TORCH ?= torch
@@ -38,6 +38,8 @@ tests: $(VENV)/.installed-dev
 
 chaos: $(VENV)/.installed-dev
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m chaos.kills
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/fuzz_hub.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/fuzz_doors.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

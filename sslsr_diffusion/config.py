@@ -149,7 +149,7 @@ def read_raw(path: Path, _trail: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from None
     raw = parse_yaml(text, path.name)
     if raw is None:
-        raw = {}
+        raise RecipeError(f"{path.name}: is empty; `sslsr init` copies a recipe to start from.")
     if not isinstance(raw, dict):
         raise RecipeError(f"{path.name}: expected `key: value` lines at the top level, found {_short(raw)}.")
     odd = next((key for key in raw if not isinstance(key, str)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 
 __all__ = ["Recipe", "load_recipe", "resolved"]
 
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 LOSSES_OF_STAGE = {
     "diffusion": ("diffusion", "pixel_l1", "self_similarity", "lpips"),
     "base": ("diffusion",),
@@ -52,6 +54,8 @@ class Recipe(Settings):
             )
         if self.output.push_to_hub and not self.output.hub_id:
             mistakes.append("output.hub_id: push_to_hub needs to know where; give it as user/name.")
+        if self.output.hub_id and not _HUB_ID.fullmatch(self.output.hub_id):
+            mistakes.append(f"output.hub_id: expected user/name of letters, digits, dots, dashes and _; came {self.output.hub_id!r}.")
         if self.output.push_state and not self.output.push_to_hub:
             mistakes.append("output.push_state: has no effect without output.push_to_hub: true; set both or none.")
         if mistakes:

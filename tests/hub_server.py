@@ -30,7 +30,7 @@ class Fault:
     """The next `times` requests whose "METHOD path" contains `match` fail in the way `kind` says."""
 
     match: str
-    kind: int | str  # an HTTP status, "cut" (connection closed half-way), or "slow:SECONDS" (then answered)
+    kind: int | str  # an HTTP status, "cut" (closed in the answer), "drop" (in the upload), "slow:SECONDS" (then answered)
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
     hit: int = 0
@@ -274,13 +274,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         hub, path = self.server_state, urlsplit(self.path).path
-        body = self._body()
         line = f"{self.command} {path}"
         with hub.lock:
             hub.log.append(line)
             fault = next((f for f in hub.faults if f.match in line and f.hit < f.times), None)
             if fault:
                 fault.hit += 1
+        if fault and fault.kind == "drop":
+            self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
+            self.close_connection = True
+            self.connection.close()
+            return
+        body = self._body()
         if fault and fault.kind == "cut":
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
             self.close_connection = True

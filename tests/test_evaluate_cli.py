@@ -137,6 +137,13 @@ def test_mistakes_are_told(arguments, message, call):
         call(*arguments)
 
 
+def test_no_value_at_all_is_an_error(tmp_path, call):
+    """Each image is smaller than what is cut from its sides: the report is written, and says why; the exit code is not 0."""
+    where = folders(tmp_path, 1, ours=3)
+    with pytest.raises(UserError, match="no metric has a value for any image"):
+        call("--restored", where["ours"], "--reference", where["hr"], "--metrics", "psnr", "--crop-border", 999)
+
+
 def test_list_metrics_names_each_with_its_convention(call):
     result = call("--list-metrics")
     assert result.exit_code == 0

@@ -171,7 +171,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("kind", [500, "cut"])
+@pytest.mark.parametrize("kind", [500, "cut", "drop"])
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
 def test_a_fault_at_any_step_leaves_no_half_commit_and_heals_at_the_next_checkpoint(hub, publisher, tmp_path, caplog, step, kind):
     fault = hub.fault(step, kind, times=10**6)
@@ -241,6 +241,28 @@ def test_training_never_waits_for_a_slow_hub(hub, publisher, tmp_path):
     assert publisher.close(pause=0.01)
     assert [message for message, _ in commits(hub)] in (["slow", "State at checkpoint-1"], ["slow"])
     assert "state/checkpoint-1/state.json" in commits(hub)[-1][1]
+
+
+def test_no_step_waits_for_the_upload(hub, publisher, tmp_path):
+    """A run with a checkpoint to publish at every second step, against a hub that takes half a second for each answer."""
+    from dataclasses import replace
+
+    from toys import toy_job
+
+    from sslsr_diffusion.training.fit import fit
+    from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
+
+    hub.fault("", "slow:0.5", times=10**6)
+    output = OutputSettings(dir=str(tmp_path / "run"), trackers=(), push_to_hub=True, push_state=True, hub_id=REPO)
+    job = toy_job(tmp_path / "run", log_every=1)
+    begin = time.monotonic()
+    fit(replace(job, publisher=publisher, output=output, checkpoints=CheckpointSettings(every=2)))
+    rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    seconds = [row["train/seconds_per_step"] for row in rows]
+    assert len(seconds) == 20
+    assert sorted(seconds)[-2] < 0.5, seconds  # one answer of the hub; the first step may be slow for its own reasons
+    assert time.monotonic() - begin > sum(seconds) + 2  # the end waited for what the steps did not
+    assert "state/checkpoint-20/manifest.json" in hub.repositories[REPO].files
 
 
 def test_publish_never_raises(publisher, tmp_path):

@@ -21,6 +21,8 @@ BASE = {"data": {"sources": [{"kind": "folder", "path": "photos"}]}, "losses": [
         ({"validation": {"size": 130}}, "validation.size: 130 is not a multiple of scale 4."),
         ({"validation": {"best": "lpips"}}, "validation.best: 'lpips' is not measured; expected one of validation.metrics: psnr, ssim."),
         ({"output": {"push_to_hub": True}}, "output.hub_id: push_to_hub needs to know where"),
+        ({"output": {"push_to_hub": True, "hub_id": "a/b/c"}}, "output.hub_id: expected user/name of letters, digits, dots, dashes and _"),
+        ({"output": {"hub_id": "../x"}}, "output.hub_id: expected user/name"),
         ({"output": {"push_state": True}}, "output.push_state: has no effect without"),
         ({"losses": [{"kind": "self_similarity", "weight": "auto"}]}, "losses.0.weight: auto compares with the other losses"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from typing import Annotated
@@ -10,6 +11,8 @@ import typer
 
 from sslsr_diffusion.cli import convert, evaluate, export, infer, init, prepare, preview, train
 from sslsr_diffusion.errors import MissingDependency, UserError
+
+_NOT_OUR_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # disks and permissions
 
 app = typer.Typer(
     name="sslsr",
@@ -50,6 +53,12 @@ def run(application: typer.Typer) -> None:
         application()
     except (UserError, MissingDependency) as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _NOT_OUR_FAULT:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"error: {where}{error.strerror}; make room, or name another place, and give the same command again.", err=True)
         sys.exit(2)
 
 

@@ -48,7 +48,7 @@ def evaluate(
     ] = False,
     scale: Annotated[int, typer.Option(min=1, max=16, help="Shrinking of a --dataset of photographs.")] = 4,
     seeds: Annotated[int, typer.Option(min=1, help="With --model: results per image, to measure their spread.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="With --model: the first seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="With --model: the first seed.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="With --model: sampling steps. [default: the pipeline's]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
@@ -66,6 +66,8 @@ def evaluate(
         use_folder(weights_dir)
     if list_metrics:
         return _list_metrics()
+    import numpy as np
+
     _check_arguments(restored, reference, model, dataset, lr)
     if not model and (seeds > 1 or steps is not None):
         raise UserError("--seeds and --steps are for --model, which upscales; results that are there already are taken as they are.")
@@ -89,6 +91,8 @@ def evaluate(
     scores = _score(pairing, chosen, output, crop_border, y_channel, device)
     options = {"crop_border": crop_border, "y_channel": y_channel, **({"suffix": suffix} if suffix else {})}
     problems = _write(scores, pairing, lacking, output, options, examples)
+    if not any(np.isfinite(values).any() for by in (*scores.values.values(), *scores.whole_set.values()) for values in by.values()):
+        raise UserError(f"no metric has a value for any image, see the remarks; the first: {problems[0] if problems else 'none'}")
     if strict and problems:
         raise UserError(f"--strict: {len(problems)} remark(s), see above; the first: {problems[0]}")
 

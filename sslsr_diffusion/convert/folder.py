@@ -192,14 +192,19 @@ def original_from_folder(folder: Path | str) -> tuple[dict[str, Tensor], dict[st
 
 
 def _tensors(base: Base, part: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = base.folder / part
     indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        files = sorted(folder / name for name in set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        files = [f for f in sorted(folder.glob("*.safetensors")) if ".fp16." not in f.name and "non_ema" not in f.name][:1]
-    if not files:
-        raise UserError(f"{folder} holds no .safetensors weights; expected a saved pipeline.")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    try:
+        if indices:
+            named = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values())
+            files = sorted(folder / Path(name).name for name in named)
+        else:
+            files = [f for f in sorted(folder.glob("*.safetensors")) if ".fp16." not in f.name and "non_ema" not in f.name][:1]
+        if not files:
+            raise UserError(f"{folder} holds no .safetensors weights; expected a saved pipeline.")
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except (SafetensorError, json.JSONDecodeError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: its weights cannot be read ({type(error).__name__}: {error}); save the pipeline again.") from None

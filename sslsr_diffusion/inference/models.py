@@ -55,6 +55,8 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str]:
             raise UserError(f"--model {model}: no such folder, and not a hub id (user/name).")
         folder = _download(model, revision)
         return folder, f"{model}@{folder.name}"
+    if revision is not None:
+        raise UserError(f"--revision {revision}: is for a hub id, and --model {model} is a folder here; leave it out.")
     if not _is_upscaler(folder / "model_index.json"):
         raise UserError(
             f"--model {model}: expected a folder with a model_index.json of {PIPELINE_CLASS}; a run folder has it in pipeline/ "

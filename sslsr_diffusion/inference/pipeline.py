@@ -85,7 +85,7 @@ class StableSRPipeline(DiffusionPipeline):
 
     def save_pretrained(self, *given: Any, **options: Any) -> None:
         """As diffusers' own, but the configs do not say from which folder of this machine a component was loaded."""
-        for component in self.components.values():
+        for component in (self, *self.components.values()):
             forget_folder(component)
         super().save_pretrained(*given, **options)
 

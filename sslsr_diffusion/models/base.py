@@ -36,7 +36,13 @@ class Base:
         path = self.folder / part / name
         if not path.is_file():
             raise UserError(f"model.base: {self.name} has no {part}/{name}; expected a pipeline folder in diffusers format.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.base: {part}/{name} of {self.name} cannot be read as JSON ({error}); fetch the model again.") from None
+        if not isinstance(found, dict):
+            raise UserError(f"model.base: {part}/{name} of {self.name} holds no `name: value` pairs; fetch the model again.")
+        return found
 
 
 def find_base(name: str, revision: str | None = None, parts: list[str] | None = None) -> Base:

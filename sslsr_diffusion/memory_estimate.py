@@ -48,7 +48,7 @@ def describe_memory(recipe: Recipe, available: int | None = None) -> list[str]:
         available: bytes that the device has; each line then says whether it fits.
     """
     lines = [
-        "memory per process, estimated (kernels' workspaces and the framework itself, on a CPU about half a GiB, come on top)"
+        "memory per process, estimated (on top: kernels' workspaces, a quarter of it on a CPU, and the framework, about half a GiB)"
         + ("" if available is None else f"; this device has {available / GIB:.1f} GiB")
     ]
     for name, variant in _variants(recipe).items():

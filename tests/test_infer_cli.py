@@ -49,6 +49,9 @@ def desk(tmp_path, monkeypatch, calls):
     model = tmp_path / "runs" / "mine" / "pipeline"
     model.mkdir(parents=True)
     (model / "model_index.json").write_text(json.dumps({"_class_name": "StableSRPipeline"}))
+    for part in ("unet", "vae"):  # three levels each: tiles are multiples of 4 * 4 pixels
+        (model / part).mkdir()
+        (model / part / "config.json").write_text(json.dumps({"block_out_channels": [8, 8, 8]}))
     for name in ("a.png", "sub/b.jpg"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         write_image(tmp_path / "in" / name, Image(np.random.default_rng(0).integers(0, 256, (20, 16, 3), dtype=np.uint8)))
@@ -72,6 +75,13 @@ def test_the_newest_run_is_taken_and_said(desk, calls):
     assert calls[1]["tile"] == 256
     assert calls[1]["color_fix"] == "adain"
     assert calls[1]["generator"].initial_seed() == 9
+
+
+def test_a_memory_budget_reaches_the_loader_and_every_picture_but_not_the_record(desk, calls):
+    assert run("--input", "in", "--memory-budget", "500MB").exit_code == 0
+    assert calls[0] == {"device": "auto", "dtype": "auto", "memory_budget": 500 * 10**6, "tile": "auto"}
+    assert [call["memory_budget"] for call in calls[1:]] == [500 * 10**6] * 2
+    assert "0 done, 2 skipped" in run("--input", "in", "--memory-budget", "2GiB").output
 
 
 def test_the_second_time_not_even_the_model_is_loaded(desk, calls):
@@ -112,6 +122,9 @@ def test_name_collisions_and_losses_are_listed(desk):
         (["--input", "in", "--model", "runs/other"], "no such folder|not a hub id|cannot be reached"),
         (["--input", "in", "--model", "in"], "expected a folder with a model_index.json"),
         (["--input", "in", "--tile", "big"], "expected a side in output pixels"),
+        (["--input", "in", "--tile", "3"], "^--tile: expected a multiple of 16 pixels, 'auto' or none, came 3"),
+        (["--input", "in", "--device", "foo"], "^--device foo: expected auto, cpu, cuda, cuda:1 or mps"),
+        (["--input", "in", "--memory-budget", "much"], "^--memory-budget much: expected a size such as 8GB"),
         (["--input", "in", "--output", "in"], "folder of the input pictures"),
         (["--input", "in", "--output", "in/a.png"], "cannot be written"),
     ],

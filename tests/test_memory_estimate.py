@@ -28,20 +28,13 @@ COMMON = [
 CASES = {
     "diffusion": [
         "tiny",
-        "training.crop_size=256",
+        "training.crop_size=192",
         "training.batch_size=6",
         "training.decode_crop=null",
         "losses=[{kind: diffusion}, {kind: pixel_l1}]",
     ],
-    "checkpointed": [
-        "tiny",
-        "training.crop_size=256",
-        "training.batch_size=6",
-        "training.gradient_checkpointing=true",
-        "losses=[{kind: diffusion}]",
-    ],
-    "autoencoder": ["tiny_autoencoder", "training.crop_size=256", "training.batch_size=4"],
-    "cfw": ["cfw_ssl", "training.crop_size=256", "training.batch_size=3", "training.synthesis_steps=2", "losses=[{kind: pixel_l1}]"],
+    "autoencoder": ["tiny_autoencoder", "training.crop_size=192", "training.batch_size=4"],
+    "cfw": ["cfw_ssl", "training.crop_size=192", "training.batch_size=3", "training.synthesis_steps=2", "losses=[{kind: pixel_l1}]"],
 }
 CASES["cfw"] += ["training.mixed_precision=no", "training.gradient_checkpointing=false"]
 
@@ -80,9 +73,10 @@ for name, arguments in json.loads(sys.argv[1]).items():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 def test_the_estimate_is_near_what_steps_on_a_cpu_take(tmp_path: Path) -> None:
-    """0.75 to 1.6 of the estimate, beside 150 MB that no shape knows: libraries at first use, kernels, pictures that are read.
+    """0.75 to 1.4 of the estimate, beside a quarter of a GiB that no shape knows: libraries at first use, kernels, pictures that are read.
 
-    Above 1: convolutions copy activations into their own order, and freed blocks are kept. Below: shapes are not always alive together.
+    Above 1: convolutions copy activations into their own order, and freed blocks are kept (1.2 to 1.3 when this was written, 1.25 at
+    full size). Below: shapes are not always alive together.
     """
     cases = {name: [recipe, *COMMON, *values] for name, (recipe, *values) in CASES.items()}
     done = subprocess.run([sys.executable, "-c", STEPS, json.dumps(cases)], capture_output=True, text=True, cwd=tmp_path)
@@ -92,7 +86,7 @@ def test_the_estimate_is_near_what_steps_on_a_cpu_take(tmp_path: Path) -> None:
     report = {name: (measured[name] >> 20, estimated[name] >> 20) for name in cases}
     print(report)
     for name in cases:
-        assert 0.75 * estimated[name] <= measured[name] <= 1.6 * estimated[name] + (150 << 20), report
+        assert 0.75 * estimated[name] <= measured[name] <= 1.4 * estimated[name] + (256 << 20), report
 
 
 def test_lines_say_what_fits_and_keep_the_samples_of_a_step() -> None:

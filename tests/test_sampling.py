@@ -13,7 +13,7 @@ from torch import Tensor
 from sslsr_diffusion import models
 from sslsr_diffusion.convert.shapes import encoder_config, unet_config
 from sslsr_diffusion.convert.stablesr import convert_structural_encoder, convert_unet
-from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.inference.denoising import TiledDenoiser
 from sslsr_diffusion.inference.sampling import (
     SAMPLERS,
@@ -233,6 +233,25 @@ def test_strength_keeps_the_last_steps(strength, kept):
 def test_impossible_strength_is_refused(strength):
     with pytest.raises(UserError, match="strength"):
         kept_steps(10, strength)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_schedulers_of_other_families_are_refused(name):
+    with pytest.raises(UserError, match=f"{name} is not of the DDPM family"):
+        build_sampler(name, make_scheduler(), 4)
+
+
+def test_a_scheduler_whose_package_is_missing_says_so(monkeypatch):
+    import diffusers
+
+    class Absent:
+        @classmethod
+        def from_config(cls, *args, **kwargs):
+            raise ImportError("\nAbsentScheduler requires the torchsde library but it was not found: pip install torchsde\n")
+
+    monkeypatch.setattr(diffusers, "AbsentScheduler", Absent, raising=False)
+    with pytest.raises(MissingDependency, match=r"sampler: AbsentScheduler needs .* pip install torchsde$"):
+        build_sampler("AbsentScheduler", make_scheduler(), 4)
 
 
 @pytest.mark.parametrize("name", ["dpmm", "DPMUnknownScheduler", "DiffusionPipeline"])

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.seeding import sample_generator
 
 Predict = Callable[[Tensor, float], Tensor]  # (x_t as the network wants it, t) -> prediction
@@ -251,8 +251,14 @@ def _by_name(name: str, scheduler: Any) -> Any:
     cls = getattr(diffusers, SAMPLERS.get(name, name), None) if SAMPLERS.get(name, name).endswith("Scheduler") else None
     if cls is None:
         raise UserError(f"sampler: {name!r} is unknown; expected one of {', '.join(SAMPLERS)} or the name of a diffusers scheduler class.")
-    # "linspace" begins at the last timestep, where the published start is noised; the others begin lower
-    return cls.from_config(scheduler.config, timestep_spacing="linspace")
+    try:
+        # "linspace" begins at the last timestep, where the published start is noised; the others begin lower
+        made = cls.from_config(scheduler.config, timestep_spacing="linspace")
+    except ImportError as error:
+        raise MissingDependency(f"sampler: {name} needs a package that is not installed: {' '.join(str(error).split())}") from None
+    if not hasattr(made, "add_noise") or not hasattr(made, "alphas_cumprod"):
+        raise UserError(f"sampler: {name} is not of the DDPM family, which this model was trained for; use one of {', '.join(SAMPLERS)}.")
+    return made
 
 
 OWN = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}

@@ -80,23 +80,26 @@ def stop_at_ten(job):
 
 
 def test_the_best_value_survives_a_resume(tmp_path):
-    """The passes after the resume are worse: none takes the best one's place; history and tracker count on."""
-    looking = toy_validation(every=5, strength=lambda: 0.1)
-    fit(replace(toy_job(tmp_path / "run", steps=10, log_every=1), validation=looking, checkpoints=CheckpointSettings(every=5)))
-    worse = toy_validation(every=5, strength=lambda: 0.3)
-    output = OutputSettings(dir=str(tmp_path / "run"))
-    result = fit(
-        replace(toy_job(tmp_path / "run", log_every=1), validation=worse, output=output), resume=str(tmp_path / "run/checkpoint-5")
-    )
+    """Passes after the resume are worse: none takes the best one's place; history and tracker count on."""
+    strengths = iter([0.2] * 3 + [0.1] * 3)
+    looking = toy_validation(every=5, strength=lambda: next(strengths))
+    first = replace(toy_job(tmp_path / "run", steps=10, log_every=1), validation=looking, checkpoints=CheckpointSettings(every=5))
+    tracked = OutputSettings(dir=str(tmp_path / "run"))
+    fit(replace(first, output=tracked))
+    worse = replace(toy_job(tmp_path / "run", log_every=1), validation=toy_validation(every=5, strength=lambda: 0.3))
+    elsewhere = replace(worse, output=OutputSettings(dir=str(tmp_path / "elsewhere"), trackers=()))
+    result = fit(elsewhere, resume=str(tmp_path / "run/checkpoint-5"))  # without best/, as from the hub
+    assert result.best == pytest.approx(0.04, rel=0.3)
+    result = fit(replace(worse, output=tracked), resume=str(tmp_path / "run/checkpoint-5"))
     assert result.best == pytest.approx(0.01, rel=0.3)
-    assert read_checkpoint(tmp_path / "run/best").state["progress"] == {"step": 5, "best": result.best}
-    assert read_checkpoint(tmp_path / "run/checkpoint-20").state["progress"]["best_step"] == 5
+    assert read_checkpoint(tmp_path / "run/best").state["progress"] == {"step": 10, "best": result.best}
+    assert read_checkpoint(tmp_path / "run/checkpoint-20").state["progress"]["best_step"] == 10
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss/total" in row] == list(range(1, 21))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (events,) = (tmp_path / "run/tensorboard").rglob("events.out.*")
-    assert [entry.step for entry in EventAccumulator(str(events)).Reload().Scalars("loss/total")] == list(range(6, 21))
+    events = EventAccumulator(str(next((tmp_path / "run/tensorboard").rglob("events.out.*")).parent)).Reload()
+    assert [entry.step for entry in events.Scalars("loss/total")] == list(range(1, 21))  # what was logged after step 5 is forgotten
 
 
 def test_what_lies_in_best_is_the_record(tmp_path, monkeypatch, caplog):
@@ -136,7 +139,9 @@ def test_a_replacement_that_was_cut_off_is_put_back(tmp_path, part):
     """Killed between the two renames: the older folder has only its temporary name."""
     fit(replace(toy_job(tmp_path / "run"), validation=toy_validation(every=20)))
     (tmp_path / "run" / part).rename(tmp_path / f"run/.tmp-old-{part}")
+    (tmp_path / "run/.tmp-versions.json-7").write_text("cut off")
     RunFolder(tmp_path / "run").start({}, 20)
+    assert not list((tmp_path / "run").glob(".tmp*"))
     assert any((tmp_path / "run" / part).iterdir())
 
 

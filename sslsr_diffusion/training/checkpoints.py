@@ -138,8 +138,16 @@ def prune_checkpoints(run: Path, keep: int) -> None:
         doomed = folder.with_name(f"{_TEMPORARY}doomed-{folder.name}")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)  # a deletion that is cut off must not leave half a checkpoint under a good name
+    clear_leftovers(run)
+
+
+def clear_leftovers(run: Path) -> None:
+    """Delete what writes that were cut off have left."""
     for leftover in run.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:

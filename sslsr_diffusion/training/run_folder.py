@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training.checkpoints import disk_errors, latest_checkpoint, put_back, replace_folder, write_atomically
+from sslsr_diffusion.training.checkpoints import clear_leftovers, disk_errors, latest_checkpoint, put_back, replace_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class RunFolder:
             self.pictures.mkdir(parents=True, exist_ok=True)
             for folder in (self.best, self.pipeline):
                 put_back(folder)
+            clear_leftovers(self.path)
             write_atomically(self.recipe, yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).encode())
             write_atomically(self.path / "versions.json", json.dumps(versions(), indent=1).encode())
             kept = [row for row in self.history() if row["step"] <= step]

@@ -239,4 +239,4 @@ def test_out_of_memory_says_what_would_fit(monkeypatch):
     with pytest.raises(UserError) as caught:
         sslsr(*small("tiny", "runs/tiny", "model.vae=null", "training.batch_size=4"))
     assert "Tried to allocate 2.00 GiB." in str(caught.value)
-    assert re.search(r"batch_size: 1 +1\.00 GiB", str(caught.value))
+    assert re.search(r"batch_size: 1, accumulate: 4 +1\.00 GiB", str(caught.value))

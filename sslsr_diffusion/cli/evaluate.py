@@ -91,7 +91,7 @@ def evaluate(
     scores = _score(pairing, chosen, output, crop_border, y_channel, device)
     options = {"crop_border": crop_border, "y_channel": y_channel, **({"suffix": suffix} if suffix else {})}
     problems = _write(scores, pairing, lacking, output, options, examples)
-    if not any(np.isfinite(values).any() for by in (*scores.values.values(), *scores.whole_set.values()) for values in by.values()):
+    if not any((~np.isnan(values)).any() for by in (*scores.values.values(), *scores.whole_set.values()) for values in by.values()):
         raise UserError(f"no metric has a value for any image, see the remarks; the first: {problems[0] if problems else 'none'}")
     if strict and problems:
         raise UserError(f"--strict: {len(problems)} remark(s), see above; the first: {problems[0]}")

@@ -183,7 +183,8 @@ def table_row(row: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
+    chosen = [row for row in rows if row["backward"] and row["density"] == 0.1 and row["stride"] == 1]
+    if importlib.util.find_spec("matplotlib") is None or not chosen:
         return
     import matplotlib
 
@@ -191,14 +192,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    chosen = [row for row in rows if row["backward"] and row["density"] == 0.1 and row["stride"] == 1]
-    for key, label in (("ours", rows[0]["backend"]), ("baseline", rows[0]["baseline_backend"])):
-        points = [(row["size"], row[key]["median_ms"]) for row in chosen if key in row]
+    for key, label in (("ours", f"ours ({rows[0]['backend']})"), ("baseline", f"baseline ({rows[0]['baseline_backend']})")):
+        points = sorted((row["size"], row[key]["median_ms"]) for row in chosen if key in row)
         if points:
             axes.plot(*zip(*points), marker="o", label=label)
     axes.set(
         xscale="log", yscale="log", xlabel="image side (pixels)", ylabel="forward + backward (ms)", title="Self-similarity loss, 10 % mask"
     )
+    sizes = sorted({row["size"] for row in chosen})
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xticks([], minor=True)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     figure.tight_layout()

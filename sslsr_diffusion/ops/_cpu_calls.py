@@ -11,9 +11,9 @@ import numba
 import numpy as np
 
 from sslsr_diffusion.ops import _cpu_pixels, _cpu_sums, _cpu_tiles, _simd
+from sslsr_diffusion.ops._cpu_pixels import weights
 from sslsr_diffusion.ops._cpu_tiles import LN2, ROW_EPS, Tile, set_factor, set_places, tile_exponents, tile_gradient, tile_loss
 
-weights = _cpu_pixels.weights
 TOP = 16  # rows of zeros above and below an image: vertical sums and blocks touch them
 
 

@@ -15,14 +15,19 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from sslsr_diffusion.ops import _cpu_pixels as pixels_
-from sslsr_diffusion.ops import _cpu_sums as sums_
-
-copy_rows, add_rows, take_block, hand_over = pixels_.copy_rows, pixels_.add_rows, pixels_.take_block, pixels_.hand_over
-interact, settle = pixels_.interact, pixels_.settle
-exponents, compare, adjoint, energies = pixels_.exponents, pixels_.compare, pixels_.adjoint, pixels_.energies
-vertical_differences, vertical_sums, horizontal_sums = sums_.vertical_differences, sums_.vertical_sums, sums_.horizontal_sums
-lost_columns, lost_rows = sums_.lost_columns, sums_.lost_rows
+from sslsr_diffusion.ops._cpu_pixels import (
+    add_rows,
+    adjoint,
+    compare,
+    copy_rows,
+    energies,
+    exponents,
+    hand_over,
+    interact,
+    settle,
+    take_block,
+)
+from sslsr_diffusion.ops._cpu_sums import horizontal_sums, lost_columns, lost_rows, vertical_differences, vertical_sums
 
 LOG2E = 1 / math.log(2)
 LN2 = math.log(2)

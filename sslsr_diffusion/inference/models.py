@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,9 @@ def _quiet_diffusers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype")  # its new name is unknown to the oldest diffusers we allow
+            yield
     finally:
         logging.set_verbosity(level)
         if bar:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training import checkpoints
+from sslsr_diffusion.training import checkpoints, hub
 from sslsr_diffusion.training.checkpoints import (
     find_checkpoint,
     latest_checkpoint,
@@ -102,6 +102,13 @@ def test_find_checkpoint_takes_latest_a_folder_or_a_run(tmp_path):
     assert find_checkpoint(str(tmp_path), Path("nowhere")) == tmp_path / "checkpoint-5"
     with pytest.raises(UserError, match="no whole checkpoint"):
         find_checkpoint("latest", tmp_path / "other")
+
+
+def test_a_name_that_is_no_folder_is_looked_up_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "resolve_checkpoint_from_hub", lambda name: asked.append(name) or tmp_path / "checkpoint-7")
+    assert find_checkpoint("user/name", tmp_path) == tmp_path / "checkpoint-7"
+    assert asked == ["user/name"]
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_alone(tmp_path, monkeypatch):

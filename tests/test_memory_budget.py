@@ -102,11 +102,11 @@ for budget, side in json.loads(sys.argv[2]):
 def test_peak_memory_above_the_loaded_model_stays_below_the_budget(model: Path) -> None:
     """Stricter than the promise: weights and peak together stay below; a process's first call, which loads libraries, counts as well."""
     rows = []
-    for cases in ([("150MB", 256)], [("400MB", 1024)], [("250MB", 512), ("700MB", 1024), ("1.2GB", 1024)]):
+    for cases in ([("150MB", 256)], [("250MB", 512), ("700MB", 1024), ("1.2GB", 1024)]):
         done = subprocess.run([sys.executable, "-c", CALL, str(model), json.dumps(cases)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         rows += zip(cases, map(json.loads, done.stdout.splitlines()[-len(cases) :]))
-    assert len(rows) == 5
+    assert len(rows) == 4
     tiles = []
     for (budget, side), (above, weights, _, _, vae_tile) in rows:
         assert above + weights <= parse_bytes(budget), rows

@@ -29,12 +29,12 @@ CASES = {
     "diffusion": [
         "tiny",
         "training.crop_size=192",
-        "training.batch_size=6",
+        "training.batch_size=4",
         "training.decode_crop=null",
         "losses=[{kind: diffusion}, {kind: pixel_l1}]",
     ],
     "autoencoder": ["tiny_autoencoder", "training.crop_size=192", "training.batch_size=4"],
-    "cfw": ["cfw_ssl", "training.crop_size=192", "training.batch_size=3", "training.synthesis_steps=2", "losses=[{kind: pixel_l1}]"],
+    "cfw": ["cfw_ssl", "training.crop_size=192", "training.batch_size=2", "training.synthesis_steps=2", "losses=[{kind: pixel_l1}]"],
 }
 CASES["cfw"] += ["training.mixed_precision=no", "training.gradient_checkpointing=false"]
 

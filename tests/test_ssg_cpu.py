@@ -155,6 +155,26 @@ def test_kept_memory_is_bounded(monkeypatch):
     assert _cpu_plan._kept.block is None
 
 
+def test_an_interrupted_call_leaves_its_memory_to_its_workers(monkeypatch):
+    """Ctrl-C reaches the calling thread alone; while its workers end, the next call must not get what they write to."""
+    sr, gt, mask = make_pair(1, 3, 30, 37, density=0.3, seed=8)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def graph():
+        return self_similarity_graph(sr.float().requires_grad_(), mask, search_size=7, window_size=3, backend="cpu").square().sum()
+
+    for call in (lambda: loss_and_gradient(sr, gt, mask), graph, graph().backward):
+        loss_and_gradient(sr, gt, mask)
+        assert _cpu_plan._kept.block is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(_cpu_plan, "share", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                call()
+        assert _cpu_plan._kept.block is None
+
+
 def test_layouts_of_memory():
     """Channels last, slices and expanded masks are taken as they come."""
     sr, _, mask = make_pair(2, 3, 16, 18, density=0.3, seed=0)

@@ -121,13 +121,15 @@ def test_equal_images(backend, normalize):
             assert x.grad.abs().max() > 1e-4  # un-normalised rows are no distributions: documented
 
 
+@pytest.mark.parametrize("batch", [2, 0])
 @pytest.mark.parametrize("backend", FUSED)
-def test_empty_mask_is_zero_with_a_graph(backend):
-    sr = torch.full((2, 3, 16, 16), float("nan"), requires_grad=True)
-    loss, terms = SelfSimilarityLoss(**SMALL, backend=backend)(sr, torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16), return_terms=True)
+def test_empty_mask_or_batch_is_zero_with_a_graph(backend, batch):
+    sr, mask = torch.full((batch, 3, 16, 16), float("nan"), requires_grad=True), torch.zeros(batch, 1, 16, 16)
+    loss, terms = SelfSimilarityLoss(**SMALL, backend=backend)(sr, torch.rand(batch, 3, 16, 16), mask, return_terms=True)
     loss.backward()
     assert loss.item() == terms["l1"] == terms["kl"] == terms["rows"] == 0
     assert (sr.grad == 0).all()
+    assert self_similarity_graph(sr, mask, **SMALL, backend=backend).shape == (0, 49)
 
 
 @pytest.mark.parametrize("num_rows", [0, 0.0, torch.tensor(0), torch.tensor(0.0)])

@@ -77,7 +77,7 @@ def plan(mask: Tensor, channels: int, search: int, window: int, normalize: bool)
         tile_height, tile_width = _shape_of_tiles(height, width, batch, search, window, workers, widest, tallest)
         counts, positions, rows = compiled.bucket(marked, tile_height, tile_width)
         dense = counts > 0.6 * tile_height * tile_width
-        most = int(np.where(dense, tile_height * tile_width, counts).max())
+        most = int(np.where(dense, tile_height * tile_width, counts).max(initial=0))
         if most * search**2 * 4 <= _TILE_BYTES:
             break
     down, across = -(-height // tile_height), -(-width // tile_width)
@@ -129,20 +129,25 @@ class Memory:
     """One call's memory: the padded images, then for each thread its gradient of the first and its buffers.
 
     The calling thread keeps it for its next call (fresh pages cost time), unless it is larger than 48 MB; it is freed when the thread
-    ends, or when a larger call replaces it. Nothing is shared between threads or with a forked child.
+    ends, or when a larger call replaces it. Nothing is shared between threads or with a forked child. A call that is interrupted does
+    not come to `keep`: its workers may still be writing.
     """
 
     def __init__(self, plan: Plan, images: int, with_gradient: bool):
         self.plan, self.images, self.gradient = plan, images, plan.image if with_gradient else 0
         self.own = self.gradient + sum(plan.parts.values())
         size = images * plan.image + plan.workers * self.own + 16
-        block = getattr(_kept, "block", None)
+        block, _kept.block = getattr(_kept, "block", None), None
         if block is None or len(block) < size:
-            _kept.block = None  # freed before the larger one is made
+            block = None  # freed before the larger one is made
             block = np.empty(size, np.float32)
-            if block.nbytes <= _KEPT_BYTES:
-                _kept.block = block
+        self.whole = block
         self.block = block[-(block.ctypes.data // 4) % 16 :]  # from a cache line on
+
+    def keep(self) -> None:
+        """The call is over and nothing of it is in use."""
+        if self.whole.nbytes <= _KEPT_BYTES:
+            _kept.block = self.whole
 
     def image(self, number: int) -> np.ndarray:
         return self.block[number * self.plan.image : (number + 1) * self.plan.image]

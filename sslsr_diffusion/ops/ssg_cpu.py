@@ -51,6 +51,7 @@ def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, 
         )  # fmt: skip
 
     plans.share(plan, ("graph", channels, window), work)
+    memory.keep()
     return out
 
 
@@ -82,6 +83,7 @@ def _graph_backward(
 
     plans.share(plan, ("graph gradient", channels, window), work)
     compiled.fold(memory.gradients(), memory.own, plan.workers, gradient.numpy(), plan.lead, 1.0, plan.layout)
+    memory.keep()
     return gradient
 
 
@@ -140,6 +142,7 @@ def _loss(
     total = l1_weight * l1 + kl_weight * kl
     if with_gradient:
         compiled.fold(memory.gradients(), memory.own, plan.workers, gradient.numpy(), plan.lead, share, plan.layout)
+    memory.keep()
     return sr.new_tensor(total), sr.new_tensor(l1), sr.new_tensor(kl), gradient
 
 

@@ -22,11 +22,11 @@ def graph(image: Tensor, mask: Tensor, settings: Settings) -> Tensor:
     The search square around each masked pixel is cut out BEFORE the window slides over it, so window samples
     outside the square count as 0 (published code; eq. 1.1 of the specification).
     """
-    batch, channels = image.shape[:2]
+    channels = image.shape[1]
     search, reach, half = settings.search, settings.reach, settings.half
     padded = F.pad(image, (reach, reach, reach, reach), mode="reflect")
     squares = F.unfold(padded, search).transpose(1, 2)  # [B, H*W, C*k*k]
-    squares = squares[mask.reshape(batch, -1)].reshape(-1, channels, search, search)  # [N, C, k, k]
+    squares = squares[mask.flatten(1)].reshape(-1, channels, search, search)  # [N, C, k, k]
     if len(squares) == 0:
         return squares.reshape(0, search**2)
     patches = F.unfold(squares, settings.window, padding=half)  # [N, C*w*w, k*k]

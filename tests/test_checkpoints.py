@@ -91,8 +91,19 @@ def test_newest_by_number_not_by_name(tmp_path):
     for step in (9, 10, 100):
         write_checkpoint(tmp_path / f"checkpoint-{step}", TENSORS, {})
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
-    prune_checkpoints(tmp_path, keep=2)
+    prune_checkpoints(tmp_path, keep=2, step=100)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
+
+
+def test_later_ones_never_push_out_what_was_just_written(tmp_path):
+    """The newest is damaged, so the run went back to an earlier one and was stopped before it had got as far again."""
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path / f"checkpoint-{step}", TENSORS, {})
+    (tmp_path / "checkpoint-30" / "state.json").write_text("x")
+    write_checkpoint(tmp_path / "checkpoint-24", TENSORS, {})
+    prune_checkpoints(tmp_path, keep=1, step=24)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-24"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-24"]
 
 
 def test_find_checkpoint_takes_latest_a_folder_or_a_run(tmp_path):
@@ -145,7 +156,7 @@ def _write_forever(folder: Path) -> None:
     while True:
         step += 1
         write_checkpoint(folder / f"checkpoint-{step}", big, {"step": step})
-        prune_checkpoints(folder, keep=2)
+        prune_checkpoints(folder, keep=2, step=step)
 
 
 def test_kill_minus_nine_during_writes_never_leaves_a_bad_one(tmp_path):

@@ -132,9 +132,16 @@ def find_checkpoint(where: str, run: Path) -> Path:
     return found
 
 
-def prune_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and leftovers of writes that were cut off."""
-    for _, folder in _numbered(run)[:-keep]:
+def prune_checkpoints(run: Path, keep: int, step: int) -> None:
+    """After checkpoint `step` was written: delete all but the newest `keep` up to it, and leftovers of writes that were cut off.
+
+    Later ones are damaged, or the run went back from them: they must neither push out the new one nor be the latest.
+    """
+    found = _numbered(run)
+    kept = [folder for number, folder in found if number <= step][-keep:]
+    for _, folder in reversed(found):
+        if folder in kept:
+            continue
         doomed = folder.with_name(f"{_TEMPORARY}doomed-{folder.name}")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)  # a deletion that is cut off must not leave half a checkpoint under a good name

@@ -240,7 +240,7 @@ def _save(job: Job, session: Session, folder: RunFolder, loader: Any) -> None:
             write_checkpoint(target, tensors, {**state, "recipe": job.recipe, "base": job.base})
             if job.publisher is not None:  # also tries again what could not be published before
                 job.publisher.checkpoint(target if job.output.push_state else None)
-            prune_checkpoints(folder.path, job.checkpoints.keep)
+            prune_checkpoints(folder.path, job.checkpoints.keep, session.progress.step)
         except OSError as reason:
             error = f"checkpoint at step {session.progress.step} could not be written ({reason}); the earlier ones are untouched"
             logger.warning("%s", error)

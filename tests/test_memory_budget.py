@@ -13,7 +13,7 @@ import torch
 
 from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
-from sslsr_diffusion.inference import placement
+from sslsr_diffusion.inference import memory, placement
 from sslsr_diffusion.inference.memory import is_out_of_memory, parse_bytes, shown_bytes
 from sslsr_diffusion.inference.models import load_pipeline
 from sslsr_diffusion.inference.placement import find_device, place
@@ -126,6 +126,25 @@ def test_peak_memory_on_a_gpu_stays_below_the_budget(model: Path) -> None:
         pipe(torch.rand(3, side // 4, side // 4), num_inference_steps=1, output_type="pt", memory_budget=parse_bytes(budget))
         assert torch.cuda.max_memory_allocated() <= parse_bytes(budget)
         del pipe
+
+
+@pytest.mark.parametrize(
+    ("folder", "names", "cached"),
+    [
+        ("", ("memory.max", "memory.current"), "inactive_file"),
+        ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"),
+    ],
+)
+def test_files_that_a_container_has_read_are_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder, names, cached) -> None:
+    """Loading a model leaves its files in the kernel's cache, which a container's usage includes."""
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory._container_bytes() > 10**15
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for name, value in zip(names, (1000, 900)):
+        (tmp_path / folder / name).write_text(f"{value}\n")
+    assert memory._container_bytes() == 100
+    (tmp_path / folder / "memory.stat").write_text(f"anon 300\n{cached} 500\n")
+    assert memory._container_bytes() == 600
 
 
 def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,16 @@ def test_the_denoiser_gets_smaller_tiles_and_the_picture_is_that_of_such_tiles(e
     torch.testing.assert_close(out.images, fixed.images, atol=2e-4, rtol=0)  # as in test_pipeline: another order of sums
 
 
+def test_a_wide_overlap_shrinks_with_the_tiles_for_later_pictures_too():
+    """96 of 128 pixels; the tiles that memory allows are 96 wide, where such an overlap would be refused."""
+    pipe = make_pipeline()
+    with limited(pipe.unet, 24 * 24, HOST):
+        for seed in range(2):
+            out = pipe(photo(40, 40, seed=seed), num_inference_steps=1, output_type="pt", tile_overlap=96)
+            assert out.plans[0].tile == 96
+            assert 0 < out.plans[0].tile_overlap < 96
+
+
 def test_several_samples_per_call_become_one_before_tiles_shrink():
     pipe = make_pipeline()
     pictures = torch.stack([photo(seed=k) for k in range(3)])

@@ -29,6 +29,7 @@ _SHARE = 0.8  # of the free memory that a run may take
 _PICTURES = 6  # float32 copies of the whole padded picture at once, at most: enlarged, padded, decoded, colours
 _LATENTS = 8  # the same of its latent: start, noise, prediction, blended
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+_CGROUP = Path("/sys/fs/cgroup")
 Offload = Literal["none", "model", "sequential"]
 
 
@@ -177,18 +178,24 @@ def device_bytes(device: torch.device) -> int:
     limits = [psutil.virtual_memory().total]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
-            limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+            limits.append(int((_CGROUP / name).read_text()))
     return min(limits)
 
 
 def _container_bytes() -> int:
     """What a container's limit leaves; a container sees its host's memory as its own."""
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        root = Path("/sys/fs/cgroup")
+    for folder, limit, used, cached in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        place = _CGROUP / folder
         try:
-            return max(0, int((root / limit).read_text()) - int((root / used).read_text()))
+            room = int((place / limit).read_text()) - int((place / used).read_text())
         except (OSError, ValueError):
             continue  # no such limit, or "max"
+        with contextlib.suppress(OSError, ValueError, KeyError):  # files that were read count as used, and go when room is needed
+            room += int(dict(line.split() for line in (place / "memory.stat").read_text().splitlines())[cached])
+        return max(0, room)
     return 1 << 62
 
 

@@ -125,6 +125,8 @@ def make_plan(
     side, vae_side = chosen["tile"], chosen["vae_tile"]
     if overlap is not None and side < (asked["tile"] or 0):
         overlap = overlap * side // (asked["tile"] or side) // vae_scale * vae_scale
+    elif overlap is not None and side == limits.get("tile"):  # "auto", made smaller by what was found
+        overlap = min(overlap, side // 2 // vae_scale * vae_scale)
     plan = Plan(
         *padded,
         tile=side if side < longest else None,

@@ -94,3 +94,15 @@ def test_a_killed_worker_is_told_in_one_sentence(folder):
     os.kill(loader._batches._workers[0].pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"ended from outside, .* lower data\.workers or data\.prefetch and resume"):
         take(loader, 5)  # some batches may have been made before
+
+
+def test_a_fault_of_the_code_in_a_worker_is_not_taken_for_a_killed_one(folder, monkeypatch):
+    loader = open_small(from_folder(folder, workers=1))
+
+    def broken(*_):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(loader._maker, "make", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        next(loader)
+    loader.close()

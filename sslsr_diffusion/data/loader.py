@@ -106,7 +106,7 @@ class TrainingLoader:
         try:
             made = next(self._batches)
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker (pid" not in str(error):  # else raised by the samples' own code
                 raise
             raise UserError(
                 "data: a process that prepares samples was ended from outside, most often for lack of memory; "

@@ -151,7 +151,7 @@ def test_one_process_killed_ends_the_other_with_a_sentence_and_one_alone_goes_on
     writing = FORK.Event()
     options = {**LINEAR, "steps": 1000}
     members = company(tmp_path / "run", {**options, "batch_size": 1}, writing)
-    assert writing.wait(60)
+    assert writing.wait(180)
     members[victim].kill()
     begin = time.monotonic()
     other = members[1 - victim]
@@ -177,7 +177,7 @@ def test_all_processes_skip_a_step_that_went_wrong_on_one_and_the_log_has_its_na
     """Samples 4 and 5 belong to step 3; only the second process sees the bad one."""
     options = {**LINEAR, "steps": 6, "batch_size": 1}
     for process in company(tmp_path / "two", {**options, "poison": range(5, 6)}):
-        process.join(60)
+        process.join(180)
         assert process.exitcode == 0
     fit(toy_job(tmp_path / "one", dropout=0, **{**options, "batch_size": 2}, poison=range(4, 5)))
     two, one = (read_checkpoint(tmp_path / name / "checkpoint-6") for name in ("two", "one"))
@@ -220,6 +220,6 @@ def test_two_machines_equal_one_and_end_together(tmp_path):
             machine.kill()
     assert "another process of this run has ended or cannot be reached" in (tmp_path / "1.txt").read_text()
     for process in company(tmp_path / "pair", {**LINEAR, "batch_size": 1, "steps": 3}):
-        process.join(60)
+        process.join(180)
     two, one = (read_checkpoint(tmp_path / name / "checkpoint-3").tensors["trained"] for name in ("run", "pair"))
     assert all(torch.equal(two[name], value) for name, value in one.items())

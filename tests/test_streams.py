@@ -90,6 +90,14 @@ def test_a_damaged_shard_is_left_out_and_named(tmp_path, kind, streaming):
         open_small(settings(source))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_a_path_that_looks_like_a_pattern_is_a_path(tmp_path, kind):
+    folder = tmp_path / "set [v1]*"
+    folder.mkdir()
+    loader = open_small(settings(_source(folder, kind, 2), degradation={"preset": "bicubic"}), batch_size=4)
+    assert len(set(_ids(take(loader, 10)))) == ROWS
+
+
 def test_a_stream_that_hiccups_loses_nothing_and_one_that_ends_says_where(tmp_path, monkeypatch):
     source = ParquetSource(**_source(tmp_path, "parquet", 4))
     wanted = [item.name for item in itertools.islice(Stream(source, 0), 60)]

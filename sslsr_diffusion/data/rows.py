@@ -110,7 +110,7 @@ def _sound(files: list[Path], lost: list[str]) -> list[str]:
     checks: dict[str, Callable[[Path], str]] = {".parquet": _parquet_problem, ".tar": lambda path: pictures_in(path)[1]}
     problems = {path: checks[path.suffix](path) for path in files if path.suffix in checks}
     lost += [problem for problem in problems.values() if problem]
-    sound = [str(path) for path in files if not problems.get(path)]
+    sound = [glob.escape(str(path)) for path in files if not problems.get(path)]  # `datasets` takes them for patterns
     if not sound:
         raise UserError(f"{lost[0]} No file is left.")
     return sound

@@ -70,7 +70,8 @@ def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_chang
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         device = torch.device("cuda" if torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU") else "cpu")
         advice = "\n".join(describe_memory(recipe, device_bytes(device)))
-        raise UserError(f"out of memory: {reason}\n{advice}\nChange one of these under training and go on with --resume latest.") from None
+        onward = "go on with --resume latest (and --allow-recipe-change where it asks for that), or begin anew with --restart."
+        raise UserError(f"out of memory: {reason}\n{advice}\nChange one of these under training and {onward}") from None
     if not main:
         return
     for problem in result.problems:

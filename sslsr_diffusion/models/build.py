@@ -202,7 +202,9 @@ def _upscaler(settings: ModelSettings, base: Base, meta: bool, seed: int) -> Den
         return Denoiser(_loaded(SFTUNet2DConditionModel, base, "unet", meta), _loaded(StructuralEncoder, base, "structural_encoder", meta))
     log.info("%s has no structural encoder: it and the SFT layers are drawn new", base.name)
     plain, preset = _loaded(UNet2DConditionModel, base, "unet", meta), load_preset(settings.preset)
-    same = all(list(plain.config[name]) == preset["unet"][name] for name in ("block_out_channels", "down_block_types"))
+    same = plain.config.in_channels == preset["unet"]["in_channels"] and all(
+        list(plain.config[name]) == preset["unet"][name] for name in ("block_out_channels", "down_block_types")
+    )
     widths = {name: preset["unet"][name] for name in SFT_ARGUMENTS if same and name in preset["unet"]}
     with _seeded(seed, meta):
         unet = SFTUNet2DConditionModel.from_unet(plain, **widths)

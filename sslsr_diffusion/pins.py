@@ -11,6 +11,7 @@ from typing import Any
 
 from sslsr_diffusion.recipe import Recipe, resolved
 from sslsr_diffusion.training.checkpoints import STATE
+from sslsr_diffusion.training.hub import is_hub_id
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +49,12 @@ def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
 def _hub_ids(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
     """(place in the recipe, "model" or "dataset", id, revision)."""
     model = recipe.model
-    if model.init == "pretrained" and _is_id(model.base):
+    if model.init == "pretrained" and is_hub_id(model.base):
         yield "model", "model", model.base, model.revision
     for key in ("sources", "validation"):
         for index, source in enumerate(getattr(recipe.data, key)):
-            if source.kind == "hub" and _is_id(source.path):
+            if source.kind == "hub" and is_hub_id(source.path):
                 yield f"data.{key}.{index}", "dataset", source.path, source.revision
-
-
-def _is_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def recorded_state(checkpoint: Path) -> dict[str, Any]:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from scripts import ROOT, load_script
 
 from sslsr_diffusion.errors import UserError
 
-_SCRIPT = Path(__file__).parent.parent / "examples" / "collect_photographs.py"
-_SPEC = importlib.util.spec_from_file_location("collect_photographs", _SCRIPT)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-collecting = importlib.util.module_from_spec(_SPEC)
-sys.modules["collect_photographs"] = collecting  # dataclasses look their module up
-_SPEC.loader.exec_module(collecting)
+EXAMPLES = ROOT / "examples"
+collecting = load_script("examples/collect_photographs.py")
 
 
 def test_table_names_everything_once_with_author_and_licence() -> None:
@@ -33,9 +27,9 @@ def test_table_names_everything_once_with_author_and_licence() -> None:
 def test_a_tenth_is_validation_with_the_shipped_validation_pictures_and_none_that_the_demo_trains_on() -> None:
     held_out = {row.name for row in collecting.PHOTOGRAPHS if row.validation}
     assert len(held_out) >= len(collecting.PHOTOGRAPHS) / 10
-    shipped = _SCRIPT.parent / "photos"
+    shipped = EXAMPLES / "photos"
     assert {path.stem for path in (shipped / "validation").iterdir()} <= held_out
-    sources = (_SCRIPT.parent / "SOURCES.md").read_text(encoding="utf-8")
+    sources = (EXAMPLES / "SOURCES.md").read_text(encoding="utf-8")
     demo_files = {line.split("`")[3] for line in sources.splitlines() if line.startswith("| `photos/train/")}
     assert len(demo_files) == len(list((shipped / "train").iterdir()))
     assert demo_files.isdisjoint(row.file for row in collecting.PHOTOGRAPHS if row.validation)

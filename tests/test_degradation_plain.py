@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from goldens import load_golden
+from scripts import load_script
 
 from sslsr_diffusion.data import operations
 from sslsr_diffusion.data.degradation import Degradation, DegradationSettings
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "degradation.py"
-SPEC = importlib.util.spec_from_file_location("degradation_benchmark", PATH)
-assert SPEC is not None
-assert SPEC.loader is not None
-plain = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(plain)
+plain = load_script("benchmarks/degradation.py")
 GOLDEN = load_golden("ssl/degradation")
 
 

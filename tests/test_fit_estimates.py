@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from scripts import load_script
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
@@ -18,12 +16,7 @@ from sslsr_diffusion.data.estimate import Estimate, block_dct, blocking_quality,
 from sslsr_diffusion.data.fit import degradation_section
 from sslsr_diffusion.errors import UserError
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "fit_recovery.py"
-SPEC = importlib.util.spec_from_file_location("fit_recovery", PATH)
-assert SPEC is not None
-assert SPEC.loader is not None
-recovery = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(recovery)
+recovery = load_script("benchmarks/fit_recovery.py")
 
 
 @pytest.mark.skipif(len(recovery.PHOTOS) < 10, reason="the shipped photographs are not in this distribution")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from toys import toy_job, toy_losses, toy_validation
+from toys import assert_same_checkpoint, toy_job, toy_losses, toy_validation
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training import fit as fit_module
@@ -29,20 +28,6 @@ VARIANTS = {
 }
 
 
-def same(a: Path, b: Path) -> None:
-    """Every tensor of two checkpoints, and their counters."""
-    first, second = read_checkpoint(a), read_checkpoint(b)
-    assert first.tensors.keys() == second.tensors.keys()
-    for stem, group in first.tensors.items():
-        assert group.keys() == second.tensors[stem].keys()
-        for name, value in group.items():
-            torch.testing.assert_close(value, second.tensors[stem][name], rtol=0, atol=0, msg=f"{stem} {name}", equal_nan=True)
-    for state in (first.state, second.state):
-        state["progress"].pop("seconds")
-        state.pop("recipe")
-    assert first.state == second.state
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_twenty_steps_equal_ten_and_ten(tmp_path, variant):
     options = dict(VARIANTS[variant])
@@ -53,7 +38,7 @@ def test_twenty_steps_equal_ten_and_ten(tmp_path, variant):
     fit(replace(first, training=whole_schedule.model_copy(update={"steps": 10})) if "schedule" not in options else stop_at_ten(first))
     torch.rand(3)  # the global stream is somewhere else now
     fit(toy_job(tmp_path / "parts", losses=losses(), **options), resume="latest")
-    same(tmp_path / "whole/checkpoint-20", tmp_path / "parts/checkpoint-20")
+    assert_same_checkpoint(tmp_path / "whole/checkpoint-20", tmp_path / "parts/checkpoint-20")
 
 
 def stop_at_ten(job):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from sslsr_diffusion.losses.diffusion import DiffusionSettings
 from sslsr_diffusion.losses.pixel import PixelL1Settings
 from sslsr_diffusion.losses.self_similarity import SelfSimilaritySettings
 from sslsr_diffusion.seeding import sample_generator
+from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.fit import Job
 from sslsr_diffusion.training.objective import DiffusionObjective
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings, ValidationSettings
@@ -212,6 +213,21 @@ def toy_validation(every: int = 10, strength: Callable[[], float] = lambda: 0.1,
         settings=ValidationSettings(every=every, metrics=("mse",), best="mse", pictures=2, **values),
         higher_is_better={"mse": False},
     )
+
+
+def assert_same_checkpoint(first: Path, second: Path, *, apart: Sequence[str] = ("seconds",)) -> None:
+    """Every tensor of two checkpoints bit for bit, and their states but for the recipe and what stands `apart` in the progress."""
+    a, b = read_checkpoint(first), read_checkpoint(second)
+    assert a.tensors.keys() == b.tensors.keys()
+    for stem, group in a.tensors.items():
+        assert group.keys() == b.tensors[stem].keys()
+        for name, value in group.items():
+            torch.testing.assert_close(value, b.tensors[stem][name], rtol=0, atol=0, msg=f"{first.name}: {stem} {name}", equal_nan=True)
+    for state in (a.state, b.state):
+        for key in apart:
+            state["progress"].pop(key, None)
+        state.pop("recipe", None)
+    assert a.state == b.state
 
 
 def namespace(**values: Any) -> SimpleNamespace:

@@ -79,8 +79,9 @@ class SelfSimilarityLoss:
             return zero, {f"{self.name}/{term}": zero.detach() for term in ("l1", "kl")}
         if self.settings.published_range:
             sr = sr * 2 - 1
-        rows = None if count is None else torch.where(count > 0, count, 1.0)  # half a row is possible: rows / processes
-        value, terms = self.operator(sr, hr, self._mask(outputs), num_rows=rows, return_terms=True)
+        value, terms = self.operator(
+            sr, hr, self._mask(outputs), num_rows=count, return_terms=True
+        )  # half a row is possible: rows / processes
         return self.weight * value, {f"{self.name}/{term}": terms[term] for term in ("l1", "kl")}
 
     def _mask(self, given: Given) -> Tensor:

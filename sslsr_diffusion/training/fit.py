@@ -22,7 +22,7 @@ from sslsr_diffusion.training.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from sslsr_diffusion.training.company import left_alone
+from sslsr_diffusion.training.lost_process import lost_process_explained
 from sslsr_diffusion.training.machine import check_precision, check_trackers
 from sslsr_diffusion.training.objective import Objective
 from sslsr_diffusion.training.plots import plot_losses
@@ -90,7 +90,7 @@ def fit(job: Job, *, resume: str | None = None, allow_recipe_change: bool = Fals
     checkpoint_path = find_checkpoint(resume, folder.path) if resume else None
     session = Session(job.objective, job.losses, settings, seed=job.seed, trackers=job.output.trackers, run=folder.path)
     check_precision(settings.mixed_precision, session.device)
-    with left_alone(session.world_size, folder.path):
+    with lost_process_explained(session.world_size, folder.path):
         result = _train(job, session, folder, checkpoint_path, allow_recipe_change)
     session.close()
     return result

@@ -257,7 +257,7 @@ def _quiet() -> Iterator[None]:
 
 
 def is_hub_id(where: str) -> bool:
-    """Whether what `--resume` was given can only be a repository: `user/name` or `user/name@revision`, and nothing here of that name."""
+    """Whether a text can only be a repository: `user/name`, for `--resume` with `@revision` too, and nothing here of that name."""
     path = Path(where).expanduser()
     return where.count("/") == 1 and not where.startswith((".", "~")) and not path.is_absolute() and not path.exists()
 

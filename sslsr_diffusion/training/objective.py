@@ -76,8 +76,8 @@ class DiffusionObjective:
     z0, z_lr = encode(hr), encode(bicubic(lr));  zt = add_noise(z0, n, t)
     pred = denoiser(zt, t, z_lr, text);  sr = decode(x0(pred, zt, t))
 
-    A base (a denoiser without structural encoder) goes the same way, not `conditional`: without z_lr. `timesteps` names the
-    noise levels that are trained, all alike often; None: every one.
+    A base (a denoiser without structural encoder) goes the same way, not `conditional`: without z_lr. `timesteps` are
+    the noise levels to train, each drawn equally often; None: all.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
-from toys import toy_job, toy_losses, toy_validation
+from toys import assert_same_checkpoint, toy_job, toy_losses, toy_validation
 
 from sslsr_diffusion.training import fit as fit_module
 from sslsr_diffusion.training import hub as hub_module
@@ -212,19 +212,7 @@ def strike(process: Any, marks: Marks, number: int, draw: random.Random) -> tupl
     return where, "left with a checkpoint" if process.exitcode == 0 else "ended at once"
 
 
-def assert_same(folder: Path, reference: Path) -> None:
-    """Every tensor of two checkpoints, bit for bit, and all that is not time or path."""
-    got, want = read_checkpoint(folder), read_checkpoint(reference)
-    assert got.tensors.keys() == want.tensors.keys()
-    for stem, group in want.tensors.items():
-        assert group.keys() == got.tensors[stem].keys()
-        for name, value in group.items():
-            assert torch.equal(value.nan_to_num(), got.tensors[stem][name].nan_to_num()), f"{folder.name}: {stem} {name}"
-    for state in (got.state, want.state):
-        for key in ("seconds", "best", "best_step"):  # best/ may be newer than the checkpoint; it is compared at the end
-            state["progress"].pop(key, None)
-        state.pop("recipe", None)
-    assert got.state == want.state
+NEWER = ("seconds", "best", "best_step")  # best/ may be newer than the checkpoint; it is compared at the end
 
 
 def check_hub(hub: HubServer) -> None:
@@ -246,7 +234,7 @@ def check_hub(hub: HubServer) -> None:
 
 def check_end(folder: Path, reference: Path, steps: int) -> None:
     """The whole run folder against the undisturbed run's."""
-    assert_same(folder / f"checkpoint-{steps}", reference / f"checkpoint-{steps}")
+    assert_same_checkpoint(folder / f"checkpoint-{steps}", reference / f"checkpoint-{steps}", apart=NEWER)
     progress, best = read_checkpoint(folder / f"checkpoint-{steps}").state["progress"], read_checkpoint(folder / "best")
     assert (progress["best"], progress["best_step"]) == (best.state["progress"]["best"], best.state["progress"]["step"])
     for part in ("best", "pipeline"):
@@ -273,7 +261,7 @@ def torment(make: MakeJob, root: Path, strikes: list[int], seed: int, steps: int
             found = strike(process, marks, number, draw)
             latest = latest_checkpoint(folder)
             if latest is not None:
-                assert_same(latest, reference / latest.name)
+                assert_same_checkpoint(latest, reference / latest.name, apart=NEWER)
             check_hub(hub)
             yield number, *found
         for turn in range(3):  # the last life, killed twice while it writes the pipeline and waits for the hub

@@ -11,7 +11,7 @@ from sslsr_diffusion.training.checkpoints import latest_checkpoint
 
 
 @contextlib.contextmanager
-def left_alone(world_size: int, run: Path) -> Iterator[None]:
+def lost_process_explained(world_size: int, run: Path) -> Iterator[None]:
     """Turn a broken connection between the processes into one sentence; all other errors pass.
 
     Raises:

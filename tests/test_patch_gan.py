@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_resume import same
 from test_two_processes import run
-from toys import smooth, toy_job, toy_losses
+from toys import assert_same_checkpoint, smooth, toy_job, toy_losses
 
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.losses.patch_gan import PatchGANLoss, PatchGANSettings
@@ -122,7 +121,7 @@ def test_a_run_that_stops_goes_on_bit_by_bit(tmp_path):
     half = read_checkpoint(tmp_path / "parts/checkpoint-10")
     assert half.state["patch_gan"]["step"] == 11
     fit(toy_job(tmp_path / "parts", losses=losses(), accumulate=2, batch_size=1), resume="latest")
-    same(tmp_path / "whole/checkpoint-20", tmp_path / "parts/checkpoint-20")
+    assert_same_checkpoint(tmp_path / "whole/checkpoint-20", tmp_path / "parts/checkpoint-20")
     end = read_checkpoint(tmp_path / "parts/checkpoint-20").tensors
     assert not all(torch.equal(value, half.tensors["patch_gan"][name]) for name, value in end["patch_gan"].items())
     assert any("exp_avg" in name for name in end["patch_gan_optimizer"])

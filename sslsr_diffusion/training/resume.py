@@ -22,6 +22,7 @@ CHANGEABLE = (
     "training.cpu_threads",
     "training.tf32",
     "training.gradient_checkpointing",
+    "training.channels_last",
     "validation",
     "checkpoints",
     "output",

@@ -54,6 +54,7 @@ class TrainingSettings(Settings):
         "no", description="Arithmetic inside the networks; losses are always float32."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations of UNet and VAE decoder in the backward pass.")
+    channels_last: bool = Field(False, description="Keep pictures and kernels pixel by pixel in memory: faster bf16 and fp16 convolutions.")
     decode_crop: int | None = Field(
         None, ge=4, description="Side in latent pixels of the random window that pixel losses decode; null: the whole crop."
     )

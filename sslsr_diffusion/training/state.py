@@ -61,11 +61,11 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor on the CPU; for a sharded one (FSDP2) every process must call this."""
+    """The full tensor on the CPU, contiguous; for a sharded one (FSDP2) every process must call this."""
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
-    return tensor.cpu()
+    return tensor.cpu().contiguous()
 
 
 def put(target: Tensor, value: Tensor) -> None:
@@ -107,10 +107,10 @@ def give_optimizer(
         if inner:
             state.setdefault(position[name], {}).setdefault(key, {})[inner[0]] = value
             continue
-        if isinstance(value, Tensor) and hasattr(parameters[name], "device_mesh") and value.shape == parameters[name].shape:
-            sharded = torch.zeros_like(parameters[name])
-            put(sharded, value)
-            value = sharded
+        if isinstance(value, Tensor) and key != "step" and value.shape == parameters[name].shape:  # sharded and laid out like its parameter
+            like = torch.zeros_like(parameters[name], dtype=value.dtype)
+            put(like, value)
+            value = like
         state.setdefault(position[name], {})[key] = value
     now = optimizer.state_dict()["param_groups"]
     groups = [{**{k: _tuple(v) for k, v in saved.items()}, "params": live["params"]} for saved, live in zip(plain["groups"], now)]

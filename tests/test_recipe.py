@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.recipe import Recipe, load_recipe
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 BASE = {"data": {"sources": [{"kind": "folder", "path": "photos"}]}, "losses": [{"kind": "diffusion"}]}
 
@@ -75,3 +79,12 @@ def test_every_setting_has_a_sentence():
         return missing
 
     assert walk(Recipe, "recipe") == []
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_what_a_run_writes_down_is_the_same_recipe_again(name):
+    """`sslsr export` and a resume read the resolved recipe of a checkpoint."""
+    from sslsr_diffusion.recipe import resolved
+
+    recipe = load_recipe(name)
+    assert parse(Recipe, resolved(recipe)) == recipe

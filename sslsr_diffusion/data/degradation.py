@@ -123,8 +123,8 @@ PRESETS: dict[str, Preset] = {
 class DegradationSettings(Settings):
     """How low-resolution pictures are made from high-resolution crops."""
 
-    preset: Literal["stablesr_ssl", "real_esrgan", "mild", "bicubic", "bsrgan"] = Field(
-        "stablesr_ssl", description="A published degradation; it also gives the values that are left out below."
+    preset: Literal["stablesr_ssl", "real_esrgan", "mild", "bicubic", "bsrgan"] | None = Field(
+        None, description="A published degradation, which also gives the values that are left out below; stablesr_ssl without steps."
     )
     steps: list[Step] | None = Field(None, description="Your own steps, in order, instead of the preset's.", min_length=1)
     sharpen_target: bool | None = Field(
@@ -144,23 +144,26 @@ class DegradationSettings(Settings):
         description="cpu: in the loader's workers; training: on the training device, after loading (small machines beside fast GPUs).",
     )
 
-    @model_validator(mode="after")
-    def _own_steps_stand_alone(self) -> DegradationSettings:
-        if self.steps is not None and "preset" in self.model_fields_set:
+    @model_validator(mode="before")
+    @classmethod
+    def _a_preset_or_own_steps(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        if given.get("preset") is not None and given.get("steps") is not None:
             raise ValueError("degradation: expected either preset or steps, came both; remove one")
-        return self
+        neither = given.get("preset") is None and given.get("steps") is None
+        return {**given, "preset": "stablesr_ssl"} if neither else given
 
 
 class Degradation:
     """Draws and carries out the degradation of one sample at a time; picklable, without state."""
 
     def __init__(self, settings: DegradationSettings, scale: int) -> None:
-        preset = PRESETS[settings.preset]
-        own = settings.steps is not None
+        preset = PRESETS[settings.preset] if settings.preset is not None else Preset(())
         self.scale = scale
         self.steps: Sequence[Step] = settings.steps if settings.steps is not None else _STEPS.validate_python(list(preset.steps))
-        self.sharpen_target = _first(settings.sharpen_target, False if own else preset.sharpen_target)
-        self.no_degradation_prob = _first(settings.no_degradation_prob, 0.0 if own else preset.no_degradation_prob)
+        self.sharpen_target = _first(settings.sharpen_target, preset.sharpen_target)
+        self.no_degradation_prob = _first(settings.no_degradation_prob, preset.no_degradation_prob)
 
     def draw(self, height: int, width: int, own: torch.Generator, shared: torch.Generator | None = None) -> list[Op]:
         """What will happen to a crop of that size; `shared` gives the draws that are the same for a batch (pair pool)."""

@@ -1,5 +1,6 @@
 # make demo   install, train the tiny recipes on shipped photographs, upscale examples/lr, print the table
 # make test   install with the dev and eval extras, lint, types, tests
+# make small-model   trains the small model: photographs (2.5 GB of Debian packages), three trainings, comparison (hours)
 # make chaos  kills a run at random moments until it is done and compares every bit; hub faults; fuzz (minutes)
 # TORCH=torch==2.13.0 make demo   chooses the torch build (for example a CPU wheel)
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check tests chaos clean
+.PHONY: demo test check tests chaos small-model clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -40,6 +41,11 @@ chaos: $(VENV)/.installed-dev
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m chaos.kills
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/fuzz_hub.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/fuzz_doors.py
+
+small-model: $(VENV)/.installed
+	test -d photos/crops/train || $(BIN)/python examples/collect_photographs.py --output photos --crops 256
+	$(BIN)/python examples/small_model.py train
+	$(BIN)/python examples/small_model.py compare --model results/small-v1
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

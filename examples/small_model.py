@@ -1,8 +1,8 @@
-"""The small model that ships with the package, made again: training, test sets, comparison, and the twins of docs/does-it-help.md.
+"""The small model: training, test sets, comparison with bicubic and Lanczos, and its twins with and without the self-similarity loss.
 
     python examples/small_model.py train               # autoencoder, base, upscaler, results/small-v1 in float16; goes on where it stopped
     python examples/small_model.py twins --seeds 1 2 3 # small_ssl and small_nossl side by side, one pair per seed
-    python examples/small_model.py compare --model small-v1     # against bicubic and Lanczos, on every test set
+    python examples/small_model.py compare --model results/small-v1   # against bicubic and Lanczos, on every test set
 
 The photographs come from `python examples/collect_photographs.py --output photos --crops 256`.
 """
@@ -30,14 +30,14 @@ METRICS = "psnr,ssim,niqe,ssg_l1"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Make the shipped small model again, and measure it.")
+    parser = argparse.ArgumentParser(description="Make the small model, and measure it.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="the three recipes, and the pipeline in float16")
     twins = commands.add_parser("twins", help="small_ssl and small_nossl for each seed, then the comparison")
     twins.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     twins.add_argument("--steps", type=int, default=450, help="optimizer steps of each run")
     compare = commands.add_parser("compare", help="a model against bicubic and Lanczos")
-    compare.add_argument("--model", default="small-v1")
+    compare.add_argument("--model", default="results/small-v1")
     compare.add_argument("--steps", type=int, help="sampling steps instead of the model's own")
     compare.add_argument("--dataset", type=Path, nargs="*", default=[], help="more test sets, folders with lr/ and hr/")
     given = parser.parse_args(arguments)

@@ -44,8 +44,12 @@ def build(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
     return STAGES[recipe.stage](recipe, publisher)
 
 
-def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True) -> int:
+def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True, half: bool = False) -> int:
     """Write the pipeline of a checkpoint: networks from its recipe and base, trained tensors from it; returns its step.
+
+    Args:
+        averaged: the moving average of the trained tensors, where the run kept one.
+        half: float16 files, half the size; loading converts to whatever precision is asked for.
 
     Raises:
         UserError: the checkpoint is damaged, or belongs to a model that can no longer be built.
@@ -59,17 +63,29 @@ def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True) -> i
     weights = tensors.get("ema", tensors["trained"]) if averaged else tensors["trained"]
     give_trained(trained_parameters(job.objective.module), weights, what=str(folder))
     job.objective.module.eval()
+    if half:
+        _halve(job.objective)
     write_folder(output, job.save_pipeline)
     return int(state["progress"]["step"])
+
+
+def _halve(objective: Any) -> None:
+    """Weights in float16; UserError for one that float16 cannot hold."""
+    networks = getattr(objective, "networks", None)
+    for module in (objective.module, *([networks.codec.vae] if networks is not None else [])):
+        module.half()
+        broken = next((name for name, tensor in module.named_parameters() if not tensor.isfinite().all()), None)
+        if broken is not None:
+            raise UserError(f"--half: {broken} has values that float16 cannot hold (above 65504); export without --half.")
 
 
 def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
     networks = build_networks(recipe.model, seed=recipe.seed)
     check_crop(recipe, networks)
     _economize(recipe, networks.denoiser, networks.codec.vae)
-    visited = recipe.training.sampler_steps
-    timesteps = None if visited is None else spaced_timesteps(visited, networks.schedule.num_train_timesteps)
-    objective = DiffusionObjective(networks, seed=recipe.seed, decode_crop=recipe.training.decode_crop, timesteps=timesteps)
+    objective = DiffusionObjective(
+        networks, seed=recipe.seed, decode_crop=recipe.training.decode_crop, timesteps=_timesteps(recipe, networks)
+    )
 
     upscaler = Upscaler(lambda: objective.networks, recipe.scale, recipe.validation.steps)
     return _job(
@@ -81,6 +97,13 @@ def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
         base={"id": networks.base, "revision": networks.revision},
         publisher=publisher,
     )
+
+
+def _timesteps(recipe: Recipe, networks: Any) -> list[int] | None:
+    """The noise levels that a few-step sampler starts its steps from; not 0, where next to no noise is left to be learned from."""
+    if recipe.training.sampler_steps is None:
+        return None
+    return [t for t in spaced_timesteps(recipe.training.sampler_steps, networks.schedule.num_train_timesteps) if t > 0]
 
 
 def _base(recipe: Recipe, publisher: Publisher | None) -> Job:

@@ -101,6 +101,6 @@ def test_few_step_training_sees_the_timesteps_of_that_sampler_only(photos: Path,
         drawn = job.objective.draw(next(iter(loader)), job.losses).given.t.tolist()
     finally:
         loader.close()
-    assert set(drawn) == set(spaced_timesteps(3)) == {0, 500, 999}
+    assert set(drawn) == set(spaced_timesteps(3)) - {0} == {500, 999}
     with pytest.raises(RecipeError, match=r"training\.sampler_steps: is for stage diffusion only"):
         parse(Recipe, recipe(photos, tmp_path, training=training))

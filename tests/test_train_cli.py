@@ -113,6 +113,10 @@ def test_train_resume_export_and_load(tmp_path):
     own, exported = (weights(tmp_path / folder / "unet") for folder in ("runs/tiny/pipeline", "exported"))
     assert own.keys() == exported.keys()
     assert all(torch.equal(own[k], exported[k]) for k in own)
+    sslsr("export", "runs/tiny", "--half", "--output", "half")
+    for part in ("unet", "vae", "structural_encoder"):
+        small_files = weights(tmp_path / "half" / part)
+        assert all(torch.equal(small_files[k], tensor.half()) for k, tensor in weights(tmp_path / "exported" / part).items()), part
     sslsr("export", "runs/tiny/best", "--output", "exported_best")
     with pytest.raises(UserError, match="new or empty folder"):
         sslsr("export", "runs/tiny", "--output", "exported")

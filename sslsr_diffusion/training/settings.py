@@ -59,7 +59,10 @@ class TrainingSettings(Settings):
         None, ge=4, description="Side in latent pixels of the random window that pixel losses decode; null: the whole crop."
     )
     sampler_steps: int | None = Field(
-        None, ge=1, le=1000, description="Train only the timesteps that a sampler of so many steps visits (few-step models); null: all."
+        None,
+        ge=1,
+        le=1000,
+        description="Train only the timesteps above 0 that a sampler of so many steps visits (few-step models); null: all.",
     )
     synthesis_steps: int = Field(20, ge=1, description="Stage cfw only: sampling steps of the frozen upscaler per training sample.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm; null: never.")

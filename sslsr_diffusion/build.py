@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,20 +64,24 @@ def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True, half
     weights = tensors.get("ema", tensors["trained"]) if averaged else tensors["trained"]
     give_trained(trained_parameters(job.objective.module), weights, what=str(folder))
     job.objective.module.eval()
-    if half:
-        _halve(job.objective)
-    write_folder(output, job.save_pipeline)
+
+    def save(folder: Path) -> None:
+        job.save_pipeline(folder)
+        if half:
+            _halve(folder)
+
+    write_folder(output, save)
     return int(state["progress"]["step"])
 
 
-def _halve(objective: Any) -> None:
-    """Weights in float16; UserError for one that float16 cannot hold."""
-    networks = getattr(objective, "networks", None)
-    for module in (objective.module, *([networks.codec.vae] if networks is not None else [])):
-        module.half()
-        broken = next((name for name, tensor in module.named_parameters() if not tensor.isfinite().all()), None)
+def _halve(folder: Path) -> None:
+    """Rewrite the weights below `folder` in float16; UserError for one that float16 cannot hold."""
+    for file in folder.rglob("*.safetensors"):
+        tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()}
+        broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
         if broken is not None:
             raise UserError(f"--half: {broken} has values that float16 cannot hold (above 65504); export without --half.")
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from toys import assert_same_checkpoint
+from toys import assert_same_checkpoint, wave_photos
 
 from sslsr_diffusion.build import build
 from sslsr_diffusion.config import parse
@@ -25,12 +23,7 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    y, x = np.mgrid[:80, :96]
-    for k in range(3):
-        picture = np.stack([128 + 100 * np.sin((x * (k + 1) + y * c) / 9) for c in range(3)], axis=-1)
-        Image.fromarray(picture.astype(np.uint8)).save(folder / f"{k}.png")
-    return folder
+    return wave_photos(tmp_path_factory.mktemp("photos"))
 
 
 def recipe(stage: str, photos: Path, run: Path, *, steps: int, channels_last: bool = True) -> Recipe:

@@ -117,6 +117,8 @@ def test_train_resume_export_and_load(tmp_path):
     for part in ("unet", "vae", "structural_encoder"):
         small_files = weights(tmp_path / "half" / part)
         assert all(torch.equal(small_files[k], tensor.half()) for k, tensor in weights(tmp_path / "exported" / part).items()), part
+    sslsr("export", "runs/ae", "--half", "--output", "half_ae")
+    assert {tensor.dtype for tensor in weights(tmp_path / "half_ae/vae").values()} == {torch.float16}
     sslsr("export", "runs/tiny/best", "--output", "exported_best")
     with pytest.raises(UserError, match="new or empty folder"):
         sslsr("export", "runs/tiny", "--output", "exported")

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image as Pillow
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -232,3 +234,12 @@ def assert_same_checkpoint(first: Path, second: Path, *, apart: Sequence[str] = 
 
 def namespace(**values: Any) -> SimpleNamespace:
     return SimpleNamespace(**values)
+
+
+def wave_photos(folder: Path) -> Path:
+    """Three smooth pictures of 96 x 80 pixels as PNG files in `folder`."""
+    y, x = np.mgrid[:80, :96]
+    for k in range(3):
+        picture = np.stack([128 + 100 * np.sin((x * (k + 1) + y * c) / 9) for c in range(3)], axis=-1)
+        Pillow.fromarray(picture.astype(np.uint8)).save(folder / f"{k}.png")
+    return folder

@@ -79,9 +79,7 @@ class SelfSimilarityLoss:
             return zero, {f"{self.name}/{term}": zero.detach() for term in ("l1", "kl")}
         if self.settings.published_range:
             sr = sr * 2 - 1
-        value, terms = self.operator(
-            sr, hr, self._mask(outputs), num_rows=count, return_terms=True
-        )  # half a row is possible: rows / processes
+        value, terms = self.operator(sr, hr, self._mask(outputs), num_rows=count, return_terms=True)
         return self.weight * value, {f"{self.name}/{term}": terms[term] for term in ("l1", "kl")}
 
     def _mask(self, given: Given) -> Tensor:

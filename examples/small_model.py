@@ -104,7 +104,12 @@ def test_sets() -> list[Path]:
     """Crops of the held-out photographs, degraded by mild and by stablesr_ssl: folders with hr/ and lr/."""
     crops = TESTS / "crops"
     if not crops.is_dir():
-        for photograph in sorted(PHOTOS.glob("*.png")):
+        photographs = sorted(PHOTOS.glob("*.png"))
+        if not photographs:
+            sys.exit(
+                f"small_model: {PHOTOS}/ has no photographs; run `python examples/collect_photographs.py --output photos --crops 256`."
+            )
+        for photograph in photographs:
             cut(photograph, crops)
     for preset in ("mild", "stablesr_ssl"):
         if not (TESTS / preset).is_dir():

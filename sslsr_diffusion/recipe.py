@@ -19,7 +19,7 @@ __all__ = ["Recipe", "load_recipe", "resolved"]
 
 _HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 LOSSES_OF_STAGE = {
-    "diffusion": ("diffusion", "pixel_l1", "self_similarity", "lpips"),
+    "diffusion": ("diffusion", "pixel_l1", "self_similarity", "lpips", "patch_gan"),
     "base": ("diffusion",),
     "autoencoder": ("pixel_l1", "self_similarity", "latent_kl", "lpips"),
     "cfw": ("pixel_l1", "self_similarity", "lpips", "patch_gan"),
@@ -80,8 +80,8 @@ class Recipe(Settings):
                     mistakes.append(f"losses.{i}.search_size: {loss.search_size} is too large for pictures of {side} pixels a side.")
                 if loss.weight == "auto" and len(kinds) == 1:
                     mistakes.append(f"losses.{i}.weight: auto compares with the other losses, and there is none; give a number.")
-            if loss.kind == "patch_gan" and self.training.crop_size < 3 * 2**loss.layers:
-                mistakes.append(f"losses.{i}.layers: {loss.layers} are too many for crops of {self.training.crop_size} pixels.")
+            if loss.kind == "patch_gan" and side < 3 * 2**loss.layers:
+                mistakes.append(f"losses.{i}.layers: {loss.layers} are too many for pictures of {side} pixels a side.")
         if kinds == ["lpips"] and self.losses[0].kind == "lpips" and self.losses[0].optional:
             mistakes.append(
                 "losses.0.optional: lpips is the only loss, so the run cannot go without it; add another or set optional: false."

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +111,28 @@ def test_processes_see_what_one_process_sees(folder):
     for m in range(3):
         assert torch.equal(torch.cat([parts[0][m].lr, parts[1][m].lr]), whole[m].lr)
         assert parts[0][m].names + parts[1][m].names == whole[m].names
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_signals_to_the_whole_group_leave_the_workers_at_work(folder, start_method):
+    """Schedulers signal every process of a job; the training process must still finish its step. A second SIGTERM ends a worker."""
+    wanted = take(open_small(from_folder(folder)), 12)
+    loader = open_small(from_folder(folder, workers=2, start_method=start_method))
+    got = take(loader, 1)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    assert same(got + take(loader, 11), wanted)
+    os.kill(workers[0].pid, signal.SIGTERM)
+    workers[0].join(10)
+    assert workers[0].exitcode == -signal.SIGTERM
+    with pytest.raises(UserError, match="was ended from outside"):
+        take(loader, 20)
+    loader.close()
+    for worker in workers:
+        worker.join(10)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

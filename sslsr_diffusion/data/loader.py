@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from sslsr_diffusion.types import Batch
 
 log = logging.getLogger(__name__)
 _HOPELESS = 50  # streams only: so many batches in a row without one usable picture
+_GRACE = 60  # seconds that a worker goes on after the first SIGTERM
 
 
 class Requests:
@@ -156,7 +158,7 @@ class TrainingLoader:
                 batch_sampler=self._requests,
                 collate_fn=_unchanged,  # type: ignore[arg-type]
                 num_workers=workers,
-                worker_init_fn=_one_thread,
+                worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # or starting the workers would advance the global stream, which a resume restores
                 **parallel,
             )
@@ -273,8 +275,18 @@ def _or_raise(made: Made | UserError) -> Made:
     return made
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    """One thread; and a signal to the whole process group (a scheduler's, Ctrl-C) is the training process's to act on."""
     opencv()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _linger)
+
+
+def _linger(number: int, frame: Any) -> None:
+    """Batches go on until the training process has taken its checkpoint, but not for ever; a second SIGTERM ends the worker at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "alarm"):
+        signal.alarm(_GRACE)
 
 
 def open_samples(settings: DataSettings, *, crop_size: int, scale: int, seed: int, count: int) -> tuple[list[Sample], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from sslsr_diffusion.inference.reconstruction import Reconstruct
 from sslsr_diffusion.inference.sampling import spaced_timesteps
 from sslsr_diffusion.live_networks import Upscaler, sample_latents, save_pipeline
 from sslsr_diffusion.losses import build_losses
-from sslsr_diffusion.models import build_autoencoder, build_networks
+from sslsr_diffusion.models import Networks, build_autoencoder, build_networks
 from sslsr_diffusion.recipe import Recipe, resolved
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.fit import Job, Publisher
-from sslsr_diffusion.training.objective import AutoencoderObjective, CFWObjective, DiffusionObjective, Objective
+from sslsr_diffusion.training.objective import AutoencoderObjective, DecoderObjective, DiffusionObjective, Objective
 from sslsr_diffusion.training.run_folder import write_folder
 from sslsr_diffusion.training.state import give_trained, trained_parameters
 from sslsr_diffusion.training.validation import Pair, Validation
@@ -88,8 +89,15 @@ def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
     networks = build_networks(recipe.model, seed=recipe.seed)
     check_crop(recipe, networks)
     _economize(recipe, networks.denoiser, networks.codec.vae)
+    start = recipe.training.start_timestep
+    if start is not None:
+        networks = networks.until(start)
     objective = DiffusionObjective(
-        networks, seed=recipe.seed, decode_crop=recipe.training.decode_crop, timesteps=_timesteps(recipe, networks)
+        networks,
+        seed=recipe.seed,
+        decode_crop=recipe.training.decode_crop,
+        timesteps=_timesteps(recipe, networks),
+        from_lr=start is not None,
     )
 
     upscaler = Upscaler(lambda: objective.networks, recipe.scale, recipe.validation.steps)
@@ -148,8 +156,9 @@ def _autoencoder(recipe: Recipe, publisher: Publisher | None) -> Job:
     reconstruct = Reconstruct(codec)
 
     def save_vae(folder: Path) -> None:
-        codec.calibrate(_calibration_pixels(recipe).to(next(codec.vae.parameters()).device))
-        codec.vae.save_pretrained(folder / "vae", safe_serialization=True)
+        saved = codec.without_variance() if recipe.model.latents == "mean" else codec
+        saved.calibrate(_calibration_pixels(recipe).to(next(saved.vae.parameters()).device))
+        saved.vae.save_pretrained(folder / "vae", safe_serialization=True)
 
     return _job(
         recipe,
@@ -170,15 +179,23 @@ def _cfw(recipe: Recipe, publisher: Publisher | None) -> Job:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(recipe.seed, "cfw"))
             vae = AutoencoderKLCFW.from_autoencoder(vae)
-    networks = type(networks)(**{**vars(networks), "codec": Codec(vae)})
+    return _decoder(recipe, publisher, replace(networks, codec=Codec(vae)))
+
+
+def _decoder(recipe: Recipe, publisher: Publisher | None, fused: Networks | None = None) -> Job:
+    """The decoder on the frozen upscaler's latents: a plain one whole, of `fused` networks the fusion layers."""
+    networks = fused or build_networks(recipe.model, seed=recipe.seed)
+    if fused is None and networks.codec.has_fidelity:
+        raise UserError(f"model.base: the decoder of {networks.base} is fused with the encoder (CFW); use stage cfw to train it on.")
     check_crop(recipe, networks)
-    _economize(recipe, vae)
-    objective = CFWObjective(
+    _economize(recipe, networks.codec.vae)
+    objective = DecoderObjective(
         networks,
         seed=recipe.seed,
         synthesize=lambda z_lr, indices: sample_latents(
             objective.networks, z_lr, indices, recipe.training.synthesis_steps, seed=recipe.seed
         ),
+        fused=fused is not None,
     )
 
     upscaler = Upscaler(lambda: objective.networks, recipe.scale, recipe.validation.steps)
@@ -329,4 +346,5 @@ STAGES: dict[str, Callable[[Recipe, Publisher | None], Job]] = {
     "base": _base,
     "autoencoder": _autoencoder,
     "cfw": _cfw,
+    "decoder": _decoder,
 }

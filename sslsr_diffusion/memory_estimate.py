@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.evaluation.perceptual import PerceptualDistance
 from sslsr_diffusion.inference.memory import LivePeak
-from sslsr_diffusion.models import AutoencoderKLCFW, Codec, build_autoencoder, build_networks
+from sslsr_diffusion.models import AutoencoderKLCFW, Codec, Networks, build_autoencoder, build_networks
 from sslsr_diffusion.recipe import Recipe
+from sslsr_diffusion.training.objective import TrainedDecoder
 from sslsr_diffusion.training.settings import TrainingSettings
 from sslsr_diffusion.training.windows import MARGIN
 
@@ -26,12 +27,10 @@ def describe_parameters(recipe: Recipe) -> list[str]:
     if recipe.stage == "autoencoder":
         vae = build_autoencoder(recipe.model, meta=True).vae
         parts = {"vae": (_count(vae.parameters()), _count(vae.parameters()))}
-    elif recipe.stage == "cfw":
-        networks = build_networks(recipe.model, meta=True)
-        with torch.device("meta"):
-            vae = networks.codec.vae if networks.codec.has_fidelity else AutoencoderKLCFW.from_autoencoder(networks.codec.vae)
+    elif recipe.stage in ("cfw", "decoder"):
+        networks, decoder = _trained_decoder(recipe)
         parts = {name: (total, 0) for name, (total, _) in networks.parameters_per_part().items()}
-        parts["vae"] = (_count(vae.parameters()), _count(vae.fusion_layers.parameters()))
+        parts["vae"] = (_count(decoder.parameters()), _count(p for p in decoder.parameters() if p.requires_grad))
     else:
         parts = build_networks(recipe.model, plain=recipe.stage == "base", meta=True).parameters_per_part()
     rows = [*parts.items(), ("all", (sum(p[0] for p in parts.values()), sum(p[1] for p in parts.values())))]
@@ -148,18 +147,13 @@ def _denoiser_step(recipe: Recipe, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     return nn.ModuleList([networks.denoiser, networks.codec.vae]), step
 
 
-def _cfw_step(recipe: Recipe, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def _decoder_step(recipe: Recipe, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     samples, side = recipe.training.batch_size, recipe.training.crop_size
-    networks = build_networks(recipe.model, meta=True)
-    vae = networks.codec.vae
-    if not networks.codec.has_fidelity:
-        with torch.device("meta"):
-            vae = AutoencoderKLCFW.from_autoencoder(vae)
+    networks, decoder = _trained_decoder(recipe)
+    vae = decoder.vae
     if recipe.training.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     networks.denoiser.requires_grad_(False)
-    vae.requires_grad_(False)
-    vae.fusion_layers.requires_grad_(True)
     _cast(networks.denoiser, vae, dtype)
     codec = Codec(vae.train())
     stored = any(source.kind == "cfw" for source in recipe.data.sources)  # samples made before: no denoiser runs
@@ -167,14 +161,28 @@ def _cfw_step(recipe: Recipe, dtype: torch.dtype) -> tuple[nn.Module, Any]:
 
     def step() -> None:
         pixels = torch.empty(samples, 3, side, side, device="meta")
+        features = None
         with torch.no_grad():
-            z, features = codec.encode_with_features(pixels, torch.empty(codec.noise_shape(pixels), device="meta"))
+            noise = torch.empty(codec.noise_shape(pixels), device="meta")
+            if recipe.stage == "cfw":
+                z, features = codec.encode_with_features(pixels, noise)
+            else:
+                z = codec.encode(pixels, noise)
             if not stored:
                 t = torch.zeros(samples, dtype=torch.int64, device="meta")
                 networks.denoiser(z.to(dtype), t, z.to(dtype), _text(recipe, networks, dtype))
-        compare(codec.decode(z, features, 1.0)).backward()
+        compare(decoder(z, features)).backward()
 
     return nn.ModuleList([networks.denoiser, vae]), step
+
+
+def _trained_decoder(recipe: Recipe) -> tuple[Networks, TrainedDecoder]:
+    networks = build_networks(recipe.model, meta=True)
+    codec = networks.codec
+    if recipe.stage == "cfw" and not codec.has_fidelity:
+        with torch.device("meta"):
+            codec = Codec(AutoencoderKLCFW.from_autoencoder(codec.vae))
+    return networks, TrainedDecoder(codec, fused=recipe.stage == "cfw")
 
 
 def _cast(denoiser: Any, vae: nn.Module, dtype: torch.dtype) -> None:
@@ -213,7 +221,13 @@ def _comparison(recipe: Recipe) -> Callable[[Tensor], Tensor]:
     return compare
 
 
-_STEPS = {"autoencoder": _autoencoder_step, "diffusion": _denoiser_step, "base": _denoiser_step, "cfw": _cfw_step}
+_STEPS = {
+    "autoencoder": _autoencoder_step,
+    "diffusion": _denoiser_step,
+    "base": _denoiser_step,
+    "cfw": _decoder_step,
+    "decoder": _decoder_step,
+}
 
 
 class _FusedAttentionShape(torch.autograd.Function):

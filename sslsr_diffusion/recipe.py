@@ -23,16 +23,18 @@ LOSSES_OF_STAGE = {
     "base": ("diffusion",),
     "autoencoder": ("pixel_l1", "self_similarity", "latent_kl", "lpips"),
     "cfw": ("pixel_l1", "self_similarity", "lpips", "patch_gan"),
+    "decoder": ("pixel_l1", "self_similarity", "lpips", "patch_gan"),
 }
 
 
 class Recipe(Settings):
     """One training run, completely."""
 
-    stage: Literal["diffusion", "base", "autoencoder", "cfw"] = Field(
+    stage: Literal["diffusion", "base", "autoencoder", "cfw", "decoder"] = Field(
         "diffusion",
         description="diffusion: the upscaler; base: a latent-diffusion model that sees no low-resolution picture, the start of stage "
-        "diffusion; autoencoder: a VAE from scratch; cfw: the decoder's fusion layers (StableSR stage 2).",
+        "diffusion; autoencoder: a VAE from scratch; cfw: the decoder's fusion layers (StableSR stage 2); decoder: all of a plain decoder, "
+        "on the latents that a finished upscaler predicts.",
     )
     seed: int = Field(42, ge=0, lt=2**63, description="Everything random follows from it and the global sample index.")
     scale: int = Field(4, ge=1, le=16, description="Enlargement: HR side / LR side.")
@@ -96,10 +98,19 @@ class Recipe(Settings):
     def _stage_fits(self) -> list[str]:
         mistakes = []
         stored = [i for i, source in enumerate(self.data.sources) if source.kind == "cfw"]
-        if stored and self.stage != "cfw":
-            mistakes.append(f"data.sources.{stored[0]}.kind: cfw is for stage cfw only, here the stage is {self.stage}; use pairs.")
+        if stored and self.stage not in ("cfw", "decoder"):
+            mistakes.append(
+                f"data.sources.{stored[0]}.kind: cfw is for stages cfw and decoder only, here the stage is {self.stage}; use pairs."
+            )
         elif stored and len(stored) < len(self.data.sources):
             mistakes.append("data.sources: kind cfw cannot be mixed with other kinds; make all samples with `sslsr prepare cfw`, or none.")
+        if self.training.start_timestep is not None and (self.stage != "diffusion" or self.training.sampler_steps != 1):
+            mistakes.append(
+                "training.start_timestep: is for one-step models, stage diffusion with training.sampler_steps: 1; "
+                f"here the stage is {self.stage} and sampler_steps {self.training.sampler_steps}."
+            )
+        if self.model.latents != "sample" and self.stage != "autoencoder":
+            mistakes.append(f"model.latents: is for stage autoencoder only, here the stage is {self.stage}; remove it.")
         if self.stage == "diffusion":
             return mistakes
         if self.training.decode_crop is not None:

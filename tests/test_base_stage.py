@@ -13,8 +13,9 @@ from toys import wave_photos
 from sslsr_diffusion.build import build
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.inference.sampling import spaced_timesteps
-from sslsr_diffusion.models import ModelSettings, build_networks
+from sslsr_diffusion.inference.sampling import build_sampler, spaced_timesteps
+from sslsr_diffusion.memory_estimate import describe_memory, describe_parameters
+from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_autoencoder, build_networks, make_scheduler
 from sslsr_diffusion.recipe import Recipe
 from sslsr_diffusion.training.fit import fit
 
@@ -98,3 +99,82 @@ def test_few_step_training_sees_the_timesteps_of_that_sampler_only(photos: Path,
     assert set(drawn) == set(spaced_timesteps(3)) - {0} == {500, 999}
     with pytest.raises(RecipeError, match=r"training\.sampler_steps: is for stage diffusion only"):
         parse(Recipe, recipe(photos, tmp_path, training=training))
+
+
+def test_a_one_step_model_trains_and_samples_from_the_same_start(photos: Path, tmp_path: Path) -> None:
+    training = {"steps": 2, "batch_size": 2, "crop_size": 32, "sampler_steps": 1, "start_timestep": 99}
+    validation = {"every": 0, "limit": 1, "size": 32, "steps": 1}
+    job = build(parse(Recipe, recipe(photos, tmp_path, stage="diffusion", training=training, validation=validation)))
+    seen: dict[str, torch.Tensor] = {}
+
+    def record(module: torch.nn.Module, given: tuple) -> None:
+        seen.update(zt=given[0], t=given[1], z_lr=given[2])
+
+    loader = job.open_data(0, 1, None, torch.device("cpu"))
+    try:
+        batch = next(iter(loader))
+    finally:
+        loader.close()
+    draws = job.objective.draw(batch, job.losses)
+    hook = job.objective.module.register_forward_pre_hook(record)
+    job.objective.run(job.objective.module, batch, draws)
+    hook.remove()
+    sampler = build_sampler(None, make_scheduler(job.objective.networks.scheduler_config), 1, device=torch.device("cpu"))
+    assert seen["t"].tolist() == [99, 99] == [*sampler.timesteps] * 2
+    torch.testing.assert_close(seen["zt"], sampler.start(seen["z_lr"], draws.noise["noise"], from_lr=True), rtol=0, atol=1e-4)
+    result = fit(job)
+    assert result.pipeline is not None
+    again = build_networks(ModelSettings(base=str(result.pipeline)))
+    assert again.schedule.num_train_timesteps == 100
+    assert torch.equal(again.until(99).schedule.alphas_cumprod, again.schedule.alphas_cumprod)
+    with pytest.raises(UserError, match=r"training\.start_timestep: expected at most 99, .* came 199"):
+        again.until(199)
+
+
+@pytest.mark.parametrize("changes", [{"sampler_steps": 4}, {"sampler_steps": None}])
+def test_a_start_of_its_own_is_for_one_step_models(photos: Path, tmp_path: Path, changes: dict) -> None:
+    training = {"steps": 2, "crop_size": 32, "start_timestep": 99, **changes}
+    with pytest.raises(RecipeError, match=r"training\.start_timestep: is for one-step models"):
+        parse(Recipe, recipe(photos, tmp_path, stage="diffusion", training=training))
+
+
+@pytest.mark.parametrize("latents", ["sample", "mean"])
+def test_an_autoencoder_leaves_a_posterior_or_its_mean(photos: Path, tmp_path: Path, latents: str) -> None:
+    model = {"init": "random", "preset": "tiny", "latents": latents}
+    losses = [{"kind": "pixel_l1"}, {"kind": "latent_kl", "weight": 1e-3}]
+    result = fit(build(parse(Recipe, recipe(photos, tmp_path, stage="autoencoder", model=model, losses=losses))))
+    assert result.pipeline is not None
+    codec = build_autoencoder(ModelSettings(vae=str(result.pipeline)))
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    shape = codec.noise_shape(pixels)
+    with torch.no_grad():
+        draws = [codec.encode(pixels, torch.randn(shape, generator=torch.Generator().manual_seed(seed))) for seed in (1, 2)]
+    difference = (draws[0] - draws[1]).std()
+    assert difference < 1e-5 if latents == "mean" else difference > 1e-3
+    with pytest.raises(RecipeError, match=r"model\.latents: is for stage autoencoder only"):
+        parse(Recipe, recipe(photos, tmp_path, model={**model, "latents": "mean"}))
+
+
+def test_stage_decoder_trains_the_decoder_alone(photos: Path, tmp_path: Path) -> None:
+    upscaler = build_networks(ModelSettings(init="random", preset="tiny"))
+    upscaler.save_parts(tmp_path / "upscaler")
+    model = {"base": str(tmp_path / "upscaler"), "preset": "tiny"}
+    training = {"steps": 2, "batch_size": 2, "crop_size": 32, "synthesis_steps": 2, "optimizer": {"lr": 1e-3}}
+    losses = [{"kind": "pixel_l1"}, {"kind": "self_similarity", "l1_weight": 10, "kl_weight": 10}]
+    given = parse(Recipe, recipe(photos, tmp_path / "run", stage="decoder", model=model, losses=losses, training=training))
+    result = fit(build(given))
+    assert result.pipeline is not None
+    for part in ("unet", "structural_encoder", "vae"):
+        before, after = (
+            load_file(folder / part / "diffusion_pytorch_model.safetensors") for folder in (tmp_path / "upscaler", result.pipeline)
+        )
+        changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
+        assert changed == ({"decoder", "post_quant_conv"} if part == "vae" else set())
+    vae = next(line for line in describe_parameters(given) if line.split()[0] == "vae")
+    trained = sum(p.numel() for part in (upscaler.codec.vae.decoder, upscaler.codec.vae.post_quant_conv) for p in part.parameters())
+    assert f"trained {trained / 1e6:8.2f} M" in vae
+    assert "GiB" in describe_memory(given)[1]
+
+    AutoencoderKLCFW.from_autoencoder(upscaler.codec.vae).save_pretrained(tmp_path / "upscaler/vae")
+    with pytest.raises(UserError, match="is fused with the encoder"):
+        build(given)

@@ -171,7 +171,7 @@ def test_latents_of_another_autoencoder_are_refused(world, made):
 
 
 def test_the_kind_belongs_to_its_stage(world, made):
-    with pytest.raises(RecipeError, match="cfw is for stage cfw only"):
+    with pytest.raises(RecipeError, match="cfw is for stages cfw and decoder only"):
         parse(Recipe, {**stored_recipe(world, made), "stage": "autoencoder"})
     mixed = stored_recipe(world, made)
     mixed["data"]["sources"].append({"kind": "folder", "path": str(world / "photos")})

@@ -79,3 +79,15 @@ def test_calibrate_gives_latents_of_unit_variance() -> None:
     codec.calibrate(pixels)
     latents = codec.encode(pixels, random_like(codec.noise_shape(pixels), seed=7))
     assert 0.9 < latents.std() < 1.1  # 256 values per channel: a few percent of sampling error
+
+
+def test_without_variance_every_draw_is_the_mean() -> None:
+    codec = Codec(golden_vae())
+    pixels = random_like((1, 3, 16, 16), seed=3).sigmoid()
+    noise = random_like(codec.noise_shape(pixels), seed=4)
+    quiet = codec.without_variance()
+    with torch.no_grad():
+        mean, drawn = codec.encode(pixels, torch.zeros_like(noise)), codec.encode(pixels, noise)
+        assert relative_error(quiet.encode(pixels, noise), mean) < 1e-5
+        assert relative_error(codec.encode(pixels, noise), drawn) == 0  # the original keeps its posterior
+    assert relative_error(drawn, mean) > 1e-4

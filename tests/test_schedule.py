@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from golden_models import golden_inputs, golden_outputs, random_like, relative_error
 
 from sslsr_diffusion.models import Schedule, load_preset, make_scheduler
+from sslsr_diffusion.models.schedule import truncated
 
 T = torch.tensor([0, 17, 500, 999])
 
@@ -67,3 +68,28 @@ def test_base_schedulers_become_the_samplers_one() -> None:
 def test_other_predictions_are_refused() -> None:
     with pytest.raises(ValueError, match="got 'sample'"):
         Schedule.from_scheduler(DDPMScheduler(prediction_type="sample"))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_noise_from_another_start_leads_there_and_back_to_z0(kind: str) -> None:
+    process, t = schedule(kind), torch.tensor([1, 17, 99, 500])
+    z0, other, noise = (random_like((4, 4, 5, 7), seed=seed) for seed in range(3))
+    effective = process.noise_to(z0, other, noise, t)
+    zt = process.add_noise(other, noise, t)
+    assert (process.add_noise(z0, effective, t) - zt).abs().max() < 1e-5
+    # what a network that says the target makes of the other start is z0
+    assert (process.x0(process.target(z0, effective, t), zt, t) - z0).abs().max() < 2e-5
+    assert torch.equal(process.noise_to(z0, z0, noise, t), noise)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_a_truncated_schedule_keeps_its_timesteps(zero_snr: bool) -> None:
+    config = {**load_preset("sd21")["scheduler"], "rescale_betas_zero_snr": zero_snr}
+    whole, cut = Schedule.from_scheduler(config), Schedule.from_scheduler(truncated(config, 100))
+    assert cut.num_train_timesteps == 100
+    assert cut.prediction_type == whole.prediction_type
+    assert relative_error(cut.alphas_cumprod, whole.alphas_cumprod[:100]) < 1e-6
+    again = truncated(truncated(config, 100), 100)
+    assert again == truncated(config, 100)
+    with pytest.raises(ValueError, match="at most the 100 timesteps"):
+        truncated(again, 101)

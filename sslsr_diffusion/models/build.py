@@ -19,7 +19,7 @@ from sslsr_diffusion.models.cfw import AutoencoderKLCFW
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.denoiser import Denoiser
 from sslsr_diffusion.models.near_identity import can_start_near_identity, start_near_identity
-from sslsr_diffusion.models.schedule import Schedule, make_scheduler
+from sslsr_diffusion.models.schedule import Schedule, make_scheduler, truncated
 from sslsr_diffusion.models.settings import ModelSettings, load_preset
 from sslsr_diffusion.models.structural_encoder import StructuralEncoder
 from sslsr_diffusion.models.text import count_text_encoder, empty_context, encode_prompt, load_text_encoder, load_tokenizer
@@ -74,6 +74,18 @@ class Networks:
         if self.text_config is not None:
             counts["text encoder"] = (count_text_encoder(self.text_config), 0)
         return counts
+
+    def until(self, timestep: int) -> Networks:
+        """The same networks on a schedule whose last timestep is this one.
+
+        Raises:
+            UserError: the schedule ends before it.
+        """
+        last = self.schedule.num_train_timesteps - 1
+        if timestep > last:
+            raise UserError(f"training.start_timestep: expected at most {last}, the last of {self.base}; came {timestep}.")
+        config = truncated(self.scheduler_config, timestep + 1)
+        return replace(self, schedule=Schedule.from_scheduler(config), scheduler_config=config)
 
     def to(self, device: torch.device | str) -> Networks:
         """Move the modules in place; the networks that come back have text context and schedule on `device` too."""

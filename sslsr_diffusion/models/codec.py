@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,6 +88,14 @@ class Codec:
         factor = float(1.0 / (posterior.mean.float().var() + posterior.var.float().mean()).sqrt())
         self.vae.register_to_config(scaling_factor=factor)
         return factor
+
+    def without_variance(self) -> Codec:
+        """A copy that encodes to the posterior's mean, whoever calls it: quant_conv's log-variances become diffusers' lower bound, -30."""
+        vae = deepcopy(self.vae)
+        with torch.no_grad():
+            vae.quant_conv.weight[self.latent_channels :] = 0
+            vae.quant_conv.bias[self.latent_channels :] = -30
+        return Codec(vae)
 
     def _sample(self, posterior: object, noise: Tensor) -> Tensor:
         mean, std = posterior.mean.float(), posterior.std.float()  # type: ignore[attr-defined]

@@ -23,6 +23,22 @@ def make_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:
     return DDPMScheduler(**kept, clip_sample=False, variance_type="fixed_small")
 
 
+def truncated(config: Mapping[str, Any], num_timesteps: int) -> dict[str, Any]:
+    """The config of a scheduler with the first `num_timesteps` noise levels only; the timesteps keep their meaning.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    betas = make_scheduler(config).betas
+    if num_timesteps > len(betas):
+        raise ValueError(f"expected at most the {len(betas)} timesteps of the scheduler, got {num_timesteps}.")
+    return {
+        "num_train_timesteps": num_timesteps,
+        "trained_betas": betas[:num_timesteps].tolist(),
+        "prediction_type": make_scheduler(config).config.prediction_type,
+    }
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Noise levels of the training process. All functions take t as [B] int64 and broadcast over [B, C, h, w]."""
@@ -56,6 +72,11 @@ class Schedule:
         """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) n."""
         signal, sigma = self._levels(t, z0)
         return signal * z0 + sigma * noise
+
+    def noise_to(self, z0: Tensor, other: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noise that leads from z0 to where `noise` leads from `other`: n + sqrt(SNR_t) (other - z_0)."""
+        signal, sigma = self._levels(t, z0)
+        return noise + signal / sigma * (other - z0)
 
     def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should say: n for epsilon, v = sqrt(abar_t) n - sqrt(1 - abar_t) z_0 for v_prediction."""

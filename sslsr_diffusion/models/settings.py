@@ -38,6 +38,11 @@ class ModelSettings(Settings):
     train: Literal["sft", "all"] = Field(
         "sft", description="sft: structural encoder and SFT (SPADE) layers, as StableSR; all: the whole denoiser."
     )
+    latents: Literal["sample", "mean"] = Field(
+        "sample",
+        description="Stage autoencoder: what the saved encoder says. sample: as trained, a posterior to draw from; mean: its mean, so that "
+        "a decoder trained to bear noise (losses: latent_kl) gets clean latents.",
+    )
     prompt: str = Field("", description="Text that every sample is trained with; encoded once. Empty in StableSR.")
 
     @field_validator("preset")

@@ -77,7 +77,8 @@ class DiffusionObjective:
     pred = denoiser(zt, t, z_lr, text);  sr = decode(x0(pred, zt, t))
 
     A base (a denoiser without structural encoder) goes the same way, not `conditional`: without z_lr. `timesteps` are
-    the noise levels to train, each drawn equally often; None: all.
+    the noise levels to train, each drawn equally often; None: all. With `from_lr` the sampler's own start is trained:
+    zt = add_noise(z_lr, n, t), and the noise that would lead there from z0 takes n's place in the target.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class DiffusionObjective:
         decode_crop: int | None = None,
         timesteps: Sequence[int] | None = None,
         conditional: bool = True,
+        from_lr: bool = False,
     ) -> None:
         self.networks = networks
         self.module: nn.Module = networks.denoiser
@@ -95,6 +97,7 @@ class DiffusionObjective:
         self.decode_crop = decode_crop
         self.timesteps = timesteps or range(networks.schedule.num_train_timesteps)
         self.conditional = conditional
+        self.from_lr = from_lr
 
     def to(self, device: torch.device) -> None:
         self.networks = self.networks.to(device)
@@ -115,8 +118,11 @@ class DiffusionObjective:
         with torch.no_grad():
             z0 = nets.codec.encode(batch.hr, draws.noise["posterior_hr"]).float()  # [B, 3, H, W] -> [B, 4, H/8, W/8], scaled
             z_lr = nets.codec.encode(upsampled(batch), draws.noise["posterior_lr"]).float() if self.conditional else None
-        zt = nets.schedule.add_noise(z0, draws.noise["noise"], t)
-        target = nets.schedule.target(z0, draws.noise["noise"], t)
+        noise = draws.noise["noise"]
+        if self.from_lr:
+            noise = nets.schedule.noise_to(z0, z_lr, noise, t)
+        zt = nets.schedule.add_noise(z0, noise, t)
+        target = nets.schedule.target(z0, noise, t)
         pred = module(zt, t, z_lr, nets.text).float()  # epsilon or v: only the schedule knows which
         sr = self._decode(nets.schedule.x0(pred, zt, t), draws)
         return Outputs(**vars(draws.given), pred=pred, target=target, sr=sr)
@@ -167,18 +173,19 @@ class Autoencoder(nn.Module):
         return self._codec.autoencode(pixels, noise)
 
 
-class CFWObjective:
-    """StableSR stage 2: the decoder learns to use the encoder features of the low-resolution picture.
+class DecoderObjective:
+    """A decoder learns on what the frozen upscaler makes of lr, stored or sampled on the fly.
 
-    sr = decode(latents, features(bicubic(lr)));  the latents are what the frozen upscaler makes of lr, stored or sampled on the fly
+    sr = decode(latents);  `fused` (StableSR stage 2): sr = decode(latents, features(bicubic(lr))), and only the fusion layers learn
     """
 
-    def __init__(self, networks: Any, *, seed: int, synthesize: Callable[[Tensor, list[int]], Tensor]) -> None:
+    def __init__(self, networks: Any, *, seed: int, synthesize: Callable[[Tensor, list[int]], Tensor], fused: bool) -> None:
         """`synthesize(z_lr, global sample indices) -> latents` runs the frozen upscaler."""
         self.networks = networks
-        self.module: nn.Module = FusedDecoder(networks.codec)
+        self.module: nn.Module = TrainedDecoder(networks.codec, fused=fused)
         self.seed = seed
         self.synthesize = synthesize
+        self.fused = fused
 
     def to(self, device: torch.device) -> None:
         self.networks = self.networks.to(device)
@@ -188,8 +195,12 @@ class CFWObjective:
         return Draws(_everything(batch), {"posterior_lr": noise.to(batch.hr.device)})
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        codec, noise, features = self.networks.codec, draws.noise["posterior_lr"], None
         with torch.no_grad():
-            z_lr, features = self.networks.codec.encode_with_features(upsampled(batch), draws.noise["posterior_lr"])
+            if self.fused:
+                z_lr, features = codec.encode_with_features(upsampled(batch), noise)
+            else:
+                z_lr = codec.encode(upsampled(batch), noise)
             latents = self.synthesize(z_lr.float(), batch.index.tolist()) if batch.latents is None else batch.latents
         if latents.shape != z_lr.shape:
             raise UserError(
@@ -199,17 +210,19 @@ class CFWObjective:
         return Outputs(**vars(draws.given), sr=module(latents, features).float())
 
 
-class FusedDecoder(nn.Module):
-    """The CFW decoder as one trained module; only its fusion layers learn."""
+class TrainedDecoder(nn.Module):
+    """The decoder as one trained module: of a CFW decoder the fusion layers learn, of a plain one all of it."""
 
-    def __init__(self, codec: Any) -> None:
+    def __init__(self, codec: Any, *, fused: bool) -> None:
         super().__init__()
         self.vae = codec.vae
         self._codec = codec
         self.vae.requires_grad_(False)
-        self.vae.fusion_layers.requires_grad_(True)
+        for part in (self.vae.fusion_layers,) if fused else (self.vae.decoder, self.vae.post_quant_conv):
+            if part is not None:
+                part.requires_grad_(True)
 
-    def forward(self, latents: Tensor, features: Sequence[Tensor]) -> Tensor:
+    def forward(self, latents: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
         return self._codec.decode(latents, features, fidelity=1.0)
 
 

@@ -1,6 +1,6 @@
 """The small model: training, test sets, comparison with bicubic and Lanczos, and its twins with and without the self-similarity loss.
 
-    python examples/small_model.py train               # autoencoder, base, upscaler, results/small-v1 in float16; goes on where it stopped
+    python examples/small_model.py train               # the chain, and results/small-v1 in float16; goes on where it stopped
     python examples/small_model.py twins --seeds 1 2 3 # small_ssl and small_nossl side by side, one pair per seed
     python examples/small_model.py compare --model results/small-v1   # against bicubic and Lanczos, on every test set
 
@@ -22,7 +22,7 @@ from PIL import Image
 
 from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
 
-CHAIN = ("small_autoencoder", "small_base", "small_ssl")
+CHAIN = ("small_autoencoder", "small_base", "small_ssl", "small_decoder", "small_texture")
 PHOTOS, TESTS = Path("photos/validation"), Path("results/test-sets")
 SIDE, PER_PHOTOGRAPH, LONGEST = 384, 3, 1280  # pixels of a test crop; crops per photograph; larger photographs are shrunk first
 SSLSR = [sys.executable, "-c", "from sslsr_diffusion.cli import main; main()"]
@@ -32,10 +32,11 @@ METRICS = "psnr,ssim,niqe,ssg_l1"
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the small model, and measure it.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("train", help="the three recipes, and the pipeline in float16")
+    commands.add_parser("train", help="the five recipes, and the pipeline in float16")
     twins = commands.add_parser("twins", help="small_ssl and small_nossl for each seed, then the comparison")
     twins.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    twins.add_argument("--steps", type=int, default=450, help="optimizer steps of each run")
+    twins.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
+    twins.add_argument("--weights", nargs=2, default=["120", "100"], metavar=("L1", "KL"), help="of the self-similarity loss")
     compare = commands.add_parser("compare", help="a model against bicubic and Lanczos")
     compare.add_argument("--model", default="results/small-v1")
     compare.add_argument("--steps", type=int, help="sampling steps instead of the model's own")
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.command == "train":
         train()
     elif given.command == "twins":
-        train_twins(given.seeds, given.steps)
+        train_twins(given.seeds, given.steps, given.weights)
     else:
         compare_model(given.model, given.steps, given.dataset)
 
@@ -54,7 +55,7 @@ def train() -> None:
         run_recipe(name, Path("runs") / name)
     output = Path("results/small-v1")
     if not output.exists():
-        run([*SSLSR, "export", "runs/small_ssl", "--half", "--output", str(output)])
+        run([*SSLSR, "export", "runs/small_texture", "--half", "--output", str(output)])
 
 
 def run_recipe(recipe: str, folder: Path, *changes: str, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes] | None:
@@ -71,22 +72,28 @@ def run_recipe(recipe: str, folder: Path, *changes: str, environment: dict[str, 
     return subprocess.Popen(command, env={**os.environ, **environment}, stderr=(folder.parent / f"{folder.name}.log").open("ab"))
 
 
-def train_twins(seeds: Sequence[int], steps: int) -> None:
-    """Both twins of a seed run at the same time, each on half of the cores, so that a busy machine disturbs both."""
+def train_twins(seeds: Sequence[int], steps: int, weights: Sequence[str]) -> None:
+    """Both twins of a seed run at the same time, each on half of the cores, so that a busy machine disturbs both.
+
+    They are the recipes in short, on the finished decoder, with the weights that it was trained with; the discriminator, the third loss
+    of both, begins after a third of the steps.
+    """
     half = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
-    changes = (f"training.steps={steps}", "validation.limit=0", "output.trackers=[]")
+    short = [f"training.steps={steps}", f"losses.2.start_step={steps // 3 + 1}", "validation.limit=0", "output.trackers=[]"]
+    short.append("model.vae=runs/small_texture/pipeline")
+    l1, kl = weights
+    kinds = {"nossl": ("small_nossl", []), f"ssl-{l1}-{kl}": ("small_ssl", [f"losses.3.l1_weight={l1}", f"losses.3.kl_weight={kl}"])}
     for seed in seeds:
         pair = [
-            run_recipe(f"small_{kind}", Path(f"runs/twins/{kind}-{seed}"), f"seed={seed}", *changes, environment=half)
-            for kind in ("nossl", "ssl")
+            run_recipe(recipe, Path(f"runs/twins/{kind}-{seed}"), f"seed={seed}", *short, *own, environment=half)
+            for kind, (recipe, own) in kinds.items()
         ]
-        if any(process is not None and process.wait() for process in pair):
+        codes = [process.wait() for process in pair if process is not None]
+        if any(codes):
             sys.exit(f"twins: a run of seed {seed} failed; runs/twins/*-{seed}.log say why.")
     for dataset in test_sets():
-        columns = [("bicubic", enlarged(dataset, Image.Resampling.BICUBIC))]
-        for kind in ("nossl", "ssl"):
-            columns += [(kind, upscaled(dataset, f"runs/twins/{kind}-{seed}", f"{kind}-{seed}")) for seed in seeds]
-        evaluate(dataset, columns[1:] + columns[:1], f"results/twins/{dataset.name}")
+        columns = [(kind, upscaled(dataset, f"runs/twins/{kind}-{seed}", f"{kind}-{seed}")) for kind in kinds for seed in seeds]
+        evaluate(dataset, [*columns, ("bicubic", enlarged(dataset, Image.Resampling.BICUBIC))], f"results/twins/{dataset.name}-{l1}-{kl}")
 
 
 def compare_model(model: str, steps: int | None, more: Sequence[Path]) -> None:

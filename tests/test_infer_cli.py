@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from sslsr_diffusion.cli.infer import infer
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import Image, read_image, write_image
+from sslsr_diffusion.shipped import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -135,11 +136,12 @@ def test_mistakes_of_the_user_are_one_sentence(desk, arguments, sentence):
     assert re.search(sentence, str(result.exception)), str(result.exception)
 
 
-def test_no_finished_run(desk):
+def test_without_a_finished_run_the_shipped_model_is_taken_and_said(desk):
     (desk / "runs" / "mine" / "pipeline" / "model_index.json").unlink()
     result = run("--input", "in")
-    assert "no finished run in runs/" in str(result.exception)
-    assert "--model" in str(result.exception)
+    assert result.exit_code == 0, result.output
+    assert f"model: {SMALL} (the small model that comes with sslsr-diffusion; there is no finished run in runs/; --model" in result.output
+    assert "2 done; results in results" in result.output
 
 
 def test_wrong_values_are_refused_by_the_parser(desk):

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "sslsr_diffusion"
 LAYERS = [
-    {"types", "errors", "seeding", "config", "images", "ops"},
+    {"types", "errors", "seeding", "config", "shipped", "images", "ops"},
     {"data", "models", "losses", "evaluation"},
     {"inference", "convert", "training"},
     {"recipe", "live_networks"},

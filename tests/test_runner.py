@@ -19,9 +19,10 @@ from torch.nn.functional import interpolate
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import Image, read_image, write_image
-from sslsr_diffusion.inference.models import find_model, newest_run
+from sslsr_diffusion.inference.models import default_model, find_model
 from sslsr_diffusion.inference.record import RECORD_NAME, Record
 from sslsr_diffusion.inference.runner import RunnerOptions, plan_files, upscale_files
+from sslsr_diffusion.shipped import SMALL
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -358,14 +359,14 @@ def make_run(runs: Path, name: str, when: int, kind="StableSRPipeline") -> Path:
 
 
 def test_the_newest_finished_upscaler_is_the_model(tmp_path):
-    with pytest.raises(UserError, match="no finished run"):
-        newest_run(tmp_path)
+    assert default_model(tmp_path) == (SMALL, f"the small model that comes with sslsr-diffusion; there is no finished run in {tmp_path}/")
+    assert find_model(SMALL)[0].name == SMALL
     make_run(tmp_path, "b", 100)
     newest = make_run(tmp_path, "a", 200)
     make_run(tmp_path, "autoencoder", 300, kind="AutoencoderKL")
     (tmp_path / "unfinished").mkdir()
     (make_run(tmp_path, "damaged", 400) / "model_index.json").write_text("{")
-    assert newest_run(tmp_path) == newest
+    assert default_model(tmp_path) == (str(newest), "the newest finished run")
     folder, fingerprint = find_model(str(newest.parent))
     assert folder == newest
     (newest / "weights.safetensors").write_bytes(b"x")

@@ -35,7 +35,8 @@ class Dtype(StrEnum):
 def infer(
     input: Annotated[str, typer.Option("--input", "-i", help="Picture, folder or glob pattern (quote it).")],
     model: Annotated[
-        str | None, typer.Option(help="Pipeline or run folder, or hub id; without it the newest finished run in runs/.")
+        str | None,
+        typer.Option(help="Pipeline or run folder, or hub id; without it the newest finished run in runs/, else the shipped small model."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("results"),
@@ -59,7 +60,7 @@ def infer(
     if steps is None:
         del call["num_inference_steps"]
     from sslsr_diffusion.inference.memory import parse_bytes
-    from sslsr_diffusion.inference.models import find_model, load_pipeline, newest_run
+    from sslsr_diffusion.inference.models import default_model, find_model, load_pipeline
     from sslsr_diffusion.inference.placement import check_tile_of, find_device
     from sslsr_diffusion.inference.runner import FORMATS, RunnerOptions, plan_files, run_plan
 
@@ -69,8 +70,8 @@ def infer(
         where.update(memory_budget=call["memory_budget"], tile=call["tile"])
     find_device(device)
     if model is None:
-        model = str(newest_run(Path("runs")))
-        typer.echo(f"model: {model} (the newest finished run; --model chooses another)")
+        model, why = default_model(Path("runs"))
+        typer.echo(f"model: {model} ({why}; --model chooses another)")
     folder, fingerprint = find_model(model, revision)
     check_tile_of(folder, call["tile"])
     options = RunnerOptions(scale, seed, call, FORMATS[format.value] if format else None, overwrite=overwrite, model=fingerprint)

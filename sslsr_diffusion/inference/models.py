@@ -1,4 +1,4 @@
-"""Which model to upscale with: the newest finished run, a folder, or a hub id."""
+"""Which model to upscale with: the newest finished run, the shipped model, a folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.shipped import SMALL, shipped_folder
 
 log = logging.getLogger(__name__)
 
@@ -20,19 +21,12 @@ PIPELINE_CLASS = "StableSRPipeline"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def newest_run(runs: Path) -> Path:
-    """The pipeline folder of the run in `runs` that finished last.
-
-    Raises:
-        UserError: there is none.
-    """
+def default_model(runs: Path) -> tuple[str, str]:
+    """What is used where nobody chose, and why: the pipeline of the run in `runs` that finished last, else the shipped small model."""
     found = [index.parent for index in runs.glob("*/pipeline/model_index.json") if _is_upscaler(index)]
     if not found:
-        raise UserError(
-            f"no finished run in {runs}/ (expected {runs}/NAME/pipeline/model_index.json); train one with "
-            "`accelerate launch train.py --config configs/tiny.yaml`, or pass --model with a folder or a hub id."
-        )
-    return max(found, key=lambda folder: (folder / "model_index.json").stat().st_mtime_ns)
+        return SMALL, f"the small model that comes with sslsr-diffusion; there is no finished run in {runs}/"
+    return str(max(found, key=lambda folder: (folder / "model_index.json").stat().st_mtime_ns)), "the newest finished run"
 
 
 def _is_upscaler(index: Path) -> bool:
@@ -48,12 +42,12 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str]:
     Raises:
         UserError: there is no such folder or repository, or it holds no upscaler.
     """
-    folder = Path(model).expanduser()
+    folder = shipped_folder(model) or Path(model).expanduser()
     if (folder / "pipeline" / "model_index.json").is_file():  # a run folder
         folder = folder / "pipeline"
     if not folder.exists():
         if not _HUB_ID.fullmatch(model):
-            raise UserError(f"--model {model}: no such folder, and not a hub id (user/name).")
+            raise UserError(f"--model {model}: no such folder, not a hub id (user/name), and not the shipped model ({SMALL}).")
         folder = _download(model, revision)
         return folder, f"{model}@{folder.name}"
     if revision is not None:
@@ -107,14 +101,18 @@ def refuse_code(folder: Path) -> None:
 
 def forget_folder(component: Any) -> None:
     """diffusers and transformers write down where a model was loaded from, a user's home folder for example; hub ids stay."""
+
+    def local(name: object) -> bool:
+        return bool(name) and (Path(str(name)).is_absolute() or Path(str(name)).is_dir())
+
     config = getattr(component, "config", None)
     remembered = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
-    if Path(str(remembered or "")).is_absolute():
+    if local(remembered):
         if hasattr(component, "register_to_config"):
             component.register_to_config(_name_or_path="")
         else:
             component.config._name_or_path = ""
-    if hasattr(component, "init_kwargs") and Path(str(getattr(component, "name_or_path", ""))).is_absolute():
+    if hasattr(component, "init_kwargs") and local(getattr(component, "name_or_path", "")):
         component.name_or_path = component.init_kwargs["name_or_path"] = ""  # a tokenizer
 
 

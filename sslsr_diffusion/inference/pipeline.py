@@ -33,6 +33,7 @@ from sslsr_diffusion.inference.prompts import encode_texts, per_picture
 from sslsr_diffusion.inference.sampling import build_sampler, sample
 from sslsr_diffusion.inference.tiling import pad_to, tile_boxes
 from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.shipped import shipped_folder
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,8 @@ class StableSRPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """As diffusers' own, from safetensors alone; UserError for a local folder with Python files."""
+        """As diffusers' own, from safetensors alone, and by a shipped model's name; UserError for a local folder with Python files."""
+        pretrained_model_name_or_path = shipped_folder(str(pretrained_model_name_or_path)) or pretrained_model_name_or_path
         refuse_code(Path(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **options})
 

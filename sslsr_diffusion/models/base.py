@@ -9,6 +9,7 @@ from typing import Any
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.settings import DEFAULT_BASE
+from sslsr_diffusion.shipped import SMALL, shipped_folder
 
 # Half-precision and non-EMA copies of the same weights would double the download.
 IGNORED = ["*.fp16.*", "*non_ema*", "*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "safety_checker/*", "feature_extractor/*"]
@@ -49,20 +50,22 @@ def find_base(name: str, revision: str | None = None, parts: list[str] | None = 
     """The folder of a base model; a hub id is fetched (or taken from the cache) at one resolved commit.
 
     Args:
-        name: local folder or hub id.
+        name: local folder, shipped model or hub id.
         revision: branch, tag or commit of a hub id.
         parts: file patterns to fetch; default: everything that a pipeline needs.
 
     Raises:
         UserError: nothing of that name exists, or the hub cannot be reached and nothing is cached.
     """
-    folder = Path(name).expanduser()
+    folder = shipped_folder(name) or Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / part).is_dir() for part in ("unet", "vae")):
             raise UserError(f"model.base: the folder {name} holds no unet/ or vae/; expected a pipeline folder in diffusers format.")
         return Base(name, folder)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise UserError(f"model.base: {name!r} is neither an existing folder nor a hub id (owner/name); give one of the two.")
+        raise UserError(
+            f"model.base: {name!r} is neither an existing folder nor a hub id (owner/name) nor the shipped {SMALL}; give one of them."
+        )
     fetched = _fetch(name, revision, parts or WANTED)
     return Base(name, fetched, fetched.name)
 

@@ -1,0 +1,14 @@
+"""The model that comes with the package: found by its name wherever a folder or a hub id is expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SMALL = "small-v1"  # other weights get another name, so that a name in a run's record stays true
+FOLDER = Path(__file__).resolve().parent / "shipped_models"
+
+
+def shipped_folder(name: str) -> Path | None:
+    """The pipeline folder of a shipped model; None for any other name, and where the user has a folder of that name."""
+    folder = FOLDER / name
+    return folder if name == SMALL and not Path(name).exists() else None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import yaml
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.recipe import Recipe, resolved, run_folder
+from sslsr_diffusion.shipped import local_folder
 
 Verdict = Literal["ok", "missing", "not reachable"]
 
@@ -95,8 +95,8 @@ def _model(recipe: Recipe) -> list[Check | None]:
     model, checks = recipe.model, []
     if model.init == "random":
         checks.append(Check("model", "ok", f"architecture {model.preset}, weights drawn"))
-    elif Path(model.base).expanduser().is_dir():
-        has = [part for part in ("unet", "vae", "scheduler") if (Path(model.base).expanduser() / part).is_dir()]
+    elif (base := local_folder(model.base)).is_dir():
+        has = [part for part in ("unet", "vae", "scheduler") if (base / part).is_dir()]
         complete = len(has) == 3
         checks.append(
             Check("model", "ok" if complete else "missing", f"{model.base}: found {', '.join(has) or 'no unet, vae or scheduler'}")
@@ -104,7 +104,7 @@ def _model(recipe: Recipe) -> list[Check | None]:
     else:
         checks.append(_hub("model", model.base, model.revision, "model"))
     if model.vae is not None:
-        folder = Path(model.vae).expanduser()
+        folder = local_folder(model.vae)
         found = any((candidate / "config.json").is_file() for candidate in (folder, folder / "vae"))
         checks.append(
             Check("model.vae", "ok" if found else "missing", model.vae if found else f"{model.vae} holds no autoencoder; train one first")

@@ -12,3 +12,8 @@ def shipped_folder(name: str) -> Path | None:
     """The pipeline folder of a shipped model; None for any other name, and where the user has a folder of that name."""
     folder = FOLDER / name
     return folder if name == SMALL and not Path(name).exists() else None
+
+
+def local_folder(name: str) -> Path:
+    """Where a model of that name lies, or would lie, on this machine: the shipped one's folder, else the name as a path."""
+    return shipped_folder(name) or Path(name).expanduser()

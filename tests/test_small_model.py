@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.data.degradation import Degradation, DegradationSettings
+from sslsr_diffusion.dry_run import dry_run
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.models import ModelSettings, build_networks
@@ -49,6 +50,16 @@ def test_it_is_a_base_to_fine_tune() -> None:
     assert networks.base == SMALL
     assert networks.trained
     assert {parameter.dtype for parameter in networks.denoiser.parameters()} == {torch.float32}
+
+
+def test_the_dry_run_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    lines: list[str] = []
+    dry_run(load_recipe("demo", [f"model.vae={SMALL}", "output.dir=runs/never"]), lines.append)
+    said = {line.split()[0]: line.split() for line in lines if line.startswith("  ") and len(line.split()) > 1}
+    assert said["model"][1:3] == ["ok", f"{SMALL}:"]
+    assert said["model.vae"][1:3] == ["ok", SMALL]
+    assert said["unet"][1:3] == ["4.61", "M"]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.shipped import SMALL, shipped_folder
+from sslsr_diffusion.shipped import SMALL, local_folder
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str]:
     Raises:
         UserError: there is no such folder or repository, or it holds no upscaler.
     """
-    folder = shipped_folder(model) or Path(model).expanduser()
+    folder = local_folder(model)
     if (folder / "pipeline" / "model_index.json").is_file():  # a run folder
         folder = folder / "pipeline"
     if not folder.exists():

@@ -9,7 +9,7 @@ from typing import Any
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.settings import DEFAULT_BASE
-from sslsr_diffusion.shipped import SMALL, shipped_folder
+from sslsr_diffusion.shipped import SMALL, local_folder
 
 # Half-precision and non-EMA copies of the same weights would double the download.
 IGNORED = ["*.fp16.*", "*non_ema*", "*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "safety_checker/*", "feature_extractor/*"]
@@ -57,7 +57,7 @@ def find_base(name: str, revision: str | None = None, parts: list[str] | None = 
     Raises:
         UserError: nothing of that name exists, or the hub cannot be reached and nothing is cached.
     """
-    folder = shipped_folder(name) or Path(name).expanduser()
+    folder = local_folder(name)
     if folder.is_dir():
         if not any((folder / part).is_dir() for part in ("unet", "vae")):
             raise UserError(f"model.base: the folder {name} holds no unet/ or vae/; expected a pipeline folder in diffusers format.")

@@ -25,6 +25,7 @@ from sslsr_diffusion.models.structural_encoder import StructuralEncoder
 from sslsr_diffusion.models.text import count_text_encoder, empty_context, encode_prompt, load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.unet import SFTUNet2DConditionModel
 from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.shipped import local_folder
 
 __all__ = ["ModelSettings", "Networks", "build_autoencoder", "build_networks", "load_vae"]
 
@@ -112,7 +113,7 @@ def build_networks(
     Raises:
         UserError: the base or the autoencoder cannot be found, or does not fit.
     """
-    if settings.init == "random" or (meta and not Path(settings.base).expanduser().is_dir()):
+    if settings.init == "random" or (meta and not local_folder(settings.base).is_dir()):
         networks = _from_preset(settings, plain=plain, meta=meta, seed=seed)
     else:
         networks = _from_base(settings, find_base(settings.base, settings.revision), plain=plain, meta=meta, seed=seed)
@@ -143,7 +144,7 @@ def load_vae(folder: str | Path, *, meta: bool = False) -> AutoencoderKL:
     Raises:
         UserError: neither is there.
     """
-    path = Path(folder).expanduser()
+    path = local_folder(str(folder))
     for candidate in (path / "vae", path):
         if (candidate / "config.json").is_file():
             return _load_vae_of(Base(str(folder), candidate.parent), meta=meta, part=candidate.name)

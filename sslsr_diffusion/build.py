@@ -92,6 +92,12 @@ def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
     start = recipe.training.start_timestep
     if start is not None:
         networks = networks.until(start)
+    elif is_one_step(networks):
+        last = networks.schedule.num_train_timesteps - 1
+        raise UserError(
+            f"model.base: {networks.base} starts its one step at timestep {last}, from the low-resolution picture; to train it on, set "
+            f"training.sampler_steps: 1, training.start_timestep: {last} and validation.steps: 1."
+        )
     objective = DiffusionObjective(
         networks,
         seed=recipe.seed,
@@ -110,6 +116,11 @@ def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
         base={"id": networks.base, "revision": networks.revision},
         publisher=publisher,
     )
+
+
+def is_one_step(networks: Networks) -> bool:
+    """Whether the schedule ends where the picture still shows: such a model starts from the low-resolution one (start_timestep)."""
+    return float(networks.schedule.alphas_cumprod[-1]) > 0.5
 
 
 def _timesteps(recipe: Recipe, networks: Any) -> list[int] | None:
@@ -150,6 +161,8 @@ def _base(recipe: Recipe, publisher: Publisher | None) -> Job:
 
 def _autoencoder(recipe: Recipe, publisher: Publisher | None) -> Job:
     codec = build_autoencoder(recipe.model, seed=recipe.seed)
+    if recipe.model.latents == "mean" and codec.vae.quant_conv is None:
+        raise UserError("model.latents: mean needs an autoencoder with quant_conv (use_quant_conv: true); take sample.")
     _check_crop(recipe, codec.scale)
     _economize(recipe, codec.vae)
     objective = AutoencoderObjective(codec, seed=recipe.seed)
@@ -187,6 +200,11 @@ def _decoder(recipe: Recipe, publisher: Publisher | None, fused: Networks | None
     networks = fused or build_networks(recipe.model, seed=recipe.seed)
     if fused is None and networks.codec.has_fidelity:
         raise UserError(f"model.base: the decoder of {networks.base} is fused with the encoder (CFW); use stage cfw to train it on.")
+    if networks.source is not None and not networks.source.has("structural_encoder"):
+        raise UserError(f"model.base: stage {recipe.stage} needs a finished upscaler, and {networks.base} has no structural_encoder/.")
+    for key, steps in (("training.synthesis_steps", recipe.training.synthesis_steps), ("validation.steps", recipe.validation.steps)):
+        if is_one_step(networks) and steps != 1:
+            raise UserError(f"{key}: {networks.base} is a one-step model; expected 1, came {steps}.")
     check_crop(recipe, networks)
     _economize(recipe, networks.codec.vae)
     objective = DecoderObjective(

@@ -75,7 +75,7 @@ class Recipe(Settings):
             for i, kind in enumerate(kinds)
             if kind not in allowed
         ]
-        side = self.training.crop_size if self.training.decode_crop is None else self.training.decode_crop * 4
+        side = self.training.crop_size if self.training.decode_crop is None else min(self.training.crop_size, self.training.decode_crop * 4)
         for i, loss in enumerate(self.losses):
             if loss.kind == "self_similarity":
                 if side <= loss.search_size // 2:
@@ -108,6 +108,10 @@ class Recipe(Settings):
             mistakes.append(
                 "training.start_timestep: is for one-step models, stage diffusion with training.sampler_steps: 1; "
                 f"here the stage is {self.stage} and sampler_steps {self.training.sampler_steps}."
+            )
+        if self.training.start_timestep is not None and self.validation.steps != 1:
+            mistakes.append(
+                f"validation.steps: expected 1 for a one-step model (it is what its pipeline will take, too), came {self.validation.steps}."
             )
         if self.model.latents != "sample" and self.stage != "autoencoder":
             mistakes.append(f"model.latents: is for stage autoencoder only, here the stage is {self.stage}; remove it.")

@@ -11,7 +11,7 @@ FOLDER = Path(__file__).resolve().parent / "shipped_models"
 def shipped_folder(name: str) -> Path | None:
     """The pipeline folder of a shipped model; None for any other name, and where the user has a folder of that name."""
     folder = FOLDER / name
-    return folder if name == SMALL and not Path(name).exists() else None
+    return folder if name == SMALL and not Path(name).is_dir() else None
 
 
 def local_folder(name: str) -> Path:

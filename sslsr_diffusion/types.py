@@ -19,7 +19,7 @@ class Batch:
     mask: Tensor  # [B, 1, H, W] bool: the pixels whose self-similarity row enters the loss
     index: Tensor  # [B] int64: global sample index
     names: tuple[str, ...] = ()  # B source names, for messages
-    latents: Tensor | None = None  # [B, c, h, w], scaled: what the upscaler made of lr before training (stage cfw)
+    latents: Tensor | None = None  # [B, c, h, w], scaled: what the upscaler made of lr before training (stages cfw and decoder)
 
     def to(self, device: torch.device | str) -> Batch:
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("names", "index")}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from toys import wave_photos
 
-from sslsr_diffusion.build import build
+from sslsr_diffusion.build import build, export_checkpoint
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.sampling import build_sampler, spaced_timesteps
@@ -129,6 +129,12 @@ def test_a_one_step_model_trains_and_samples_from_the_same_start(photos: Path, t
     assert torch.equal(again.until(99).schedule.alphas_cumprod, again.schedule.alphas_cumprod)
     with pytest.raises(UserError, match=r"training\.start_timestep: expected at most 99, .* came 199"):
         again.until(199)
+    model = {"base": str(result.pipeline), "preset": "tiny"}
+    with pytest.raises(UserError, match=r"set training\.sampler_steps: 1, training\.start_timestep: 99 and validation\.steps: 1"):
+        build(parse(Recipe, recipe(photos, tmp_path / "again", stage="diffusion", model=model)))
+    losses = [{"kind": "pixel_l1"}]
+    with pytest.raises(UserError, match=r"training\.synthesis_steps: .* is a one-step model; expected 1, came 20"):
+        build(parse(Recipe, recipe(photos, tmp_path / "again", stage="decoder", model=model, losses=losses)))
 
 
 @pytest.mark.parametrize("changes", [{"sampler_steps": 4}, {"sampler_steps": None}])
@@ -136,6 +142,8 @@ def test_a_start_of_its_own_is_for_one_step_models(photos: Path, tmp_path: Path,
     training = {"steps": 2, "crop_size": 32, "start_timestep": 99, **changes}
     with pytest.raises(RecipeError, match=r"training\.start_timestep: is for one-step models"):
         parse(Recipe, recipe(photos, tmp_path, stage="diffusion", training=training))
+    with pytest.raises(RecipeError, match=r"validation\.steps: expected 1 for a one-step model .* came 4"):
+        parse(Recipe, recipe(photos, tmp_path, stage="diffusion", training={**training, "sampler_steps": 1}))
 
 
 @pytest.mark.parametrize("latents", ["sample", "mean"])
@@ -155,11 +163,11 @@ def test_an_autoencoder_leaves_a_posterior_or_its_mean(photos: Path, tmp_path: P
         parse(Recipe, recipe(photos, tmp_path, model={**model, "latents": "mean"}))
 
 
-def test_stage_decoder_trains_the_decoder_alone(photos: Path, tmp_path: Path) -> None:
+def test_stage_decoder_trains_the_decoder_alone(photos: Path, base: Path, tmp_path: Path) -> None:
     upscaler = build_networks(ModelSettings(init="random", preset="tiny"))
     upscaler.save_parts(tmp_path / "upscaler")
     model = {"base": str(tmp_path / "upscaler"), "preset": "tiny"}
-    training = {"steps": 2, "batch_size": 2, "crop_size": 32, "synthesis_steps": 2, "optimizer": {"lr": 1e-3}}
+    training = {"steps": 2, "batch_size": 2, "crop_size": 32, "synthesis_steps": 2, "optimizer": {"lr": 1e-3}, "ema": {"decay": 0.5}}
     losses = [{"kind": "pixel_l1"}, {"kind": "self_similarity", "l1_weight": 10, "kl_weight": 10}]
     given = parse(Recipe, recipe(photos, tmp_path / "run", stage="decoder", model=model, losses=losses, training=training))
     result = fit(build(given))
@@ -175,6 +183,14 @@ def test_stage_decoder_trains_the_decoder_alone(photos: Path, tmp_path: Path) ->
     assert f"trained {trained / 1e6:8.2f} M" in vae
     assert "GiB" in describe_memory(given)[1]
 
+    export_checkpoint(tmp_path / "run/checkpoint-2", tmp_path / "exported")
+    files = [folder / "vae/diffusion_pytorch_model.safetensors" for folder in (result.pipeline, tmp_path / "exported")]
+    first, second = (load_file(file) for file in files)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+    plain = recipe(photos, tmp_path / "plain", stage="decoder", model={"base": str(base / "pipeline"), "preset": "tiny"}, losses=losses)
+    with pytest.raises(UserError, match="stage decoder needs a finished upscaler"):
+        build(parse(Recipe, plain))
     AutoencoderKLCFW.from_autoencoder(upscaler.codec.vae).save_pretrained(tmp_path / "upscaler/vae")
     with pytest.raises(UserError, match="is fused with the encoder"):
         build(given)

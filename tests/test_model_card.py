@@ -155,3 +155,10 @@ def test_a_fence_in_the_recipe_does_not_end_the_block():
     text = card(recipe={"model": {"prompt": "x\n```\n# injected"}})
     assert text.count("```") % 2 == 0
     assert "\n# injected" not in text.split("## Limits")[0].split("```yaml")[0]
+
+
+def test_the_shipped_model_as_a_base_has_a_name_and_a_licence():
+    card = ModelCard(model_card("user/mine", RECIPE, base="small-v1"))
+    assert card.data.license == "apache-2.0"
+    assert "`small-v1`, the model that comes with sslsr-diffusion" in card.text
+    assert card.data.base_model is None  # no hub id

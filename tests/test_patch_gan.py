@@ -147,5 +147,7 @@ def test_the_recipe_knows_where_it_fits():
         parse(Recipe, {**values, "training": {"crop_size": 16}})
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):  # what is decoded counts, not what is read
         parse(Recipe, {**values, "stage": "diffusion", "training": {"crop_size": 128, "decode_crop": 4}})
+    with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):
+        parse(Recipe, {**values, "stage": "diffusion", "training": {"crop_size": 16, "decode_crop": 16}})
     with pytest.raises(RecipeError, match="patch_gan is impossible in stage autoencoder"):
         parse(Recipe, {**values, "stage": "autoencoder"})

@@ -258,3 +258,10 @@ def test_a_scheduler_whose_package_is_missing_says_so(monkeypatch):
 def test_unknown_sampler_is_refused(name):
     with pytest.raises(UserError, match="ddpm, ddim"):
         build_sampler(name, make_scheduler(), 4)
+
+
+@pytest.mark.parametrize("name", [None, *SAMPLERS, "HeunDiscreteScheduler"])
+def test_one_step_starts_at_the_last_timestep(name):
+    scheduler = DDPMScheduler(num_train_timesteps=100, beta_start=0.00085, beta_end=0.002, prediction_type="v_prediction")
+    sampler = build_sampler(name, scheduler, 1, seeds=[0])
+    assert [round(float(t)) for t in sampler.timesteps[:1]] == [99]

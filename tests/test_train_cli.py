@@ -12,7 +12,9 @@ from accelerate.state import AcceleratorState
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
+from sslsr_diffusion.config import shipped_recipes
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.recipe import load_recipe
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +58,12 @@ def test_init_lists_and_copies_with_what_it_extends(tmp_path):
     assert (tmp_path / "sd_upscaler_ssl.yaml").is_file()
     with pytest.raises(UserError, match="already there"):
         sslsr("init", "sd_upscaler", "--output", "mine.yaml")
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_can_be_copied_and_read(tmp_path, name):
+    sslsr("init", name)
+    assert load_recipe(str(tmp_path / f"{name}.yaml")) == load_recipe(name)
 
 
 @pytest.mark.slow

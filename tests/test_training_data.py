@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -117,14 +118,15 @@ def test_processes_see_what_one_process_sees(folder):
 def test_signals_to_the_whole_group_leave_the_workers_at_work(folder, start_method):
     """Schedulers signal every process of a job; the training process must still finish its step. A second SIGTERM ends a worker."""
     wanted = take(open_small(from_folder(folder)), 12)
+    others = set(multiprocessing.active_children())
     loader = open_small(from_folder(folder, workers=2, start_method=start_method))
-    got = take(loader, 1)
-    workers = multiprocessing.active_children()
+    got = take(loader, 2)  # one of each worker
+    workers = [process for process in multiprocessing.active_children() if process not in others]
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
-    assert same(got + take(loader, 11), wanted)
+    assert same(got + take(loader, 10), wanted)
     os.kill(workers[0].pid, signal.SIGTERM)
     workers[0].join(10)
     assert workers[0].exitcode == -signal.SIGTERM
@@ -133,6 +135,22 @@ def test_signals_to_the_whole_group_leave_the_workers_at_work(folder, start_meth
     loader.close()
     for worker in workers:
         worker.join(10)
+
+
+def test_a_worker_whose_grace_is_over_ends_without_a_noise(folder, monkeypatch):
+    """An exit code other than 0 would interrupt the training process wherever it is, while it writes its checkpoint for example."""
+    monkeypatch.setattr("sslsr_diffusion.data.loader._GRACE", 1)
+    loader = open_small(from_folder(folder, workers=1, start_method="fork"))
+    others = set(multiprocessing.active_children())
+    take(loader, 1)
+    (worker,) = set(multiprocessing.active_children()) - others
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(10)
+    assert worker.exitcode == 0
+    time.sleep(0.1)  # nothing is raised here
+    with pytest.raises(UserError, match="was ended from outside"):
+        take(loader, 20)
+    loader.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -27,9 +27,10 @@ def init(
     source = find_recipe(name)
     target = output or Path(f"{source.stem}.yaml")
     wanted = {target: source}
-    parent = (yaml.safe_load(source.read_text(encoding="utf-8")) or {}).get("extends")
-    if parent:
-        wanted[target.parent / parent] = source.parent / parent
+    last = source
+    while parent := (yaml.safe_load(last.read_text(encoding="utf-8")) or {}).get("extends"):
+        last = last.parent / parent
+        wanted[target.parent / parent] = last
     for path in wanted:
         if path.exists() and path == target:
             raise UserError(f"{path} is already there; choose another name with --output.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -286,6 +287,8 @@ def _linger(number: int, frame: Any) -> None:
     """Batches go on until the training process has taken its checkpoint, but not for ever; a second SIGTERM ends the worker at once."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "alarm"):
+        # exit code 0: any other interrupts the training process wherever it is, in the middle of a checkpoint for example
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
         signal.alarm(_GRACE)
 
 

@@ -241,19 +241,19 @@ def build_sampler(
     if name == "ddim-original":
         return OriginalDDIM(alphas, kind, num_steps, strength=strength, eta=eta)
     spaced_timesteps(num_steps, len(alphas))
-    own = type(scheduler).from_config(scheduler.config) if name is None else _by_name(name, scheduler)
+    own = type(scheduler).from_config(scheduler.config) if name is None else _by_name(name, scheduler, num_steps)
     return DiffusersSampler(own, num_steps, strength=strength, eta=eta, seeds=seeds, device=torch.device(device))
 
 
-def _by_name(name: str, scheduler: Any) -> Any:
+def _by_name(name: str, scheduler: Any, num_steps: int) -> Any:
     import diffusers
 
     cls = getattr(diffusers, SAMPLERS.get(name, name), None) if SAMPLERS.get(name, name).endswith("Scheduler") else None
     if cls is None:
         raise UserError(f"sampler: {name!r} is unknown; expected one of {', '.join(SAMPLERS)} or the name of a diffusers scheduler class.")
     try:
-        # "linspace" begins at the last timestep, where the published start is noised; the others begin lower
-        made = cls.from_config(scheduler.config, timestep_spacing="linspace")
+        # "linspace" begins at the last timestep, where the published start is noised; the others begin lower, but not with one step
+        made = cls.from_config(scheduler.config, timestep_spacing="linspace" if num_steps > 1 else "trailing")
     except ImportError as error:
         raise MissingDependency(f"sampler: {name} needs a package that is not installed: {' '.join(str(error).split())}") from None
     if not hasattr(made, "add_noise") or not hasattr(made, "alphas_cumprod"):

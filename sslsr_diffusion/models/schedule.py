@@ -29,13 +29,14 @@ def truncated(config: Mapping[str, Any], num_timesteps: int) -> dict[str, Any]:
     Raises:
         ValueError: it has fewer.
     """
-    betas = make_scheduler(config).betas
+    scheduler = make_scheduler(config)
+    betas = scheduler.betas
     if num_timesteps > len(betas):
         raise ValueError(f"expected at most the {len(betas)} timesteps of the scheduler, got {num_timesteps}.")
     return {
         "num_train_timesteps": num_timesteps,
         "trained_betas": betas[:num_timesteps].tolist(),
-        "prediction_type": make_scheduler(config).config.prediction_type,
+        "prediction_type": scheduler.config.prediction_type,
     }
 
 

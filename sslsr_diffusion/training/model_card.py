@@ -17,6 +17,7 @@ import yaml
 from sslsr_diffusion import __version__
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.summary import markdown_table
+from sslsr_diffusion.shipped import SMALL, shipped_folder
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _SECRET_KEY = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
@@ -27,6 +28,7 @@ _WHOLE_PATH = re.compile(r"(?:file:/|[A-Za-z]:[\\/]|\\\\|~|/(?!/)|\.\.[\\/])")
 _COMMON_NAMES = {"root", "user", "users", "home", "ubuntu", "admin", "nobody", "docker", "runner", "localhost"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LICENCES = {  # of known bases; the model is derived from its base
+    SMALL: "apache-2.0",
     "sd2-community/": "openrail++",
     "stabilityai/stable-diffusion-2": "openrail++",
 }
@@ -56,7 +58,9 @@ def model_card(
     from jinja2 import Environment, StrictUndefined
 
     known_base = base if base and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
-    licence = licence or _licence_of(base, known_base)
+    shipped = base == SMALL and shipped_folder(SMALL) is not None
+    licence = licence or _licence_of(base, SMALL if shipped else known_base)
+    link = f"[{known_base}](https://huggingface.co/{known_base})" if known_base else "a local model"
     values = _metrics(metrics or {})
     bicubic = _metrics(metrics or {}, "validation_bicubic/")
     template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Markdown, not HTML
@@ -66,7 +70,7 @@ def model_card(
         repo_id=repo_id,
         version=__version__,
         base=base,
-        base_link=f"[{known_base}](https://huggingface.co/{known_base})" if known_base else "a local model",
+        base_link=f"`{SMALL}`, the model that comes with sslsr-diffusion" if shipped else link,
         base_revision=base_revision if base_revision and re.fullmatch(r"[\w.-]+", base_revision) else None,
         loss_names=_loss_names(recipe),
         scale=recipe.get("scale", 4),

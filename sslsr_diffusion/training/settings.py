@@ -71,7 +71,7 @@ class TrainingSettings(Settings):
         description="One-step models (sampler_steps: 1): start at this timestep instead of the last, from the noised latents of the "
         "low-resolution picture, in training as in sampling; null: train on the noised ground truth, as published.",
     )
-    synthesis_steps: int = Field(20, ge=1, description="Stage cfw only: sampling steps of the frozen upscaler per training sample.")
+    synthesis_steps: int = Field(20, ge=1, description="Stages cfw and decoder: sampling steps of the frozen upscaler per training sample.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm; null: never.")
     optimizer: OptimizerSettings = Field(OptimizerSettings(), description="The optimizer.")
     schedule: ScheduleSettings = Field(ScheduleSettings(), description="The learning-rate schedule.")

@@ -284,12 +284,18 @@ def _start_worker(worker: int) -> None:
 
 
 def _linger(number: int, frame: Any) -> None:
-    """Batches go on until the training process has taken its checkpoint, but not for ever; a second SIGTERM ends the worker at once."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Batches go on until the training process has taken its checkpoint, but not for ever; a second SIGTERM ends the worker at once.
+
+    With exit code 0: any other interrupts the training process wherever it is, in the middle of a checkpoint for example.
+    """
+    signal.signal(signal.SIGTERM, _end)
     if hasattr(signal, "alarm"):
-        # exit code 0: any other interrupts the training process wherever it is, in the middle of a checkpoint for example
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGALRM, _end)
         signal.alarm(_GRACE)
+
+
+def _end(number: int, frame: Any) -> None:
+    os._exit(0)
 
 
 def open_samples(settings: DataSettings, *, crop_size: int, scale: int, seed: int, count: int) -> tuple[list[Sample], list[str]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +19,7 @@ from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
 from sslsr_diffusion.inference.reconstruction import Reconstruct
 from sslsr_diffusion.inference.sampling import spaced_timesteps
-from sslsr_diffusion.live_networks import Upscaler, sample_latents, save_pipeline
+from sslsr_diffusion.live_networks import Upscaler, halve, sample_latents, save_pipeline
 from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.models import Networks, build_autoencoder, build_networks
 from sslsr_diffusion.recipe import Recipe, resolved
@@ -69,20 +68,10 @@ def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True, half
     def save(folder: Path) -> None:
         job.save_pipeline(folder)
         if half:
-            _halve(folder)
+            halve(folder)
 
     write_folder(output, save)
     return int(state["progress"]["step"])
-
-
-def _halve(folder: Path) -> None:
-    """Rewrite the weights below `folder` in float16; UserError for one that float16 cannot hold."""
-    for file in folder.rglob("*.safetensors"):
-        tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()}
-        broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
-        if broken is not None:
-            raise UserError(f"--half: {broken} has values that float16 cannot hold (above 65504); export without --half.")
-        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
@@ -92,7 +81,7 @@ def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
     start = recipe.training.start_timestep
     if start is not None:
         networks = networks.until(start)
-    elif is_one_step(networks):
+    elif networks.schedule.starts_from_lr:
         last = networks.schedule.num_train_timesteps - 1
         raise UserError(
             f"model.base: {networks.base} starts its one step at timestep {last}, from the low-resolution picture; to train it on, set "
@@ -105,22 +94,7 @@ def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
         timesteps=_timesteps(recipe, networks),
         from_lr=start is not None,
     )
-
-    upscaler = Upscaler(lambda: objective.networks, recipe.scale, recipe.validation.steps)
-    return _job(
-        recipe,
-        objective,
-        prediction_type=networks.schedule.prediction_type,
-        restore=lambda lr, hr, seed: upscaler(lr, seed),
-        save_pipeline=lambda folder: save_pipeline(objective.networks, folder, default_steps=recipe.validation.steps),
-        base={"id": networks.base, "revision": networks.revision},
-        publisher=publisher,
-    )
-
-
-def is_one_step(networks: Networks) -> bool:
-    """Whether the schedule ends where the picture still shows: such a model starts from the low-resolution one (start_timestep)."""
-    return float(networks.schedule.alphas_cumprod[-1]) > 0.5
+    return _upscaler(recipe, objective, publisher)
 
 
 def _timesteps(recipe: Recipe, networks: Any) -> list[int] | None:
@@ -203,7 +177,7 @@ def _decoder(recipe: Recipe, publisher: Publisher | None, fused: Networks | None
     if networks.source is not None and not networks.source.has("structural_encoder"):
         raise UserError(f"model.base: stage {recipe.stage} needs a finished upscaler, and {networks.base} has no structural_encoder/.")
     for key, steps in (("training.synthesis_steps", recipe.training.synthesis_steps), ("validation.steps", recipe.validation.steps)):
-        if is_one_step(networks) and steps != 1:
+        if networks.schedule.starts_from_lr and steps != 1:
             raise UserError(f"{key}: {networks.base} is a one-step model; expected 1, came {steps}.")
     check_crop(recipe, networks)
     _economize(recipe, networks.codec.vae)
@@ -215,11 +189,17 @@ def _decoder(recipe: Recipe, publisher: Publisher | None, fused: Networks | None
         ),
         fused=fused is not None,
     )
+    return _upscaler(recipe, objective, publisher)
 
+
+def _upscaler(recipe: Recipe, objective: DiffusionObjective | DecoderObjective, publisher: Publisher | None) -> Job:
+    """What is validated, saved and published is the whole upscaler, whichever part of it trains."""
+    networks = objective.networks
     upscaler = Upscaler(lambda: objective.networks, recipe.scale, recipe.validation.steps)
     return _job(
         recipe,
         objective,
+        prediction_type=networks.schedule.prediction_type,
         restore=lambda lr, hr, seed: upscaler(lr, seed),
         save_pipeline=lambda folder: save_pipeline(objective.networks, folder, default_steps=recipe.validation.steps),
         base={"id": networks.base, "revision": networks.revision},

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.sampling import build_sampler, sample
 from sslsr_diffusion.models import make_scheduler
 from sslsr_diffusion.seeding import derive_seed, sample_generator
@@ -90,3 +92,13 @@ def save_pipeline(networks: Any, folder: Path, *, default_steps: int) -> None:
 
     pipe = StableSRPipeline(**networks.components(), default_num_inference_steps=default_steps)
     pipe.save_pretrained(folder, safe_serialization=True)
+
+
+def halve(folder: Path) -> None:
+    """Rewrite the weights below `folder` in float16; UserError for one that float16 cannot hold."""
+    for file in folder.rglob("*.safetensors"):
+        tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()}
+        broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+        if broken is not None:
+            raise UserError(f"--half: {broken} has values that float16 cannot hold (above 65504); export without --half.")
+        save_file(tensors, file, metadata={"format": "pt"})

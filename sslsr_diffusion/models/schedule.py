@@ -69,6 +69,11 @@ class Schedule:
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
+    @property
+    def starts_from_lr(self) -> bool:
+        """Whether the last timestep still shows the picture: sampling then starts from the low-resolution one, not from next to nothing."""
+        return float(self.alphas_cumprod[-1]) > 0.5
+
     def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) n."""
         signal, sigma = self._levels(t, z0)

@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     twins.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     twins.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     twins.add_argument("--weights", nargs=2, default=["120", "100"], metavar=("L1", "KL"), help="of the self-similarity loss")
+    twins.add_argument(
+        "--change", nargs="*", default=[], metavar="KEY=VALUE", help="more of that loss: mask_stride=1, sigma=0.016, weight=auto"
+    )
     compare = commands.add_parser("compare", help="a model against bicubic and Lanczos")
     compare.add_argument("--model", default="results/small-v1")
     compare.add_argument("--steps", type=int, help="sampling steps instead of the model's own")
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.command == "train":
         train()
     elif given.command == "twins":
-        train_twins(given.seeds, given.steps, given.weights)
+        train_twins(given.seeds, given.steps, given.weights, given.change)
     else:
         compare_model(given.model, given.steps, given.dataset)
 
@@ -72,7 +75,7 @@ def run_recipe(recipe: str, folder: Path, *changes: str, environment: dict[str, 
     return subprocess.Popen(command, env={**os.environ, **environment}, stderr=(folder.parent / f"{folder.name}.log").open("ab"))
 
 
-def train_twins(seeds: Sequence[int], steps: int, weights: Sequence[str]) -> None:
+def train_twins(seeds: Sequence[int], steps: int, weights: Sequence[str], changes: Sequence[str]) -> None:
     """Both twins of a seed run at the same time, each on half of the cores, so that a busy machine disturbs both.
 
     They are the recipes in short, on the finished decoder, with the weights that it was trained with; the discriminator, the third loss
@@ -82,18 +85,20 @@ def train_twins(seeds: Sequence[int], steps: int, weights: Sequence[str]) -> Non
     short = [f"training.steps={steps}", f"losses.2.start_step={steps // 3 + 1}", "validation.limit=0", "output.trackers=[]"]
     short.append("model.vae=runs/small_texture/pipeline")
     l1, kl = weights
-    kinds = {"nossl": ("small_nossl", []), f"ssl-{l1}-{kl}": ("small_ssl", [f"losses.3.l1_weight={l1}", f"losses.3.kl_weight={kl}"])}
+    own = [f"losses.3.{change}" for change in (f"l1_weight={l1}", f"kl_weight={kl}", *changes)]
+    name = "-".join(["ssl", l1, kl, *(change.replace("=", "-") for change in changes)])
+    kinds: dict[str, tuple[str, list[str]]] = {"nossl": ("small_nossl", []), name: ("small_ssl", own)}
     for seed in seeds:
         pair = [
-            run_recipe(recipe, Path(f"runs/twins/{kind}-{seed}"), f"seed={seed}", *short, *own, environment=half)
-            for kind, (recipe, own) in kinds.items()
+            run_recipe(recipe, Path(f"runs/twins/{kind}-{seed}"), f"seed={seed}", *short, *more, environment=half)
+            for kind, (recipe, more) in kinds.items()
         ]
         codes = [process.wait() for process in pair if process is not None]
         if any(codes):
             sys.exit(f"twins: a run of seed {seed} failed; runs/twins/*-{seed}.log say why.")
     for dataset in test_sets():
         columns = [(kind, upscaled(dataset, f"runs/twins/{kind}-{seed}", f"{kind}-{seed}")) for kind in kinds for seed in seeds]
-        evaluate(dataset, [*columns, ("bicubic", enlarged(dataset, Image.Resampling.BICUBIC))], f"results/twins/{dataset.name}-{l1}-{kl}")
+        evaluate(dataset, [*columns, ("bicubic", enlarged(dataset, Image.Resampling.BICUBIC))], f"results/twins/{dataset.name}-{name}")
 
 
 def compare_model(model: str, steps: int | None, more: Sequence[Path]) -> None:

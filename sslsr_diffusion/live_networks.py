@@ -40,8 +40,9 @@ def sample_latents(
 class Upscaler:
     """The pipeline around the live networks, as a callable; the recipe's text context, encoded once, stands in for the text encoder."""
 
-    def __init__(self, networks: Callable[[], Any], scale: int, steps: int) -> None:
-        self._networks, self._scale, self._steps = networks, scale, steps
+    def __init__(self, networks: Callable[[], Any], scale: int, **call: Any) -> None:
+        """`call`: what the pipeline is called with, such as num_inference_steps."""
+        self._networks, self._scale, self._call = networks, scale, call
         self._pipe: Any = None
 
     def __call__(self, lr: Tensor, seed: int) -> Tensor:
@@ -49,7 +50,7 @@ class Upscaler:
         if self._pipe is None:
             self._pipe = self._build()
         generator = torch.Generator().manual_seed(seed)
-        return self._pipe(lr, scale=self._scale, num_inference_steps=self._steps, generator=generator, output_type="pt").images
+        return self._pipe(lr, scale=self._scale, generator=generator, output_type="pt", **self._call).images
 
     def _build(self) -> Any:
         from sslsr_diffusion.inference import StableSRPipeline
@@ -86,11 +87,11 @@ class CachedText(nn.Module):
         return (self.get_buffer("text").expand(ids.shape[0], -1, -1),)
 
 
-def save_pipeline(networks: Any, folder: Path, *, default_steps: int) -> None:
-    """A complete diffusers folder; a call that names no number of sampling steps takes `default_steps`."""
+def save_pipeline(networks: Any, folder: Path, **defaults: Any) -> None:
+    """A complete diffusers folder; `defaults` are the pipeline's own: default_num_inference_steps, default_detail."""
     from sslsr_diffusion.inference import StableSRPipeline
 
-    pipe = StableSRPipeline(**networks.components(), default_num_inference_steps=default_steps)
+    pipe = StableSRPipeline(**networks.components(), **defaults)
     pipe.save_pretrained(folder, safe_serialization=True)
 
 

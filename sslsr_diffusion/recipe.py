@@ -121,6 +121,8 @@ class Recipe(Settings):
             mistakes.append(f"training.decode_crop: is for stage diffusion only, here the stage is {self.stage}; remove it.")
         if self.training.sampler_steps is not None:
             mistakes.append(f"training.sampler_steps: is for stage diffusion only, here the stage is {self.stage}; remove it.")
+        if self.stage in ("autoencoder", "base") and self.validation.detail != 1:
+            mistakes.append(f"validation.detail: stage {self.stage} makes no upscaler, so nothing is mixed with bicubic; remove it.")
         if self.stage in ("autoencoder", "base") and self.output.push_to_hub:
             mistakes.append(f"output.push_to_hub: stage {self.stage} makes no upscaler; publish the run that builds on it.")
         return mistakes

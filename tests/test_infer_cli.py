@@ -65,7 +65,7 @@ def run(*arguments):
 
 
 def test_the_newest_run_is_taken_and_said(desk, calls):
-    result = run("--input", "in", "--steps", 3, "--tile", 256, "--color-fix", "adain", "--scale", 2, "--seed", 9)
+    result = run("--input", "in", "--steps", 3, "--tile", 256, "--color-fix", "adain", "--scale", 2, "--seed", 9, "--detail", 0.5)
     assert result.exit_code == 0, result.output
     assert "model: runs/mine/pipeline (the newest finished run" in result.output
     assert "2 done; results in results" in result.output
@@ -74,6 +74,7 @@ def test_the_newest_run_is_taken_and_said(desk, calls):
     assert calls[1]["num_inference_steps"] == 3
     assert calls[1]["tile"] == 256
     assert calls[1]["color_fix"] == "adain"
+    assert calls[1]["detail"] == 0.5
     assert calls[1]["generator"].initial_seed() == 9
 
 
@@ -93,6 +94,7 @@ def test_the_second_time_not_even_the_model_is_loaded(desk, calls):
     assert calls == []
     assert "2 done" in run("--input", "in", "--overwrite").output
     assert "2 done" in run("--input", "in", "--steps", 7).output
+    assert "2 done" in run("--input", "in", "--steps", 7, "--detail", 0.8).output
 
 
 def test_bad_files_are_lines_at_the_end_and_exit_code_one(desk):

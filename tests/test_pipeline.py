@@ -15,6 +15,7 @@ from diffusers import UniPCMultistepScheduler
 
 from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
+from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_networks
 
 STEPS = 2
@@ -204,6 +205,18 @@ def test_strength_runs_the_last_steps_and_stays_nearer_to_the_picture():
     assert seen == [222, 111, 0]
 
 
+def test_detail_lies_on_the_line_from_bicubic_to_the_models_picture(tmp_path) -> None:
+    whole, bicubic = run(plain(), photo()), resize_bicubic(photo()[None], (80, 112)).clamp(0, 1)
+    assert torch.equal(run(plain(), photo(), detail=1), whole)
+    torch.testing.assert_close(run(plain(), photo(), detail=0), bicubic, atol=2e-4, rtol=0)
+    torch.testing.assert_close(run(plain(), photo(), detail=0.25), 0.75 * bicubic + 0.25 * whole, atol=2e-4, rtol=0)
+    assert (whole - bicubic).abs().max() > 0.01
+    StableSRPipeline(**components(), default_detail=0.25).save_pretrained(tmp_path)
+    pipe = StableSRPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(run(pipe, photo()), 0.75 * bicubic + 0.25 * whole, atol=2e-4, rtol=0)
+    torch.testing.assert_close(run(pipe, photo(), detail=1), whole, atol=2e-4, rtol=0)
+
+
 def test_the_default_number_of_steps_travels_with_the_folder(tmp_path) -> None:
     StableSRPipeline(**components(), default_num_inference_steps=3).save_pretrained(tmp_path)
     pipe = StableSRPipeline.from_pretrained(tmp_path)
@@ -270,6 +283,8 @@ def test_half_precision_runs_and_stays_near():
         ({"tile_batch_size": 0}, "tile_batch_size"),
         ({"sampler": "dpm"}, "sampler"),
         ({"eta": 2}, "eta"),
+        ({"detail": 1.5}, "detail"),
+        ({"detail": float("nan")}, "detail"),
         ({"prompt": "a cat"}, "no text encoder"),
         ({"prompt": ["", ""]}, "prompt"),
         ({"generator": [seeded(), seeded()]}, "generator"),

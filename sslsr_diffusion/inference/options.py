@@ -29,6 +29,7 @@ class Options:
     eta: float
     guidance_scale: float
     fidelity: float
+    detail: float
     tile: Tile
     tile_overlap: int | None
     tile_batch_size: int
@@ -52,6 +53,8 @@ class Options:
             raise UserError(f"start: pure noise needs strength 1, came {self.strength}; use start='lr' for an intermediate step.")
         if self.tile_batch_size < 1:
             raise UserError(f"tile_batch_size: expected 1 or more, came {self.tile_batch_size}.")
+        if not 0 <= self.detail <= 1:
+            raise UserError(f"detail: expected 0 (bicubic) to 1 (all that the model adds), came {self.detail}.")
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta: expected 0 to 1, came {self.eta}.")
 

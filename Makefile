@@ -1,6 +1,6 @@
 # make demo   install, fine-tune the shipped small model for a minute, upscale examples/lr, print the table
 # make test   install with the dev and eval extras, lint, types, tests
-# make small-model   makes a model like the shipped one: photographs (2.5 GB of Debian packages), five trainings, comparison (hours)
+# make small-model   makes a model like the shipped one: photographs (2.5 GB of Debian packages), six trainings, comparison (hours)
 # make chaos  kills a run at random moments until it is done and compares every bit; hub faults; fuzz (minutes)
 # TORCH=torch==2.13.0 make demo   chooses the torch build (for example a CPU wheel)
 PYTHON ?= python3
@@ -45,7 +45,7 @@ chaos: $(VENV)/.installed-dev
 small-model: $(VENV)/.installed
 	test -d photos/crops/train || $(BIN)/python examples/collect_photographs.py --output photos --crops 256
 	$(BIN)/python examples/small_model.py train
-	$(BIN)/python examples/small_model.py compare --model results/small-v1
+	$(BIN)/python examples/small_model.py compare --model results/small-v2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,8 +1,8 @@
 """The small model: training, test sets, comparison with bicubic and Lanczos, and its twins with and without the self-similarity loss.
 
-    python examples/small_model.py train               # the chain, and results/small-v1 in float16; goes on where it stopped
+    python examples/small_model.py train               # the chain, and results/small-v2 in float16; goes on where it stopped
     python examples/small_model.py twins --seeds 1 2 3 # small_ssl and small_nossl side by side, one pair per seed
-    python examples/small_model.py compare --model results/small-v1   # against bicubic and Lanczos, on every test set
+    python examples/small_model.py compare --model results/small-v2   # against bicubic and Lanczos, on every test set
 
 The photographs come from `python examples/collect_photographs.py --output photos --crops 256`.
 """
@@ -22,7 +22,7 @@ from PIL import Image
 
 from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
 
-CHAIN = ("small_autoencoder", "small_base", "small_ssl", "small_decoder", "small_texture")
+CHAIN = ("small_autoencoder", "small_base", "small_ssl", "small_decoder", "small_texture", "small_sharp")
 PHOTOS, TESTS = Path("photos/validation"), Path("results/test-sets")
 SIDE, PER_PHOTOGRAPH, LONGEST = 384, 3, 1280  # pixels of a test crop; crops per photograph; larger photographs are shrunk first
 SSLSR = [sys.executable, "-c", "from sslsr_diffusion.cli import main; main()"]
@@ -32,7 +32,7 @@ METRICS = "psnr,ssim,niqe,ssg_l1"
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the small model, and measure it.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("train", help="the five recipes, and the pipeline in float16")
+    commands.add_parser("train", help="the six recipes, and the pipeline in float16")
     twins = commands.add_parser("twins", help="small_ssl and small_nossl for each seed, then the comparison")
     twins.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     twins.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--change", nargs="*", default=[], metavar="KEY=VALUE", help="more of that loss: mask_stride=1, sigma=0.016, weight=auto"
     )
     compare = commands.add_parser("compare", help="a model against bicubic and Lanczos")
-    compare.add_argument("--model", default="results/small-v1")
+    compare.add_argument("--model", default="results/small-v2")
     compare.add_argument("--steps", type=int, help="sampling steps instead of the model's own")
     compare.add_argument("--dataset", type=Path, nargs="*", default=[], help="more test sets, folders with lr/ and hr/")
     given = parser.parse_args(arguments)
@@ -56,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train() -> None:
     for name in CHAIN:
         run_recipe(name, Path("runs") / name)
-    output = Path("results/small-v1")
+    output = Path("results/small-v2")
     if not output.exists():
-        run([*SSLSR, "export", "runs/small_texture", "--half", "--output", str(output)])
+        run([*SSLSR, "export", "runs/small_sharp", "--half", "--output", str(output)])
 
 
 def run_recipe(recipe: str, folder: Path, *changes: str, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes] | None:

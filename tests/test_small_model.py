@@ -78,7 +78,7 @@ def photograph(path: Path, side: int = 256) -> torch.Tensor:
 
 
 def test_it_beats_bicubic_where_it_promises_to(pipe: StableSRPipeline) -> None:
-    """Four held-out photographs, degraded by mild: SSG distance 3 % lower (measured: 6), NIQE 1.5 (4); PSNR 2 dB lower at most (1.4)."""
+    """Four held-out photographs, degraded by mild: SSG distance 5 % lower (measured: 9.5), NIQE 1.5 (3.5); PSNR 2 dB lower at most (1.0)."""
     sums: dict[tuple[str, str], float] = {}
     mild = Degradation(DegradationSettings(preset="mild"), 4)
     for index, path in enumerate(PHOTOS):
@@ -95,7 +95,7 @@ def test_it_beats_bicubic_where_it_promises_to(pipe: StableSRPipeline) -> None:
                 value = float(METRICS[name].fn(picture, reference, crop_border=0, y_channel=False))
                 sums[who, name] = sums.get((who, name), 0.0) + value / len(PHOTOS)
     shown = {f"{who} {name}": round(value, 6) for (who, name), value in sums.items()}
-    assert sums["model", "ssg_l1"] <= 0.97 * sums["bicubic", "ssg_l1"], shown
+    assert sums["model", "ssg_l1"] <= 0.95 * sums["bicubic", "ssg_l1"], shown
     assert sums["model", "niqe"] <= sums["bicubic", "niqe"] - 1.5, shown
     assert sums["model", "psnr"] >= sums["bicubic", "psnr"] - 2, shown
 
@@ -103,6 +103,7 @@ def test_it_beats_bicubic_where_it_promises_to(pipe: StableSRPipeline) -> None:
 def test_it_knows_its_number_of_steps() -> None:
     index = json.loads((FOLDER / SMALL / "model_index.json").read_text(encoding="utf-8"))
     scheduler = json.loads((FOLDER / SMALL / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    training = load_recipe("small_ssl").training
-    assert index["default_num_inference_steps"] == training.sampler_steps
-    assert scheduler["num_train_timesteps"] - 1 == training.start_timestep
+    recipe = load_recipe("small_sharp")
+    assert index["default_num_inference_steps"] == recipe.training.sampler_steps
+    assert index["default_detail"] == recipe.validation.detail
+    assert scheduler["num_train_timesteps"] - 1 == recipe.training.start_timestep

@@ -78,7 +78,7 @@ def photograph(path: Path, side: int = 256) -> torch.Tensor:
 
 
 def test_it_beats_bicubic_where_it_promises_to(pipe: StableSRPipeline) -> None:
-    """Four held-out photographs, degraded by mild: SSG distance 5 % lower (measured: 9.5), NIQE 1.5 (3.5); PSNR 2 dB lower at most (1.0)."""
+    """Four held-out photographs, mild: SSG distance 5 % lower (measured: 9.5), NIQE 1.5 (3.5); PSNR 2 dB lower at most (1.0)."""
     sums: dict[tuple[str, str], float] = {}
     mild = Degradation(DegradationSettings(preset="mild"), 4)
     for index, path in enumerate(PHOTOS):

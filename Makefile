@@ -45,7 +45,7 @@ chaos: $(VENV)/.installed-dev
 small-model: $(VENV)/.installed
 	test -d photos/crops/train || $(BIN)/python examples/collect_photographs.py --output photos --crops 256
 	$(BIN)/python examples/small_model.py train
-	$(BIN)/python examples/small_model.py compare --model results/small-v2
+	$(BIN)/python examples/small_model.py compare
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

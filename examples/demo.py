@@ -52,7 +52,10 @@ def print_table() -> None:
     recipe = load_recipe("configs/demo.yaml")
     look = recipe.validation
     pairs = open_validation_pairs(recipe.data, crop_size=look.size, scale=recipe.scale, seed=look.seed, limit=look.limit)
-    pipes = {"shipped": StableSRPipeline.from_pretrained("small-v2"), "fine-tuned": StableSRPipeline.from_pretrained("runs/demo/pipeline")}
+    pipes = {
+        "shipped": StableSRPipeline.from_pretrained(recipe.model.base),
+        "fine-tuned": StableSRPipeline.from_pretrained("runs/demo/pipeline"),
+    }
     measured = {name: METRICS[name].fn for name in ("psnr", "ssg_l1")}
     rows = []
     for pair in pairs:

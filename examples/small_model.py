@@ -21,12 +21,14 @@ import torch
 from PIL import Image
 
 from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
+from sslsr_diffusion.shipped import SMALL
 
 CHAIN = ("small_autoencoder", "small_base", "small_ssl", "small_decoder", "small_texture", "small_sharp")
 PHOTOS, TESTS = Path("photos/validation"), Path("results/test-sets")
 SIDE, PER_PHOTOGRAPH, LONGEST = 384, 3, 1280  # pixels of a test crop; crops per photograph; larger photographs are shrunk first
 SSLSR = [sys.executable, "-c", "from sslsr_diffusion.cli import main; main()"]
 METRICS = "psnr,ssim,niqe,ssg_l1"
+MODEL = Path("results") / SMALL
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,12 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     twins = commands.add_parser("twins", help="small_ssl and small_nossl for each seed, then the comparison")
     twins.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     twins.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
-    twins.add_argument("--weights", nargs=2, default=["120", "100"], metavar=("L1", "KL"), help="of the self-similarity loss")
+    twins.add_argument("--weights", nargs=2, default=["30", "25"], metavar=("L1", "KL"), help="of the self-similarity loss")
     twins.add_argument(
         "--change", nargs="*", default=[], metavar="KEY=VALUE", help="more of that loss: mask_stride=1, sigma=0.016, weight=auto"
     )
     compare = commands.add_parser("compare", help="a model against bicubic and Lanczos")
-    compare.add_argument("--model", default="results/small-v2")
+    compare.add_argument("--model", default=str(MODEL))
     compare.add_argument("--steps", type=int, help="sampling steps instead of the model's own")
     compare.add_argument("--dataset", type=Path, nargs="*", default=[], help="more test sets, folders with lr/ and hr/")
     given = parser.parse_args(arguments)
@@ -56,9 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train() -> None:
     for name in CHAIN:
         run_recipe(name, Path("runs") / name)
-    output = Path("results/small-v2")
-    if not output.exists():
-        run([*SSLSR, "export", "runs/small_sharp", "--half", "--output", str(output)])
+    if not MODEL.exists():
+        run([*SSLSR, "export", f"runs/{CHAIN[-1]}", "--half", "--output", str(MODEL)])
 
 
 def run_recipe(recipe: str, folder: Path, *changes: str, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes] | None:
@@ -78,8 +79,8 @@ def run_recipe(recipe: str, folder: Path, *changes: str, environment: dict[str, 
 def train_twins(seeds: Sequence[int], steps: int, weights: Sequence[str], changes: Sequence[str]) -> None:
     """Both twins of a seed run at the same time, each on half of the cores, so that a busy machine disturbs both.
 
-    They are the recipes in short, on the finished decoder, with the weights that it was trained with; the discriminator, the third loss
-    of both, begins after a third of the steps.
+    They are the recipes in short, on the finished decoder, with other weights of the self-similarity loss; the discriminator, the third
+    loss of both, begins after a third of the steps.
     """
     half = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
     short = [f"training.steps={steps}", f"losses.2.start_step={steps // 3 + 1}", "validation.limit=0", "output.trackers=[]"]

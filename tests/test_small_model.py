@@ -100,7 +100,7 @@ def test_it_beats_bicubic_where_it_promises_to(pipe: StableSRPipeline) -> None:
     assert sums["model", "psnr"] >= sums["bicubic", "psnr"] - 2, shown
 
 
-def test_it_knows_its_number_of_steps() -> None:
+def test_its_defaults_are_its_recipes() -> None:
     index = json.loads((FOLDER / SMALL / "model_index.json").read_text(encoding="utf-8"))
     scheduler = json.loads((FOLDER / SMALL / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     recipe = load_recipe("small_sharp")

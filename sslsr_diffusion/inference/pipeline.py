@@ -221,7 +221,7 @@ class StableSRPipeline(DiffusionPipeline):
         plan = self._plan(height, width, len(seeds), options)
         restored, plan = self._restore(pad_to(upsampled, plan.height, plan.width), seeds, prompts, negative, plan, options)
         result = color_fix(options.color_fix, restored[..., :height, :width], upsampled).clamp_(0, 1)
-        return (result if options.detail == 1 else upsampled.lerp(result, options.detail)), plan
+        return upsampled.lerp_(result, options.detail), plan  # exactly the result where detail is 1
 
     def _restore(
         self, padded: Tensor, seeds: list[int], prompts: list[str], negative: list[str], plan: Plan, options: Options

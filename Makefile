@@ -43,7 +43,8 @@ chaos: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/fuzz_doors.py
 
 small-model: $(VENV)/.installed
-	test -d photos/crops/train || $(BIN)/python examples/collect_photographs.py --output photos --crops 256
+	test -d photos/crops/train || { $(BIN)/python -m pip install --quiet scikit-image \
+		&& $(BIN)/python examples/collect_photographs.py --output photos --crops 256; }
 	$(BIN)/python examples/small_model.py train
 	$(BIN)/python examples/small_model.py compare
 

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,22 +151,35 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     try:
-        written = collect(PHOTOGRAPHS, options.output, options.cache)
-        print(f"{len(written)} photographs in {options.output}, {sum(p.validation for p in written)} of them for validation")
-        if options.crops:
-            print(f"{make_crops(options.output, options.crops)} crops in {options.output / 'crops' / 'train'}")
+        with appearing_whole(options.output) as folder:
+            written = collect(PHOTOGRAPHS, folder, options.cache)
+            print(f"{len(written)} photographs for {options.output}, {sum(p.validation for p in written)} of them for validation")
+            if options.crops:
+                print(f"{make_crops(folder, options.crops)} crops for {options.output / 'crops' / 'train'}")
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"{time.monotonic() - began:.0f} seconds")
 
 
+@contextmanager
+def appearing_whole(output: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `output` at the end: a run that stops half-way leaves nothing that looks like a collection."""
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output}: expected a new or empty folder; name another --output or remove this one.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        filled = Path(scratch) / output.name
+        filled.mkdir()
+        yield filled
+        if output.exists():
+            output.rmdir()
+        filled.rename(output)
+
+
 def collect(photographs: Sequence[Photograph], output: Path, cache: Path) -> list[Photograph]:
     """Write the photographs as PNG below `output` with SOURCES.md, and return those written; a second copy of a picture is left out."""
     for split in ("train", "validation"):
-        folder = output / split
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder}: expected no pictures yet; name a new --output or remove the old one.")
-        folder.mkdir(parents=True, exist_ok=True)
+        (output / split).mkdir(parents=True)
     written: list[Photograph] = []
     thumbnails: list[np.ndarray] = []
     lines = []

@@ -73,8 +73,25 @@ def test_a_package_becomes_pictures_sources_and_crops(tmp_path: Path, capsys: py
     assert "half_s004" not in names  # its right quarter is one colour
     assert not any(name.startswith("held") for name in names)
 
-    with pytest.raises(UserError, match="expected no pictures yet"):
-        collecting.collect([row("half")], output, cache)
+
+def test_a_collection_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    output = tmp_path / "photos"
+    output.mkdir()  # an empty folder is as good as none
+
+    def stopped_half_way() -> None:
+        with collecting.appearing_whole(output) as folder:
+            (folder / "half.png").touch()
+            raise UserError("no network")
+
+    with pytest.raises(UserError, match="no network"):
+        stopped_half_way()
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    assert not list(output.iterdir())
+    with collecting.appearing_whole(output) as folder:
+        (folder / "all.png").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["photos", "photos/all.png"]
+    with pytest.raises(UserError, match="photos: expected a new or empty folder"), collecting.appearing_whole(output):
+        pass
 
 
 def test_without_apt_get_one_sentence_says_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,14 +195,15 @@ def _decoder(recipe: Recipe, publisher: Publisher | None, fused: Networks | None
 def _upscaler(recipe: Recipe, objective: DiffusionObjective | DecoderObjective, publisher: Publisher | None) -> Job:
     """What is validated, saved and published is the whole upscaler, whichever part of it trains."""
     networks = objective.networks
-    steps, detail = recipe.validation.steps, recipe.validation.detail
-    upscaler = Upscaler(lambda: objective.networks, recipe.scale, num_inference_steps=steps, detail=detail)
+    asked = recipe.validation.model_dump(include={"detail", "antiring"}, exclude_none=True)
+    call = {"num_inference_steps": recipe.validation.steps, **networks.call_defaults, **asked}
+    upscaler = Upscaler(lambda: objective.networks, recipe.scale, **call)
     return _job(
         recipe,
         objective,
         prediction_type=networks.schedule.prediction_type,
         restore=lambda lr, hr, seed: upscaler(lr, seed),
-        save_pipeline=lambda folder: save_pipeline(objective.networks, folder, default_num_inference_steps=steps, default_detail=detail),
+        save_pipeline=lambda folder: save_pipeline(objective.networks, folder, **{f"default_{key}": value for key, value in call.items()}),
         base={"id": networks.base, "revision": networks.revision},
         publisher=publisher,
     )

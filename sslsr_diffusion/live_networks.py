@@ -88,7 +88,7 @@ class CachedText(nn.Module):
 
 
 def save_pipeline(networks: Any, folder: Path, **defaults: Any) -> None:
-    """A complete diffusers folder; `defaults` are the pipeline's own: default_num_inference_steps, default_detail."""
+    """A complete diffusers folder; `defaults` are the pipeline's own, such as default_num_inference_steps."""
     from sslsr_diffusion.inference import StableSRPipeline
 
     pipe = StableSRPipeline(**networks.components(), **defaults)

@@ -121,8 +121,9 @@ class Recipe(Settings):
             mistakes.append(f"training.decode_crop: is for stage diffusion only, here the stage is {self.stage}; remove it.")
         if self.training.sampler_steps is not None:
             mistakes.append(f"training.sampler_steps: is for stage diffusion only, here the stage is {self.stage}; remove it.")
-        if self.stage in ("autoencoder", "base") and self.validation.detail != 1:
-            mistakes.append(f"validation.detail: stage {self.stage} makes no upscaler, so nothing is mixed with bicubic; remove it.")
+        for key in ("detail", "antiring"):
+            if self.stage in ("autoencoder", "base") and getattr(self.validation, key) is not None:
+                mistakes.append(f"validation.{key}: is a default of upscalers, and stage {self.stage} makes none; remove it.")
         if self.stage in ("autoencoder", "base") and self.output.push_to_hub:
             mistakes.append(f"output.push_to_hub: stage {self.stage} makes no upscaler; publish the run that builds on it.")
         return mistakes

@@ -87,8 +87,8 @@ def test_a_base_must_be_plain_and_is_not_published(photos: Path, base: Path, tmp
         build_networks(ModelSettings(base=str(tmp_path / "upscaler")), plain=True)
     with pytest.raises(RecipeError, match="stage base makes no upscaler"):
         parse(Recipe, recipe(photos, tmp_path, output={"dir": str(tmp_path), "push_to_hub": True, "hub_id": "a/b"}))
-    with pytest.raises(RecipeError, match=r"validation\.detail: stage base makes no upscaler"):
-        parse(Recipe, recipe(photos, tmp_path, validation={"detail": 0.5}))
+    with pytest.raises(RecipeError, match=r"validation\.antiring: is a default of upscalers, and stage base makes none"):
+        parse(Recipe, recipe(photos, tmp_path, validation={"antiring": 0.5}))
 
 
 def test_few_step_training_sees_the_timesteps_of_that_sampler_only(photos: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_few_step_training_sees_the_timesteps_of_that_sampler_only(photos: Path,
 
 def test_a_one_step_model_trains_and_samples_from_the_same_start(photos: Path, tmp_path: Path) -> None:
     training = {"steps": 2, "batch_size": 2, "crop_size": 32, "sampler_steps": 1, "start_timestep": 99}
-    validation = {"every": 0, "limit": 1, "size": 32, "steps": 1, "detail": 0.8}
+    validation = {"every": 0, "limit": 1, "size": 32, "steps": 1, "detail": 0.8, "antiring": 0.3}
     job = build(parse(Recipe, recipe(photos, tmp_path, stage="diffusion", training=training, validation=validation)))
     seen: dict[str, torch.Tensor] = {}
 
@@ -130,7 +130,8 @@ def test_a_one_step_model_trains_and_samples_from_the_same_start(photos: Path, t
     again = build_networks(ModelSettings(base=str(result.pipeline)))
     assert again.schedule.num_train_timesteps == 100
     index = json.loads((result.pipeline / "model_index.json").read_text(encoding="utf-8"))
-    assert (index["default_num_inference_steps"], index["default_detail"]) == (1, 0.8)
+    assert (index["default_num_inference_steps"], index["default_detail"], index["default_antiring"]) == (1, 0.8, 0.3)
+    assert again.call_defaults == {"detail": 0.8, "antiring": 0.3}
     assert torch.equal(again.until(99).schedule.alphas_cumprod, again.schedule.alphas_cumprod)
     with pytest.raises(UserError, match=r"training\.start_timestep: expected at most 99, .* came 199"):
         again.until(199)

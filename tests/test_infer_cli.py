@@ -65,7 +65,8 @@ def run(*arguments):
 
 
 def test_the_newest_run_is_taken_and_said(desk, calls):
-    result = run("--input", "in", "--steps", 3, "--tile", 256, "--color-fix", "adain", "--scale", 2, "--seed", 9, "--detail", 0.5)
+    own = ("--steps", 3, "--detail", 0.5, "--antiring", 0.2)
+    result = run("--input", "in", "--tile", 256, "--color-fix", "adain", "--scale", 2, "--seed", 9, *own)
     assert result.exit_code == 0, result.output
     assert "model: runs/mine/pipeline (the newest finished run" in result.output
     assert "2 done; results in results" in result.output
@@ -74,7 +75,7 @@ def test_the_newest_run_is_taken_and_said(desk, calls):
     assert calls[1]["num_inference_steps"] == 3
     assert calls[1]["tile"] == 256
     assert calls[1]["color_fix"] == "adain"
-    assert calls[1]["detail"] == 0.5
+    assert (calls[1]["detail"], calls[1]["antiring"]) == (0.5, 0.2)
     assert calls[1]["generator"].initial_seed() == 9
 
 

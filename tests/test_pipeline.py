@@ -16,6 +16,7 @@ from diffusers import UniPCMultistepScheduler
 from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
+from sslsr_diffusion.inference.antiring import antiring
 from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_networks
 
 STEPS = 2
@@ -217,6 +218,19 @@ def test_detail_lies_on_the_line_from_bicubic_to_the_models_picture(tmp_path) ->
     torch.testing.assert_close(run(pipe, photo(), detail=1), whole, atol=2e-4, rtol=0)
 
 
+def test_antiring_is_applied_to_the_models_picture_and_travels_with_the_folder(tmp_path) -> None:
+    low, whole = photo()[None], run(plain(), photo())
+    calmed = antiring(whole.clone(), low, 0.7)
+    assert (whole - calmed).abs().max() > 0.01
+    torch.testing.assert_close(run(plain(), photo(), antiring=0.7), calmed, atol=0, rtol=0)
+    bicubic = resize_bicubic(low, (80, 112)).clamp(0, 1)
+    torch.testing.assert_close(run(plain(), photo(), antiring=0.7, detail=0.5), (bicubic + calmed) / 2, atol=2e-4, rtol=0)
+    StableSRPipeline(**components(), default_antiring=0.7).save_pretrained(tmp_path)
+    pipe = StableSRPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(run(pipe, photo()), calmed, atol=2e-4, rtol=0)
+    torch.testing.assert_close(run(pipe, photo(), antiring=0), whole, atol=2e-4, rtol=0)
+
+
 def test_the_default_number_of_steps_travels_with_the_folder(tmp_path) -> None:
     StableSRPipeline(**components(), default_num_inference_steps=3).save_pretrained(tmp_path)
     pipe = StableSRPipeline.from_pretrained(tmp_path)
@@ -283,6 +297,7 @@ def test_half_precision_runs_and_stays_near():
         ({"tile_batch_size": 0}, "tile_batch_size"),
         ({"sampler": "dpm"}, "sampler"),
         ({"eta": 2}, "eta"),
+        ({"antiring": -0.1}, "antiring"),
         ({"detail": 1.5}, "detail"),
         ({"detail": float("nan")}, "detail"),
         ({"prompt": "a cat"}, "no text encoder"),

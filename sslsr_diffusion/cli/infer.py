@@ -49,6 +49,9 @@ def infer(
     detail: Annotated[
         float | None, typer.Option(min=0, max=1, help="0 bicubic to 1 all that the model adds; without it the model's own default.")
     ] = None,
+    antiring: Annotated[
+        float | None, typer.Option(min=0, max=1, help="0 to 1: takes back seams beside edges; without it the model's own default.")
+    ] = None,
     color_fix: Annotated[ColorFix, typer.Option(help="Takes the colours from the input.")] = ColorFix.wavelet,
     format: Annotated[Format | None, typer.Option(help="Format of the results; without it the input's, and png for gif, bmp, ...")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is done, replace files that are there.")] = False,
@@ -60,7 +63,8 @@ def infer(
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done already is skipped."""
     call: dict[str, Any] = {"tile": _tile(tile), "color_fix": color_fix.value}
-    call |= {name: value for name, value in (("num_inference_steps", steps), ("detail", detail)) if value is not None}
+    own = (("num_inference_steps", steps), ("detail", detail), ("antiring", antiring))
+    call |= {name: value for name, value in own if value is not None}
     from sslsr_diffusion.inference.memory import parse_bytes
     from sslsr_diffusion.inference.models import default_model, find_model, load_pipeline
     from sslsr_diffusion.inference.placement import check_tile_of, find_device

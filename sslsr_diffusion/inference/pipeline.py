@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
+from sslsr_diffusion.inference.antiring import antiring
 from sslsr_diffusion.inference.codec_tiles import TiledCodec
 from sslsr_diffusion.inference.color_fix import color_fix
 from sslsr_diffusion.inference.denoising import TiledDenoiser
@@ -51,7 +52,7 @@ class StableSRPipeline(DiffusionPipeline):
         scheduler: a diffusers scheduler of the DDPM family: betas, prediction type and the default sampler.
         text_encoder, tokenizer: CLIP; without them the text context is zeros and a prompt is refused.
         default_num_inference_steps: sampling steps of a call that names none; kept in model_index.json.
-        default_detail: the `detail` of a call that names none; kept there too.
+        default_detail, default_antiring: the same for `detail` and `antiring`.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"  # the structural encoder alternates with the UNet, so both stay
@@ -68,6 +69,7 @@ class StableSRPipeline(DiffusionPipeline):
         tokenizer=None,
         default_num_inference_steps=200,
         default_detail=1.0,
+        default_antiring=0.0,
     ):
         super().__init__()
         self.register_modules(
@@ -78,7 +80,9 @@ class StableSRPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
-        self.register_to_config(default_num_inference_steps=default_num_inference_steps, default_detail=default_detail)
+        self.register_to_config(
+            default_num_inference_steps=default_num_inference_steps, default_detail=default_detail, default_antiring=default_antiring
+        )
         self._memory: dict[Any, MemoryModel] = {}
         self._limits: dict[str, int] = {}  # sides above which memory ran out in this process
         self._notes: list[str] = []
@@ -112,6 +116,7 @@ class StableSRPipeline(DiffusionPipeline):
         strength: float = 1.0,
         fidelity: float | None = None,
         detail: float | None = None,
+        antiring: float | None = None,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         guidance_scale: float = 1.0,
@@ -143,6 +148,8 @@ class StableSRPipeline(DiffusionPipeline):
             detail: share of the model's picture in the result, 0 to 1; the rest is the bicubic enlargement. Between a faithful and a
                 lively picture, straight lines lead from the least error to the most realism (Freirich et al., NeurIPS 2021); None:
                 the pipeline's own default (1 unless it was trained for less).
+            antiring: how much is taken back, 0 to 1, of what is brighter or darker than every low-resolution pixel nearby: the seams
+                beside edges that a discriminator or an already sharpened input leads to; None: the pipeline's own default (0).
             prompt, negative_prompt: one text or one per picture; the negative one acts with guidance_scale above 1.
             guidance_scale: u + g (c - u); 1 is off.
             tile: side in output pixels of the square the denoiser sees at once; "auto" chooses from free memory; None: whole.
@@ -175,6 +182,7 @@ class StableSRPipeline(DiffusionPipeline):
             eta=eta,
             guidance_scale=guidance_scale,
             fidelity=self._fidelity(fidelity),
+            antiring=self.config.default_antiring if antiring is None else antiring,
             detail=self.config.default_detail if detail is None else detail,
             tile=tile,
             tile_overlap=tile_overlap,
@@ -221,6 +229,7 @@ class StableSRPipeline(DiffusionPipeline):
         plan = self._plan(height, width, len(seeds), options)
         restored, plan = self._restore(pad_to(upsampled, plan.height, plan.width), seeds, prompts, negative, plan, options)
         result = color_fix(options.color_fix, restored[..., :height, :width], upsampled).clamp_(0, 1)
+        result = antiring(result, pictures, options.antiring)
         return upsampled.lerp_(result, options.detail), plan  # exactly the result where detail is 1
 
     def _restore(

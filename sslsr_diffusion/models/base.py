@@ -45,6 +45,15 @@ class Base:
             raise UserError(f"model.base: {part}/{name} of {self.name} holds no `name: value` pairs; fetch the model again.")
         return found
 
+    def call_defaults(self) -> dict[str, float]:
+        """`detail` and `antiring` of the pipeline in this folder: 1 and 0 unless its model_index.json says otherwise."""
+        path = self.folder / "model_index.json"
+        try:
+            index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            return {"detail": float(index.get("default_detail", 1)), "antiring": float(index.get("default_antiring", 0))}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"model.base: model_index.json of {self.name} cannot be read ({error}); fetch the model again.") from None
+
 
 def find_base(name: str, revision: str | None = None, parts: list[str] | None = None) -> Base:
     """The folder of a base model; a hub id is fetched (or taken from the cache) at one resolved commit.

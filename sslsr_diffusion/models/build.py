@@ -48,6 +48,7 @@ class Networks:
     scheduler_config: dict[str, Any] = field(default_factory=dict)
     source: Base | None = None  # where the text encoder is, if there is one
     text_config: dict[str, Any] | None = None  # its CLIPTextConfig
+    call_defaults: dict[str, float] = field(default_factory=dict)  # `detail` and `antiring` that the base's pipeline has for its own
 
     def components(self) -> dict[str, Any]:
         """The diffusers components of the pipeline; the text encoder, freed after the prompt was encoded, is read again."""
@@ -206,6 +207,7 @@ def _from_base(settings: ModelSettings, base: Base, *, plain: bool, meta: bool, 
         scheduler_config=scheduler_config,
         source=base,
         text_config=base.config("text_encoder") if base.has("text_encoder") else None,
+        call_defaults=base.call_defaults(),
     )
 
 

@@ -92,11 +92,19 @@ class ValidationSettings(Settings):
     limit: int = Field(8, ge=0, description="Held-out pictures per pass; 0: no validation at all.")
     size: int = Field(512, ge=16, description="Side of the held-out HR crop in pixels.")
     steps: int = Field(20, ge=1, description="Sampling steps of the upscaler; the pipeline keeps the number as its default.")
-    detail: float = Field(
-        1.0,
+    detail: float | None = Field(
+        None,
         ge=0,
         le=1,
-        description="Share of the model's picture in the result, the rest is bicubic; the pipeline keeps it as its default.",
+        description="Share of the model's picture in the result, the rest is bicubic; the pipeline keeps it as its default. "
+        "null: the base's default, or 1.",
+    )
+    antiring: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="How much is taken back of what leaves the range of the low-resolution pixels nearby; the pipeline keeps it as its "
+        "default. null: the base's default, or 0.",
     )
     metrics: tuple[str, ...] = Field(("psnr", "ssim"), description="Names of metrics over the restored pictures.")
     best: str = Field("psnr", description="The metric that decides which weights are the best.")

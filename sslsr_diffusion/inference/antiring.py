@@ -1,0 +1,33 @@
+"""Anti-ringing: the bright and dark seams that a restored picture has beside its edges, and the low-resolution one has not."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+RADIUS = 3  # low-resolution pixels
+
+
+def antiring(restored: Tensor, low: Tensor, strength: float) -> Tensor:
+    """Take back a share of what leaves the range of the low-resolution pixels around it.
+
+    restored - strength (restored - clamp(restored, min, max)), min and max per channel over the 7x7 low-resolution pixels around,
+    interpolated linearly. Video players have such a filter against the overshoot of their resamplers (mpv's `scale-antiring`); the
+    neighbourhood is wider here, because a restored picture should have more contrast than its blurred input.
+
+    Args:
+        restored: [B, 3, H, W] float32; changed in place.
+        low: [B, 3, h, w], the same pictures before.
+        strength: 0 (nothing is taken back) to 1 (nothing leaves the range).
+    Returns:
+        `restored`.
+    """
+    if strength == 0:
+        return restored
+    window = 2 * RADIUS + 1
+    for sign in (1, -1):  # above the maximum; below the minimum, which is the maximum of the negative
+        bound = F.max_pool2d(sign * low.to(restored), window, stride=1, padding=RADIUS)
+        excess = F.interpolate(bound, size=restored.shape[-2:], mode="bilinear", align_corners=False)
+        excess.neg_().add_(restored, alpha=sign).clamp_(min=0)
+        restored.sub_(excess, alpha=sign * strength)
+    return restored

@@ -1,8 +1,8 @@
 """The small model: training, test sets, comparison with bicubic and Lanczos, and its twins with and without the self-similarity loss.
 
-    python examples/small_model.py train               # the chain, and results/small-v2 in float16; goes on where it stopped
+    python examples/small_model.py train               # the chain, and results/small-v3 in float16; goes on where it stopped
     python examples/small_model.py twins --seeds 1 2 3 # small_ssl and small_nossl side by side, one pair per seed
-    python examples/small_model.py compare --model results/small-v2   # against bicubic and Lanczos, on every test set
+    python examples/small_model.py compare --model results/small-v3   # against bicubic and Lanczos, on every test set
 
 The photographs come from `python examples/collect_photographs.py --output photos --crops 256`.
 """

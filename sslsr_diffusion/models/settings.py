@@ -21,7 +21,7 @@ class ModelSettings(Settings):
     base: str = Field(
         DEFAULT_BASE,
         description="Folder or hub id of a Stable Diffusion 2.1 model in diffusers format or of a fine-tuned upscaler; "
-        "small-v2 is the one that comes with the package.",
+        "small-v3 is the one that comes with the package.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id; the commit is recorded either way.")
     init: Literal["pretrained", "random"] = Field(

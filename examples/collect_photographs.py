@@ -164,16 +164,19 @@ def main() -> None:
 @contextmanager
 def appearing_whole(output: Path) -> Iterator[Path]:
     """A folder to fill that becomes `output` at the end: a run that stops half-way leaves nothing that looks like a collection."""
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: expected a new or empty folder; name another --output or remove this one.")
+    output = output.absolute()  # "." has no name
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         filled = Path(scratch) / output.name
         filled.mkdir()
         yield filled
-        if output.exists():
-            output.rmdir()
-        filled.rename(output)
+        if output.exists():  # a mount point or a link can be filled, but not replaced
+            for part in sorted(filled.iterdir(), key=lambda part: part.name == "crops"):  # last: what `make small-model` looks for
+                shutil.move(part, output / part.name)
+        else:
+            filled.rename(output)
 
 
 def collect(photographs: Sequence[Photograph], output: Path, cache: Path) -> list[Photograph]:

@@ -195,8 +195,11 @@ def _decoder(recipe: Recipe, publisher: Publisher | None, fused: Networks | None
 def _upscaler(recipe: Recipe, objective: DiffusionObjective | DecoderObjective, publisher: Publisher | None) -> Job:
     """What is validated, saved and published is the whole upscaler, whichever part of it trains."""
     networks = objective.networks
-    asked = recipe.validation.model_dump(include={"detail", "antiring"}, exclude_none=True)
-    call = {"num_inference_steps": recipe.validation.steps, **networks.call_defaults, **asked}
+    named = recipe.validation.model_dump(include=set(networks.call_defaults), exclude_none=True)
+    own = {**networks.call_defaults, **named}
+    # what the base says today is written down, so that neither a resume nor an export depends on what it says then
+    recipe = recipe.model_copy(update={"validation": recipe.validation.model_copy(update=own)})
+    call = {"num_inference_steps": recipe.validation.steps, **own}
     upscaler = Upscaler(lambda: objective.networks, recipe.scale, **call)
     return _job(
         recipe,

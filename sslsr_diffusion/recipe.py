@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from sslsr_diffusion.config import Settings, apply_overrides, find_recipe, parse, read_raw
 from sslsr_diffusion.data import DataSettings
 from sslsr_diffusion.losses import LossSettings
-from sslsr_diffusion.models.settings import ModelSettings
+from sslsr_diffusion.models.settings import CALL_DEFAULTS, ModelSettings
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings, ValidationSettings
 
 __all__ = ["Recipe", "load_recipe", "resolved"]
@@ -121,8 +121,8 @@ class Recipe(Settings):
             mistakes.append(f"training.decode_crop: is for stage diffusion only, here the stage is {self.stage}; remove it.")
         if self.training.sampler_steps is not None:
             mistakes.append(f"training.sampler_steps: is for stage diffusion only, here the stage is {self.stage}; remove it.")
-        for key in ("detail", "antiring"):
-            if self.stage in ("autoencoder", "base") and getattr(self.validation, key) is not None:
+        for key in CALL_DEFAULTS:
+            if self.stage in ("autoencoder", "base") and getattr(self.validation, key) not in (None, CALL_DEFAULTS[key]):
                 mistakes.append(f"validation.{key}: is a default of upscalers, and stage {self.stage} makes none; remove it.")
         if self.stage in ("autoencoder", "base") and self.output.push_to_hub:
             mistakes.append(f"output.push_to_hub: stage {self.stage} makes no upscaler; publish the run that builds on it.")

@@ -15,6 +15,7 @@ from sslsr_diffusion.build import build, export_checkpoint
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.sampling import build_sampler, spaced_timesteps
+from sslsr_diffusion.live_networks import save_pipeline
 from sslsr_diffusion.memory_estimate import describe_memory, describe_parameters
 from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_autoencoder, build_networks, make_scheduler
 from sslsr_diffusion.recipe import Recipe
@@ -72,6 +73,31 @@ def test_the_upscaler_takes_the_base_and_leaves_it_frozen(photos: Path, base: Pa
     assert all(".spade." in name for name in new)
 
 
+def test_an_upscaler_keeps_the_defaults_of_its_base_and_writes_them_down(photos: Path, tmp_path: Path) -> None:
+    networks = build_networks(ModelSettings(init="random", preset="tiny"))
+    assert networks.call_defaults == {"detail": 1.0, "antiring": 0.0}
+    folder = tmp_path / "base"
+    save_pipeline(networks, folder, default_detail=0.8, default_antiring=0.3)
+    model = {"base": str(folder), "preset": "tiny"}
+    for asked, expected in (({}, (0.8, 0.3)), ({"detail": 0.6}, (0.6, 0.3)), ({"detail": 1.0, "antiring": 0.0}, (1.0, 0.0))):
+        validation = {"every": 0, "limit": 0, **asked}
+        job = build(parse(Recipe, recipe(photos, tmp_path / "run", stage="diffusion", model=model, validation=validation)))
+        assert (job.recipe["validation"]["detail"], job.recipe["validation"]["antiring"]) == expected
+        job.save_pipeline(tmp_path / "saved")
+        index = json.loads((tmp_path / "saved" / "model_index.json").read_text(encoding="utf-8"))
+        assert (index["default_detail"], index["default_antiring"]) == expected
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for wrong, message in (
+        ({**index, "default_antiring": 1.5}, r"default_antiring in model_index\.json of .*: expected 0 to 1, came 1\.5"),
+        ({**index, "default_detail": float("nan")}, "expected 0 to 1, came nan"),
+        ({**index, "default_detail": "much"}, "cannot be read"),
+        ([], "cannot be read"),
+    ):
+        (folder / "model_index.json").write_text(json.dumps(wrong), encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            build_networks(ModelSettings(**model))
+
+
 def test_new_layers_are_as_wide_as_the_preset_of_the_same_unet_says(base: Path) -> None:
     networks = build_networks(ModelSettings(base=str(base / "pipeline"), preset="tiny"))
     drawn = build_networks(ModelSettings(init="random", preset="tiny"))
@@ -89,6 +115,7 @@ def test_a_base_must_be_plain_and_is_not_published(photos: Path, base: Path, tmp
         parse(Recipe, recipe(photos, tmp_path, output={"dir": str(tmp_path), "push_to_hub": True, "hub_id": "a/b"}))
     with pytest.raises(RecipeError, match=r"validation\.antiring: is a default of upscalers, and stage base makes none"):
         parse(Recipe, recipe(photos, tmp_path, validation={"antiring": 0.5}))
+    parse(Recipe, recipe(photos, tmp_path, validation={"detail": 1.0, "antiring": 0.0}))  # as an older run's recipe.yaml has it
 
 
 def test_few_step_training_sees_the_timesteps_of_that_sampler_only(photos: Path, tmp_path: Path) -> None:

@@ -92,6 +92,23 @@ def test_a_collection_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["photos", "photos/all.png"]
     with pytest.raises(UserError, match="photos: expected a new or empty folder"), collecting.appearing_whole(output):
         pass
+    with pytest.raises(UserError, match="png: expected a new or empty folder"), collecting.appearing_whole(output / "all.png"):
+        pass
+
+
+def test_an_empty_folder_is_filled_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, link = tmp_path / "there", tmp_path / "link"
+    there.mkdir()
+    link.symlink_to(there)
+    with collecting.appearing_whole(link) as folder:
+        (folder / "crops").mkdir()
+        (folder / "SOURCES.md").touch()
+    assert sorted(path.name for path in there.iterdir()) == ["SOURCES.md", "crops"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with collecting.appearing_whole(Path()) as folder:
+        (folder / "SOURCES.md").touch()
+    assert (tmp_path / "here" / "SOURCES.md").is_file()
 
 
 def test_without_apt_get_one_sentence_says_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

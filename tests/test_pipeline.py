@@ -223,6 +223,8 @@ def test_antiring_is_applied_to_the_models_picture_and_travels_with_the_folder(t
     calmed = antiring(whole.clone(), low, 0.7)
     assert (whole - calmed).abs().max() > 0.01
     torch.testing.assert_close(run(plain(), photo(), antiring=0.7), calmed, atol=0, rtol=0)
+    bare = run(plain(), photo(), color_fix="none")
+    torch.testing.assert_close(run(plain(), photo(), color_fix="none", antiring=0.7), antiring(bare, low, 0.7), atol=0, rtol=0)
     bicubic = resize_bicubic(low, (80, 112)).clamp(0, 1)
     torch.testing.assert_close(run(plain(), photo(), antiring=0.7, detail=0.5), (bicubic + calmed) / 2, atol=2e-4, rtol=0)
     StableSRPipeline(**components(), default_antiring=0.7).save_pretrained(tmp_path)

@@ -63,8 +63,8 @@ def infer(
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done already is skipped."""
     call: dict[str, Any] = {"tile": _tile(tile), "color_fix": color_fix.value}
-    own = (("num_inference_steps", steps), ("detail", detail), ("antiring", antiring))
-    call |= {name: value for name, value in own if value is not None}
+    named = {"num_inference_steps": steps, "detail": detail, "antiring": antiring}
+    call |= {name: value for name, value in named.items() if value is not None}
     from sslsr_diffusion.inference.memory import parse_bytes
     from sslsr_diffusion.inference.models import default_model, find_model, load_pipeline
     from sslsr_diffusion.inference.placement import check_tile_of, find_device

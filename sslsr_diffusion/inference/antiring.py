@@ -24,9 +24,9 @@ def antiring(restored: Tensor, low: Tensor, strength: float) -> Tensor:
     """
     if strength == 0:
         return restored
-    window = 2 * RADIUS + 1
+    window, low = 2 * RADIUS + 1, low.to(restored)
     for sign in (1, -1):  # above the maximum; below the minimum, which is the maximum of the negative
-        bound = F.max_pool2d(sign * low.to(restored), window, stride=1, padding=RADIUS)
+        bound = F.max_pool2d(sign * low, window, stride=1, padding=RADIUS)
         excess = F.interpolate(bound, size=restored.shape[-2:], mode="bilinear", align_corners=False)
         excess.neg_().add_(restored, alpha=sign).clamp_(min=0)
         restored.sub_(excess, alpha=sign * strength)

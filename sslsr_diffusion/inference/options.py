@@ -55,7 +55,7 @@ class Options:
         if self.tile_batch_size < 1:
             raise UserError(f"tile_batch_size: expected 1 or more, came {self.tile_batch_size}.")
         if not 0 <= self.antiring <= 1:
-            raise UserError(f"antiring: expected 0 (off) to 1 (nothing beyond the low-resolution picture's range), came {self.antiring}.")
+            raise UserError(f"antiring: expected 0 (off) to 1 (nothing beyond the low-resolution pixels nearby), came {self.antiring}.")
         if not 0 <= self.detail <= 1:
             raise UserError(f"detail: expected 0 (bicubic) to 1 (all that the model adds), came {self.detail}.")
         if not 0 <= self.eta <= 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models.settings import DEFAULT_BASE
+from sslsr_diffusion.models.settings import CALL_DEFAULTS, DEFAULT_BASE
 from sslsr_diffusion.shipped import SMALL, local_folder
 
 # Half-precision and non-EMA copies of the same weights would double the download.
@@ -46,13 +46,21 @@ class Base:
         return found
 
     def call_defaults(self) -> dict[str, float]:
-        """`detail` and `antiring` of the pipeline in this folder: 1 and 0 unless its model_index.json says otherwise."""
+        """`detail` and `antiring` that the pipeline in this folder has where a call names none.
+
+        Raises:
+            UserError: its model_index.json is no JSON object, or names values outside of 0 to 1.
+        """
         path = self.folder / "model_index.json"
         try:
             index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            return {"detail": float(index.get("default_detail", 1)), "antiring": float(index.get("default_antiring", 0))}
+            found = {key: float(index.get(f"default_{key}", value)) for key, value in CALL_DEFAULTS.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"model.base: model_index.json of {self.name} cannot be read ({error}); fetch the model again.") from None
+        for key, value in found.items():
+            if not 0 <= value <= 1:
+                raise UserError(f"model.base: default_{key} in model_index.json of {self.name}: expected 0 to 1, came {value}.")
+        return found
 
 
 def find_base(name: str, revision: str | None = None, parts: list[str] | None = None) -> Base:

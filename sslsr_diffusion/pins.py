@@ -1,4 +1,4 @@
-"""Hub ids at one commit: what a run starts from is written down in its recipe, and what it goes on from stays the same."""
+"""What a run starts from, as its recipe records it, so that it goes on from the same: commits of hub ids, call defaults of its base."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sslsr_diffusion.models.settings import CALL_DEFAULTS
 from sslsr_diffusion.recipe import Recipe, resolved
 from sslsr_diffusion.training.checkpoints import STATE
 from sslsr_diffusion.training.hub import is_hub_id
@@ -20,15 +21,19 @@ TIMEOUT_S = 10
 
 
 def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
-    """The recipe with the commit of every hub id (base model, data sets) as its revision.
+    """The recipe with the commit of every hub id (base model, data sets) as its revision, and going on, with the call defaults of then.
 
     A revision that is a commit already stays. Else the commit that the recipe in `checkpoint` has at the same place for the same
     id; without one, today's. An id whose commit cannot be found out is left as it is, and a warning says so.
+    `validation.detail` and `.antiring` that the recipe leaves to its base are those that `checkpoint` was measured with, whatever the
+    base's model_index.json says by now.
 
     Args:
         checkpoint: the folder that the run goes on from.
     """
     before = recorded_state(checkpoint).get("recipe") if checkpoint else None
+    if before:
+        recipe = _with_call_defaults(recipe, _at(before, "validation"))
     changes: dict[str, str] = {}
     for place, kind, name, revision in _hub_ids(recipe):
         if _COMMIT.fullmatch(revision or ""):
@@ -88,6 +93,12 @@ def _commit(kind: str, name: str, revision: str | None) -> str | None:
     except Exception:
         return None
     return Path(found).name
+
+
+def _with_call_defaults(recipe: Recipe, before: Mapping[str, Any]) -> Recipe:
+    """Those that the recipe names none of; a checkpoint that knows no such key was measured with what pipelines had then."""
+    left = {key: before.get(key, value) for key, value in CALL_DEFAULTS.items() if getattr(recipe.validation, key) is None}
+    return recipe.model_copy(update={"validation": recipe.validation.model_copy(update=left)})
 
 
 def _with_revisions(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:

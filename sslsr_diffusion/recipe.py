@@ -46,6 +46,11 @@ class Recipe(Settings):
     checkpoints: CheckpointSettings = Field(CheckpointSettings(), description="Saving what a stopped run goes on from.")
     output: OutputSettings = Field(OutputSettings(), description="Run folder, trackers, publication.")
 
+    @property
+    def makes_upscaler(self) -> bool:
+        """Whether the result restores low-resolution pictures; stages autoencoder and base make parts for later ones."""
+        return self.stage not in ("autoencoder", "base")
+
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
         mistakes = [*self._losses_fit(), *self._sizes_fit(), *self._stage_fits()]
@@ -122,9 +127,9 @@ class Recipe(Settings):
         if self.training.sampler_steps is not None:
             mistakes.append(f"training.sampler_steps: is for stage diffusion only, here the stage is {self.stage}; remove it.")
         for key in CALL_DEFAULTS:
-            if self.stage in ("autoencoder", "base") and getattr(self.validation, key) not in (None, CALL_DEFAULTS[key]):
+            if not self.makes_upscaler and getattr(self.validation, key) not in (None, CALL_DEFAULTS[key]):
                 mistakes.append(f"validation.{key}: is a default of upscalers, and stage {self.stage} makes none; remove it.")
-        if self.stage in ("autoencoder", "base") and self.output.push_to_hub:
+        if not self.makes_upscaler and self.output.push_to_hub:
             mistakes.append(f"output.push_to_hub: stage {self.stage} makes no upscaler; publish the run that builds on it.")
         return mistakes
 

@@ -94,6 +94,9 @@ def test_a_collection_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="png: expected a new or empty folder"), collecting.appearing_whole(output / "all.png"):
         pass
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="link: expected a new or empty folder, came a link to nothing"):
+        collecting.appearing_whole(tmp_path / "link").__enter__()
 
 
 def test_an_empty_folder_is_filled_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +104,7 @@ def test_an_empty_folder_is_filled_where_it_is(tmp_path: Path, monkeypatch: pyte
     there.mkdir()
     link.symlink_to(there)
     with collecting.appearing_whole(link) as folder:
+        assert there.resolve() in folder.resolve().parents  # the same disk, and the folder around it may be closed
         (folder / "crops").mkdir()
         (folder / "SOURCES.md").touch()
     assert sorted(path.name for path in there.iterdir()) == ["SOURCES.md", "crops"]

@@ -40,6 +40,8 @@ def test_a_run_folder_explains_itself(tmp_path):
     assert [row["step"] for row in logged] == [5, 10, 15, 20]
     assert {"loss/self_similarity/kl", "train/lr", "train/seconds_per_step", "train/mask_density"} <= logged[0].keys()
     assert [row["step"] for row in rows if "validation/mse" in row] == [10, 20]
+    best = rows[-1]["validation/mse"]
+    assert f"validation  mse {best:.4g} (bicubic " in (tmp_path / "run/log.txt").read_text()
     from PIL import Image
 
     with Image.open(tmp_path / "run/pictures/step-000020.png") as grid:

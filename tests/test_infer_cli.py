@@ -24,6 +24,9 @@ from sslsr_diffusion.shipped import SMALL
 ROOT = Path(__file__).resolve().parent.parent
 
 
+DEFAULTS = {"default_num_inference_steps": 4, "default_detail": 1.0, "default_antiring": 0.5}
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """In the model's place a pipe that enlarges by nearest neighbour and notes what it was called with."""
@@ -33,6 +36,8 @@ def calls(monkeypatch):
         seen.append(options)
         size = tuple(round(scale * side) for side in image.shape[1:])
         return SimpleNamespace(images=interpolate(image[None], size=size, mode="nearest"))
+
+    pipe.config = DEFAULTS
 
     def load(folder, **where):
         seen.append(where)
@@ -69,7 +74,10 @@ def test_the_newest_run_is_taken_and_said(desk, calls):
     result = run("--input", "in", "--tile", 256, "--color-fix", "adain", "--scale", 2, "--seed", 9, *own)
     assert result.exit_code == 0, result.output
     assert "model: runs/mine/pipeline (the newest finished run" in result.output
+    assert "steps 3, detail 0.5, antiring 0.2" in result.output
     assert "2 done; results in results" in result.output
+    assert "steps 4, detail 1.0, antiring 0.5" in run("--input", "in", "--output", "as it comes").output
+    del calls[2:]
     assert read_image(desk / "results" / "sub" / "b.jpg").size == (40, 32)
     assert calls[0] == {"device": "auto", "dtype": "auto"}
     assert calls[1]["num_inference_steps"] == 3
@@ -156,6 +164,7 @@ def test_interrupted_in_the_middle(desk, monkeypatch):
     def interrupted(**_):
         raise KeyboardInterrupt
 
+    interrupted.config = DEFAULTS
     monkeypatch.setattr("sslsr_diffusion.inference.models.load_pipeline", lambda folder, **_: interrupted)
     result = run("--input", "in")
     assert result.exit_code == 130

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,26 @@ def test_a_hub_that_does_not_answer_binds_nothing_and_says_so(hub, monkeypatch, 
     assert recorded_state(Path("nowhere")) == {}
 
 
+@pytest.mark.parametrize(
+    ("named", "recorded", "expected"),
+    [
+        ({}, {"detail": 0.8, "antiring": 0.5}, (0.8, 0.5)),
+        ({}, {"detail": 0.8}, (0.8, 0.0)),  # from before there was antiring
+        ({}, {"detail": None, "antiring": None}, (None, None)),  # a stage that has neither
+        ({"detail": 1.0}, {"detail": 0.8, "antiring": 0.5}, (1.0, 0.5)),
+    ],
+)
+def test_what_a_recipe_leaves_to_its_base_is_what_the_run_began_with(tmp_path, named, recorded, expected):
+    given = recipe(FIRST)
+    given = given.model_copy(update={"validation": given.validation.model_copy(update=named)})
+    before = given.model_dump(mode="json")
+    before["validation"] = {k: v for k, v in before["validation"].items() if k not in ("detail", "antiring")} | recorded
+    write_checkpoint(tmp_path / "checkpoint-1", {}, {"recipe": before})
+    got = pinned(given, tmp_path / "checkpoint-1").validation
+    assert (got.detail, got.antiring) == expected
+    assert pinned(given).validation == given.validation  # a new run asks its base
+
+
 @pytest.fixture
 def base(hub, tmp_path, monkeypatch):
     """A tiny pipeline as someone/base, and an empty folder to work in."""
@@ -126,6 +148,34 @@ def test_training_records_the_commit_and_resumes_from_it(hub, base):
         train(3, "--resume", "latest", f"--set=model.revision={SECOND}")
 
 
+def test_other_defaults_of_the_base_do_not_reach_a_run_that_goes_on(tmp_path, base, hub, caplog):
+    def defaults(folder: str) -> tuple[float, float]:
+        index = json.loads((tmp_path / folder / "model_index.json").read_text())
+        return index["default_detail"], index["default_antiring"]
+
+    def set_defaults(detail: float, antiring: float) -> None:
+        path = tmp_path / "made/model_index.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "default_detail": detail, "default_antiring": antiring}))
+
+    here = ("--set=model.base=made",)
+    set_defaults(0.9, 0.4)
+    assert "Done: 1 steps" in train(1, *here)
+    assert defaults("run/pipeline") == (0.9, 0.4)
+    set_defaults(0.3, 1.0)
+    checked = train(2, *here, "--resume", "latest", "--dry-run")
+    assert re.search(r"resume +ok +run/checkpoint-1, step 1 of 2", checked)
+    assert "Done: 2 steps" in train(2, *here, "--resume", "latest")
+    assert defaults("run/pipeline") == (0.9, 0.4)
+    assert "recipe changed since the checkpoint: validation" not in caplog.text
+    CliRunner().invoke(app, ["export", "run", "--output", "exported"], catch_exceptions=False)
+    assert defaults("exported") == (0.9, 0.4)
+    checked = train(3, *here, "--dry-run")
+    assert re.search(r"output +refused +.*run already holds a run", checked)
+    assert re.search(r"model +ok +made: .*; the recipe leaves to it: detail 0.3, antiring 1$", checked, re.MULTILINE)
+    set_defaults(0.3, 1.5)
+    assert re.search(r"model +refused +model.base: default_antiring in", train(3, *here, "--dry-run"))
+
+
 def test_a_dry_run_looks_up_what_would_be_resumed(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -149,4 +199,4 @@ def test_a_dry_run_looks_up_what_would_be_resumed(hub, tmp_path, monkeypatch):
     assert "the recipe is not the one of the checkpoint:; seed: 42 -> 7; Use" in resume("latest", changed)
     assert check_resume(changed, "latest", allow_recipe_change=True).verdict == "ok"
     write_checkpoint(tmp_path / "best", {}, {"progress": {"step": 1}})
-    assert resume("best").startswith("missing: best holds weights alone")
+    assert resume("best").startswith("refused: best holds weights alone")

@@ -87,6 +87,26 @@ def test_the_best_value_survives_a_resume(tmp_path):
     assert [entry.step for entry in events.Scalars("loss/total")] == list(range(1, 21))  # what was logged after step 5 is forgotten
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "kept"),
+    [
+        ({"detail": 1.0}, {"detail": 1.0, "antiring": 0.0}, True),  # from before there was antiring
+        ({"detail": 1.0}, {"detail": None, "antiring": None}, True),  # as a recipe of stages without them was written down once
+        ({"detail": 0.8}, {"detail": None}, False),
+        ({"detail": 1.0, "antiring": 0.5}, {"detail": 1.0, "antiring": 0.0}, False),
+        ({"detail": 1.0}, {"detail": 0.8}, False),
+    ],
+)
+def test_best_is_kept_if_detail_and_antiring_are_the_same(tmp_path, caplog, before, now, kept):
+    state = {"recipe": {"validation": before}, "world_size": 1, "progress": {"best": 0.7, "step": 3}}
+    write_checkpoint(tmp_path / "best", {}, state)
+    progress = Progress(best=0.5, best_step=1)
+    agree_on_best(progress, tmp_path / "best", {"validation": now})
+    assert (progress.best, progress.best_step) == ((0.7, 3) if kept else (None, None))
+    check_same_recipe(state, {"validation": now}, 1, allow=False)
+    assert ("recipe changed" in caplog.text) is not kept
+
+
 def test_what_lies_in_best_is_the_record(tmp_path, monkeypatch, caplog):
     """Its writing fails: nothing is recorded, and the next pass writes it. It is damaged, or measured otherwise: chosen anew."""
     real, tried = fit_module.write_checkpoint, []

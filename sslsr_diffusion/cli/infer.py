@@ -54,14 +54,14 @@ def infer(
     ] = None,
     color_fix: Annotated[ColorFix, typer.Option(help="Takes the colours from the input.")] = ColorFix.wavelet,
     format: Annotated[Format | None, typer.Option(help="Format of the results; without it the input's, and png for gif, bmp, ...")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is done, replace files that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo what is done with the same settings, replace any file.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, float32 on the CPU.")] = Dtype.auto,
     memory_budget: Annotated[
         str | None, typer.Option(help="For model and work together, such as 8GB: chooses dtype, tile and CPU offload that stay below it.")
     ] = None,
 ) -> None:
-    """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done already is skipped."""
+    """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done with these settings is skipped."""
     call: dict[str, Any] = {"tile": _tile(tile), "color_fix": color_fix.value}
     named = {"num_inference_steps": steps, "detail": detail, "antiring": antiring}
     call |= {name: value for name, value in named.items() if value is not None}
@@ -83,7 +83,7 @@ def infer(
     options = RunnerOptions(scale, seed, call, FORMATS[format.value] if format else None, overwrite=overwrite, model=fingerprint)
     plan = plan_files(input, output, options)
     if plan.todo:
-        plan.report = _run(lambda progress: run_plan(load_pipeline(folder, **where), plan, progress=progress), plan)
+        plan.report = _run(lambda progress: run_plan(_saying_how(load_pipeline(folder, **where), call), plan, progress=progress), plan)
     _show(plan.report, output)
 
 
@@ -93,6 +93,15 @@ def _tile(text: str) -> int | str | None:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise UserError(f"--tile {text}: expected a side in output pixels such as 512, auto or none.")
     return int(text)
+
+
+def _saying_how(pipe: Any, call: dict[str, Any]) -> Any:
+    """The pipeline, after a line on what it will be called with: what was given, else its own defaults."""
+    from tqdm import tqdm
+
+    names = {"num_inference_steps": "steps", "detail": "detail", "antiring": "antiring"}
+    tqdm.write(", ".join(f"{shown} {call.get(name, pipe.config[f'default_{name}'])}" for name, shown in names.items()))
+    return pipe
 
 
 def _run(work: Any, plan: Any) -> RunnerReport:

@@ -13,6 +13,7 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.color_fix import COLOR_FIXES
 from sslsr_diffusion.inference.plan import Plan, Tile
 from sslsr_diffusion.inference.tiling import TILE_WEIGHTS
+from sslsr_diffusion.models.settings import is_share
 
 OnStepEnd = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 
@@ -54,10 +55,10 @@ class Options:
             raise UserError(f"start: pure noise needs strength 1, came {self.strength}; use start='lr' for an intermediate step.")
         if self.tile_batch_size < 1:
             raise UserError(f"tile_batch_size: expected 1 or more, came {self.tile_batch_size}.")
-        if not 0 <= self.antiring <= 1:
-            raise UserError(f"antiring: expected 0 (off) to 1 (nothing beyond the low-resolution pixels nearby), came {self.antiring}.")
-        if not 0 <= self.detail <= 1:
-            raise UserError(f"detail: expected 0 (bicubic) to 1 (all that the model adds), came {self.detail}.")
+        if not is_share(self.antiring):
+            raise UserError(f"antiring: expected 0 (off) to 1 (nothing beyond the low-resolution pixels nearby), came {self.antiring!r}.")
+        if not is_share(self.detail):
+            raise UserError(f"detail: expected 0 (bicubic) to 1 (all that the model adds), came {self.detail!r}.")
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta: expected 0 to 1, came {self.eta}.")
 

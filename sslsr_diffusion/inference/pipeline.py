@@ -147,10 +147,10 @@ class StableSRPipeline(DiffusionPipeline):
                 autoencoder has no such input and ignores it.
             detail: share of the model's picture in the result, 0 to 1; the rest is the bicubic enlargement. Between a faithful and a
                 lively picture, straight lines lead from the least error to the most realism (Freirich et al., NeurIPS 2021); None:
-                the pipeline's own default (1 unless it was trained for less).
+                the pipeline's own default (1 unless its recipe or its base said otherwise).
             antiring: how much is taken back, 0 to 1, of what is brighter or darker in the model's picture than every low-resolution pixel
-                nearby: the seams beside edges that a discriminator or an already sharpened input leads to. Before `detail` mixes in
-                the bicubic enlargement; None: the pipeline's own default (0 unless it was trained for more).
+                nearby (about 7 x 7 of them): the seams beside edges that a discriminator or an already sharpened input leads to. Before
+                `detail` mixes in the bicubic enlargement; None: the pipeline's own default (0 unless recipe or base said otherwise).
             prompt, negative_prompt: one text or one per picture; the negative one acts with guidance_scale above 1.
             guidance_scale: u + g (c - u); 1 is off.
             tile: side in output pixels of the square the denoiser sees at once; "auto" chooses from free memory; None: whole.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models.settings import CALL_DEFAULTS, DEFAULT_BASE
+from sslsr_diffusion.models.settings import CALL_DEFAULTS, DEFAULT_BASE, is_share
 from sslsr_diffusion.shipped import SMALL, local_folder
 
 # Half-precision and non-EMA copies of the same weights would double the download.
@@ -49,18 +49,20 @@ class Base:
         """`detail` and `antiring` that the pipeline in this folder has where a call names none.
 
         Raises:
-            UserError: its model_index.json is no JSON object, or names values outside of 0 to 1.
+            UserError: its model_index.json is no JSON object, or names something else than numbers from 0 to 1.
         """
         path = self.folder / "model_index.json"
         try:
             index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            found = {key: float(index.get(f"default_{key}", value)) for key, value in CALL_DEFAULTS.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            found = {key: index.get(f"default_{key}", value) for key, value in CALL_DEFAULTS.items()}
+        except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"model.base: model_index.json of {self.name} cannot be read ({error}); fetch the model again.") from None
         for key, value in found.items():
-            if not 0 <= value <= 1:
-                raise UserError(f"model.base: default_{key} in model_index.json of {self.name}: expected 0 to 1, came {value}.")
-        return found
+            if not is_share(value):
+                raise UserError(
+                    f"model.base: default_{key} in model_index.json of {self.name}: expected a number from 0 to 1, came {value!r}."
+                )
+        return {key: float(value) for key, value in found.items()}
 
 
 def find_base(name: str, revision: str | None = None, parts: list[str] | None = None) -> Base:
@@ -79,6 +81,11 @@ def find_base(name: str, revision: str | None = None, parts: list[str] | None = 
         if not any((folder / part).is_dir() for part in ("unet", "vae")):
             raise UserError(f"model.base: the folder {name} holds no unet/ or vae/; expected a pipeline folder in diffusers format.")
         return Base(name, folder)
+    if name.startswith("small-v"):
+        raise UserError(
+            f"model.base: {name!r} does not come with this version of the package, which has {SMALL}; use that one, "
+            f"or the folder of the old one's files (shipped_models/{name} in a version that had it)."
+        )
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise UserError(
             f"model.base: {name!r} is neither an existing folder nor a hub id (owner/name) nor the shipped {SMALL}; give one of them."

@@ -207,7 +207,7 @@ def _from_base(settings: ModelSettings, base: Base, *, plain: bool, meta: bool, 
         scheduler_config=scheduler_config,
         source=base,
         text_config=base.config("text_encoder") if base.has("text_encoder") else None,
-        call_defaults=base.call_defaults(),
+        call_defaults=dict(CALL_DEFAULTS) if plain else base.call_defaults(),
     )
 
 

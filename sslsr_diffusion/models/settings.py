@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,11 @@ class ModelSettings(Settings):
         if value not in preset_names():
             raise ValueError(f"{value!r} is not a preset; expected one of {', '.join(preset_names())}.")
         return value
+
+
+def is_share(value: Any) -> bool:
+    """Whether a `detail` or `antiring` is a number from 0 to 1; booleans, text and what is no number at all are not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1  # type: ignore[operator]  # typeshed gives Real no order with int
 
 
 def preset_names() -> list[str]:

@@ -87,7 +87,7 @@ class Reporter:
         values = {f"validation/{name}": value for name, value in result.values.items()}
         baseline = {f"validation_bicubic/{name}": value for name, value in result.bicubic.items()}
         self._write_down(step, {**values, **baseline})
-        self.say("validation  " + "  ".join(f"{n} {v:.3f} (bicubic {result.bicubic[n]:.3f})" for n, v in result.values.items()))
+        self.say("validation  " + "  ".join(f"{n} {v:.4g} (bicubic {result.bicubic[n]:.4g})" for n, v in result.values.items()))
         if not result.rows:
             return
         from PIL import Image

@@ -97,14 +97,14 @@ class ValidationSettings(Settings):
         ge=0,
         le=1,
         description="Share of the model's picture in the result, the rest is bicubic; the pipeline keeps it as its default. "
-        "null: the base's default, or 1.",
+        "null: the base's default, or 1; on --resume what the run had.",
     )
     antiring: float | None = Field(
         None,
         ge=0,
         le=1,
         description="How much is taken back of what leaves the range of the low-resolution pixels nearby; the pipeline keeps it as its "
-        "default. null: the base's default, or 0.",
+        "default. null: the base's default, or 0; on --resume what the run had.",
     )
     metrics: tuple[str, ...] = Field(("psnr", "ssim"), description="Names of metrics over the restored pictures.")
     best: str = Field("psnr", description="The metric that decides which weights are the best.")

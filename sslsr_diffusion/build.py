@@ -247,6 +247,7 @@ def _job(
             device=device,
         )
 
+    distance = _perceptual_distance(recipe)
     pairs = _validation_pairs(recipe)
     validation = None
     if pairs:
@@ -255,7 +256,7 @@ def _job(
         validation = Validation(pairs, restore, metrics, recipe.validation, label, higher)
     return Job(
         objective=objective,
-        losses=build_losses(recipe.losses, prediction_type=prediction_type, distance=_perceptual_distance(recipe), seed=recipe.seed),
+        losses=build_losses(recipe.losses, prediction_type=prediction_type, distance=distance, seed=recipe.seed),
         training=training,
         checkpoints=recipe.checkpoints,
         output=recipe.output,
@@ -267,7 +268,7 @@ def _job(
         base=base or {},
         validation=validation,
         publisher=publisher,
-        card=_card(recipe, base or {}) if publisher is not None else None,
+        card=_card(recipe, base or {}, without=() if distance is not None else ("lpips",)) if publisher is not None else None,
     )
 
 
@@ -285,11 +286,15 @@ def _perceptual_distance(recipe: Recipe) -> nn.Module | None:
         return None
 
 
-def _card(recipe: Recipe, base: dict[str, Any]) -> Callable[[dict[str, float], list[Path]], dict[str, Path | bytes]]:
+def _card(
+    recipe: Recipe, base: dict[str, Any], without: Sequence[str]
+) -> Callable[[dict[str, float], list[Path]], dict[str, Path | bytes]]:
+    """The model card of this run; `without`: losses that were optional and could not be had."""
     from sslsr_diffusion.training.model_card import card_files
 
     drawn = str(base.get("id", "")).startswith("random:")
     about = {"base": None if drawn else base.get("id"), "base_revision": base.get("revision")}
+    recipe = recipe.model_copy(update={"losses": [loss for loss in recipe.losses if loss.kind not in without]})
     return lambda metrics, pictures: card_files(metrics, pictures, repo_id=recipe.output.hub_id, recipe=resolved(recipe), **about)
 
 

@@ -87,7 +87,8 @@ def _name(index: int) -> str:
 
 def _settings(recipe: Recipe, steps: int, fingerprint: str) -> dict[str, Any]:
     """What a sample depends on."""
-    data = recipe.data.model_dump(mode="json", include={"sources", "degradation", "crop", "small_images"})
+    chosen_by = {"sources", "degradation", "crop", "small_images"} | ({"mask"} if recipe.data.crop.kind == "edge_aware" else set())
+    data = recipe.data.model_dump(mode="json", include=chosen_by)
     own = {"seed": recipe.seed, "scale": recipe.scale, "crop_size": recipe.training.crop_size, "prompt": recipe.model.prompt}
     return {"model": fingerprint, "steps": steps, **own, **data}
 

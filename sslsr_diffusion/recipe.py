@@ -37,7 +37,7 @@ class Recipe(Settings):
         "on the latents that a finished upscaler predicts.",
     )
     seed: int = Field(42, ge=0, lt=2**63, description="Everything random follows from it and the global sample index.")
-    scale: int = Field(4, ge=1, le=16, description="Enlargement: HR side / LR side.")
+    scale: int = Field(4, ge=1, le=8, description="Enlargement: HR side / LR side.")
     model: ModelSettings = Field(ModelSettings(), description="Networks and which part of them trains.")
     data: DataSettings = Field(description="Training pictures, degradation, edge mask, held-out pictures.")
     losses: list[LossSettings] = Field(min_length=1, description="Terms of the objective; each kind at most once.")

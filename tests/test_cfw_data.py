@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from test_training_data import picture
 from typer.testing import CliRunner
 
 from sslsr_diffusion import build as building
+from sslsr_diffusion.cfw_data import _settings
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.data import open_training_data
@@ -109,6 +111,9 @@ def test_other_settings_need_another_folder(world, made):
         prepare(world, made, steps=3)
     with pytest.raises(UserError, match="made with seed 5, now it is 6"):
         prepare(world, made, "--set", "seed=6")
+    aware = parse(Recipe, values(world, data={**values(world)["data"], "crop": {"kind": "edge_aware"}, "mask": {"threshold": 20}}))
+    other = aware.model_copy(update={"data": aware.data.model_copy(update={"mask": aware.data.mask.model_copy(update={"threshold": 40})})})
+    assert _settings(aware, 2, "") != _settings(other, 2, "")  # the mask chooses the crops
     (world / "file").touch()
     with pytest.raises(UserError, match="file: cannot be written"):
         prepare(world, world / "file")
@@ -160,6 +165,36 @@ def test_samples_that_cannot_be_used_are_named(world, made, tmp_path):
     assert "000001.safetensors: left out, not a whole sample" in problems
     with pytest.raises(UserError, match=r"found no latents/; make them: sslsr prepare cfw"):
         open_training_data(parse(Recipe, stored_recipe(world, world)).data, crop_size=SIZE, scale=4, seed=0, batch_size=1)
+
+
+def test_a_check_finds_what_training_would_refuse(world, made, tmp_path):
+    def check(*arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["prepare", "check", *map(str, arguments)], catch_exceptions=False)
+        return result.exit_code, result.output
+
+    assert check(made)[0] == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(stored_recipe(world, made)))
+    assert check("--config", recipe)[0] == 0
+    code, said = check("--config", recipe, "--set", "training.crop_size=32")
+    assert code == 1
+    assert "latents belong to whole pictures of 64x64 pixels, the crop is 32" in said
+    shutil.copytree(made, tmp_path / "damaged")
+    (tmp_path / "damaged/latents/000000.safetensors").write_bytes(b"cut off")
+    code, said = check(tmp_path / "damaged")
+    assert code == 1
+    assert "000000.safetensors: cannot be read as latents" in said
+
+
+def test_a_stored_target_is_not_sharpened_again(world, tmp_path):
+    prepare(world, tmp_path / "made", "--set", "data.degradation.sharpen_target=true", count=1)
+    recipe = stored_recipe(world, tmp_path / "made")
+    recipe["data"]["degradation"]["sharpen_target"] = True
+    got = next(iter(open_training_data(parse(Recipe, recipe).data, crop_size=SIZE, scale=4, seed=5, batch_size=1)))
+    stored = to_tensor(read_image(tmp_path / "made/hr/000000.png").rgb)
+    assert torch.equal(got.hr[0], stored)
+    plain = open_training_data(parse(Recipe, values(world)).data, crop_size=SIZE, scale=4, seed=5, batch_size=1)
+    assert (next(iter(plain)).hr[0] - stored).abs().max() > 2 / 255  # it was sharpened once
 
 
 def test_latents_of_another_autoencoder_are_refused(world, made):

@@ -195,6 +195,9 @@ def test_bsrgan_draws():
     )
     levels = collections.Counter(round(op.values["sigma"] * 255) for m in made for op in m if op.name == "gaussian")
     assert set(levels) == set(range(1, 13))
+    strengths = lambda made: {op.values["level"] for m in made for op in m if op.name == "correlated"}  # noqa: E731
+    assert strengths(made) == {12 / 255}
+    assert strengths(drawn(step.model_copy(update={"noise": (0, 0)}))) == {0}
     qualities = {op.values["quality"] for m in made for op in m if op.name == "jpeg_codec"}
     assert qualities == set(range(75, 96))
     for m in made[:500]:

@@ -10,11 +10,12 @@ from scripts import load_script
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
-from sslsr_diffusion.config import parse
+from sslsr_diffusion.config import find_recipe, parse, read_raw
 from sslsr_diffusion.data.degradation import DegradationSettings
 from sslsr_diffusion.data.estimate import Estimate, block_dct, blocking_quality, estimate, scaled_table, table_quality
 from sslsr_diffusion.data.fit import degradation_section
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.recipe import load_recipe
 
 recovery = load_script("benchmarks/fit_recovery.py")
 
@@ -125,4 +126,9 @@ def test_the_command_writes_a_section(tmp_path):
     assert "bad.png" in result.output
     assert "<=" in result.output
     assert "noise of 1 of 2 pictures is not measurable" in result.output
-    parse(DegradationSettings, yaml.safe_load(output.read_text())["degradation"])
+    section = yaml.safe_load(output.read_text())
+    parse(DegradationSettings, section["degradation"])
+    (tmp_path / "shipped.yaml").write_text(yaml.safe_dump(read_raw(find_recipe("sd_upscaler_ssl"))))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"extends": "shipped.yaml", "data": section}))
+    fitted = load_recipe(str(tmp_path / "mine.yaml")).data.degradation  # laid over one that names a preset
+    assert [step.kind for step in fitted.steps] == [step["kind"] for step in section["degradation"]["steps"]]

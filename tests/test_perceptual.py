@@ -131,6 +131,10 @@ def test_a_run_goes_without_an_optional_term_and_says_so_once(hub, caplog):
     assert "without the optional loss: losses: lpips weights are missing" in said[0]
     assert "vgg16-397923af.pth" in said[0]
     assert [check.verdict for check in run_checks(wanted) if check.what == "losses"] == ["ok"]
+    published = wanted.model_dump(mode="json") | {"stage": "diffusion", "output": {"hub_id": "user/mine"}}
+    card = building.build(parse(Recipe, published), publisher=object()).card({}, [])["README.md"].decode()
+    assert "with the pixel l1 loss" in card
+    assert "lpips" not in card
     with pytest.raises(RecipeError, match="lpips is the only loss"):
         recipe({"kind": "lpips", "optional": True})
 

@@ -57,6 +57,9 @@ def test_file_list(tmp_path):
     loader = open_small(data)
     assert {Path(n).name for b in take(loader, 4) for n in b.names} == {"a.png", "b c.png"}
     assert "missing.png" in "\n".join(loader.problems())
+    (tmp_path / "windows.txt").write_text("a.png\r\nb c.png\r\n", encoding="utf-8-sig")
+    assert len(open_source(settings({"kind": "files", "path": str(tmp_path / "windows.txt")}).sources[0])) == 2
+    assert not open_small(settings({"kind": "files", "path": str(tmp_path / "windows.txt")})).problems()
     with pytest.raises(UserError, match="cannot be read"):
         open_small(settings({"kind": "files", "path": str(tmp_path / "none.txt")}))
 

@@ -162,7 +162,7 @@ def check(
         if not sources:
             raise UserError(f"{config}: expected data.sources, the recipe names none; set them, or name a folder instead of --config.")
     found: list[checking.Finding] = []
-    looker = checking.Looker(size, scale, mask)
+    looker = checking.Looker(size, scale, mask, settled=config is not None)
     for settings in sources:
         total, items = checking.contents(settings)
         found += _progress(checking.look_all(items, looker, processes=processes or default_processes()), total)

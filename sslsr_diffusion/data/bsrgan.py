@@ -79,7 +79,7 @@ class BsrganStep(Settings):
         level = draws.integer(*self.noise) / 255
         kind = draws.pick(("colour", "gray", "correlated"), (0.4, 0.4, 0.2))
         if kind == "correlated":
-            return Op("correlated", {"level": 10 / 255, "seed": draws.integer(0, 2**31 - 1)})
+            return Op("correlated", {"level": self.noise[1] / 255, "seed": draws.integer(0, 2**31 - 1)})
         return Op("gaussian", {"sigma": level, "gray": kind == "gray"})
 
     def _jpeg(self, draws: Draws) -> Op:

@@ -19,6 +19,7 @@ from sslsr_diffusion.data.opencv import opencv
 from sslsr_diffusion.data.preparation import crop_places, process_pool
 from sslsr_diffusion.data.retries import patiently
 from sslsr_diffusion.data.rows import Columns, Item, load_rows, reason, row_item
+from sslsr_diffusion.data.samples import check_whole, read_latents
 from sslsr_diffusion.data.settings import DataSettings, FolderSource, MaskSettings, Source
 from sslsr_diffusion.data.sources import open_source
 from sslsr_diffusion.data.streams import is_stream
@@ -44,10 +45,10 @@ class Finding:
 
 
 class Looker:
-    """Decodes whole pictures and measures them. Picklable."""
+    """Decodes whole pictures and measures them. Picklable. `settled`: the crop is that of a recipe, so samples with latents must be as large."""
 
-    def __init__(self, crop_size: int, scale: int, mask: MaskSettings) -> None:
-        self.crop_size, self._scale, self._mask = crop_size, scale, mask
+    def __init__(self, crop_size: int, scale: int, mask: MaskSettings, *, settled: bool = False) -> None:
+        self.crop_size, self._scale, self._mask, self._settled = crop_size, scale, mask, settled
         self._files = MaskFiles(mask.folder) if mask.folder else None
 
     def __call__(self, item: Item | Finding) -> Finding:
@@ -66,6 +67,10 @@ class Looker:
             if (lr[0] * self._scale, lr[1] * self._scale) != (height, width):
                 came = f"{width}x{height} and {lr[1]}x{lr[0]} pixels"
                 return Finding(item.name, problem=f"{item.name}: the sizes of the pair do not fit scale {self._scale}: {came}.")
+        if item.latents is not None:
+            read_latents(item.latents)
+            if self._settled:
+                check_whole(item, height, width, self.crop_size)
         if self._files is not None:
             density = float(self._files.read(item.name, item.file, (height, width)).mean())
         else:

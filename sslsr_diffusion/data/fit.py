@@ -38,7 +38,7 @@ def degradation_section(estimates: Sequence[Estimate], scale: int) -> dict[str, 
     qualities = [float(e.quality) for e in estimates if e.quality is not None]
     if qualities:
         steps.append({"kind": "jpeg", "prob": round(len(qualities) / len(estimates), 2), "quality": _range(qualities, 0)})
-    section = {"steps": steps}
+    section = {"preset": None, "steps": steps}  # the former against a preset of the recipe that this is laid over
     parse(DegradationSettings, section)
     return section
 

@@ -130,7 +130,8 @@ class SampleMaker:
         planes = self._read(item, problems)
         crops = self._crop(planes, with_generator("crop"), turn=item.latents is None)
         hr = to_tensor(crops["hr"])[None]
-        hr = self.degradation.target(hr)
+        if item.latents is None:  # else it is the target that latents were stored for
+            hr = self.degradation.target(hr)
         generator = with_generator("mask")
         if "mask" in crops:
             mask = torch.from_numpy(crops["mask"])[None, None]
@@ -138,7 +139,7 @@ class SampleMaker:
             mask = make_mask(hr, self.settings.mask, generator)
         mask = cap(mask, self.settings.mask, generator)
         if "lr" in crops:
-            latents = None if item.latents is None else _read_latents(item.latents)
+            latents = None if item.latents is None else read_latents(item.latents)
             return Sample(hr[0], to_tensor(crops["lr"]), mask[0], request.index, item.name, [Op("real pair")], latents)
         shared = sample_generator(self.seed, request.group, "shared") if self.settings.degradation.pool_size else None
         ops = self.degradation.draw(hr.shape[2], hr.shape[3], with_generator("degradation"), shared)
@@ -157,8 +158,7 @@ class SampleMaker:
             if (lr.shape[0] * self.scale, lr.shape[1] * self.scale) != (height, width):
                 came = f"{width}x{height} and {lr.shape[1]}x{lr.shape[0]} pixels"
                 raise Unusable(f"{item.name}: the sizes of the pair do not fit scale {self.scale}: {came}.")
-        if item.latents is not None and (height, width) != (self.crop_size, self.crop_size):
-            raise Unusable(f"{item.name}: latents belong to whole pictures of {width}x{height} pixels, the crop is {self.crop_size}.")
+        check_whole(item, height, width, self.crop_size)
         if self._mask_files is not None:
             planes["mask"] = self._mask_files.read(item.name, item.file, (height, width))
         if min(height, width) < self.crop_size:
@@ -198,7 +198,13 @@ class SampleMaker:
         return float(make_mask(to_tensor(cut["hr"])[None], self.settings.mask, generator).float().mean())
 
 
-def _read_latents(path: Path) -> Tensor:
+def check_whole(item: Item, height: int, width: int, crop_size: int) -> None:
+    """Raises Unusable for a sample with latents whose picture is larger or smaller than the crop: they belong to all of it."""
+    if item.latents is not None and (height, width) != (crop_size, crop_size):
+        raise Unusable(f"{item.name}: latents belong to whole pictures of {width}x{height} pixels, the crop is {crop_size}.")
+
+
+def read_latents(path: Path) -> Tensor:
     """[c, h, w] float32."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

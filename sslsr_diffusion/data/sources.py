@@ -112,7 +112,7 @@ def _folder(settings: FolderSource) -> Files:
 def _files(settings: FilesSource) -> Files:
     path = Path(settings.path).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
         raise UserError(f"file list {printable(path)}: cannot be read ({error.strerror}).") from None
     named = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -40,7 +40,8 @@ def build_ema(settings: EMASettings | None, parameters: Iterable[nn.Parameter]) 
         return None
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(list(parameters), decay=settings.decay, use_ema_warmup=settings.warmup, power=settings.power)
+    least = 0.0 if settings.warmup else settings.decay  # without it diffusers warms up all the same, by another formula
+    return EMAModel(list(parameters), decay=settings.decay, min_decay=least, use_ema_warmup=settings.warmup, power=settings.power)
 
 
 @contextmanager

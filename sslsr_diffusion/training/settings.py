@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from sslsr_diffusion.config import Settings
 
@@ -29,14 +29,20 @@ class ScheduleSettings(Settings):
     kind: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
         "constant", description="Shape of the learning rate over the run (StableSR: constant)."
     )
-    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up; every kind but constant has one.")
+
+    @model_validator(mode="after")
+    def _warmup_has_an_effect(self) -> ScheduleSettings:
+        if self.kind == "constant" and self.warmup_steps:
+            raise ValueError(f"kind constant has no warm-up, and warmup_steps is {self.warmup_steps}; use kind: constant_with_warmup.")
+        return self
 
 
 class EMASettings(Settings):
     """Exponential moving average of the trained weights; what is validated and published."""
 
     decay: float = Field(0.9999, ge=0, lt=1, description="Largest decay per optimizer step.")
-    warmup: bool = Field(True, description="Begin with a small decay that grows with the step count.")
+    warmup: bool = Field(True, description="Begin with a small decay that grows with the step count; false: `decay` from the start.")
     power: float = Field(0.75, gt=0, le=1, description="Exponent of the warm-up, 1 - (1 + step)^-power.")
 
 

@@ -126,3 +126,12 @@ def test_cuda_mask_equals_cpu_mask():
     image = torch.rand(2, 3, 65, 63)
     for mask in (laplacian_edge_mask, laplacian_abs_edge_mask, sobel_edge_mask):
         assert torch.equal(mask(image.cuda()).cpu(), mask(image))
+
+
+def test_a_cap_takes_any_layout():
+    mask = torch.rand(2, 1, 9, 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    turned = mask.transpose(2, 3)
+    capped = cap_mask(turned, 5, torch.Generator().manual_seed(1))
+    assert capped.flatten(1).sum(1).tolist() == [5, 5]
+    assert not (capped & ~turned).any()
+    assert cap_mask(mask[:0], 5).shape == (0, 1, 9, 7)

@@ -318,7 +318,7 @@ def test_opcheck(cpu_ops):
         torch.library.opcheck(ssg_cuda._loss_op, (image, inputs.gt, inputs.mask, 7, 3, 0.02, True, 1.0, 2.0, with_gradient))
     torch.library.opcheck(ssg_cuda._graph_op, (sr, inputs.mask, pixels, 7, 3, 0.02, True))
     torch.library.opcheck(ssg_cuda._graph_backward_op, (inputs.sr, inputs.mask, rows, rows.flip(1).contiguous(), 7, 3, 0.02, True))
-    torch.library.opcheck(saved_gradient.scale_gradient, (inputs.sr, torch.tensor(2.0, dtype=torch.float64)))
+    torch.library.opcheck(saved_gradient.scale_gradient, (inputs.sr, torch.tensor(2.0, dtype=torch.float64), inputs.sr))
 
 
 def test_the_module_compiles_into_one_graph(cpu_ops, monkeypatch):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import sys
+
 import pytest
 import torch
 from goldens import load_golden
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ssg_inputs import assert_close, make_pair
+from torch.autograd import forward_ad
 
-from sslsr_diffusion.ops import BackendUnavailable, self_similarity_graph
+from sslsr_diffusion.ops import BackendUnavailable, self_similarity_graph, ssg_cpu
 
 GOLDEN = load_golden("ssl/ssg")
 FLOAT32, FLOAT64 = torch.float32, torch.float64
@@ -197,23 +202,62 @@ def test_mistakes_show_both_sides(image, mask, options, both_sides):
         self_similarity_graph(image, mask, **options)
 
 
-def test_a_backend_by_name_never_falls_back(monkeypatch):
-    import importlib.util
+@pytest.fixture
+def asked_anew():
+    """Whether numba is there is asked once per process."""
+    yield
+    ssg_cpu._numba_problem.cache_clear()
 
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_backend_by_name_never_falls_back(monkeypatch, caplog):
     with pytest.raises(BackendUnavailable, match=r'backend="cpu" cannot run here.*meta'):
         self_similarity_graph(IMAGE.to("meta"), MASK.to("meta"), backend="cpu")
     with pytest.raises(BackendUnavailable, match='backend="cuda" cannot run here'):
         self_similarity_graph(IMAGE, MASK, backend="cuda")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BackendUnavailable, match="pip install numba"):
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        without_numba(caplog, "numba is not installed: pip install numba")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: name)
+        patch.setitem(sys.modules, "numba", None)  # its import fails, as that of one that does not fit the NumPy beside it
+        without_numba(caplog, "numba cannot be imported (ModuleNotFoundError: import of numba halted")
+
+
+def without_numba(caplog, reason):
+    """By name it is refused; auto goes on with torch and says so once."""
+    ssg_cpu._numba_problem.cache_clear()
+    caplog.clear()
+    with pytest.raises(BackendUnavailable, match=re.escape(reason)):
         self_similarity_graph(IMAGE, MASK, backend="cpu")
-    assert len(self_similarity_graph(IMAGE, MASK)) == 512  # auto goes on with torch
+    for _ in range(2):
+        assert len(self_similarity_graph(IMAGE, MASK)) == 512
+    assert len(caplog.records) == 1
+    assert reason in caplog.text
 
 
-def test_second_derivatives_raise():
-    for backend in ("torch", "cpu"):
-        image = IMAGE.clone().requires_grad_()
-        out = self_similarity_graph(image, MASK, backend=backend)
-        (gradient,) = torch.autograd.grad(out.square().sum(), image, create_graph=True)
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            gradient.sum().backward()
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_derivatives_raise(backend, power):
+    """Also where the upstream gradient is a constant (power 1): the operator's own curvature would be missing."""
+    image = IMAGE.clone().requires_grad_()
+    out = self_similarity_graph(image, MASK, backend=backend)
+    (gradient,) = torch.autograd.grad(out.pow(power).sum(), image, create_graph=True)
+    with pytest.raises(RuntimeError, match='has no second derivative in its fast backends; backend="reference" has one'):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_forward_mode_derivative_is_refused(backend):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(IMAGE, torch.ones_like(IMAGE))
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+            self_similarity_graph(dual, MASK, backend=backend)
+        assert forward_ad.unpack_dual(self_similarity_graph(dual, MASK, backend="reference")).tangent is not None
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(ValueError, match="mask: expected a torch tensor, came ndarray"):
+        self_similarity_graph(IMAGE, MASK.numpy())
+    with pytest.raises(ValueError, match=r"sigma: expected a positive finite number, came '0\.004'"):
+        self_similarity_graph(IMAGE, MASK, sigma="0.004")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from ssg_inputs import assert_close, make_pair
 
-from sslsr_diffusion.ops import SelfSimilarityLoss, _cpu_plan, self_similarity_graph, ssg_cpu
+from sslsr_diffusion.ops import SelfSimilarityLoss, _cpu_plan, self_similarity_graph, ssg_cpu, ssg_torch
 
 SIZES = (7, 3, 0.05, True)  # sizes that other tests compile anyway
 
@@ -32,22 +32,25 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("module", [ssg_cpu, ssg_torch])
+def test_opcheck(module):
     sr, gt, mask = make_pair(2, 3, 12, 14, density=0.3, seed=0)
     sr, gt = sr.float().requires_grad_(), gt.float()
     rows = mask.sum()
-    torch.library.opcheck(ssg_cpu._graph, (sr, mask, *SIZES))
-    torch.library.opcheck(ssg_cpu._loss, (sr, gt, mask, rows, *SIZES, 1.0, 2.0, True))
-    torch.library.opcheck(ssg_cpu._loss, (sr.detach(), gt, mask, rows, *SIZES, 1.0, 2.0, False))
+    torch.library.opcheck(module._graph, (sr, mask, *SIZES))
+    torch.library.opcheck(module._loss, (sr, gt, mask, rows, *SIZES, 1.0, 2.0, True))
+    torch.library.opcheck(module._loss, (sr.detach(), gt, mask, rows, *SIZES, 1.0, 2.0, False))
 
 
-def test_torch_compile_traces_past_it():
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_torch_compile_traces_past_it(backend, dynamic):
     sr, gt, mask = make_pair(1, 3, 12, 14, density=0.3, seed=0)
-    ssl = SelfSimilarityLoss(*SIZES)
-    compiled = torch.compile(lambda a, b, m: 2 * ssl(a, b, m), backend="aot_eager", fullgraph=True)
+    ssl = SelfSimilarityLoss(*SIZES, backend=backend)
+    compiled = torch.compile(lambda a, b, m: 2 * ssl(a, b, m, num_rows=7.5), backend="aot_eager", fullgraph=True, dynamic=dynamic)
     x, y = sr.float().requires_grad_(), sr.float().requires_grad_()
     compiled(x, gt.float(), mask).backward()
-    (2 * ssl(y, gt.float(), mask)).backward()
+    (2 * ssl(y, gt.float(), mask, num_rows=7.5)).backward()
     assert torch.equal(x.grad, y.grad)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import runpy
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from goldens import load_golden
@@ -236,6 +238,9 @@ def test_autocast_and_half():
         ({"mask": torch.ones(1, 16, 16)}, r"\[1, 1, 16, 16\].*came \[1, 16, 16\]"),
         ({"num_rows": -1}, r"num_rows: .*came -1"),
         ({"num_rows": float("nan")}, r"num_rows: .*came nan"),
+        ({"num_rows": np.float32(-5)}, r"num_rows: .*came .*-5"),
+        ({"sr": np.zeros((1, 3, 16, 16))}, r"sr: expected a torch tensor, came ndarray"),
+        ({"mask": [1, 0]}, r"mask: expected a torch tensor, came list"),
         ({"num_rows": torch.ones(2)}, r"0-dim tensor, came shape \[2\]"),
     ],
 )
@@ -246,11 +251,50 @@ def test_mistakes_show_both_sides(change, both_sides):
 
 
 @pytest.mark.parametrize(
-    "option", [{"l1_weight": -1}, {"kl_weight": float("nan")}, {"mask_stride": 0}, {"window_size": 4}, {"backend": "fast"}]
+    "option",
+    [{"l1_weight": -1}, {"kl_weight": float("nan")}, {"mask_stride": 0}, {"window_size": 4}, {"backend": "fast"}, {"kl_weight": "1"}],
 )
 def test_settings_are_checked(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         SelfSimilarityLoss(**option)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_count_that_went_wrong_does_not_turn_the_loss_off(backend):
+    """A reduction over processes that overflowed, for example: NaN is noticed, 0 would not be."""
+    sr, gt, mask = make_pair(1, 3, 16, 16, density=0.3, seed=0)
+    for wrong in (float("nan"), float("inf"), -5.0):
+        picture = sr.float().requires_grad_()
+        loss = SelfSimilarityLoss(**SMALL, backend=backend)(picture, gt.float(), mask, num_rows=torch.tensor(wrong))
+        loss.backward()
+        assert loss.isnan()
+        assert picture.grad.isnan().any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_second_derivative_raises_instead_of_leaving_the_curvature_out(backend):
+    sr, gt, mask = make_pair(1, 3, 16, 16, density=0.3, seed=0)
+    weight = torch.tensor(1.0, requires_grad=True)
+    loss = SelfSimilarityLoss(**SMALL, backend=backend)(sr.float() * weight**2, gt.float(), mask)
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match='has no second derivative in its fast backends; backend="reference" has one'):
+        torch.autograd.grad(gradient, weight)
+
+
+def test_other_ranges_and_masks_of_255_are_mentioned():
+    sr, gt, mask = (x.float() for x in make_pair(1, 3, 16, 16, density=0.3, seed=0))
+    ssl = SelfSimilarityLoss(**SMALL)
+    with pytest.warns(UserWarning, match=r"gt: expected pictures in \[0, 1\].*came values from .* to 2"):
+        ssl(255 * sr, 255 * gt, mask)
+    with pytest.warns(UserWarning, match=r"came values from -"):
+        ssl(2 * sr - 1, 2 * gt - 1, mask)
+    with pytest.warns(UserWarning, match=r"mask: exactly 1 counts, and no entry is 1 \(largest 255\)") as caught:
+        assert ssl(sr, gt, 255 * mask) == 0
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ssl(sr, gt, mask)
+        ssl(sr, gt, 0 * mask)
 
 
 def test_gt_never_receives_a_gradient():

@@ -45,7 +45,7 @@ class Finding:
 
 
 class Looker:
-    """Decodes whole pictures and measures them. Picklable. `settled`: the crop is that of a recipe, so samples with latents must be as large."""
+    """Decodes whole pictures and measures them; picklable. `settled`: the crop is a recipe's, so samples with latents must be as large."""
 
     def __init__(self, crop_size: int, scale: int, mask: MaskSettings, *, settled: bool = False) -> None:
         self.crop_size, self._scale, self._mask, self._settled = crop_size, scale, mask, settled

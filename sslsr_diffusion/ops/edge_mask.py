@@ -91,8 +91,8 @@ def cap_mask(mask: Tensor, limit: int, generator: torch.Generator | None = None)
     """
     if limit < 1:
         raise ValueError(f"mask cap: expected at least 1 pixel, came {limit}")
-    capped = mask.clone()
-    for one in capped.view(len(mask), -1):
+    capped = mask.clone(memory_format=torch.contiguous_format)
+    for one in capped.flatten(1):
         marked = one.nonzero().squeeze(1)
         if len(marked) > limit:
             drop = torch.randperm(len(marked), generator=generator)[limit:].to(mask.device)

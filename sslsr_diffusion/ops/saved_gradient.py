@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("sslsr::scale_gradient", mutates_args=(), schema="(Tensor gradient, Tensor factor) -> Tensor")
-def scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
-    """An op of its own, without an autograd formula: a second derivative raises instead of coming out as zero."""
+@torch.library.custom_op("sslsr::scale_gradient", mutates_args=(), schema="(Tensor gradient, Tensor factor, Tensor image) -> Tensor")
+def scale_gradient(gradient: Tensor, factor: Tensor, image: Tensor) -> Tensor:
+    """gradient * factor. `image`, of which the gradient is, is there so that a second derivative raises instead of coming out as zero."""
     return gradient * factor.to(gradient.dtype)
 
 
 @scale_gradient.register_fake
-def _(gradient: Tensor, factor: Tensor) -> Tensor:
+def _(gradient: Tensor, factor: Tensor, image: Tensor) -> Tensor:
     return torch.empty_like(gradient)
+
+
+def no_second_derivative(*_: Any) -> NoReturn:
+    raise RuntimeError('The self-similarity operator has no second derivative in its fast backends; backend="reference" has one.')
+
+
+scale_gradient.register_autograd(no_second_derivative)
 
 
 def save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no image of zeros for the gradient of the gradient
     ctx.arguments = len(inputs)
-    ctx.save_for_backward(output[-1])
+    ctx.save_for_backward(output[-1], inputs[0])
 
 
-def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """For an operator whose first argument alone is differentiable."""
-    (gradient,) = ctx.saved_tensors
-    return scale_gradient(gradient, grad_total), *(None,) * (ctx.arguments - 1)
+    gradient, image = ctx.saved_tensors
+    if grad_total is None:  # nobody asks for the total's gradient
+        return (None,) * ctx.arguments
+    return scale_gradient(gradient, grad_total, image), *(None,) * (ctx.arguments - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,13 @@ class Settings(NamedTuple):
         return channels * self.window**2 * self.sigma
 
     def per_entry(self, rows: float | Tensor) -> Any:
-        """What sums over the rows' entries are multiplied with to become means, of the type of rows; 0 where there are no rows."""
+        """What sums over the rows' entries are multiplied with to become means, of the type of rows; 0 where there are no rows.
+
+        NaN where `rows` is no number of rows, so that a failed reduction does not turn the loss off without a word.
+        """
         if isinstance(rows, Tensor):
-            return torch.where(rows > 0, 1 / (rows * self.search**2), 0)
-        return 1 / (rows * self.search**2) if rows > 0 else 0.0
+            share = torch.where(rows == 0, 0, 1 / (rows * self.search**2))
+            return torch.where((rows >= 0) & (rows < math.inf), share, math.nan)
+        if not 0 <= rows < math.inf:
+            return math.nan
+        return 1 / (rows * self.search**2) if rows else 0.0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sslsr_diffusion.ops import ssg_cpu, ssg_cuda, ssg_reference, ssg_torch
 from sslsr_diffusion.ops.errors import BackendUnavailable
@@ -29,6 +31,7 @@ def self_similarity_graph(
 
     S[n, d] = exp(-|P_n - P_{n+d}|^2 / (C window^2 sigma)), divided by its row sum   (Chen et al., ACM MM 2024)
     Window samples that fall outside the search area count as 0, as in the published code.
+    Second derivatives, forward-mode derivatives and torch.func transforms need backend="reference".
 
     Args:
         image: [B, C, H, W] float32 or float64 in [0, 1]; differentiable; borders are reflect-padded. Half types are computed in float32.
@@ -49,6 +52,7 @@ def self_similarity_graph(
     check_inputs(image, mask, search_size, window_size, sigma)
     image = in_full_precision(image)
     run = choose_backend(backend, image)
+    refuse_forward_mode(run, image)
     return run.graph(image, as_bool(mask), Settings(search_size, window_size, float(sigma), bool(normalize)))
 
 
@@ -59,13 +63,25 @@ def check_sizes(search_size: int, window_size: int, sigma: float) -> None:
             raise ValueError(f"{name}: expected a positive odd integer, came {size!r}.")
     if window_size > search_size:
         raise ValueError(f"window_size: expected at most search_size = {search_size}, came {window_size}.")
-    if not (sigma > 0 and math.isfinite(sigma)):
+    if not is_number(sigma) or not 0 < sigma < math.inf:
         raise ValueError(f"sigma: expected a positive finite number, came {sigma!r}.")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_tensors(**named: object) -> None:
+    """ValueError for anything that is no tensor, a numpy array for example."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a torch tensor, came {type(value).__name__}.")
 
 
 def check_inputs(image: Tensor, mask: Tensor, search_size: int, window_size: int, sigma: float) -> None:
     """ValueError for any shape, dtype, device or size that the operator does not take."""
     check_sizes(search_size, window_size, sigma)
+    check_tensors(image=image, mask=mask)
     if image.ndim != 4 or image.shape[1] < 1:
         raise ValueError(f"image: expected [B, C, H, W], came {list(image.shape)}.")
     if image.dtype not in (torch.float32, torch.float64, *_LOW_PRECISION):
@@ -89,6 +105,12 @@ def as_bool(mask: Tensor) -> Tensor:
 def in_full_precision(image: Tensor) -> Tensor:
     """Half types, from autocast for example, are computed in float32: sigma = 0.004 magnifies rounding 250 times."""
     return image.float() if image.dtype in _LOW_PRECISION else image
+
+
+def refuse_forward_mode(backend: ModuleType, image: Tensor) -> None:
+    """RuntimeError for an image with a forward-mode tangent, which the fast backends would drop without a word."""
+    if backend is not ssg_reference and forward_ad.unpack_dual(image).tangent is not None:
+        raise RuntimeError('The self-similarity operator has no forward-mode derivative in its fast backends; backend="reference" has one.')
 
 
 def backend_module(name: str) -> ModuleType:

@@ -7,25 +7,42 @@ them, and inference neither computes nor keeps anything for a backward.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from typing import Any
+import logging
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sslsr_diffusion.ops import _cpu_plan as plans
-from sslsr_diffusion.ops import saved_gradient
+from sslsr_diffusion.ops import differentiable_operators
 from sslsr_diffusion.ops.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot run on `device`; None: it can."""
     if device.type != "cpu":
         return f'it works on CPU tensors, and this one is on {device}; use backend="auto".'
+    return _numba_problem()
+
+
+@functools.cache
+def _numba_problem() -> str | None:
+    """Also logged, once: what takes over is twenty times slower."""
+    problem = None
     if importlib.util.find_spec("numba") is None:
-        return "numba is not installed: pip install numba."
-    return None
+        problem = "numba is not installed: pip install numba."
+    else:
+        try:
+            import numba  # noqa: F401
+        except Exception as error:  # a numba that is too old for the NumPy beside it, for example
+            problem = f"numba cannot be imported ({type(error).__name__}: {error}); pip install --upgrade numba."
+    if problem:
+        log.warning("the fast CPU backend of the self-similarity operator cannot be used: %s", problem)
+    return problem
 
 
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see cupy_loader; torch 2.6 cannot trace find_spec
@@ -55,11 +72,6 @@ def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, 
     return out
 
 
-@_graph.register_fake
-def _(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool) -> Tensor:
-    return image.new_empty(torch.library.get_ctx().new_dynamic_size(), search**2)
-
-
 @torch.library.custom_op("sslsr::graph_cpu_backward", mutates_args=(), device_types="cpu")
 def _graph_backward(
     grad_out: Tensor, out: Tensor, image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool
@@ -87,27 +99,6 @@ def _graph_backward(
     return gradient
 
 
-@_graph_backward.register_fake
-def _(grad_out: Tensor, out: Tensor, image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool) -> Tensor:
-    return torch.empty_like(image, memory_format=torch.contiguous_format)
-
-
-def _graph_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    image, mask, *ctx.settings = inputs
-    ctx.save_for_backward(output, image, mask)
-
-
-def _graph_gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return _graph_backward(grad_out, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
-
-
-_graph.register_autograd(_graph_gradient, setup_context=_graph_context)
-
-
-def _gradient_shape(sr: Tensor, with_gradient: bool) -> tuple[int, ...]:
-    return (sr.shape[0] if with_gradient else 0, *sr.shape[1:])
-
-
 @torch.library.custom_op("sslsr::loss_cpu", mutates_args=(), device_types="cpu")
 def _loss(
     sr: Tensor, gt: Tensor, mask: Tensor, rows: Tensor, search: int, window: int, sigma: float, normalize: bool,
@@ -118,7 +109,7 @@ def _loss(
 
     channels = sr.shape[1]
     plan = plans.plan(mask, channels, search, window, normalize)
-    gradient = sr.new_zeros(_gradient_shape(sr, with_gradient))
+    gradient = sr.new_zeros(sr.shape[0] if with_gradient else 0, *sr.shape[1:])
     if len(plan.rows) == 0:
         zero = sr.new_zeros(())
         return zero, zero.clone(), zero.clone(), gradient
@@ -146,15 +137,7 @@ def _loss(
     return sr.new_tensor(total), sr.new_tensor(l1), sr.new_tensor(kl), gradient
 
 
-@_loss.register_fake
-def _(
-    sr: Tensor, gt: Tensor, mask: Tensor, rows: Tensor, search: int, window: int, sigma: float, normalize: bool,
-    l1_weight: float, kl_weight: float, with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return sr.new_empty(()), sr.new_empty(()), sr.new_empty(()), sr.new_empty(_gradient_shape(sr, with_gradient))
-
-
-_loss.register_autograd(saved_gradient.backward, setup_context=saved_gradient.save_gradient)
+differentiable_operators.complete(_graph, _graph_backward, _loss)
 
 
 def graph(image: Tensor, mask: Tensor, settings: Settings) -> Tensor:

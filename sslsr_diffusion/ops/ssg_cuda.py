@@ -141,4 +141,5 @@ def _graph_backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
     return _graph_backward_op(*ctx.saved_tensors, grad_rows, *ctx.settings), *(None,) * 6
 
 
+_graph_backward_op.register_autograd(saved_gradient.no_second_derivative)
 _graph_op.register_autograd(_graph_backward, setup_context=_save_rows)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from sslsr_diffusion.ops.edge_mask import apply_mask_stride, laplacian_edge_mask
 from sslsr_diffusion.ops.settings import Settings
-from sslsr_diffusion.ops.ssg import as_bool, backend_module, check_inputs, check_sizes, choose_backend, in_full_precision
+from sslsr_diffusion.ops.ssg import (
+    as_bool,
+    backend_module,
+    check_inputs,
+    check_sizes,
+    check_tensors,
+    choose_backend,
+    in_full_precision,
+    is_number,
+    refuse_forward_mode,
+)
 
 
 class SelfSimilarityLoss(nn.Module):
@@ -17,6 +30,7 @@ class SelfSimilarityLoss(nn.Module):
     Both means run over N * search_size^2 entries and are tiny: published recipes weigh them with 500 to 1000.
     The fused paths ("cpu", "cuda", "torch") never hold a graph. Equal images give exactly 0 for both terms and for the
     L1 gradient; with normalize=False the KL gradient is NOT zero there, because un-normalised rows are no distributions.
+    Second derivatives, forward-mode derivatives and torch.func transforms need backend="reference".
 
     Args:
         search_size, window_size, sigma, normalize, backend: as in `self_similarity_graph`.
@@ -38,7 +52,7 @@ class SelfSimilarityLoss(nn.Module):
         super().__init__()
         check_sizes(search_size, window_size, sigma)
         for name, weight in (("l1_weight", l1_weight), ("kl_weight", kl_weight)):
-            if not 0 <= weight < float("inf"):
+            if not is_number(weight) or not 0 <= weight < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, came {weight!r}.")
         if not isinstance(mask_stride, int) or mask_stride < 1:
             raise ValueError(f"mask_stride: expected an integer of at least 1, came {mask_stride!r}.")
@@ -76,16 +90,19 @@ class SelfSimilarityLoss(nn.Module):
         Args:
             sr: [B, C, H, W] float, about [0, 1], not clamped; the gradient goes here.
             gt: [B, C, H, W] float in [0, 1], same range as sr; never receives a gradient.
-            mask: [B, 1, H, W] bool or {0, 1} before the stride; None: `laplacian_edge_mask(gt)`.
-            num_rows: rows the mean counts, at least 0; None: this mask's own. Distributed training passes all_reduce(rows) / world_size
-                over all micro-batches of an optimizer step, so that N processes equal one big batch. 0, as a number or a tensor, is that
-                sum when no process has a row: loss, terms and gradient are then 0, whatever the mask.
+            mask: [B, 1, H, W] bool, or numbers of which exactly 1 counts (255 does not), before the stride; None:
+                `laplacian_edge_mask(gt)`.
+            num_rows: rows the mean counts, at least 0; None: this mask's own, after the stride. Distributed training passes
+                all_reduce(rows) / world_size over all micro-batches of an optimizer step (rows after the stride, see
+                `apply_mask_stride`), so that N processes equal one big batch. 0, as a number or a tensor, is that sum when no process
+                has a row: loss, terms and gradient are then 0, whatever the mask. A tensor that is no number of rows gives NaN.
             return_terms: also return {"l1", "kl", "rows"}: unweighted, detached 0-dim tensors.
 
         Raises:
             ValueError: sr, gt and mask do not fit together (the message shows both sides).
             BackendUnavailable: the backend asked for by name cannot run here.
         """
+        check_tensors(sr=sr, gt=gt)
         if sr.shape != gt.shape:
             raise ValueError(f"gt: expected the shape of sr {list(sr.shape)}, came {list(gt.shape)}.")
         if sr.device != gt.device:
@@ -98,13 +115,26 @@ class SelfSimilarityLoss(nn.Module):
             raise ValueError(f"gt: expected the dtype of sr {sr.dtype}, came {gt.dtype}.")
         if isinstance(num_rows, Tensor) and num_rows.ndim != 0:
             raise ValueError(f"num_rows: expected a number or a 0-dim tensor, came shape {list(num_rows.shape)}.")
-        if isinstance(num_rows, (int, float)) and not 0 <= num_rows < float("inf"):
+        if num_rows is not None and not isinstance(num_rows, Tensor) and not (is_number(num_rows) and 0 <= num_rows < math.inf):
             raise ValueError(f"num_rows: expected a finite number of at least 0 rows, came {num_rows!r}.")
+        if not torch.compiler.is_compiling() and sr.device.type == "cpu":  # a GPU would have to be waited for
+            _warn_of_other_ranges(gt, mask)
         mask = apply_mask_stride(as_bool(mask), self.mask_stride)
         settings = Settings(self.search_size, self.window_size, self.sigma, self.normalize)
-        total, l1, kl = choose_backend(self.backend, sr).loss(sr, gt, mask, settings, (self.l1_weight, self.kl_weight), num_rows)
+        run = choose_backend(self.backend, sr)
+        refuse_forward_mode(run, sr)
+        total, l1, kl = run.loss(sr, gt, mask, settings, (self.l1_weight, self.kl_weight), num_rows)
         return (total, {"l1": l1, "kl": kl, "rows": mask.sum()}) if return_terms else total
 
     def extra_repr(self) -> str:
         names = ("search_size", "window_size", "sigma", "normalize", "l1_weight", "kl_weight", "mask_stride", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def _warn_of_other_ranges(gt: Tensor, mask: Tensor) -> None:
+    """Pictures of 0 to 255 or -1 to 1 and masks of 0 and 255 give a loss of 0 or of another scale, and nothing else would say so."""
+    low, high = (gt.amin().item(), gt.amax().item()) if gt.numel() else (0.0, 1.0)
+    if low < -0.1 or high > 1.1:
+        warnings.warn(f"gt: expected pictures in [0, 1], which sigma is made for; came values from {low:.3g} to {high:.3g}.", stacklevel=5)
+    if mask.dtype != torch.bool and mask.any() and not (mask == 1).any():
+        warnings.warn(f"mask: exactly 1 counts, and no entry is 1 (largest {mask.max().item():.3g}); pass mask > 0.", stacklevel=5)

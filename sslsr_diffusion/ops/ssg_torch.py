@@ -11,6 +11,7 @@ so one map per offset and sums over rectangles replace 3 * 81 products per entry
 
 Sums only ever add non-negative numbers (no differences of running sums), so float32 keeps its precision. The image is
 walked in horizontal bands with one row of offsets at a time, and no operation here is one that TF32 or autocast lowers.
+Registered as torch operators, as those of the CPU: `torch.compile` traces past them instead of unrolling thousands of slices.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sslsr_diffusion.ops import differentiable_operators
 from sslsr_diffusion.ops.settings import Settings
 from sslsr_diffusion.ops.ssg_reference import CLAMP, ROW_EPS
 
@@ -215,72 +215,64 @@ class _BandMaths:
         return out
 
 
-class _Graph(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, image: Tensor, mask: Tensor, settings: Settings) -> Tensor:
-        padded = _padded(image, settings)
-        out = image.new_empty(int(mask.sum()), settings.search**2)
-        kappa = settings.kappa(image.shape[1])
-        for band in _bands(mask, settings):
-            weights = _BandMaths(padded, band, image.shape[3], settings).distances().div_(-kappa).exp_()
-            if settings.normalize:
-                weights /= weights.sum(0) + ROW_EPS
-            out[band.first : band.first + len(band.pixels)] = weights.T
-        ctx.settings = settings
-        ctx.save_for_backward(image, mask, out)
-        return out
+@torch.library.custom_op("sslsr::graph_torch", mutates_args=())
+def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool) -> Tensor:
+    settings = Settings(search, window, sigma, normalize)
+    padded, kappa = _padded(image, settings), settings.kappa(image.shape[1])
+    out = image.new_empty(int(mask.sum()), search**2)
+    for band in _bands(mask, settings):
+        weights = _BandMaths(padded, band, image.shape[3], settings).distances().div_(-kappa).exp_()
+        if normalize:
+            weights /= weights.sum(0) + ROW_EPS
+        out[band.first : band.first + len(band.pixels)] = weights.T
+    return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        image, mask, out = ctx.saved_tensors
-        settings, kappa = ctx.settings, ctx.settings.kappa(image.shape[1])
-        padded = _padded(image, settings)
-        grad = torch.zeros_like(padded)
-        for band in _bands(mask, settings):
-            rows = slice(band.first, band.first + len(band.pixels))
-            adjoint = grad_out[rows] * out[rows]
-            if settings.normalize:
-                adjoint = torch.addcmul(adjoint, out[rows], adjoint.sum(1, keepdim=True), value=-1)
-            _BandMaths(padded, band, image.shape[3], settings).add_gradient((adjoint / -kappa).T, grad)
-        return _unpad(grad, settings), None, None
+
+@torch.library.custom_op("sslsr::graph_torch_backward", mutates_args=())
+def _graph_backward(
+    grad_out: Tensor, out: Tensor, image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool
+) -> Tensor:
+    settings = Settings(search, window, sigma, normalize)
+    padded, kappa = _padded(image, settings), settings.kappa(image.shape[1])
+    grad = torch.zeros_like(padded)
+    for band in _bands(mask, settings):
+        rows = slice(band.first, band.first + len(band.pixels))
+        adjoint = grad_out[rows] * out[rows]
+        if normalize:
+            adjoint = torch.addcmul(adjoint, out[rows], adjoint.sum(1, keepdim=True), value=-1)
+        _BandMaths(padded, band, image.shape[3], settings).add_gradient((adjoint / -kappa).T, grad)
+    return _unpad(grad, settings)
+
+
+@torch.library.custom_op("sslsr::loss_torch", mutates_args=())
+def _loss(
+    sr: Tensor, gt: Tensor, mask: Tensor, rows: Tensor, search: int, window: int, sigma: float, normalize: bool,
+    l1_weight: float, kl_weight: float, with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """total, l1, kl and the gradient of total, formed while the distances are at hand: [] without with_gradient."""
+    settings, weights = Settings(search, window, sigma, normalize), (l1_weight, kl_weight)
+    padded_sr, padded_gt, kappa = _padded(sr, settings), _padded(gt, settings), settings.kappa(sr.shape[1])
+    grad = torch.zeros_like(padded_sr) if with_gradient else None
+    sums = sr.new_zeros(2, dtype=sr.dtype if sr.device.type == "mps" else torch.float64)
+    for band in _bands(mask, settings):
+        maths = _BandMaths(padded_sr, band, sr.shape[3], settings)
+        exponent_gt = _BandMaths(padded_gt, band, sr.shape[3], settings).distances().div_(-kappa)
+        terms, adjoint = _band_loss(maths.distances().div_(-kappa), exponent_gt, normalize, weights, with_gradient)
+        sums += terms
+        if grad is not None and adjoint is not None:
+            maths.add_gradient(adjoint / -kappa, grad)
+    scale = settings.per_entry(rows.to(sums.dtype))
+    l1, kl = (sums * scale).to(sr.dtype)
+    gradient = sr.new_empty(0, *sr.shape[1:]) if grad is None else _unpad(grad, settings) * scale.to(sr.dtype)
+    return l1_weight * l1 + kl_weight * kl, l1.clone(), kl.clone(), gradient
+
+
+differentiable_operators.complete(_graph, _graph_backward, _loss)
 
 
 def graph(image: Tensor, mask: Tensor, settings: Settings) -> Tensor:
     """The graph [N, search_size^2], differentiable in image; arguments as in `self_similarity_graph`, already checked."""
-    return _Graph.apply(image, mask, settings)
-
-
-class _Loss(torch.autograd.Function):
-    """The gradient is formed while the distances are at hand, so backward is one multiplication."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, sr: Tensor, gt: Tensor, mask: Tensor, rows: Tensor, settings: Settings, weights: tuple[float, float]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        padded_sr, padded_gt = _padded(sr, settings), _padded(gt, settings)
-        grad = torch.zeros_like(padded_sr) if ctx.needs_input_grad[0] else None
-        sums = sr.new_zeros(2, dtype=sr.dtype if sr.device.type == "mps" else torch.float64)
-        kappa = settings.kappa(sr.shape[1])
-        for band in _bands(mask, settings):
-            maths = _BandMaths(padded_sr, band, sr.shape[3], settings)
-            exponent_gt = _BandMaths(padded_gt, band, sr.shape[3], settings).distances().div_(-kappa)
-            terms, adjoint = _band_loss(maths.distances().div_(-kappa), exponent_gt, settings.normalize, weights, grad is not None)
-            sums += terms
-            if grad is not None and adjoint is not None:
-                maths.add_gradient(adjoint / -kappa, grad)
-        scale = settings.per_entry(rows.to(sums.dtype))
-        l1, kl = (sums * scale).to(sr.dtype)
-        if grad is not None:
-            ctx.save_for_backward(_unpad(grad, settings) * scale.to(sr.dtype))
-        ctx.mark_non_differentiable(l1, kl)
-        return weights[0] * l1 + weights[1] * kl, l1, kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_total, None, None, None, None, None
+    return _graph(image, mask, *settings)
 
 
 def _band_loss(
@@ -312,7 +304,9 @@ def loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, l1, kl) without ever holding a graph larger than a band; total is differentiable in sr."""
     rows = mask.sum() if num_rows is None else torch.as_tensor(num_rows, device=sr.device)
-    return _Loss.apply(sr, gt, mask, rows, settings, weights)
+    with_gradient = sr.requires_grad and torch.is_grad_enabled()
+    total, l1, kl, _ = _loss(sr, gt, mask, rows, *settings, *weights, with_gradient)
+    return total, l1.detach(), kl.detach()
 
 
 def unavailable(device: torch.device) -> str | None:

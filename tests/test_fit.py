@@ -211,8 +211,8 @@ def test_best_and_end_are_published_and_every_checkpoint_tries_again(tmp_path):
     fit(replace(toy_job(tmp_path / "run"), validation=toy_validation(), output=output, publisher=recorder, card=card))
     files = "['README.md', 'step-0000{}.png']"
     assert recorder.calls == [
-        f"publish Best so far, step 10 {files.format(10)}",
         "checkpoint checkpoint-10",
+        f"publish Best so far, step 10 {files.format(10)}",
         "checkpoint checkpoint-20",
         f"publish Step 20 {files.format(20)}",
         "close",

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,6 +143,8 @@ def _loop(job: Job, session: Session, folder: RunFolder, loader: Any, watch: Sto
     saved_at = progress.step if progress.step else None
     if progress.step >= settings.steps and session.main and job.publisher is not None and job.output.push_state:
         job.publisher.checkpoint(folder.path / f"checkpoint-{progress.step}")  # its upload may have been cut off with the run
+    if progress.step and any(session.gather([session.main and not folder.validated(progress.step)])):
+        _look_if_due(job, session, folder, watch, reporter)  # the run was stopped before it came to this
     while progress.step < settings.steps:
         began = time.perf_counter()
         report = session.step([next(batches) for _ in range(settings.accumulate)], stop=watch.reason() is not None)
@@ -151,17 +154,11 @@ def _loop(job: Job, session: Session, folder: RunFolder, loader: Any, watch: Sto
         stopped = (watch.reason() or "another process was asked to stop") if session.stop_asked else None
         failed = progress.skipped_in_a_row >= settings.non_finite_limit
         done = progress.step >= settings.steps
-        if (
-            job.validation is not None
-            and not session.sharded
-            and not stopped
-            and not failed
-            and _due(progress.step, job.validation.settings.every, done)
-        ):
-            _look(job, session, folder, watch, reporter)
         if stopped or failed or _due(progress.step, job.checkpoints.every, done):
-            _save(job, session, folder, loader)
+            _save(job, session, folder, loader)  # before the look, whose troubles then cost no training
             saved_at = progress.step
+        if not stopped and not failed:
+            _look_if_due(job, session, folder, watch, reporter)
         if failed:
             where = latest_checkpoint(folder.path) or "no checkpoint yet"
             raise UserError(
@@ -180,6 +177,12 @@ def _due(step: int, every: int, done: bool) -> bool:
     return done or (every > 0 and step % every == 0)
 
 
+def _look_if_due(job: Job, session: Session, folder: RunFolder, watch: StopWatch, reporter: Reporter) -> None:
+    step = session.progress.step
+    if job.validation is not None and not session.sharded and _due(step, job.validation.settings.every, step >= job.training.steps):
+        _look(job, session, folder, watch, reporter)
+
+
 def _look(job: Job, session: Session, folder: RunFolder, watch: StopWatch, reporter: Reporter) -> None:
     """Validate the averaged weights, and keep them when they are the best so far."""
     assert job.validation is not None
@@ -196,6 +199,9 @@ def _look(job: Job, session: Session, folder: RunFolder, watch: StopWatch, repor
         if result is not None:
             reporter.looked(result)
             value = result.values.get(job.validation.settings.best)
+            if value is not None and isnan(value):
+                name = job.validation.settings.best
+                logger.warning("validation.best: %s has no number for any held-out picture, so these weights cannot become the best", name)
             if value is not None and job.validation.better(value, progress.best) and _keep_best(job, session, folder, value):
                 progress.best, progress.best_step = value, progress.step  # only now: the record never names weights that are not there
     session.objective.module.train()

@@ -68,6 +68,7 @@ class HubPublisher:
         self.repo_id = repo_id
         self.published: list[str] = []  # commit ids, oldest first
         self.failures = 0
+        self._again = "tried again at the next checkpoint"
         self._token, self._private, self._endpoint, self._scratch = token, private, endpoint, scratch
         self._changed = threading.Condition()
         self._waiting: _Publication | None = None
@@ -109,10 +110,12 @@ class HubPublisher:
         """
         end = time.monotonic() + timeout
         for attempt in range(attempts):
+            self._again = f"tried again in {pause * 2**attempt:.0f} seconds, {attempts - attempt} times at most"
             if not self.wait(max(0.0, end - time.monotonic())) or self._waiting is None:
                 break
             time.sleep(max(0.0, min(pause * 2**attempt, end - time.monotonic())))
             self._offer(None)
+        self._again = "the run is done and waits no longer"
         self.wait(max(0.0, end - time.monotonic()))
         with self._changed:
             self._closed = True
@@ -121,7 +124,7 @@ class HubPublisher:
         if done:
             self._thread.join(5)
         else:
-            log.warning("hub: the last publication to %s did not get there; `hf upload %s FOLDER` sends it", self.repo_id, self.repo_id)
+            log.warning("hub: the last publication to %s did not get there; the same command with --resume latest sends it", self.repo_id)
         return done
 
     def _snapshot(self, folder: Path) -> tuple[Path, dict[str, Path | bytes]]:
@@ -212,7 +215,7 @@ class HubPublisher:
         self.failures += 1
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         text = _without_tokens(text, self._token)
-        log.warning("hub: not published to %s (%s); tried again at the next checkpoint", self.repo_id, text[:300])
+        log.warning("hub: not published to %s (%s); %s", self.repo_id, text[:300], self._again)
 
 
 def _without_tokens(text: str, *known: str | None) -> str:

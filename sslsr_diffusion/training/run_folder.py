@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class RunFolder:
             write_atomically(self.recipe, yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).encode())
             write_atomically(self.path / "versions.json", json.dumps(versions(), indent=1).encode())
             kept = [row for row in self.history() if row["step"] <= step]
-            write_atomically(self.history_file, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            write_atomically(self.history_file, "".join(map(_line, kept)).encode())
         except OSError as error:
             raise UserError(f"output.dir: {self.path} cannot be written ({error.strerror}); choose another folder.") from None
 
@@ -81,7 +82,7 @@ class RunFolder:
         return handler
 
     def append_history(self, row: Mapping[str, Any]) -> None:
-        """Add a row.
+        """Add a row; numbers that are not finite become null, which JSON can say.
 
         Raises:
             OSError: it could not be written; the rows before it are untouched.
@@ -89,7 +90,7 @@ class RunFolder:
         before = self.history_file.stat().st_size if self.history_file.exists() else 0
         try:
             with self.history_file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
+                stream.write(_line(row))
         except OSError:
             os.truncate(self.history_file, before)  # half a row would spoil the next one
             raise
@@ -107,6 +108,14 @@ class RunFolder:
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
         return rows
+
+    def validated(self, step: int) -> bool:
+        """Whether a validation pass of this step is in the history."""
+        return any(row["step"] == step and any(key.startswith("validation/") for key in row) for row in self.history())
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps({key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}) + "\n"
 
 
 class _LogFile(logging.FileHandler):

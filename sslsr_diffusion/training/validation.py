@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan, nan
 from pathlib import PurePath
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.errors import NotEnoughMemory
+from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.training.settings import ValidationSettings
@@ -40,6 +41,7 @@ class Validation:
     settings: ValidationSettings
     label: str = "prediction"
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
+    without: set[tuple[str, str]] = field(default_factory=set)  # metric and picture: has no number, and that was said
 
     def better(self, value: float, than: float | None) -> bool:
         if than is None:
@@ -68,7 +70,8 @@ def validate(
 ) -> ValidationResult | None:
     """Restore and measure this process's share of the pictures; every process returns the same means, None when stopped.
 
-    A picture that does not fit into memory is left out with a warning; None when that holds for all of them.
+    A picture for which a metric has no number (too small, without edges) is named once and left out of that metric's means. A picture
+    that does not fit into memory is left out with a warning; None when that holds for all of them.
     All processes restore the same number of pictures (sharded networks need everyone in every forward), so the last share
     may repeat a picture; repeats are not counted.
     """
@@ -89,7 +92,11 @@ def validate(
     if not everything:
         return None
     names = list(validation.metrics)
-    mean = [{n: float(sum(e[side][n] for e in everything) / len(everything)) for n in names} for side in (1, 2)]
+    mean: list[dict[str, float]] = [{}, {}]
+    for name in names:
+        both = [(e[1][name], e[2][name]) for e in everything if not (isnan(e[1][name]) or isnan(e[2][name]))]
+        for side in (0, 1):
+            mean[side][name] = sum(pair[side] for pair in both) / len(both) if both else nan
     shown = [e for e in everything if e[3]]
     return ValidationResult(mean[0], mean[1], [e[3] for e in shown], [e[4] for e in shown])
 
@@ -100,12 +107,25 @@ def _measure(validation: Validation, pair: Pair, position: int) -> tuple[dict[st
     with torch.random.fork_rng(devices=[]):  # looking must not change what training draws next
         restored = validation.restore(lr, hr, derive_seed(settings.seed, position)).float().cpu().clamp(0, 1)
     bicubic = resize_bicubic(lr, size=(hr.shape[-2], hr.shape[-1])).clamp(0, 1)
-    values, baseline = (
-        {name: float(metric(picture, hr).mean()) for name, metric in validation.metrics.items()} for picture in (restored, bicubic)
-    )
+    values, baseline = (_values(validation, pair.name, picture, hr) for picture in (restored, bicubic))
     if position >= settings.pictures:
         return values, baseline, [], []
     first = next(iter(values), None)
     notes = ["", ""] if first is None else [f" {first} {side[first]:.2f}" for side in (baseline, values)]
     captions = [f"LR bicubic{notes[0]}", f"{validation.label}{notes[1]}", f"ground truth {PurePath(pair.name).name}"]
     return values, baseline, [bicubic[0], restored[0], hr[0]], captions
+
+
+def _values(validation: Validation, name: str, picture: Tensor, hr: Tensor) -> dict[str, float]:
+    found = {}
+    for metric, measure in validation.metrics.items():
+        value, why = nan, "nothing in it to measure"
+        try:
+            value = float(measure(picture, hr).mean())
+        except UserError as error:
+            why = str(error)
+        if isnan(value) and (metric, name) not in validation.without:
+            validation.without.add((metric, name))
+            logger.warning("validation: %s has no number for %s, which is left out of its means: %s", metric, name, why)
+        found[metric] = value
+    return found

@@ -1,0 +1,85 @@
+"""Validation where a metric has no number for a picture, and a stop between a step and its validation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from toys import toy_job, toy_validation
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.training import fit as fit_module
+from sslsr_diffusion.training.checkpoints import latest_checkpoint
+from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.training.validation import validate
+
+
+def refusing(wrong):
+    """A metric that has no number for pictures whose first value is one of `wrong`: an error for the first of them, nan for the others."""
+
+    def measure(restored, reference):
+        place = [i for i, value in enumerate(wrong) if reference.flatten()[0] == value]
+        if place == [0]:
+            raise UserError("NIQE needs two blocks of 96 x 96 pixels.")
+        return torch.full((1,), math.nan) if place else (restored - reference).abs().mean()[None]
+
+    return measure
+
+
+def test_a_picture_without_a_number_is_named_once_and_left_out(caplog):
+    looking = replace(toy_validation(), restore=lambda lr, hr, seed: hr + 0.1)
+    first = [pair.hr.flatten()[0] for pair in looking.pairs]
+    names = [pair.name for pair in looking.pairs]
+    looking = replace(looking, metrics={**looking.metrics, "odd": refusing(first[:2]), "none": refusing(first)})
+    with caplog.at_level(logging.WARNING, "sslsr_diffusion"):
+        result, again = validate(looking), validate(looking)
+    alone = validate(replace(looking, pairs=looking.pairs[2:]))
+    assert result.values["odd"] == pytest.approx(alone.values["odd"])
+    assert result.bicubic["odd"] == pytest.approx(alone.bicubic["odd"])
+    assert math.isnan(result.values["none"])
+    assert result.values["mse"] == again.values["mse"]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 5  # two for odd, three for none
+    assert f"validation: odd has no number for {names[0]}, which is left out of its means: NIQE needs two blocks" in said[0]
+
+
+def test_a_best_that_cannot_be_measured_is_said_and_history_stays_json(tmp_path, caplog):
+    looking = toy_validation()
+    looking = replace(looking, metrics={"mse": refusing([pair.hr.flatten()[0] for pair in looking.pairs])})
+    fit(replace(toy_job(tmp_path / "run"), validation=looking, recipe={"validation": {"best": "mse"}}))
+    assert "validation.best: mse has no number for any held-out picture" in caplog.text
+    assert not (tmp_path / "run/best").exists()
+    text = (tmp_path / "run/history.jsonl").read_text()
+    rows = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in text.splitlines()]
+    assert [row["validation/mse"] for row in rows if "validation/mse" in row] == [None, None]
+
+
+def test_trouble_while_looking_costs_no_training_and_a_resume_looks_first(tmp_path, monkeypatch):
+    looking = toy_validation(every=10)
+    job = replace(toy_job(tmp_path / "run"), validation=looking)
+    plain = replace(job, output=job.output.model_copy(update={"dir": str(tmp_path / "plain")}))
+    undisturbed = fit(plain)
+
+    def broken(*_, **__):
+        raise RuntimeError("the metric's library fell over")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "validate", broken)
+        with pytest.raises(RuntimeError, match="fell over"):
+            fit(job)
+    assert latest_checkpoint(tmp_path / "run").name == "checkpoint-10"
+    assert fit(job, resume="latest").best == undisturbed.best
+    histories = [
+        [
+            (row["step"], row["validation/mse"])
+            for row in map(json.loads, (tmp_path / run / "history.jsonl").open())
+            if "validation/mse" in row
+        ]
+        for run in ("run", "plain")
+    ]
+    assert histories[0] == histories[1]
+    assert [step for step, _ in histories[0]] == [10, 20]

@@ -24,6 +24,15 @@ def test_missing_values_are_left_out_and_counted():
     assert math.isnan(estimate(np.array([np.nan])).mean)
 
 
+def test_a_few_images_have_a_mean_and_no_interval():
+    """Two images of one sign would span an interval without 0 every other time."""
+    few, enough = estimate(np.arange(1.0, 5.0)), estimate(np.arange(1.0, 6.0))
+    assert (few.mean, few.count) == (2.5, 4)
+    assert math.isnan(few.low)
+    assert math.isnan(few.high)
+    assert enough.low < enough.mean < enough.high
+
+
 def test_infinite_psnr_has_a_mean_but_no_interval():
     found = estimate(np.array([30.0, math.inf]))
     assert found.mean == math.inf

@@ -272,8 +272,8 @@ def big_png(width, height):
     {
         "empty": (b"", "empty"),
         "text": (b"not a picture at all\n" * 100, "not a picture"),
-        "bomb": (big_png(60000, 60000), "limit"),
-        "small bomb": (big_png(13000, 14000), "limit"),
+        "bomb": (big_png(60000, 60000), "3600 megapixels are more than the 179 .* cut the picture into pieces"),
+        "small bomb": (big_png(13000, 14000), "182 megapixels are more than the 179 .* cut the picture into pieces"),
         "text bomb": (
             encoded(smooth(), "PNG")[:33] + metadata.png_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * (90 << 20), 9)) + b"\0",
             "damaged|too large|cut off",

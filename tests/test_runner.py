@@ -140,10 +140,32 @@ def test_second_of_two_names_keeps_its_extension(tmp_path):
     for name in ("a.jpg", "a.png", "a.webp", "a.png.png"):
         picture(tmp_path / "in" / name, seed=len(name))
     report = run(tmp_path / "in", tmp_path / "out", format="PNG")
-    assert tree(tmp_path / "out") == ["a.png", "a.png.png", "a.png.png.png", "a.webp.png"]
-    assert report.renamed == [("a.png", "a.png.png"), ("a.png.png", "a.png.png.png"), ("a.webp", "a.webp.png")]
+    assert tree(tmp_path / "out") == ["a.jpg.png", "a.png", "a.png.png", "a.webp.png"]
+    assert report.renamed == [("a.jpg", "a.jpg.png"), ("a.webp", "a.webp.png")]
     assert len(report.done) == 4
     assert run(tmp_path / "in", tmp_path / "out", format="PNG").done == []
+
+
+def test_a_picture_that_comes_later_leaves_its_neighbours_names_alone(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    picture(source / "x.png")
+    picture(source / "y.webp", seed=1)
+    run(source, out, format="PNG")
+    picture(tmp_path / "new.png", seed=2).rename(source / "x.bmp")  # named like one kind, stored as another: its own name is free
+    picture(source / "y.jpg", seed=3)
+    report = run(source, out, format="PNG")
+    assert report.failed == []
+    assert (report.done, report.skipped) == (["x.bmp", "y.jpg"], ["x.png", "y.webp"])
+    assert report.renamed == [("x.bmp", "x.bmp.png"), ("y.jpg", "y.jpg.png")]
+    assert run(source, out, format="PNG").done == []
+
+
+def test_results_of_other_settings_are_replaced_and_counted(tmp_path):
+    picture(tmp_path / "in" / "a.png")
+    assert run(tmp_path / "in", tmp_path / "out").replaced == []
+    picture(tmp_path / "in" / "b.png", seed=1)
+    report = run(tmp_path / "in", tmp_path / "out", seed=3)
+    assert (report.done, report.replaced) == (["a.png", "b.png"], ["a.png"])
 
 
 def test_wrong_extension_is_written_as_what_it_is(tmp_path):

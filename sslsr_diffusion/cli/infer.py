@@ -54,7 +54,9 @@ def infer(
     ] = None,
     color_fix: Annotated[ColorFix, typer.Option(help="Takes the colours from the input.")] = ColorFix.wavelet,
     format: Annotated[Format | None, typer.Option(help="Format of the results; without it the input's, and png for gif, bmp, ...")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo what is done with the same settings, replace any file.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Redo what is done with the same settings, replace files of others.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, float32 on the CPU.")] = Dtype.auto,
     memory_budget: Annotated[
@@ -129,7 +131,8 @@ def _show(report: RunnerReport, output: Path) -> None:
         typer.echo(f"renamed: {name} -> {target} (another picture has its name)")
     for name, note in report.notes:
         typer.echo(f"note: {name}: {note}")
-    parts = [f"{len(report.done)} done"]
+    replaced = len(set(report.done) & set(report.replaced))
+    parts = [f"{len(report.done)} done" + (f" ({replaced} in place of results of other settings or inputs)" if replaced else "")]
     if report.skipped:
         parts.append(f"{len(report.skipped)} skipped (done before with the same settings; --overwrite redoes them)")
     if report.failed:

@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
+LEAST = 5  # of fewer images a bootstrap says almost nothing: two of the same sign would always be "beyond chance"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over the images that have a number, and its 95 % bootstrap interval (nan for fewer than two images)."""
+    """Mean over the images that have a number, and its 95 % bootstrap interval (nan for fewer than LEAST images)."""
 
     mean: float
     low: float
@@ -51,7 +52,7 @@ def difference(first: NDArray[np.float64], second: NDArray[np.float64], *, highe
 
 
 def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    if len(values) < 2 or not np.isfinite(values).all():
+    if len(values) < LEAST or not np.isfinite(values).all():
         return float("nan"), float("nan")
     rng = np.random.default_rng(0)
     means = np.concatenate([values[rng.integers(0, len(values), (100, len(values)))].mean(axis=1) for _ in range(RESAMPLES // 100)])

@@ -136,7 +136,8 @@ def text_table(summary: Mapping[str, Any]) -> str:
         cells = [f"{metric['label']} {arrow(metric)}"]
         for column, found in metric["columns"].items():
             mark = "*" if column in metric["best"] else " "
-            cells.append(f"{number(found['mean'], metric['digits'])}{mark} {interval(found, metric['digits'])}".rstrip())
+            few = f" ({found['count']} images)" if found["count"] != summary["images"] else ""
+            cells.append(f"{number(found['mean'], metric['digits'])}{mark} {interval(found, metric['digits'])}".rstrip() + few)
         rows.append(cells)
     blocks = [_aligned(rows)]
     for column, found in summary["differences"].items():

@@ -17,6 +17,7 @@ from sslsr_diffusion.images.picture import Image, UnreadableImage
 from sslsr_diffusion.images.writers import EXIF_TAGS_OF_TIFF
 
 MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb: 0.5 GB of RGB
+_TOO_MANY = f"are more than the {MAX_PIXELS / 1e6:.0f} megapixels that are read; cut the picture into pieces"
 MAX_BYTES = 4 << 30
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "TGA", "AVIF", "JPEG2000")  # none that runs a program
 
@@ -76,12 +77,16 @@ class _Refused(Exception):
 
 def _reason(error: Exception, magic: bytes) -> str:
     from PIL import UnidentifiedImageError
+    from PIL.Image import DecompressionBombError
 
     text = str(error).strip().rstrip(".").splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, UnidentifiedImageError) and magic in (b"II*\0", b"MM\0*"):
         return "damaged, or a TIFF of an unusual kind; save it as gray or RGB with 8 or 16 bits"
     if isinstance(error, UnidentifiedImageError):
         return "not a picture, damaged at the start, or of a format other than " + ", ".join(f for f in FORMATS if f not in ("DIB", "MPO"))
+    if isinstance(error, DecompressionBombError):
+        came = re.search(r"\d+", text)
+        return f"{int(came[0]) / 1e6:.0f} megapixels {_TOO_MANY}" if came else f"its pixels {_TOO_MANY}"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     if isinstance(error, _Refused):
@@ -124,7 +129,7 @@ def _decode(data: bytes) -> Image:
     with _open(io.BytesIO(data)) as file:
         width, height = file.size
         if width * height > MAX_PIXELS:
-            raise _Refused(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS:,}")
+            raise _Refused(f"{width * height / 1e6:.0f} megapixels {_TOO_MANY}")
         kind = {"MPO": "JPEG", "DIB": "BMP"}.get(file.format or "", file.format or "")
         exif, turn = _exif(file, kind)
         notes = _notes(file, kind)

@@ -69,6 +69,7 @@ class RunnerReport:
     skipped: list[str] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     renamed: list[tuple[str, str]] = field(default_factory=list)  # name, output: another picture had taken its name
+    replaced: list[str] = field(default_factory=list)  # of those to be made: a result, of other settings for example, is there already
     notes: list[tuple[str, str]] = field(default_factory=list)  # name, what could not be kept
 
 
@@ -113,14 +114,14 @@ def plan_files(inputs: str | Path | Sequence[str | Path], output_dir: str | Path
     record = _open_output(output)
     plan = Plan(output, options, [], RunnerReport(), record)
     root, originals = output.resolve(), {path.resolve() for path, _ in found}
-    taken: set[Path] = set()
-    for path, relative in found:
-        item = _item(path, relative, options, taken)
+    for item, relative in _items(found, options, record):
         if item.target != _plain_target(relative, item.format):
             plan.report.renamed.append((item.name, printable(item.target)))
         reason = _obstacle(item, root, originals, plan)
         if reason is None:
             plan.todo.append(item)
+            if (output / item.target).exists():
+                plan.report.replaced.append(item.name)
         elif reason:
             plan.report.failed.append((item.name, reason))
         else:
@@ -163,9 +164,30 @@ def _plain_target(relative: Path, format: str) -> Path:
     return relative.with_name(relative.name.removesuffix(relative.suffix) + suffix)
 
 
-def _item(path: Path, relative: Path, options: RunnerOptions, taken: set[Path]) -> Item:
+def _items(found: Sequence[tuple[Path, Path]], options: RunnerOptions, record: Record) -> list[tuple[Item, Path]]:
+    """The items in the order of `found`, with their relative paths.
+
+    Of several pictures that want one output name, it goes to the one whose result is there already, else to the one that has the name
+    itself: a picture that comes later does not change its neighbours' names.
+    """
+
+    def claim(place: int) -> tuple[int, int]:
+        path, relative = found[place]
+        target = _plain_target(relative, _format(path, options))
+        return (0 if record.source(target.as_posix()) == str(path.resolve()) else 1 if target == relative else 2), place
+
+    taken: set[Path] = set()
+    made = {place: (_item(*found[place], options, taken), found[place][1]) for place in sorted(range(len(found)), key=claim)}
+    return [made[place] for place in range(len(found))]
+
+
+def _format(path: Path, options: RunnerOptions) -> str:
     format = options.format or format_of(path)
-    format = format if format in SUFFIXES else "PNG"
+    return format if format in SUFFIXES else "PNG"
+
+
+def _item(path: Path, relative: Path, options: RunnerOptions, taken: set[Path]) -> Item:
+    format = _format(path, options)
     target = _plain_target(relative, format)
     number = 0
     while target in taken:

@@ -320,6 +320,23 @@ def check_crop(recipe: Recipe, networks: Any) -> None:
     _check_crop(recipe, crop_unit(networks))
 
 
+def crop_problem(recipe: Recipe) -> str | None:
+    """Why the recipe's crop does not suit its networks, found without their weights; None: it does.
+
+    Raises:
+        UserError: the networks themselves cannot be had.
+    """
+    if recipe.stage == "autoencoder":
+        unit = build_autoencoder(recipe.model, meta=True).scale
+    else:
+        unit = crop_unit(build_networks(recipe.model, plain=recipe.stage == "base", meta=True))
+    try:
+        _check_crop(recipe, unit)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def crop_unit(networks: Any) -> int:
     """Pixels along a side that become one latent pixel of the UNet's deepest level."""
     return networks.codec.scale * 2 ** (len(networks.denoiser.unet.down_blocks) - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -34,21 +35,24 @@ def dry_run(
         restart: whether an earlier run in the output folder would be moved aside.
         allow_recipe_change: whether the run would go on from a checkpoint of another recipe.
     """
+    from sslsr_diffusion.build import crop_problem
     from sslsr_diffusion.memory_estimate import describe_memory, describe_parameters
 
     say(yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True).rstrip())
     checks = run_checks(recipe, empty=resume is None and not restart)
     if resume is not None:
         checks.append(check_resume(recipe, resume, allow_recipe_change))
+    vae_missing = any(check.what == "model.vae" and check.verdict != "ok" for check in checks)
+    counted = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vae": None})}) if vae_missing else recipe
+    with contextlib.suppress(UserError):  # networks that cannot be had are another line
+        if problem := crop_problem(counted):
+            checks.append(Check("training", "refused", problem))
     say("\nchecks")
     for check in checks:
         say(f"  {check.what:<12} {check.verdict:<14} {check.detail}")
-    vae_missing = any(check.what == "model.vae" and check.verdict != "ok" for check in checks)
     say("")
-    if vae_missing:
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vae": None})})
     try:
-        for line in [*describe_parameters(recipe), *describe_memory(recipe)]:
+        for line in [*describe_parameters(counted), *describe_memory(counted)]:
             say(line)
     except UserError as error:
         say(f"parameters and memory cannot be counted: {error}")
@@ -74,6 +78,8 @@ def _data(recipe: Recipe) -> list[Check | None]:
 
     checks: list[Check | None] = []
     groups = [("data", recipe.data.sources)] + ([("validation", recipe.data.validation)] if recipe.validation.limit else [])
+    if recipe.data.validation and not recipe.validation.limit:
+        checks.append(Check("validation", "ok", "none: validation.limit is 0"))
     for what, sources in groups:
         if not sources:
             missing = what == "data"
@@ -87,7 +93,13 @@ def _data(recipe: Recipe) -> list[Check | None]:
                 checks.append(_hub(what, str(source.path), getattr(source, "revision", None), "dataset"))
                 continue
             try:
-                checks.append(Check(what, "ok", f"{source.kind} {source.path}: {len(open_source(source))} pictures"))
+                opened = open_source(source)
+                said = f"{source.kind} {source.path}: {len(opened)} pictures"
+                if what == "validation" and recipe.validation.limit < len(opened):
+                    said += f", {recipe.validation.limit} of all are measured (validation.limit)"
+                if opened.lost:
+                    said += f"; {len(opened.lost)} left out, the first: {opened.lost[0]}"
+                checks.append(Check(what, "ok", said))
             except (UserError, MissingDependency, OSError) as error:
                 checks.append(Check(what, "missing", str(error)))
     return checks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from types import SimpleNamespace
 
@@ -66,12 +67,53 @@ def test_sources_are_looked_for_in_the_package_first(monkeypatch, tmp_path):
         cupy_loader.read_source("ssg_loss.cu")
 
 
+@pytest.fixture
+def asked_anew():
+    """Whether CuPy works is asked once per process."""
+    cupy_loader._cupy_problem.cache_clear()
+    yield
+    cupy_loader._cupy_problem.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
 def test_says_why_it_cannot_run(monkeypatch, tmp_path):
     assert "these are on cpu" in cupy_loader.unavailable(torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "cupy", None)  # importing it raises ImportError
     assert "pip install cupy-cuda" in cupy_loader.unavailable(torch.device("cuda", 0))
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    cupy_loader._cupy_problem.cache_clear()
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)))))
     monkeypatch.setattr(torch.version, "hip", None)
     assert cupy_loader.unavailable(torch.device("cuda", 0)) is None
     monkeypatch.setattr(cupy_loader, "SOURCE_FOLDERS", (tmp_path / "_cuda", tmp_path / "kernels"))
     assert f"neither in {tmp_path / '_cuda'} nor in {tmp_path / 'kernels'}" in cupy_loader.unavailable(torch.device("cuda", 0))
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize(
+    ("error", "mend"),
+    [
+        (RuntimeError("failed to load libnvrtc.so.12"), r"pip install --upgrade cupy-cuda1\dx"),
+        (PermissionError("/home/nobody/.cupy"), "let CUPY_CACHE_DIR name a folder that can be written"),
+    ],
+)
+def test_a_cupy_that_cannot_compile_is_told_once_with_what_mends_it(monkeypatch, caplog, error, mend):
+    """It imports, and its compiler cannot be loaded; asked before the first step, so that another backend can take over."""
+
+    def version():
+        raise error
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(nvrtc=SimpleNamespace(getVersion=version))))
+    monkeypatch.setattr(torch.version, "hip", None)
+    for _ in range(2):
+        reason = cupy_loader.unavailable(torch.device("cuda", 0))
+        assert reason.startswith(f"it needs CuPy ({type(error).__name__}: {error}); ")
+        assert re.search(mend, reason)
+    assert len(caplog.records) == 1
+    assert reason in caplog.text
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_cupy_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert re.search(r"; pip install cupy-cuda1\dx$", cupy_loader.unavailable(torch.device("cuda", 0)))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_samples import folders, noisy, picture, write
+from PIL import Image
 from typer.testing import CliRunner
 
 import sslsr_diffusion.inference.models as models
@@ -170,3 +171,35 @@ def test_the_published_numbers_of_the_benchmark(tmp_path, call):
         assert got["psnr"] == pytest.approx(row["psnr_y"], abs=1e-3)
         assert got["ssim"] == pytest.approx(row["ssim_y"], abs=1e-4)
         assert got["niqe"] == pytest.approx(row["niqe"], abs=5e-3)
+
+
+def test_a_model_is_never_scored_by_pictures_of_another_dataset_or_model(tmp_path, call, monkeypatch):
+    """The same names and sizes in the same output folder: pictures are made anew, and one that cannot be made is missing, not old."""
+    one, two = folders(tmp_path / "one", 2), folders(tmp_path / "two", 2)
+    for folder in (two["lr"], two["hr"]):
+        for path in sorted(folder.iterdir()):
+            write(path, 255 - np.asarray(Image.open(path)))
+    prints = iter("aab")
+    pipes = [Nearest()]
+    monkeypatch.setattr(models, "find_model", lambda path, revision: (Path(path), next(prints)))
+    monkeypatch.setattr(models, "load_pipeline", lambda *args, **options: pipes[0])
+    results = []
+    for where in (one, two):
+        pairs = f"{where['lr']},{where['hr']}"
+        assert call("--model", "m=some/model", "--dataset", pairs, "--metrics", "psnr").exit_code == 0
+        results.append(summary(tmp_path / "evaluation")["metrics"]["psnr"]["columns"]["m"]["mean"])
+    assert results[1] == pytest.approx(results[0], abs=1.0)  # of old pictures it would be some 10 dB
+
+    class Broken(Nearest):
+        def __call__(self, image, **options):
+            if pipes[0].calls:
+                raise RuntimeError("this picture is too much")
+            self.calls += 1
+            return super().__call__(image, **options)
+
+        calls = 0
+
+    pipes[0] = Broken()
+    said = call("--model", "m=some/model", "--dataset", f"{two['lr']},{two['hr']}", "--metrics", "psnr").output
+    assert summary(tmp_path / "evaluation")["images"] == 1
+    assert "failed: scene1.png: this picture is too much" in said

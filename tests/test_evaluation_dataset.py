@@ -52,3 +52,16 @@ def test_what_is_not_there_is_said(tmp_path):
     write(tmp_path / "b" / "y.png", picture(0))
     with pytest.raises(UserError, match="one of the same stem"):
         scale_of(find_dataset(f"{tmp_path / 'a'},{tmp_path / 'b'}", scale=4, made=tmp_path))
+
+
+def test_other_photographs_leave_nothing_of_the_first_ones(tmp_path):
+    for name, number in (("one", 3), ("two", 1)):
+        for i in range(number):
+            write(tmp_path / name / f"{name}{i}.png", picture(i))
+    made = tmp_path / "made"
+    find_dataset(str(tmp_path / "one"), scale=4, made=made)
+    found = find_dataset(str(tmp_path / "two"), scale=4, made=made)
+    assert [path.name for folder in (found.lr, found.hr) for path in folder.iterdir()] == ["two0.png"] * 2
+    with pytest.raises(UserError, match="is where this command stores what it makes"):
+        find_dataset(str(made / "hr"), scale=4, made=made)
+    assert (made / "hr" / "two0.png").is_file()

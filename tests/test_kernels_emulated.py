@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, draw_inputs, golden_mask, make_inputs, reference_graph, reference_loss
 from ssg_inputs import assert_close
 
-from sslsr_diffusion.ops import SelfSimilarityLoss, saved_gradient, ssg_cuda, ssg_direct, ssg_reference
+from sslsr_diffusion.ops import SelfSimilarityLoss, cupy_loader, saved_gradient, ssg_cuda, ssg_direct, ssg_reference
 from sslsr_diffusion.ops.settings import Settings
 from sslsr_diffusion.ops.ssg_cuda_plan import run_graph, run_graph_backward, run_loss
 
@@ -324,7 +324,8 @@ def test_opcheck(cpu_ops):
 def test_the_module_compiles_into_one_graph(cpu_ops, monkeypatch):
     """Through the public module, with the real question whether a GPU's backend is available."""
     ask = ssg_cuda.unavailable
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)))))
+    cupy_loader._cupy_problem.cache_clear()
     monkeypatch.setattr(ssg_cuda, "unavailable", lambda device: ask(torch.device("cuda", 0)))
     monkeypatch.setattr(torch.version, "hip", None)
     inputs = make_inputs(SMALL)

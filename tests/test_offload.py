@@ -7,6 +7,7 @@ it, and the phases leave each other's networks behind. That the copies themselve
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from test_pipeline import components, make_pipeline, photo, run, text_parts
 
 from sslsr_diffusion import StableSRPipeline
-from sslsr_diffusion.models import AutoencoderKLCFW
+from sslsr_diffusion.inference.codec_tiles import TiledCodec
+from sslsr_diffusion.models import AutoencoderKLCFW, Codec
 
 DEVICE = torch.device("cuda:0")
 PARTS = {"vae", "unet", "structural_encoder", "text_encoder"}
@@ -106,3 +108,23 @@ def test_the_check_above_can_fail(monkeypatch):
     pipe = make_pipeline(**text_parts())
     with pytest.raises(AssertionError, match="vae computes while it waits"), recorded_moves(pipe, monkeypatch):
         pipe.vae.decoder(torch.zeros(1, 8, 4, 4))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "cfw"])
+def test_tiles_share_their_statistics_while_layers_wait_on_the_cpu(fused):
+    """accelerate takes a layer's weights away again before hooks on it run: GroupNorms of tiles must find them all the same."""
+    from accelerate import cpu_offload
+
+    vae = copy.deepcopy(components()["vae"])  # the other tests' one stays where it is
+    vae = AutoencoderKLCFW.from_autoencoder(vae).eval() if fused else vae
+    codec = Codec(vae)
+    pixels = photo()[None].repeat(1, 1, 4, 4)
+    noise = torch.randn(codec.noise_shape(pixels), generator=torch.Generator().manual_seed(0))
+    tiled = TiledCodec(codec, tile=12, overlap=4)
+    with torch.no_grad():
+        want = tiled.encode(pixels, noise), tiled.decode(noise)
+        cpu_offload(vae, torch.device("cpu"))
+        assert {parameter.device.type for parameter in vae.parameters()} == {"meta"}
+        got = tiled.encode(pixels, noise), tiled.decode(noise)
+    for ours, theirs in zip(got, want):
+        assert torch.equal(ours, theirs)

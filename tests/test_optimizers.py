@@ -9,10 +9,11 @@ from sslsr_diffusion.training.optimizers import build_ema, build_schedule
 from sslsr_diffusion.training.settings import EMASettings, ScheduleSettings
 
 
-@pytest.mark.parametrize(("kind", "rates"), [("constant", [1, 1, 1, 1]), ("constant_with_warmup", [0, 0.5, 1, 1])])
-def test_the_warm_up_is_in_the_kind(kind, rates):
+@pytest.mark.parametrize("kind", ["constant", "constant_with_warmup"])
+@pytest.mark.parametrize(("warmup_steps", "rates"), [(0, [1, 1, 1, 1]), (2, [0, 0.5, 1, 1])])
+def test_a_constant_rate_warms_up_as_long_as_the_recipe_says(kind, warmup_steps, rates):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = build_schedule(ScheduleSettings(kind=kind, warmup_steps=0 if kind == "constant" else 2), optimizer, 4)
+    schedule = build_schedule(ScheduleSettings(kind=kind, warmup_steps=warmup_steps), optimizer, 4)
     found = []
     for _ in rates:
         found.append(schedule.get_last_lr()[0])

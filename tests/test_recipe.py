@@ -23,10 +23,6 @@ BASE = {"data": {"sources": [{"kind": "folder", "path": "photos"}]}, "losses": [
         ({"stage": "autoencoder"}, "losses.0.kind: diffusion is impossible in stage autoencoder"),
         ({"training": {"crop_size": 510}}, "training.crop_size: 510 is not a multiple of scale 4."),
         ({"scale": 16}, "scale: expected less than or equal to 8; came 16"),
-        (
-            {"training": {"schedule": {"warmup_steps": 500}}},
-            "training.schedule: kind constant has no warm-up, and warmup_steps is 500; use kind: constant_with_warmup.",
-        ),
         ({"validation": {"size": 130}}, "validation.size: 130 is not a multiple of scale 4."),
         ({"validation": {"best": "lpips"}}, "validation.best: 'lpips' is not measured; expected one of validation.metrics: psnr, ssim."),
         ({"output": {"push_to_hub": True}}, "output.hub_id: push_to_hub needs to know where"),

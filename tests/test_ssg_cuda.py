@@ -162,10 +162,11 @@ def test_extra_memory_stays_below_64_megabytes(density):
 def test_the_host_never_waits():
     case, inputs = large_case(size=64)
     loss_and_gradient(inputs, case)  # compiled here
+    rows = torch.tensor(12.5, device="cuda")  # its copy to the GPU is waited for
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss_and_gradient(inputs, case)
-        loss_and_gradient(inputs, case, num_rows=torch.tensor(12.5, device="cuda"))
+        loss_and_gradient(inputs, case, num_rows=rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

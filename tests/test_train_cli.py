@@ -68,10 +68,13 @@ def test_every_shipped_recipe_can_be_copied_and_read(tmp_path, name):
 
 @pytest.mark.slow
 def test_dry_run_counts_parameters_and_memory_without_weights():
-    arguments = small("tiny", "runs/tiny", f"model.vae={PHOTOS}")
+    arguments = small("tiny", "runs/tiny", f"model.vae={PHOTOS}", "training.crop_size=100")
     result = CliRunner().invoke(app, [*arguments, "--dry-run"], catch_exceptions=False)
     assert result.exit_code == 2  # the photographs' folder holds no autoencoder
     assert re.search(r"model.vae +missing", result.output)
+    assert re.search(
+        r"training +refused +training.crop_size: this model needs a multiple of \d+ pixels, came 100; \d+ would do", result.output
+    )
     assert re.search(r"data +ok +folder .*: \d+ pictures", result.output)
     assert re.search(r"all +[\d.]+ M +trained +[\d.]+ M", result.output)
     assert "gradient_checkpointing: true" in result.output
@@ -79,11 +82,13 @@ def test_dry_run_counts_parameters_and_memory_without_weights():
 
 
 def test_dry_run_finds_names_that_cannot_be_used():
-    arguments = small("tiny_autoencoder", "runs/ae", "validation.metrics=[psnr,ssin]", "output.trackers=[tensrboard]")
+    odd = ["validation.metrics=[psnr,ssin]", "output.trackers=[tensrboard]", "validation.limit=1"]
+    arguments = small("tiny_autoencoder", "runs/ae", *odd)
     result = CliRunner().invoke(app, [*arguments, "--dry-run", "--resume", "nothing"], catch_exceptions=False)
     assert result.exit_code == 2
     assert re.search(r"resume +missing +--resume nothing: no whole checkpoint", result.output)
     assert re.search(r"metrics +missing +validation.metrics: 'ssin'", result.output)
+    assert re.search(r"validation +ok .* pictures, 1 of all are measured \(validation.limit\)", result.output)
     assert re.search(r"trackers +missing +output.trackers: 'tensrboard' is unknown", result.output)
 
 

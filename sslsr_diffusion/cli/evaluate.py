@@ -181,9 +181,16 @@ def _upscale(path: str, pairs: Dataset, folder: Path, seeds: range, steps: int |
     scale, pipe, folders = scale_of(pairs), None, []
     for seed in seeds:
         options = RunnerOptions(
-            scale, seed, {"num_inference_steps": steps, "tile": "auto"} if steps else {"tile": "auto"}, "PNG", model=fingerprint
+            scale,
+            seed,
+            {"num_inference_steps": steps, "tile": "auto"} if steps else {"tile": "auto"},
+            "PNG",
+            replace_own=True,
+            model=fingerprint,
         )
         plan = plan_files(pairs.lr, folder / f"seed{seed}", options)
+        for item in plan.todo:  # what cannot be made now must not be scored as it was made before
+            (plan.output / item.target).unlink(missing_ok=True)
         if plan.todo:
             pipe = pipe or load_pipeline(source, device=device, dtype="auto")
             label = f"upscaling with {folder.name}, seed {seed}"

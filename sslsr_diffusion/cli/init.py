@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +23,8 @@ def init(
     shipped = shipped_recipes()
     if name is None:
         for stem, path in shipped.items():
-            first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+            first = re.split(r"(?<=[.?])\s", " ".join(line.lstrip("# ") for line in comment))[0]
             typer.echo(f"{stem:<24} {first}")
         return
     source = find_recipe(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,12 @@ def _folder(path: Path) -> Path:
 def _make(root: Path, scale: int, made: Path) -> Dataset:
     left_out: list[str] = []
     owners: dict[Path, Path] = {}
+    if any(root.resolve().is_relative_to((made / folder).resolve()) for folder in ("lr", "hr")):
+        raise UserError(
+            f"--dataset: {printable(root)} is where this command stores what it makes; give the photographs, or another --output."
+        )
+    for folder in ("lr", "hr"):  # what an earlier call made of other photographs
+        shutil.rmtree(made / folder, ignore_errors=True)
     for path in list_images(root):
         name = path.relative_to(root).with_suffix(".png")
         if owners.setdefault(name, path) is not path:

@@ -42,6 +42,7 @@ class RunnerOptions:
     format: str | None = None  # a value of FORMATS; None: the input's, PNG where that cannot be written
     quality: int = 95  # 1 to 100, JPEG and WebP
     overwrite: bool = False  # do again what is done, and replace files that we did not write
+    replace_own: bool = False  # do again what this command has made of another picture
     model: str = ""  # fingerprint of the model: another one means other settings
 
     @property
@@ -108,7 +109,10 @@ def plan_files(inputs: str | Path | Sequence[str | Path], output_dir: str | Path
     """Decide what is to be made under which name; opens the output folder, reads no picture whole."""
     output = Path(output_dir).expanduser()
     sources = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    found = [entry for source in sources for entry in _find(source, output)]
+    try:
+        found = [entry for source in sources for entry in _find(source, output)]
+    except (OSError, ValueError) as error:  # a name too long for the file system, for example
+        raise UserError(f"--input {', '.join(printable(str(s))[:200] for s in sources)}: cannot be read ({error}).") from None
     if not found:
         raise UserError(f"--input {', '.join(printable(str(s)) for s in sources)}: no pictures there.")
     record = _open_output(output)
@@ -213,7 +217,7 @@ def _obstacle(item: Item, root: Path, originals: set[Path], plan: Plan) -> str |
         if plan.record.is_done(key, plan.options.digest, item.source):
             return ""
         made_from = plan.record.source(key)
-        if made_from != str(item.source.resolve()):
+        if made_from != str(item.source.resolve()) and not plan.options.replace_own:
             other = printable(made_from or "unknown")
             return f"{printable(item.target)} is the result of another picture ({other}); choose another --output, or --overwrite"
         return None
@@ -253,13 +257,13 @@ def _reason(error: Exception, item: Item) -> str:
 
 def _make(pipe: Any, item: Item, plan: Plan) -> tuple[str, ...]:
     key, target, stat = item.target.as_posix(), plan.output / item.target, item.source.stat()
+    with item.source.open("rb") as file:
+        input_hash = hashlib.file_digest(file, "sha256").hexdigest()  # before the work: the file may be replaced meanwhile
     image = read_image(item.source)
     result = upscale_image(pipe, image, plan.options)
     plan.record.begin(key, item.source)
     target.parent.mkdir(parents=True, exist_ok=True)
     notes = write_image(target, result, format=item.format, quality=plan.options.quality)
-    with item.source.open("rb") as file:
-        input_hash = hashlib.file_digest(file, "sha256").hexdigest()
     plan.record.finish(key, plan.options.digest, item.source, input_hash, stat)
     return (*image.notes, *result.notes, *notes)
 

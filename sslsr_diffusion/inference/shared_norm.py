@@ -33,8 +33,8 @@ class SharedGroupNorm:
             yield
 
     def _record(self, norm: nn.GroupNorm, args: tuple[Tensor], output: Tensor) -> None:
-        groups = args[0].float().reshape(args[0].shape[0], norm.num_groups, -1)
-        variance, mean = torch.var_mean(groups, dim=-1, correction=0)  # [n, groups]
+        found = [torch.var_mean(group.float().flatten(1), dim=-1, correction=0) for group in args[0].chunk(norm.num_groups, dim=1)]
+        variance, mean = (torch.stack(side, dim=1) for side in zip(*found))  # [n, groups]
         self._seen.setdefault(norm, []).append((mean, variance))
 
     def _apply(self, norm: nn.GroupNorm, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -44,16 +44,29 @@ class SharedGroupNorm:
         gain = torch.rsqrt(variance + norm.eps).repeat_interleave(per_channel)
         shift = -mean.repeat_interleave(per_channel) * gain
         if norm.affine:
-            weight = norm.weight.float()
-            gain, shift = gain * weight, shift * weight + norm.bias.float()
-        shape = (1, -1, *(1,) * (x.ndim - 2))
-        return torch.addcmul(shift.reshape(shape), x.float(), gain.reshape(shape)).to(output.dtype)
+            weight, bias = (tensor.to(x.device).float() for tensor in _affine(norm))
+            gain, shift = gain * weight, shift * weight + bias
+        # group by group into what the norm itself has made: no copy of the whole in float32
+        per_group = (one.split(per_channel) for one in (gain, shift))
+        for into, part, scale, offset in zip(output.split(per_channel, 1), x.split(per_channel, 1), *per_group):
+            shape = (1, -1, *(1,) * (x.ndim - 2))
+            into.copy_(torch.addcmul(offset.reshape(shape), part.float(), scale.reshape(shape)))
+        return output
 
     def _pooled(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         """Over equally large tiles: the mean of the means; the mean variance plus the variance of the means."""
         means = torch.cat([mean for mean, _ in self._seen[norm]])
         variances = torch.cat([variance for _, variance in self._seen[norm]])
         return means.mean(0), variances.mean(0) + means.var(0, correction=0)
+
+
+def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias; with layers that wait on the CPU (accelerate), a hook sees them when they have gone back there already."""
+    if not norm.weight.is_meta:
+        return norm.weight, norm.bias
+    hook: Any = norm._hf_hook
+    waiting = hook.weights_map
+    return waiting["weight"], waiting["bias"]
 
 
 @contextmanager

@@ -32,13 +32,28 @@ def unavailable(device: torch.device) -> str | None:
         return f"it needs tensors on an NVIDIA GPU, these are on {device}."
     if torch.version.hip is not None:
         return "its kernels are CUDA, this torch is built for ROCm."
-    try:
-        import cupy  # noqa: F401
-    except Exception as error:  # a broken CUDA installation raises more than ImportError
-        wheel = f"cupy-cuda{(torch.version.cuda or '12').split('.')[0]}x"
-        return f"it needs CuPy ({type(error).__name__}: {error}); pip install {wheel}"
+    if problem := _cupy_problem():
+        return problem
     missing = [name for name in ("ssg_loss.cu", "ssg_graph.cu", "ssg_gather.cu") if find_source(name) is None]
     return f"{missing[0]} is neither in {SOURCE_FOLDERS[0]} nor in {SOURCE_FOLDERS[1]}; install the package again." if missing else None
+
+
+@functools.cache
+def _cupy_problem() -> str | None:
+    """Also logged, once: the torch backend, which takes over, is far slower."""
+    try:
+        import cupy
+
+        cupy.cuda.nvrtc.getVersion()  # the compiler is another library, and loaded late
+    except Exception as error:  # a broken CUDA installation raises more than ImportError
+        wheel = f"cupy-cuda{(torch.version.cuda or '12').split('.')[0]}x"
+        mend = f"pip install {wheel}" if isinstance(error, ImportError) else f"mend it, for example by pip install --upgrade {wheel}"
+        if isinstance(error, OSError):
+            mend = "CuPy keeps compiled kernels on disk: let CUPY_CACHE_DIR name a folder that can be written"
+        problem = f"it needs CuPy ({type(error).__name__}: {error}); {mend}"
+        _log.warning("the CUDA backend of the self-similarity operator cannot be used: %s", problem)
+        return problem
+    return None
 
 
 # What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes seconds: torch.compile asks once
@@ -79,10 +94,16 @@ class CupyLauncher:
     def __call__(self, file: str, kernel: str, defines: tuple[str, ...], grid: int, block: int, shared_bytes: int, args: list[Any]) -> None:
         import cupy
 
-        stream = torch.cuda.current_stream(self.index).cuda_stream
-        with cupy.cuda.Device(self.index), cupy.cuda.ExternalStream(stream, self.index):
+        with cupy.cuda.Device(self.index), _stream(cupy, torch.cuda.current_stream(self.index), self.index):
             function = _kernel(self.index, file, defines, kernel, shared_bytes)
             function((grid,), (block,), tuple(_argument(arg) for arg in args), shared_mem=shared_bytes)
+
+
+def _stream(cupy: Any, stream: torch.cuda.Stream, index: int) -> Any:
+    """torch's stream as CuPy's; the class of the first line is deprecated since CuPy 14."""
+    if hasattr(cupy.cuda, "ExternalStream"):
+        return cupy.cuda.ExternalStream(stream.cuda_stream, index)
+    return cupy.cuda.Stream.from_external(stream)
 
 
 def _argument(arg: Tensor | np.generic) -> np.generic:

@@ -56,7 +56,7 @@ class RowPlan:
             "PLANE": self.plane,
             "SPLITS": self.splits,
             "SHARED_BYTES": self.shared_bytes,
-            "MIN_BLOCKS": max(1, 640 // self.threads),  # leaves a thread about 100 registers
+            "MIN_BLOCKS": max(1, min(16, 640 // self.threads)),  # leaves a thread about 100 registers; a Turing has 16 blocks at most
         }
         return tuple(f"SSG_{name}={value}" for name, value in numbers.items())
 

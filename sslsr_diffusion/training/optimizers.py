@@ -31,7 +31,8 @@ def build_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer,
     """diffusers' schedule of that name over the whole run."""
     from diffusers.optimization import get_scheduler
 
-    return get_scheduler(settings.kind, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=steps)
+    kind = "constant_with_warmup" if settings.kind == "constant" else settings.kind  # diffusers' constant leaves warm-up steps out
+    return get_scheduler(kind, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=steps)
 
 
 def build_ema(settings: EMASettings | None, parameters: Iterable[nn.Parameter]) -> Any:

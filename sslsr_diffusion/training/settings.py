@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from sslsr_diffusion.config import Settings
 
@@ -29,13 +29,7 @@ class ScheduleSettings(Settings):
     kind: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
         "constant", description="Shape of the learning rate over the run (StableSR: constant)."
     )
-    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up; every kind but constant has one.")
-
-    @model_validator(mode="after")
-    def _warmup_has_an_effect(self) -> ScheduleSettings:
-        if self.kind == "constant" and self.warmup_steps:
-            raise ValueError(f"kind constant has no warm-up, and warmup_steps is {self.warmup_steps}; use kind: constant_with_warmup.")
-        return self
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up, in every kind.")
 
 
 class EMASettings(Settings):

@@ -397,3 +397,21 @@ def test_the_newest_finished_upscaler_is_the_model(tmp_path):
         find_model(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="expected a folder with"):
         find_model(str(tmp_path / "unfinished"))
+
+
+def test_an_input_that_is_replaced_while_it_is_upscaled_is_done_again(tmp_path):
+    source = picture(tmp_path / "in" / "a.png")
+
+    class Slow(FakePipe):
+        def __call__(self, **given):
+            picture(source, seed=7)  # by somebody else, meanwhile
+            return super().__call__(**given)
+
+    assert run(tmp_path / "in", tmp_path / "out", pipe=Slow()).done == ["a.png"]
+    assert run(tmp_path / "in", tmp_path / "out").done == ["a.png"]
+    assert run(tmp_path / "in", tmp_path / "out").skipped == ["a.png"]
+
+
+def test_an_input_of_an_impossible_name_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"--input .*: cannot be read"):
+        run(tmp_path / ("x" * 300), tmp_path / "out")

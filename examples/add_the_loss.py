@@ -9,9 +9,7 @@ hr = torch.nn.functional.interpolate(torch.rand(2, 3, 12, 12), size=(48, 48))  #
 lr = torch.nn.functional.interpolate(hr, scale_factor=0.5, mode="bicubic", antialias=True)
 net = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 5, padding=2), torch.nn.PixelShuffle(2))  # your network
 optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-ssl = SelfSimilarityLoss(
-    l1_weight=1000, kl_weight=1000, mask_stride=1
-)  # published recipes: 500 to 1000, as the means run over rows * 625 entries
+ssl = SelfSimilarityLoss(l1_weight=1000, kl_weight=1000)  # published recipes: 500 to 1000, as the means run over rows * 625 entries
 
 for step in range(5):
     sr = net(lr)  # not clamped

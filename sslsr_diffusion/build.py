@@ -137,7 +137,7 @@ def _autoencoder(recipe: Recipe, publisher: Publisher | None) -> Job:
     codec = build_autoencoder(recipe.model, seed=recipe.seed)
     if recipe.model.latents == "mean" and codec.vae.quant_conv is None:
         raise UserError("model.latents: mean needs an autoencoder with quant_conv (use_quant_conv: true); take sample.")
-    _check_crop(recipe, codec.scale)
+    check_crop_unit(recipe, codec.scale)
     _economize(recipe, codec.vae)
     objective = AutoencoderObjective(codec, seed=recipe.seed)
     reconstruct = Reconstruct(codec)
@@ -247,7 +247,7 @@ def _job(
             device=device,
         )
 
-    distance = _perceptual_distance(recipe)
+    losses = build_losses(recipe.losses, prediction_type=prediction_type, distance=_perceptual_distance(recipe), seed=recipe.seed)
     pairs = _validation_pairs(recipe)
     validation = None
     if pairs:
@@ -256,7 +256,7 @@ def _job(
         validation = Validation(pairs, restore, metrics, recipe.validation, label, higher)
     return Job(
         objective=objective,
-        losses=build_losses(recipe.losses, prediction_type=prediction_type, distance=distance, seed=recipe.seed),
+        losses=losses,
         training=training,
         checkpoints=recipe.checkpoints,
         output=recipe.output,
@@ -268,7 +268,7 @@ def _job(
         base=base or {},
         validation=validation,
         publisher=publisher,
-        card=_card(recipe, base or {}, without=() if distance is not None else ("lpips",)) if publisher is not None else None,
+        card=_card(recipe, base or {}, {loss.name for loss in losses}) if publisher is not None else None,
     )
 
 
@@ -287,14 +287,14 @@ def _perceptual_distance(recipe: Recipe) -> nn.Module | None:
 
 
 def _card(
-    recipe: Recipe, base: dict[str, Any], without: Sequence[str]
+    recipe: Recipe, base: dict[str, Any], trained_with: set[str]
 ) -> Callable[[dict[str, float], list[Path]], dict[str, Path | bytes]]:
-    """The model card of this run; `without`: losses that were optional and could not be had."""
+    """The model card of this run, with the losses that it has: an optional one that could not be had is not among them."""
     from sslsr_diffusion.training.model_card import card_files
 
     drawn = str(base.get("id", "")).startswith("random:")
     about = {"base": None if drawn else base.get("id"), "base_revision": base.get("revision")}
-    recipe = recipe.model_copy(update={"losses": [loss for loss in recipe.losses if loss.kind not in without]})
+    recipe = recipe.model_copy(update={"losses": [loss for loss in recipe.losses if loss.kind in trained_with]})
     return lambda metrics, pictures: card_files(metrics, pictures, repo_id=recipe.output.hub_id, recipe=resolved(recipe), **about)
 
 
@@ -317,24 +317,14 @@ def validation_metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 def check_crop(recipe: Recipe, networks: Any) -> None:
     """Raises UserError unless these networks can halve the crop as often as they do."""
-    _check_crop(recipe, crop_unit(networks))
+    check_crop_unit(recipe, crop_unit(networks))
 
 
-def crop_problem(recipe: Recipe) -> str | None:
-    """Why the recipe's crop does not suit its networks, found without their weights; None: it does.
-
-    Raises:
-        UserError: the networks themselves cannot be had.
-    """
+def crop_unit_of(recipe: Recipe) -> int:
+    """`crop_unit` of the networks that a recipe asks for, without reading weights; UserError where they cannot be had."""
     if recipe.stage == "autoencoder":
-        unit = build_autoencoder(recipe.model, meta=True).scale
-    else:
-        unit = crop_unit(build_networks(recipe.model, plain=recipe.stage == "base", meta=True))
-    try:
-        _check_crop(recipe, unit)
-    except UserError as error:
-        return str(error)
-    return None
+        return build_autoencoder(recipe.model, meta=True).scale
+    return crop_unit(build_networks(recipe.model, plain=recipe.stage == "base", meta=True))
 
 
 def crop_unit(networks: Any) -> int:
@@ -342,7 +332,7 @@ def crop_unit(networks: Any) -> int:
     return networks.codec.scale * 2 ** (len(networks.denoiser.unet.down_blocks) - 1)
 
 
-def _check_crop(recipe: Recipe, unit: int) -> None:
+def check_crop_unit(recipe: Recipe, unit: int) -> None:
     """The networks halve the crop a fixed number of times."""
     size = recipe.training.crop_size
     if size % unit:

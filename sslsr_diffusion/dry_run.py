@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -35,7 +34,6 @@ def dry_run(
         restart: whether an earlier run in the output folder would be moved aside.
         allow_recipe_change: whether the run would go on from a checkpoint of another recipe.
     """
-    from sslsr_diffusion.build import crop_problem
     from sslsr_diffusion.memory_estimate import describe_memory, describe_parameters
 
     say(yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True).rstrip())
@@ -44,9 +42,7 @@ def dry_run(
         checks.append(check_resume(recipe, resume, allow_recipe_change))
     vae_missing = any(check.what == "model.vae" and check.verdict != "ok" for check in checks)
     counted = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vae": None})}) if vae_missing else recipe
-    with contextlib.suppress(UserError):  # networks that cannot be had are another line
-        if problem := crop_problem(counted):
-            checks.append(Check("training", "refused", problem))
+    checks += [check for check in [_crop(counted)] if check is not None]
     say("\nchecks")
     for check in checks:
         say(f"  {check.what:<12} {check.verdict:<14} {check.detail}")
@@ -120,6 +116,20 @@ def _model(recipe: Recipe) -> list[Check | None]:
             Check("model.vae", "ok" if found else "missing", model.vae if found else f"{model.vae} holds no autoencoder; train one first")
         )
     return [*checks]
+
+
+def _crop(recipe: Recipe) -> Check | None:
+    from sslsr_diffusion.build import check_crop_unit, crop_unit_of
+
+    try:
+        unit = crop_unit_of(recipe)
+    except UserError:  # networks that cannot be had are the lines above
+        return None
+    try:
+        check_crop_unit(recipe, unit)
+    except UserError as error:
+        return Check("training", "refused", str(error))
+    return None
 
 
 def _base(recipe: Recipe, folder: Path) -> Check:

@@ -89,6 +89,28 @@ def test_the_best_value_survives_a_resume(tmp_path):
     assert [entry.step for entry in events.Scalars("loss/total")] == list(range(1, 21))  # what was logged after step 5 is forgotten
 
 
+def test_an_allowed_change_of_settings_is_what_goes_on(tmp_path):
+    """Rate, decay and averages are the new recipe's from the first step on, and the rate keeps its place on the schedule's way."""
+
+    def job(lr, weight_decay, decay, auto_steps):
+        losses = toy_losses(max_timestep=600, weight="auto", auto_steps=auto_steps)
+        optimizer = {"lr": lr, "weight_decay": weight_decay}
+        schedule = {"kind": "linear", "warmup_steps": 0}
+        return toy_job(tmp_path / "run", losses=losses, optimizer=optimizer, ema={"decay": decay, "warmup": False}, schedule=schedule)
+
+    fit(stop_at_ten(job(1e-2, 0.01, 0.9, 5)))
+    fit(job(1e-4, 0.5, 0.5, 50), resume="latest", allow_recipe_change=True)
+    before, after = (read_checkpoint(tmp_path / f"run/checkpoint-{step}").state for step in (10, 20))
+    group, ema = after["optimizer"]["groups"][0], after["ema"]
+    assert (group["initial_lr"], group["weight_decay"], after["schedule"]["base_lrs"]) == (1e-4, 0.5, [1e-4])
+    assert (ema["decay"], ema["min_decay"], ema["optimization_step"]) == (0.5, 0.5, 20)
+    assert [auto["steps"] for auto in after["auto_weights"].values()] == [50]
+    rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["train/lr"] for row in rows if "train/lr" in row}
+    assert before["optimizer"]["groups"][0]["lr"] == pytest.approx(0.5e-2)
+    assert rates[15] == pytest.approx(0.25e-4)
+
+
 @pytest.mark.parametrize(
     ("before", "now", "kept"),
     [

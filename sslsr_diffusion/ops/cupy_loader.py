@@ -100,7 +100,7 @@ class CupyLauncher:
 
 
 def _stream(cupy: Any, stream: torch.cuda.Stream, index: int) -> Any:
-    """torch's stream as CuPy's; the class of the first line is deprecated since CuPy 14."""
+    """torch's stream as CuPy's; ExternalStream is deprecated since CuPy 14, so it may be gone one day."""
     if hasattr(cupy.cuda, "ExternalStream"):
         return cupy.cuda.ExternalStream(stream.cuda_stream, index)
     return cupy.cuda.Stream.from_external(stream)

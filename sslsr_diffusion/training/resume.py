@@ -28,6 +28,8 @@ CHANGEABLE = (
     "checkpoints",
     "output",
     "data.workers",
+    "data.prefetch",
+    "data.start_method",
     "data.validation",
 )
 

@@ -239,20 +239,22 @@ class Session:
         return Checkpoint(tensors, state)
 
     def give(self, checkpoint: Checkpoint, *, what: str) -> None:
-        """Continue exactly where `take` was called."""
+        """Continue exactly where `take` was called; settings are the recipe's, which `check_same_recipe` has compared."""
         tensors, state = checkpoint
         give_trained(self.parameters, tensors["trained"], what=what)
         if self.zero2:
             self.zero2.give_optimizer(self.parameters, tensors["optimizer"], state["optimizer"])
         else:
             give_optimizer(self._inner_optimizer(), self.parameters, tensors["optimizer"], state["optimizer"])
-        self.schedule.load_state_dict({**state["schedule"], "lr_lambdas": self.schedule.state_dict()["lr_lambdas"]})
+        own = {key: self.schedule.state_dict()[key] for key in ("lr_lambdas", "base_lrs")}
+        self.schedule.load_state_dict({**state["schedule"], **own})
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             shadows = dict(zip(self.parameters, (nn.Parameter(s, requires_grad=False) for s in self.ema.shadow_params)))
             give_trained(shadows, tensors.get("ema", tensors["trained"]), what=what)
-            self.ema.load_state_dict({**(state["ema"] or {}), "shadow_params": [s.data for s in shadows.values()]})
+            steps = {"optimization_step": state["ema"]["optimization_step"]} if state["ema"] else {}
+            self.ema.load_state_dict({**self.ema.state_dict(), **steps, "shadow_params": [s.data for s in shadows.values()]})
         for learner in self.learners:
             if learner.name in state:  # not where the loss was added to the recipe afterwards
                 parameters = dict(learner.network.named_parameters())
@@ -262,10 +264,10 @@ class Session:
         known = {f.name for f in fields(Progress)}
         self.progress = Progress(**{k: v for k, v in state["progress"].items() if k in known})
         self.progress.skipped_in_a_row = 0
-        self.auto = {name: AutoWeight(**state["auto_weights"].get(name, {"steps": auto.steps})) for name, auto in self.auto.items()}
-        own = {name.split("/", 1)[1]: value for name, value in tensors["rng"].items() if name.startswith(f"{self.rank}/")}
-        if own:
-            give_rng(own, self.device)
+        self.auto = {name: AutoWeight(**{**state["auto_weights"].get(name, {}), "steps": auto.steps}) for name, auto in self.auto.items()}
+        streams = {name.split("/", 1)[1]: value for name, value in tensors["rng"].items() if name.startswith(f"{self.rank}/")}
+        if streams:
+            give_rng(streams, self.device)
         else:  # more processes than before
             _seed_everything(derive_seed(self.seed, "global", self.rank, self.progress.step))
 

@@ -98,7 +98,7 @@ def take_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[
 def give_optimizer(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], plain: dict[str, Any]
 ) -> None:
-    """The inverse of `take_optimizer`."""
+    """The inverse of `take_optimizer`, but for the settings: they are those of `optimizer`, which may have changed since."""
     names = list(parameters)
     position = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, Any]] = {}
@@ -113,8 +113,17 @@ def give_optimizer(
             value = like
         state.setdefault(position[name], {})[key] = value
     now = optimizer.state_dict()["param_groups"]
-    groups = [{**{k: _tuple(v) for k, v in saved.items()}, "params": live["params"]} for saved, live in zip(plain["groups"], now)]
+    groups = [continued(saved, live) for saved, live in zip(plain["groups"], now)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def continued(saved: dict[str, Any], live: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's group with the settings of now; a scheduled rate stays where it was on its way, in proportion to its initial one."""
+    group = {**{key: _tuple(value) for key, value in saved.items()}, **live}
+    if "initial_lr" in live:
+        same = live["initial_lr"] == saved["initial_lr"]
+        group["lr"] = saved["lr"] if same else saved["lr"] * live["initial_lr"] / saved["initial_lr"]
+    return group
 
 
 def take_rng(device: torch.device) -> dict[str, Tensor]:

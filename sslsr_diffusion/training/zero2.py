@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.training.settings import TrainingSettings
+from sslsr_diffusion.training.state import continued
 
 OLDEST = "0.19.8"  # earlier ones may apply a gradient that is not a number when parameters are float32
 BUCKET = 50_000_000  # numbers per exchange; DeepSpeed's own 500 million would take 2 GB per GPU
@@ -90,7 +91,7 @@ class Zero2:
 
         self.engine.optimizer.refresh_fp32_params()  # the part that is updated is a copy
         for group, saved in zip(self.optimizer.param_groups, plain["groups"]):
-            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+            group.update(continued(saved, dict(group)))
         if not tensors:
             return
         part = self._part()

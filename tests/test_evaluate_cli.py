@@ -203,3 +203,5 @@ def test_a_model_is_never_scored_by_pictures_of_another_dataset_or_model(tmp_pat
     said = call("--model", "m=some/model", "--dataset", f"{two['lr']},{two['hr']}", "--metrics", "psnr").output
     assert summary(tmp_path / "evaluation")["images"] == 1
     assert "failed: scene1.png: this picture is too much" in said
+    for text in (said, (tmp_path / "evaluation" / "report.html").read_text()):
+        assert "without intervals, which need 5 images" in text

@@ -239,6 +239,7 @@ def _with_bar(label: str, total: int, work: Callable[[Callable[[int], None]], An
 def _write(scores: Scores, pairing: Pairing, lacking: dict[str, str], output: Path, options: dict[str, Any], examples: int) -> list[str]:
     from sslsr_diffusion.evaluation.metrics import METRICS
     from sslsr_diffusion.evaluation.report import render_report
+    from sslsr_diffusion.evaluation.statistics import LEAST
     from sslsr_diffusion.evaluation.summary import summarize, text_table, to_csv, to_json
     from sslsr_diffusion.images import atomic_write
 
@@ -246,7 +247,8 @@ def _write(scores: Scores, pairing: Pairing, lacking: dict[str, str], output: Pa
     atomic_write(output / "metrics.csv", to_csv(scores).encode())
     atomic_write(output / "summary.json", to_json(summary).encode())
     atomic_write(output / "report.html", render_report(summary, scores, examples=examples).encode("utf-8", "backslashreplace"))
-    typer.echo(f"\n{summary['images']} images; means with 95 % bootstrap intervals, * best, ↑ higher is better, ↓ lower is better\n")
+    intervals = "with 95 % bootstrap intervals" if summary["images"] >= LEAST else f"without intervals, which need {LEAST} images"
+    typer.echo(f"\n{summary['images']} images; means {intervals}, * best, ↑ higher is better, ↓ lower is better\n")
     typer.echo(text_table(summary))
     for name, reason in lacking.items():
         typer.echo(f"not computed: {METRICS[name].label} {reason}", err=True)

@@ -9,6 +9,7 @@ from sslsr_diffusion.evaluation.charts import distribution
 from sslsr_diffusion.evaluation.gallery import cards, pick
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.scoring import Scores
+from sslsr_diffusion.evaluation.statistics import LEAST
 from sslsr_diffusion.evaluation.summary import arrow, interval, number
 from sslsr_diffusion.images import printable
 
@@ -40,4 +41,5 @@ def render_report(summary: Mapping[str, Any], scores: Scores, *, title: str = "E
         picks=picks,
         cards=cards(scores, picks),
         labels={n: m.label for n, m in METRICS.items()},
+        least=LEAST,
     )

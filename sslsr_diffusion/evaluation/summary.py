@@ -15,7 +15,7 @@ import numpy as np
 from sslsr_diffusion import __version__
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.scoring import Scores
-from sslsr_diffusion.evaluation.statistics import difference, estimate
+from sslsr_diffusion.evaluation.statistics import LEAST, difference, estimate
 
 
 def summarize(
@@ -141,7 +141,7 @@ def text_table(summary: Mapping[str, Any]) -> str:
         rows.append(cells)
     blocks = [_aligned(rows)]
     for column, found in summary["differences"].items():
-        rows = [[f"{column} - {summary['columns'][0]}", "mean [95 % interval]", "better on"]]
+        rows = [[f"{column} - {summary['columns'][0]}", "mean [95 % interval]" if summary["images"] >= LEAST else "mean", "better on"]]
         for name, change in found.items():
             metric = summary["metrics"][name]
             text = f"{number(change['mean'], metric['digits'], sign=True)} {interval(change, metric['digits'], sign=True)}".rstrip()

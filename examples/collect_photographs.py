@@ -165,7 +165,7 @@ def main() -> None:
 def appearing_whole(output: Path) -> Iterator[Path]:
     """A folder to fill that becomes `output` at the end: a run that stops half-way leaves nothing that looks like a collection."""
     if output.is_symlink() and not output.exists():
-        raise UserError(f"{output}: expected a new or empty folder, came a link to nothing; remove it or make the folder that it names.")
+        raise UserError(f"{output}: expected a new or empty folder, got a link to nothing; remove it or make the folder that it names.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: expected a new or empty folder; name another --output or remove this one.")
     output = output.absolute()  # "." has no name

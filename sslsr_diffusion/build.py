@@ -178,7 +178,7 @@ def _decoder(recipe: Recipe, publisher: Publisher | None, fused: Networks | None
         raise UserError(f"model.base: stage {recipe.stage} needs a finished upscaler, and {networks.base} has no structural_encoder/.")
     for key, steps in (("training.synthesis_steps", recipe.training.synthesis_steps), ("validation.steps", recipe.validation.steps)):
         if networks.schedule.starts_from_lr and steps != 1:
-            raise UserError(f"{key}: {networks.base} is a one-step model; expected 1, came {steps}.")
+            raise UserError(f"{key}: {networks.base} is a one-step model; expected 1, got {steps}.")
     check_crop(recipe, networks)
     _economize(recipe, networks.codec.vae)
     objective = DecoderObjective(
@@ -337,7 +337,7 @@ def check_crop_unit(recipe: Recipe, unit: int) -> None:
     size = recipe.training.crop_size
     if size % unit:
         near = max(unit, round(size / unit) * unit)
-        raise UserError(f"training.crop_size: this model needs a multiple of {unit} pixels, came {size}; {near} would do.")
+        raise UserError(f"training.crop_size: this model needs a multiple of {unit} pixels, got {size}; {near} would do.")
 
 
 def _calibration_pixels(recipe: Recipe) -> Tensor:

@@ -53,7 +53,7 @@ def make_cfw_data(
         UserError: `output` was made with other settings, or the recipe has no pictures to begin with.
     """
     if any(source.kind == "cfw" for source in recipe.data.sources):
-        raise UserError("data.sources: expected pictures to make samples from, came kind cfw; give the recipe with the photographs.")
+        raise UserError("data.sources: expected pictures to make samples from, got kind cfw; give the recipe with the photographs.")
     _same_settings(output, _settings(recipe, steps, fingerprint))
     done = {path.stem for path in (output / "latents").glob("*.safetensors")}
     missing = [i for i in range(count) if _name(i) not in done]

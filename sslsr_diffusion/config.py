@@ -207,9 +207,9 @@ def parse(model: type[S], raw: Any) -> S:
 
 
 def _explain(model: type[BaseModel], detail: Any) -> str:
-    """One mistake: the key's full path, what came, what is allowed, and the nearest key or value that exists."""
+    """One mistake: the key's full path, what it got, what is allowed, and the nearest key or value that exists."""
     path, holder = _locate(model, detail["loc"], detail["type"])
-    kind, ctx, came = detail["type"], detail.get("ctx", {}), detail.get("input")
+    kind, ctx, got = detail["type"], detail.get("ctx", {}), detail.get("input")
     if kind == "extra_forbidden":
         allowed = sorted(holder.model_fields) if holder else []
         parent, name = ".".join(path[:-1]), path[-1]
@@ -219,14 +219,14 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
             if near
             else f"allowed {'in ' + parent if parent else 'here'}: {', '.join(allowed)}."
         )
-        return f"{'.'.join(path)}: unknown key (value {_short(came)}); {hint}"
+        return f"{'.'.join(path)}: unknown key (value {_short(got)}); {hint}"
     where = ".".join(path) or "recipe"
     if kind == "missing":
         return f"{where}: missing; this key must be given."
     if kind in ("literal_error", "enum", "union_tag_invalid"):
         expected = str(ctx.get("expected") or ctx.get("expected_tags", "")).replace(" or ", ", ")
         options = [option.strip(" '\"") for option in expected.split(",")]
-        value = ctx.get("tag", came)
+        value = ctx.get("tag", got)
         if kind == "union_tag_invalid":
             where = f"{where}.{str(ctx.get('discriminator', 'kind')).strip(chr(39))}"
         near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
@@ -235,13 +235,13 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
     if kind == "union_tag_not_found":
         return f"{where}: the key {ctx.get('discriminator', 'kind')} is missing; it says which kind of entry this is."
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{where}: expected a section of `key: value` lines; came {_short(came)}."
+        return f"{where}: expected a section of `key: value` lines; got {_short(got)}."
     message = (
         str(ctx["error"]) if kind == "value_error" and "error" in ctx else detail["msg"].replace("Input should be", "expected").rstrip(".")
     )
     if kind == "value_error":
         return f"{where}: {message}" if path else message  # a rule over several sections names its keys itself
-    return f"{where}: {message.rstrip('.')}; came {_short(came)}."
+    return f"{where}: {message.rstrip('.')}; got {_short(got)}."
 
 
 def _locate(model: type[BaseModel], loc: Sequence[int | str], kind: str) -> tuple[list[str], type[BaseModel] | None]:

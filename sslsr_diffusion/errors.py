@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the message says what was expected, what came and what to do.
+    """A mistake the user can mend: the message says what was expected, what it got and what to do.
 
     The command line prints it as one line and exits with 2; it never shows a traceback for it. Control characters and
     bytes that are not UTF-8 (of file names, of recipes) come out as \\x.., never as themselves.

@@ -62,7 +62,7 @@ class Recipe(Settings):
         if self.output.push_to_hub and not self.output.hub_id:
             mistakes.append("output.hub_id: push_to_hub needs to know where; give it as user/name.")
         if self.output.hub_id and not _HUB_ID.fullmatch(self.output.hub_id):
-            mistakes.append(f"output.hub_id: expected user/name of letters, digits, dots, dashes and _; came {self.output.hub_id!r}.")
+            mistakes.append(f"output.hub_id: expected user/name of letters, digits, dots, dashes and _; got {self.output.hub_id!r}.")
         if self.output.push_state and not self.output.push_to_hub:
             mistakes.append("output.push_state: has no effect without output.push_to_hub: true; set both or none.")
         if mistakes:
@@ -116,7 +116,7 @@ class Recipe(Settings):
             )
         if self.training.start_timestep is not None and self.validation.steps != 1:
             mistakes.append(
-                f"validation.steps: expected 1 for a one-step model (it is what its pipeline will take, too), came {self.validation.steps}."
+                f"validation.steps: expected 1 for a one-step model (it is what its pipeline will take, too), got {self.validation.steps}."
             )
         if self.model.latents != "sample" and self.stage != "autoencoder":
             mistakes.append(f"model.latents: is for stage autoencoder only, here the stage is {self.stage}; remove it.")

@@ -88,8 +88,8 @@ def test_an_upscaler_keeps_the_defaults_of_its_base_and_writes_them_down(photos:
         assert (index["default_detail"], index["default_antiring"]) == expected
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     for wrong, message in (
-        ({**index, "default_antiring": 1.5}, r"default_antiring in model_index\.json of .*: expected a number from 0 to 1, came 1\.5"),
-        *(({**index, "default_detail": odd}, f"from 0 to 1, came {odd!r}") for odd in (float("nan"), "0.5", True, None, 10**400)),
+        ({**index, "default_antiring": 1.5}, r"default_antiring in model_index\.json of .*: expected a number from 0 to 1, got 1\.5"),
+        *(({**index, "default_detail": odd}, f"from 0 to 1, got {odd!r}") for odd in (float("nan"), "0.5", True, None, 10**400)),
         ([], "cannot be read"),
     ):
         (folder / "model_index.json").write_text(json.dumps(wrong), encoding="utf-8")
@@ -159,13 +159,13 @@ def test_a_one_step_model_trains_and_samples_from_the_same_start(photos: Path, t
     assert (index["default_num_inference_steps"], index["default_detail"], index["default_antiring"]) == (1, 0.8, 0.3)
     assert again.call_defaults == {"detail": 0.8, "antiring": 0.3}
     assert torch.equal(again.until(99).schedule.alphas_cumprod, again.schedule.alphas_cumprod)
-    with pytest.raises(UserError, match=r"training\.start_timestep: expected at most 99, .* came 199"):
+    with pytest.raises(UserError, match=r"training\.start_timestep: expected at most 99, .* got 199"):
         again.until(199)
     model = {"base": str(result.pipeline), "preset": "tiny"}
     with pytest.raises(UserError, match=r"set training\.sampler_steps: 1, training\.start_timestep: 99 and validation\.steps: 1"):
         build(parse(Recipe, recipe(photos, tmp_path / "again", stage="diffusion", model=model)))
     losses = [{"kind": "pixel_l1"}]
-    with pytest.raises(UserError, match=r"training\.synthesis_steps: .* is a one-step model; expected 1, came 20"):
+    with pytest.raises(UserError, match=r"training\.synthesis_steps: .* is a one-step model; expected 1, got 20"):
         build(parse(Recipe, recipe(photos, tmp_path / "again", stage="decoder", model=model, losses=losses)))
 
 
@@ -174,7 +174,7 @@ def test_a_start_of_its_own_is_for_one_step_models(photos: Path, tmp_path: Path,
     training = {"steps": 2, "crop_size": 32, "start_timestep": 99, **changes}
     with pytest.raises(RecipeError, match=r"training\.start_timestep: is for one-step models"):
         parse(Recipe, recipe(photos, tmp_path, stage="diffusion", training=training))
-    with pytest.raises(RecipeError, match=r"validation\.steps: expected 1 for a one-step model .* came 4"):
+    with pytest.raises(RecipeError, match=r"validation\.steps: expected 1 for a one-step model .* got 4"):
         parse(Recipe, recipe(photos, tmp_path, stage="diffusion", training={**training, "sampler_steps": 1}))
 
 

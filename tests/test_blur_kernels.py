@@ -69,5 +69,5 @@ def test_opencv_gaussian_rule():
 
 
 def test_an_unknown_family_is_refused():
-    with pytest.raises(ValueError, match=r"expected one of iso, .* came 'box'"):
+    with pytest.raises(ValueError, match=r"expected one of iso, .* got 'box'"):
         gaussian_like_kernel("box", 7, 1, 1, 0)

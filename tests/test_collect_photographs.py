@@ -95,7 +95,7 @@ def test_a_collection_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="png: expected a new or empty folder"), collecting.appearing_whole(output / "all.png"):
         pass
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match="link: expected a new or empty folder, came a link to nothing"):
+    with pytest.raises(UserError, match="link: expected a new or empty folder, got a link to nothing"):
         collecting.appearing_whole(tmp_path / "link").__enter__()
 
 

@@ -133,7 +133,7 @@ def test_name_collisions_and_losses_are_listed(desk):
         (["--input", "in", "--model", "runs/other"], "no such folder|not a hub id|cannot be reached"),
         (["--input", "in", "--model", "in"], "expected a folder with a model_index.json"),
         (["--input", "in", "--tile", "big"], "expected a side in output pixels"),
-        (["--input", "in", "--tile", "3"], "^--tile: expected a multiple of 16 pixels, 'auto' or none, came 3"),
+        (["--input", "in", "--tile", "3"], "^--tile: expected a multiple of 16 pixels, 'auto' or none, got 3"),
         (["--input", "in", "--device", "foo"], "^--device foo: expected auto, cpu, cuda, cuda:1 or mps"),
         (["--input", "in", "--memory-budget", "much"], "^--memory-budget much: expected a size such as 8GB"),
         (["--input", "in", "--output", "in"], "folder of the input pictures"),

@@ -105,7 +105,7 @@ def test_frechet_distance_is_exact_with_fewer_images_than_features():
     a = np.random.default_rng(0).normal(0, 1, (5, 300))
     assert learned.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert learned.frechet_distance(a, a + 2) == pytest.approx(300 * 4, rel=1e-12)
-    with pytest.raises(UserError, match="at least 2 images, came 1 and 5"):
+    with pytest.raises(UserError, match="at least 2 images, got 1 and 5"):
         learned.frechet_distance(a[:1], a)
 
 

@@ -241,8 +241,8 @@ def test_check_reads_what_a_recipe_reads(everything, monkeypatch):
 def test_check_of_nothing_or_of_too_much(tmp_path):
     for words, message in (
         ([tmp_path], "expected pictures, found none"),
-        ([], "expected one folder, picture or pattern, as the argument or as --input, came none"),
-        ([tmp_path, "--input", tmp_path], "came both"),
+        ([], "expected one folder, picture or pattern, as the argument or as --input, got none"),
+        ([tmp_path, "--input", tmp_path], "got both"),
         ([tmp_path, "--config", "sd_upscaler_ssl"], "either --config or an input"),
         ([tmp_path, "--kind", "foldr"], "did you mean folder"),
         (["--config", "sd_upscaler_ssl", "--set", "data.sources=[]", "--set", "data.validation=[]"], "the recipe names none"),

@@ -22,7 +22,7 @@ BASE = {"data": {"sources": [{"kind": "folder", "path": "photos"}]}, "losses": [
         ({"losses": [{"kind": "latent_kl"}]}, "losses.0.kind: latent_kl is impossible in stage diffusion; possible are diffusion"),
         ({"stage": "autoencoder"}, "losses.0.kind: diffusion is impossible in stage autoencoder"),
         ({"training": {"crop_size": 510}}, "training.crop_size: 510 is not a multiple of scale 4."),
-        ({"scale": 16}, "scale: expected less than or equal to 8; came 16"),
+        ({"scale": 16}, "scale: expected less than or equal to 8; got 16"),
         ({"validation": {"size": 130}}, "validation.size: 130 is not a multiple of scale 4."),
         ({"validation": {"best": "lpips"}}, "validation.best: 'lpips' is not measured; expected one of validation.metrics: psnr, ssim."),
         ({"output": {"push_to_hub": True}}, "output.hub_id: push_to_hub needs to know where"),

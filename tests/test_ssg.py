@@ -183,18 +183,18 @@ IMAGE, MASK = torch.rand(2, 3, 16, 16), torch.ones(2, 1, 16, 16, dtype=torch.boo
 @pytest.mark.parametrize(
     ("image", "mask", "options", "both_sides"),
     [
-        (IMAGE[0], MASK, {}, r"\[B, C, H, W\], came \[3, 16, 16\]"),
-        (IMAGE, MASK[:1], {}, r"\[2, 1, 16, 16\].*came \[1, 1, 16, 16\]"),
-        (IMAGE, MASK.expand(2, 3, 16, 16), {}, r"\[2, 1, 16, 16\].*came \[2, 3, 16, 16\]"),
-        ((IMAGE * 255).byte(), MASK, {}, r"floating point.*came torch.uint8"),
-        (IMAGE, MASK.to("meta"), {}, r"device cpu, came on meta"),
-        (IMAGE, MASK, {"search_size": 24}, r"search_size: expected a positive odd integer, came 24"),
-        (IMAGE, MASK, {"window_size": 8}, r"window_size: .*came 8"),
-        (IMAGE, MASK, {"search_size": 7, "window_size": 9}, r"at most search_size = 7, came 9"),
-        (IMAGE, MASK, {"sigma": 0.0}, r"sigma: .*came 0.0"),
-        (IMAGE, MASK, {"search_size": 33}, r"at least 17 pixels for search_size = 33, came 16 x 16"),
-        (IMAGE, MASK, {"backend": "gpu"}, r"one of auto, reference, torch, cpu, cuda, came 'gpu'"),
-        (IMAGE.double(), MASK, {"backend": "cpu"}, r"float32, came torch.float64"),
+        (IMAGE[0], MASK, {}, r"\[B, C, H, W\], got \[3, 16, 16\]"),
+        (IMAGE, MASK[:1], {}, r"\[2, 1, 16, 16\].*got \[1, 1, 16, 16\]"),
+        (IMAGE, MASK.expand(2, 3, 16, 16), {}, r"\[2, 1, 16, 16\].*got \[2, 3, 16, 16\]"),
+        ((IMAGE * 255).byte(), MASK, {}, r"floating point.*got torch.uint8"),
+        (IMAGE, MASK.to("meta"), {}, r"device cpu, got on meta"),
+        (IMAGE, MASK, {"search_size": 24}, r"search_size: expected a positive odd integer, got 24"),
+        (IMAGE, MASK, {"window_size": 8}, r"window_size: .*got 8"),
+        (IMAGE, MASK, {"search_size": 7, "window_size": 9}, r"at most search_size = 7, got 9"),
+        (IMAGE, MASK, {"sigma": 0.0}, r"sigma: .*got 0.0"),
+        (IMAGE, MASK, {"search_size": 33}, r"at least 17 pixels for search_size = 33, got 16 x 16"),
+        (IMAGE, MASK, {"backend": "gpu"}, r"one of auto, reference, torch, cpu, cuda, got 'gpu'"),
+        (IMAGE.double(), MASK, {"backend": "cpu"}, r"float32, got torch.float64"),
     ],
 )
 def test_mistakes_show_both_sides(image, mask, options, both_sides):
@@ -257,7 +257,7 @@ def test_a_forward_mode_derivative_is_refused(backend):
 
 
 def test_what_is_no_tensor_is_named():
-    with pytest.raises(ValueError, match="mask: expected a torch tensor, came ndarray"):
+    with pytest.raises(ValueError, match="mask: expected a torch tensor, got ndarray"):
         self_similarity_graph(IMAGE, MASK.numpy())
-    with pytest.raises(ValueError, match=r"sigma: expected a positive finite number, came '0\.004'"):
+    with pytest.raises(ValueError, match=r"sigma: expected a positive finite number, got '0\.004'"):
         self_similarity_graph(IMAGE, MASK, sigma="0.004")

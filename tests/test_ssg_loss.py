@@ -232,16 +232,16 @@ def test_autocast_and_half():
 @pytest.mark.parametrize(
     ("change", "both_sides"),
     [
-        ({"gt": torch.rand(1, 3, 16, 17)}, r"shape of sr \[1, 3, 16, 16\], came \[1, 3, 16, 17\]"),
-        ({"gt": torch.rand(1, 3, 16, 16).double()}, r"dtype of sr torch.float32, came torch.float64"),
-        ({"gt": torch.rand(1, 3, 16, 16).to("meta")}, r"device of sr cpu, came on meta"),
-        ({"mask": torch.ones(1, 16, 16)}, r"\[1, 1, 16, 16\].*came \[1, 16, 16\]"),
-        ({"num_rows": -1}, r"num_rows: .*came -1"),
-        ({"num_rows": float("nan")}, r"num_rows: .*came nan"),
-        ({"num_rows": np.float32(-5)}, r"num_rows: .*came .*-5"),
-        ({"sr": np.zeros((1, 3, 16, 16))}, r"sr: expected a torch tensor, came ndarray"),
-        ({"mask": [1, 0]}, r"mask: expected a torch tensor, came list"),
-        ({"num_rows": torch.ones(2)}, r"0-dim tensor, came shape \[2\]"),
+        ({"gt": torch.rand(1, 3, 16, 17)}, r"shape of sr \[1, 3, 16, 16\], got \[1, 3, 16, 17\]"),
+        ({"gt": torch.rand(1, 3, 16, 16).double()}, r"dtype of sr torch.float32, got torch.float64"),
+        ({"gt": torch.rand(1, 3, 16, 16).to("meta")}, r"device of sr cpu, got on meta"),
+        ({"mask": torch.ones(1, 16, 16)}, r"\[1, 1, 16, 16\].*got \[1, 16, 16\]"),
+        ({"num_rows": -1}, r"num_rows: .*got -1"),
+        ({"num_rows": float("nan")}, r"num_rows: .*got nan"),
+        ({"num_rows": np.float32(-5)}, r"num_rows: .*got .*-5"),
+        ({"sr": np.zeros((1, 3, 16, 16))}, r"sr: expected a torch tensor, got ndarray"),
+        ({"mask": [1, 0]}, r"mask: expected a torch tensor, got list"),
+        ({"num_rows": torch.ones(2)}, r"0-dim tensor, got shape \[2\]"),
     ],
 )
 def test_mistakes_show_both_sides(change, both_sides):
@@ -284,9 +284,9 @@ def test_a_second_derivative_raises_instead_of_leaving_the_curvature_out(backend
 def test_other_ranges_and_masks_of_255_are_mentioned():
     sr, gt, mask = (x.float() for x in make_pair(1, 3, 16, 16, density=0.3, seed=0))
     ssl = SelfSimilarityLoss(**SMALL)
-    with pytest.warns(UserWarning, match=r"gt: expected pictures in \[0, 1\].*came values from .* to 2"):
+    with pytest.warns(UserWarning, match=r"gt: expected pictures in \[0, 1\].*got values from .* to 2"):
         ssl(255 * sr, 255 * gt, mask)
-    with pytest.warns(UserWarning, match=r"came values from -"):
+    with pytest.warns(UserWarning, match=r"got values from -"):
         ssl(2 * sr - 1, 2 * gt - 1, mask)
     with pytest.warns(UserWarning, match=r"mask: exactly 1 counts, and no entry is 1 \(largest 255\)") as caught:
         assert ssl(sr, gt, 255 * mask) == 0

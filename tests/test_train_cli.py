@@ -73,7 +73,7 @@ def test_dry_run_counts_parameters_and_memory_without_weights():
     assert result.exit_code == 2  # the photographs' folder holds no autoencoder
     assert re.search(r"model.vae +missing", result.output)
     assert re.search(
-        r"training +refused +training.crop_size: this model needs a multiple of \d+ pixels, came 100; \d+ would do", result.output
+        r"training +refused +training.crop_size: this model needs a multiple of \d+ pixels, got 100; \d+ would do", result.output
     )
     assert re.search(r"data +ok +folder .*: \d+ pictures", result.output)
     assert re.search(r"all +[\d.]+ M +trained +[\d.]+ M", result.output)

@@ -210,11 +210,11 @@ def test_sources_without_a_picture(tmp_path):
 
 
 def test_sizes_that_cannot_work(folder):
-    with pytest.raises(UserError, match="multiple of the scale 4, came 66"):
+    with pytest.raises(UserError, match="multiple of the scale 4, got 66"):
         open_small(from_folder(folder), crop_size=66)
-    with pytest.raises(UserError, match="from 1 to 8, came 9"):
+    with pytest.raises(UserError, match="from 1 to 8, got 9"):
         open_small(from_folder(folder), scale=9)
-    with pytest.raises(UserError, match="multiple of the batch of 2, came 5"):
+    with pytest.raises(UserError, match="multiple of the batch of 2, got 5"):
         open_small(from_folder(folder, degradation={"pool_size": 5}))
 
 

@@ -99,7 +99,7 @@ def evaluate(
 
 def _check_arguments(restored: Any, reference: Path | None, model: Any, dataset: str | None, lr: Path | None) -> None:
     if not restored and not model:
-        raise UserError("expected --restored DIR (with --reference DIR), or --model PATH with --dataset DIR; neither came.")
+        raise UserError("expected --restored DIR (with --reference DIR), or --model PATH with --dataset DIR; got neither.")
     if model and not dataset:
         raise UserError("--model needs --dataset: a folder with lr/ and hr/, LR_DIR,HR_DIR or a folder of photographs.")
     if dataset and reference:

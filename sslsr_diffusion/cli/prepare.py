@@ -154,7 +154,7 @@ def check(
     if config is None:
         sources = [checking.guess_source(_input(place, source), kind=kind, column=column, lr_column=lr_column)]
     elif place or source or kind or column or lr_column:
-        raise UserError("check: expected either --config or an input with its options, came both.")
+        raise UserError("check: expected either --config or an input with its options, got both.")
     else:
         recipe = load_recipe(config, set_ or [])
         sources, mask = [*recipe.data.sources, *recipe.data.validation], recipe.data.mask
@@ -224,7 +224,7 @@ def _input(place: str | None, source: str | None, option: str = "--input") -> st
 
     if (place is None) == (source is None):
         raise UserError(
-            f"expected one folder, picture or pattern, as the argument or as {option}, came {'none' if place is None else 'both'}."
+            f"expected one folder, picture or pattern, as the argument or as {option}, got {'none' if place is None else 'both'}."
         )
     return place or source or ""
 

@@ -33,7 +33,7 @@ def gaussian_like_kernel(family: Family, size: int, sigma_x: float, sigma_y: flo
         float64 [size, size] with sum 1.
     """
     if family not in FAMILIES:
-        raise ValueError(f"blur kernel family: expected one of {', '.join(FAMILIES)}, came {family!r}")
+        raise ValueError(f"blur kernel family: expected one of {', '.join(FAMILIES)}, got {family!r}")
     if family.endswith("aniso"):
         q = _quadratic_form(size, sigma_x**2, sigma_y**2, theta)
     else:

@@ -65,8 +65,8 @@ class Looker:
         if item.lr is not None:
             lr = read_image(item.lr, name=f"{item.name} (low-resolution partner)").size
             if (lr[0] * self._scale, lr[1] * self._scale) != (height, width):
-                came = f"{width}x{height} and {lr[1]}x{lr[0]} pixels"
-                return Finding(item.name, problem=f"{item.name}: the sizes of the pair do not fit scale {self._scale}: {came}.")
+                got = f"{width}x{height} and {lr[1]}x{lr[0]} pixels"
+                return Finding(item.name, problem=f"{item.name}: the sizes of the pair do not fit scale {self._scale}: {got}.")
         if item.latents is not None:
             read_latents(item.latents)
             if self._settled:

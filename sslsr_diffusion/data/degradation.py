@@ -150,7 +150,7 @@ class DegradationSettings(Settings):
         if not isinstance(given, dict):
             return given
         if given.get("preset") is not None and given.get("steps") is not None:
-            raise ValueError("degradation: expected either preset or steps, came both; remove one")
+            raise ValueError("degradation: expected either preset or steps, got both; remove one")
         neither = given.get("preset") is None and given.get("steps") is None
         return {**given, "preset": "stablesr_ssl"} if neither else given
 

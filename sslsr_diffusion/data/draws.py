@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
-        raise ValueError(f"expected [least, most], came {list(pair)}")
+        raise ValueError(f"expected [least, most], got {list(pair)}")
     return pair
 
 
@@ -23,7 +23,7 @@ def within(least: float, most: float) -> AfterValidator:
 
     def check(pair: tuple[Any, Any]) -> tuple[Any, Any]:
         if not least <= pair[0] <= pair[1] <= most:
-            raise ValueError(f"expected [least, most] with numbers from {least:g} to {most:g}, came {list(pair)}")
+            raise ValueError(f"expected [least, most] with numbers from {least:g} to {most:g}, got {list(pair)}")
         return pair
 
     return AfterValidator(check)
@@ -31,7 +31,7 @@ def within(least: float, most: float) -> AfterValidator:
 
 def _odd(pair: tuple[int, int]) -> tuple[int, int]:
     if pair[0] % 2 == 0 or pair[1] % 2 == 0 or not 1 <= pair[0] <= pair[1] <= 51:
-        raise ValueError(f"expected two odd sizes from 1 to 51, [least, most], came {list(pair)}")
+        raise ValueError(f"expected two odd sizes from 1 to 51, [least, most], got {list(pair)}")
     return pair
 
 

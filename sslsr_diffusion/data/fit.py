@@ -24,7 +24,7 @@ def degradation_section(estimates: Sequence[Estimate], scale: int) -> dict[str, 
         UserError: there are no estimates.
     """
     if not estimates:
-        raise UserError("fit: expected at least one readable low-resolution picture, came none.")
+        raise UserError("fit: expected at least one readable low-resolution picture, got none.")
     steps: list[dict[str, Any]] = []
     blurs = [e.blur for e in estimates if e.blur > 0]
     if blurs:

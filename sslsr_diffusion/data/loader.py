@@ -220,10 +220,10 @@ def open_training_data(
     """
     check_sizes(crop_size, scale)
     if not settings.sources:
-        raise UserError("data.sources: expected at least one source to train on, came none; for example [{kind: folder, path: photos}].")
+        raise UserError("data.sources: expected at least one source to train on, got none; for example [{kind: folder, path: photos}].")
     pool = settings.degradation.pool_size
     if pool % batch_size:
-        raise UserError(f"data.degradation.pool_size: expected a multiple of the batch of {batch_size}, came {pool}.")
+        raise UserError(f"data.degradation.pool_size: expected a multiple of the batch of {batch_size}, got {pool}.")
     streams = {i: Stream(s, seed, rank, world_size) for i, s in enumerate(settings.sources) if is_stream(s)}
     sources: list[IndexedSource | None] = [None if i in streams else open_source(s) for i, s in enumerate(settings.sources)]
     schedule = SourceSchedule([s.weight for s in settings.sources], seed)
@@ -240,9 +240,9 @@ def open_training_data(
 
 def check_sizes(crop_size: int, scale: int) -> None:
     if not 1 <= scale <= 8:
-        raise UserError(f"scale: expected a whole number from 1 to 8, came {scale}.")
+        raise UserError(f"scale: expected a whole number from 1 to 8, got {scale}.")
     if crop_size < scale or crop_size % scale:
-        raise UserError(f"crop size: expected a multiple of the scale {scale}, came {crop_size}.")
+        raise UserError(f"crop size: expected a multiple of the scale {scale}, got {crop_size}.")
 
 
 def _check_state(state: dict[str, Any], lengths: list[int | None]) -> None:

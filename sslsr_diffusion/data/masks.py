@@ -78,8 +78,8 @@ class MaskFiles:
         path = self._path(name, Path(file))
         mask = read_mask(path)
         if mask.shape != size:
-            came = f"{mask.shape[1]}x{mask.shape[0]}"
-            raise MaskMismatch(f"{name}: {size[1]}x{size[0]} pixels, but its mask {printable(path.name)} has {came}.")
+            got = f"{mask.shape[1]}x{mask.shape[0]}"
+            raise MaskMismatch(f"{name}: {size[1]}x{size[0]} pixels, but its mask {printable(path.name)} has {got}.")
         return mask
 
     def _path(self, name: str, picture: Path) -> Path:
@@ -122,5 +122,5 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
         raise MaskMismatch(f"{printable(path)}: cannot be read as a mask ({type(error).__name__}: {error}).") from error
     values = np.squeeze(values)
     if values.ndim != 2:
-        raise MaskMismatch(f"{printable(path)}: expected a mask [H, W], came shape {list(values.shape)}.")
+        raise MaskMismatch(f"{printable(path)}: expected a mask [H, W], got shape {list(values.shape)}.")
     return values != 0

@@ -156,8 +156,8 @@ class SampleMaker:
         if item.lr is not None:
             planes["lr"] = lr = read_image(item.lr, name=f"{item.name} (low-resolution partner)").rgb
             if (lr.shape[0] * self.scale, lr.shape[1] * self.scale) != (height, width):
-                came = f"{width}x{height} and {lr.shape[1]}x{lr.shape[0]} pixels"
-                raise Unusable(f"{item.name}: the sizes of the pair do not fit scale {self.scale}: {came}.")
+                got = f"{width}x{height} and {lr.shape[1]}x{lr.shape[0]} pixels"
+                raise Unusable(f"{item.name}: the sizes of the pair do not fit scale {self.scale}: {got}.")
         check_whole(item, height, width, self.crop_size)
         if self._mask_files is not None:
             planes["mask"] = self._mask_files.read(item.name, item.file, (height, width))

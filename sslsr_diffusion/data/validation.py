@@ -69,7 +69,7 @@ def _pair(source: IndexedSource, position: int, degradation: Degradation, crop_s
         return ValidationPair(item.name, degradation.apply(cut[None], ops, sample_generator(seed, position, "validation noise"))[0], cut)
     lr = to_tensor(read_image(item.lr, name=item.name).rgb)
     if (lr.shape[1] * scale, lr.shape[2] * scale) != tuple(hr.shape[1:]):
-        came = f"{hr.shape[2]}x{hr.shape[1]} and {lr.shape[2]}x{lr.shape[1]} pixels"
-        raise UserError(f"{item.name}: the sizes of the pair do not fit scale {scale}: {came}.")
+        got = f"{hr.shape[2]}x{hr.shape[1]} and {lr.shape[2]}x{lr.shape[1]} pixels"
+        raise UserError(f"{item.name}: the sizes of the pair do not fit scale {scale}: {got}.")
     low = lr[:, top // scale : (top + height) // scale, left // scale : (left + width) // scale].contiguous()
     return ValidationPair(item.name, low, cut)

@@ -89,7 +89,7 @@ def _prepare(restored: Tensor, reference: Tensor, border: int, y_channel: bool) 
     """Both images cut, on the 0..255 scale, in the widest float the device has."""
     if restored.ndim != 4 or restored.shape != reference.shape:
         raise UserError(
-            f"expected two images [B, C, H, W] of one shape, came restored {tuple(restored.shape)} and reference {tuple(reference.shape)}."
+            f"expected two images [B, C, H, W] of one shape, got restored {tuple(restored.shape)} and reference {tuple(reference.shape)}."
         )
     dtype = torch.float32 if restored.device.type == "mps" else torch.float64
     a, b = (crop(x.to(dtype), border) for x in (restored, reference))

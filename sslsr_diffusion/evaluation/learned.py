@@ -59,7 +59,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     import numpy as np
 
     if min(len(a), len(b)) < 2:
-        raise UserError(f"FID compares two sets of at least 2 images, came {len(a)} and {len(b)}.")
+        raise UserError(f"FID compares two sets of at least 2 images, got {len(a)} and {len(b)}.")
     means = [x.mean(axis=0, dtype=np.float64) for x in (a, b)]
     left, right = ((x.astype(np.float64) - m) / np.sqrt(len(x) - 1) for x, m in zip((a, b), means))
     cross = np.linalg.svd(left @ right.T, compute_uv=False).sum()

@@ -85,8 +85,8 @@ def _reason(error: Exception, magic: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not a picture, damaged at the start, or of a format other than " + ", ".join(f for f in FORMATS if f not in ("DIB", "MPO"))
     if isinstance(error, DecompressionBombError):
-        came = re.search(r"\d+", text)
-        return f"{int(came[0]) / 1e6:.0f} megapixels {_TOO_MANY}" if came else f"its pixels {_TOO_MANY}"
+        got = re.search(r"\d+", text)
+        return f"{int(got[0]) / 1e6:.0f} megapixels {_TOO_MANY}" if got else f"its pixels {_TOO_MANY}"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     if isinstance(error, _Refused):

@@ -32,7 +32,7 @@ def color_fix(kind: str | None, content: Tensor, style: Tensor) -> Tensor:
     if kind is None:
         kind = "none"
     if kind not in COLOR_FIXES:
-        raise UserError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, came {kind!r}.")
+        raise UserError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, got {kind!r}.")
     if content.shape != style.shape:
         raise UserError(f"color_fix: content {list(content.shape)} and style {list(style.shape)} must have the same shape.")
     return COLOR_FIXES[kind](content.float(), style.float())

@@ -209,7 +209,7 @@ def parse_bytes(text: str) -> int:
     """Bytes of "8GB", "8GiB", "500MB", "1.5 g" (decimal without the i); a bare number is bytes.
 
     Raises:
-        UserError: something else came.
+        UserError: something else was given.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text, re.IGNORECASE)
     if found is None or not float(found[1]):

@@ -20,7 +20,7 @@ def image_seeds(generator: Generators, count: int) -> list[int]:
     """
     if isinstance(generator, Sequence):
         if len(generator) != count:
-            raise UserError(f"generator: expected one, or as many as there are images ({count}), came {len(generator)}.")
+            raise UserError(f"generator: expected one, or as many as there are images ({count}), got {len(generator)}.")
         return [_draw(each) for each in generator]
     return [_draw(generator) for _ in range(count)]
 

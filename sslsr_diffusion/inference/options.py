@@ -44,23 +44,23 @@ class Options:
     def check(self) -> None:
         """Raises UserError for an impossible value; tiles and steps are checked where they are used."""
         if (self.color_fix or "none") not in COLOR_FIXES:
-            raise UserError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, came {self.color_fix!r}.")
+            raise UserError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, got {self.color_fix!r}.")
         if self.tile_weights not in TILE_WEIGHTS:
-            raise UserError(f"tile_weights: expected one of {', '.join(TILE_WEIGHTS)}, came {self.tile_weights!r}.")
+            raise UserError(f"tile_weights: expected one of {', '.join(TILE_WEIGHTS)}, got {self.tile_weights!r}.")
         if not 0 < self.scale < float("inf"):
-            raise UserError(f"scale: expected a positive number, came {self.scale}.")
+            raise UserError(f"scale: expected a positive number, got {self.scale}.")
         if self.start not in ("lr", "noise"):
-            raise UserError(f"start: expected 'lr' or 'noise', came {self.start!r}.")
+            raise UserError(f"start: expected 'lr' or 'noise', got {self.start!r}.")
         if self.start == "noise" and self.strength < 1:
-            raise UserError(f"start: pure noise needs strength 1, came {self.strength}; use start='lr' for an intermediate step.")
+            raise UserError(f"start: pure noise needs strength 1, got {self.strength}; use start='lr' for an intermediate step.")
         if self.tile_batch_size < 1:
-            raise UserError(f"tile_batch_size: expected 1 or more, came {self.tile_batch_size}.")
+            raise UserError(f"tile_batch_size: expected 1 or more, got {self.tile_batch_size}.")
         if not is_share(self.antiring):
-            raise UserError(f"antiring: expected 0 (off) to 1 (nothing beyond the low-resolution pixels nearby), came {self.antiring!r}.")
+            raise UserError(f"antiring: expected 0 (off) to 1 (nothing beyond the low-resolution pixels nearby), got {self.antiring!r}.")
         if not is_share(self.detail):
-            raise UserError(f"detail: expected 0 (bicubic) to 1 (all that the model adds), came {self.detail!r}.")
+            raise UserError(f"detail: expected 0 (bicubic) to 1 (all that the model adds), got {self.detail!r}.")
         if not 0 <= self.eta <= 1:
-            raise UserError(f"eta: expected 0 to 1, came {self.eta}.")
+            raise UserError(f"eta: expected 0 to 1, got {self.eta}.")
 
 
 @dataclass

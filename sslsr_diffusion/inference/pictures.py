@@ -23,12 +23,12 @@ def to_tensors(image: Any) -> list[Tensor]:
         image: a PIL image; an array [h, w, 3], [h, w] or [B, h, w, 3] (float in [0, 1], uint8 or uint16); a tensor [3, h, w] or
             [B, 3, h, w] (float in [0, 1] or uint8); or a list of these.
     Raises:
-        UserError: something else came, or values outside [0, 1].
+        UserError: something else was given, or values outside [0, 1].
     """
     if isinstance(image, Sequence) and not isinstance(image, str | bytes):
         pictures = [picture for entry in image for picture in to_tensors(entry)]
         if not pictures:
-            raise UserError("image: expected at least one picture, came an empty list.")
+            raise UserError("image: expected at least one picture, got an empty list.")
         return pictures
     if isinstance(image, PIL.Image.Image):
         return [_from_array(_pil_array(image))]
@@ -36,7 +36,7 @@ def to_tensors(image: Any) -> list[Tensor]:
         return [_from_array(each) for each in image] if image.ndim == 4 else [_from_array(image)]
     if isinstance(image, Tensor):
         return [_checked(each) for each in image] if image.ndim == 4 else [_checked(image)]
-    raise UserError(f"image: expected a PIL image, an array, a tensor or a list of them, came {type(image).__name__}.")
+    raise UserError(f"image: expected a PIL image, an array, a tensor or a list of them, got {type(image).__name__}.")
 
 
 def _pil_array(image: PIL.Image.Image) -> np.ndarray:
@@ -49,21 +49,21 @@ def _from_array(array: np.ndarray) -> Tensor:
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=-1)
     if array.ndim != 3 or array.shape[-1] != 3:
-        raise UserError(f"image: expected an array [h, w, 3], came shape {list(array.shape)}; drop alpha, put channels last.")
+        raise UserError(f"image: expected an array [h, w, 3], got shape {list(array.shape)}; drop alpha, put channels last.")
     full = _FULL.get(array.dtype)
     if full is None and not np.issubdtype(array.dtype, np.floating):
-        raise UserError(f"image: expected float in [0, 1], uint8 or uint16, came {array.dtype}.")
+        raise UserError(f"image: expected float in [0, 1], uint8 or uint16, got {array.dtype}.")
     scaled = array.astype(np.float32)
     return _checked(torch.from_numpy(np.ascontiguousarray((scaled / np.float32(full) if full else scaled).transpose(2, 0, 1))))
 
 
 def _checked(picture: Tensor) -> Tensor:
     if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
-        raise UserError(f"image: expected a tensor [3, h, w] or [B, 3, h, w], came {list(picture.shape)}.")
+        raise UserError(f"image: expected a tensor [3, h, w] or [B, 3, h, w], got {list(picture.shape)}.")
     picture = picture.float() / 255.0 if picture.dtype == torch.uint8 else picture.float()
     low, high = picture.aminmax()
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails as well
-        raise UserError(f"image: expected values in [0, 1], came {low.item():.3g} to {high.item():.3g}; scale the picture first.")
+        raise UserError(f"image: expected values in [0, 1], got {low.item():.3g} to {high.item():.3g}; scale the picture first.")
     return picture.clamp(0, 1)
 
 

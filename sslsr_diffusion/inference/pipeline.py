@@ -195,7 +195,7 @@ class StableSRPipeline(DiffusionPipeline):
             on_step_end=callback_on_step_end,
         )
         if output_type not in OUTPUT_TYPES:
-            raise UserError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, came {output_type!r}.")
+            raise UserError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         options.check()
         self._notes = []
         restored, plans = self._upscale_all(pictures, image_seeds(generator, len(pictures)), texts, options)

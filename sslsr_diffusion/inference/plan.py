@@ -200,12 +200,12 @@ def check_tile(tile: Tile, unit: int, name: str) -> None:
     if tile in ("auto", None):
         return
     if not isinstance(tile, int) or tile < unit or tile % unit:
-        raise UserError(f"{name}: expected a multiple of {unit} pixels, 'auto' or none, came {tile!r}.")
+        raise UserError(f"{name}: expected a multiple of {unit} pixels, 'auto' or none, got {tile!r}.")
 
 
 def _overlap(overlap: int, tile: int, default: bool, vae_scale: int) -> int:
     if default:
         return tile // 2 // vae_scale * vae_scale
     if not 0 <= overlap < tile or overlap % vae_scale:
-        raise UserError(f"tile_overlap: expected a multiple of {vae_scale} pixels below the tile ({tile}), came {overlap}.")
+        raise UserError(f"tile_overlap: expected a multiple of {vae_scale} pixels below the tile ({tile}), got {overlap}.")
     return overlap

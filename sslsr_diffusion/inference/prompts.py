@@ -16,7 +16,7 @@ def per_picture(prompt: str | Sequence[str] | None, count: int, name: str) -> li
     if prompt is None or isinstance(prompt, str):
         return [prompt or ""] * count
     if len(prompt) != count:
-        raise UserError(f"{name}: expected one text, or as many as there are images ({count}), came {len(prompt)}.")
+        raise UserError(f"{name}: expected one text, or as many as there are images ({count}), got {len(prompt)}.")
     return list(prompt)
 
 
@@ -24,7 +24,7 @@ def encode_texts(texts: Sequence[str], text_encoder: Any, tokenizer: Any, unet: 
     """Context [B, L, D] for B texts.
 
     Raises:
-        UserError: a text came, but the pipeline has no text encoder or no tokenizer.
+        UserError: a text was given, but the pipeline has no text encoder or no tokenizer.
     """
     if text_encoder is None:
         if any(texts):

@@ -282,7 +282,7 @@ def upscale_image(pipe: Any, image: Image, options: RunnerOptions) -> Image:
     answer = output.images[0]
     size = tuple(max(1, round(options.scale * side)) for side in image.size)
     if tuple(answer.shape) != (3, *size):
-        raise ValueError(f"expected {size[1]} x {size[0]} pixels from the pipeline, came {list(answer.shape)}")
+        raise ValueError(f"expected {size[1]} x {size[0]} pixels from the pipeline, got {list(answer.shape)}")
     dtype, alpha = image.rgb.dtype, None
     if image.gray:
         answer = answer.mean(dim=0, keepdim=True).expand(3, -1, -1)

@@ -60,7 +60,7 @@ def spaced_timesteps(num_steps: int, num_train_timesteps: int = 1000) -> list[in
     the start was noised (the original's 0 would skip the network's noise level altogether).
     """
     if not 1 <= num_steps <= num_train_timesteps:
-        raise UserError(f"num_inference_steps: expected 1 to {num_train_timesteps}, came {num_steps}; choose a value in that range.")
+        raise UserError(f"num_inference_steps: expected 1 to {num_train_timesteps}, got {num_steps}; choose a value in that range.")
     if num_steps == 1:
         return [num_train_timesteps - 1]
     stride = (num_train_timesteps - 1) / (num_steps - 1)
@@ -80,7 +80,7 @@ def clean_and_noise(pred: Tensor, x: Tensor, alpha: float, prediction_type: str)
         return signal * x - spread * pred, signal * pred + spread * x
     if prediction_type == "sample":
         return pred, (x - signal * pred) / spread
-    raise UserError(f"prediction_type: expected epsilon, v_prediction or sample, came {prediction_type!r}; mend the scheduler's config.")
+    raise UserError(f"prediction_type: expected epsilon, v_prediction or sample, got {prediction_type!r}; mend the scheduler's config.")
 
 
 class _Spaced:
@@ -204,7 +204,7 @@ class DiffusersSampler:
 def kept_steps(num_steps: int, strength: float) -> int:
     """How many of the last steps run at this strength; 1.0 keeps all, and at least one runs."""
     if not 0.0 < strength <= 1.0:
-        raise UserError(f"strength: expected a value above 0 and up to 1, came {strength}; 1 starts from the fully noised latent.")
+        raise UserError(f"strength: expected a value above 0 and up to 1, got {strength}; 1 starts from the fully noised latent.")
     return max(1, min(num_steps, int(num_steps * strength)))
 
 

@@ -32,7 +32,7 @@ class Box(NamedTuple):
 def tile_offsets(length: int, tile: int, overlap: int) -> list[int]:
     """Where tiles begin along one axis: every `tile - overlap`, the last flush with the end (specification 7.4, 7.5)."""
     if not 0 <= overlap < tile:
-        raise UserError(f"tile_overlap: expected 0 up to less than the tile ({tile}), came {overlap}; choose a smaller overlap.")
+        raise UserError(f"tile_overlap: expected 0 up to less than the tile ({tile}), got {overlap}; choose a smaller overlap.")
     if length <= tile:
         return [0]
     stride = tile - overlap
@@ -72,7 +72,7 @@ def tile_weights(height: int, width: int, kind: str = "smooth", overlap: int = 0
     if kind == "smooth":
         return ramp(height)[:, None] * ramp(width) if overlap else torch.ones(height, width, dtype=torch.float64)
     if kind not in TILE_WEIGHTS:
-        raise UserError(f"tile_weights: expected one of {', '.join(TILE_WEIGHTS)}, came {kind!r}.")
+        raise UserError(f"tile_weights: expected one of {', '.join(TILE_WEIGHTS)}, got {kind!r}.")
     return gaussian(height, height / 2 if kind == "original" else (height - 1) / 2)[:, None] * gaussian(width, (width - 1) / 2)
 
 

@@ -60,7 +60,7 @@ class Base:
         for key, value in found.items():
             if not is_share(value):
                 raise UserError(
-                    f"model.base: default_{key} in model_index.json of {self.name}: expected a number from 0 to 1, came {value!r}."
+                    f"model.base: default_{key} in model_index.json of {self.name}: expected a number from 0 to 1, got {value!r}."
                 )
         return {key: float(value) for key, value in found.items()}
 

@@ -85,7 +85,7 @@ class Networks:
         """
         last = self.schedule.num_train_timesteps - 1
         if timestep > last:
-            raise UserError(f"training.start_timestep: expected at most {last}, the last of {self.base}; came {timestep}.")
+            raise UserError(f"training.start_timestep: expected at most {last}, the last of {self.base}; got {timestep}.")
         config = truncated(self.scheduler_config, timestep + 1)
         return replace(self, schedule=Schedule.from_scheduler(config), scheduler_config=config)
 

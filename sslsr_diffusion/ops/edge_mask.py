@@ -72,7 +72,7 @@ def apply_mask_stride(mask: Tensor, stride: int) -> Tensor:
         stride: at least 1; 1 keeps everything.
     """
     if stride < 1:
-        raise ValueError(f"mask stride: expected an integer of at least 1, came {stride}")
+        raise ValueError(f"mask stride: expected an integer of at least 1, got {stride}")
     if stride == 1:
         return mask
     y = torch.arange(mask.shape[-2], device=mask.device)
@@ -90,7 +90,7 @@ def cap_mask(mask: Tensor, limit: int, generator: torch.Generator | None = None)
         generator: CPU generator; the choice does not depend on the device.
     """
     if limit < 1:
-        raise ValueError(f"mask cap: expected at least 1 pixel, came {limit}")
+        raise ValueError(f"mask cap: expected at least 1 pixel, got {limit}")
     capped = mask.clone(memory_format=torch.contiguous_format)
     for one in capped.flatten(1):
         marked = one.nonzero().squeeze(1)
@@ -127,6 +127,6 @@ def _shift(grey: Tensor, step: int, dim: int) -> Tensor:
 
 def _check(image: Tensor) -> None:
     if image.dim() != 4 or image.shape[1] not in (1, 3):
-        raise ValueError(f"edge mask: expected an image [B, 3, H, W] or [B, 1, H, W], came shape {list(image.shape)}")
+        raise ValueError(f"edge mask: expected an image [B, 3, H, W] or [B, 1, H, W], got shape {list(image.shape)}")
     if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise ValueError(f"edge mask: expected floating point in [0, 1] or uint8, came {image.dtype}")
+        raise ValueError(f"edge mask: expected floating point in [0, 1] or uint8, got {image.dtype}")

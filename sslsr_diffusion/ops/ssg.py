@@ -60,11 +60,11 @@ def check_sizes(search_size: int, window_size: int, sigma: float) -> None:
     """ValueError unless both sizes are odd, the window fits into the search area and sigma is a positive number."""
     for name, size in (("search_size", search_size), ("window_size", window_size)):
         if not isinstance(size, int) or size < 1 or size % 2 == 0:
-            raise ValueError(f"{name}: expected a positive odd integer, came {size!r}.")
+            raise ValueError(f"{name}: expected a positive odd integer, got {size!r}.")
     if window_size > search_size:
-        raise ValueError(f"window_size: expected at most search_size = {search_size}, came {window_size}.")
+        raise ValueError(f"window_size: expected at most search_size = {search_size}, got {window_size}.")
     if not is_number(sigma) or not 0 < sigma < math.inf:
-        raise ValueError(f"sigma: expected a positive finite number, came {sigma!r}.")
+        raise ValueError(f"sigma: expected a positive finite number, got {sigma!r}.")
 
 
 def is_number(value: object) -> bool:
@@ -75,7 +75,7 @@ def check_tensors(**named: object) -> None:
     """ValueError for anything that is no tensor, a numpy array for example."""
     for name, value in named.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: expected a torch tensor, came {type(value).__name__}.")
+            raise ValueError(f"{name}: expected a torch tensor, got {type(value).__name__}.")
 
 
 def check_inputs(image: Tensor, mask: Tensor, search_size: int, window_size: int, sigma: float) -> None:
@@ -83,19 +83,19 @@ def check_inputs(image: Tensor, mask: Tensor, search_size: int, window_size: int
     check_sizes(search_size, window_size, sigma)
     check_tensors(image=image, mask=mask)
     if image.ndim != 4 or image.shape[1] < 1:
-        raise ValueError(f"image: expected [B, C, H, W], came {list(image.shape)}.")
+        raise ValueError(f"image: expected [B, C, H, W], got {list(image.shape)}.")
     if image.dtype not in (torch.float32, torch.float64, *_LOW_PRECISION):
-        raise ValueError(f"image: expected floating point in [0, 1], came {image.dtype}; divide 8-bit images by 255.")
+        raise ValueError(f"image: expected floating point in [0, 1], got {image.dtype}; divide 8-bit images by 255.")
     batch, _, height, width = image.shape
     if list(mask.shape) != [batch, 1, height, width]:
-        raise ValueError(f"mask: expected [{batch}, 1, {height}, {width}] for an image {list(image.shape)}, came {list(mask.shape)}.")
+        raise ValueError(f"mask: expected [{batch}, 1, {height}, {width}] for an image {list(image.shape)}, got {list(mask.shape)}.")
     if mask.is_complex():
-        raise ValueError(f"mask: expected bool or numbers, came {mask.dtype}.")
+        raise ValueError(f"mask: expected bool or numbers, got {mask.dtype}.")
     if mask.device != image.device:
-        raise ValueError(f"mask: expected on the image's device {image.device}, came on {mask.device}.")
+        raise ValueError(f"mask: expected on the image's device {image.device}, got on {mask.device}.")
     smallest = search_size // 2 + 1
     if min(height, width) < smallest:
-        raise ValueError(f"image: expected sides of at least {smallest} pixels for search_size = {search_size}, came {height} x {width}.")
+        raise ValueError(f"image: expected sides of at least {smallest} pixels for search_size = {search_size}, got {height} x {width}.")
 
 
 def as_bool(mask: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def refuse_forward_mode(backend: ModuleType, image: Tensor) -> None:
 
 def backend_module(name: str) -> ModuleType:
     if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, came {name!r}.")
+        raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {name!r}.")
     return BACKENDS[name]
 
 
@@ -128,7 +128,7 @@ def choose_backend(name: str, image: Tensor) -> ModuleType:
         return backend_module("torch")
     module = backend_module(name)
     if name in ("cpu", "cuda") and image.dtype != torch.float32:
-        raise ValueError(f'image: backend="{name}" computes in float32, came {image.dtype}; use backend="torch" for it.')
+        raise ValueError(f'image: backend="{name}" computes in float32, got {image.dtype}; use backend="torch" for it.')
     reason = module.unavailable(image.device)
     if reason is not None:
         raise BackendUnavailable(f'backend="{name}" cannot run here: {reason}')

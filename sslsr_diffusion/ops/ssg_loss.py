@@ -53,9 +53,9 @@ class SelfSimilarityLoss(nn.Module):
         check_sizes(search_size, window_size, sigma)
         for name, weight in (("l1_weight", l1_weight), ("kl_weight", kl_weight)):
             if not is_number(weight) or not 0 <= weight < math.inf:
-                raise ValueError(f"{name}: expected a finite number of at least 0, came {weight!r}.")
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {weight!r}.")
         if not isinstance(mask_stride, int) or mask_stride < 1:
-            raise ValueError(f"mask_stride: expected an integer of at least 1, came {mask_stride!r}.")
+            raise ValueError(f"mask_stride: expected an integer of at least 1, got {mask_stride!r}.")
         if backend != "auto":
             backend_module(backend)
         self.search_size, self.window_size, self.sigma, self.normalize = search_size, window_size, float(sigma), bool(normalize)
@@ -104,19 +104,19 @@ class SelfSimilarityLoss(nn.Module):
         """
         check_tensors(sr=sr, gt=gt)
         if sr.shape != gt.shape:
-            raise ValueError(f"gt: expected the shape of sr {list(sr.shape)}, came {list(gt.shape)}.")
+            raise ValueError(f"gt: expected the shape of sr {list(sr.shape)}, got {list(gt.shape)}.")
         if sr.device != gt.device:
-            raise ValueError(f"gt: expected on the device of sr {sr.device}, came on {gt.device}.")
+            raise ValueError(f"gt: expected on the device of sr {sr.device}, got on {gt.device}.")
         mask = laplacian_edge_mask(gt) if mask is None else mask
         check_inputs(sr, mask, self.search_size, self.window_size, self.sigma)
         check_inputs(gt, mask, self.search_size, self.window_size, self.sigma)
         sr, gt = in_full_precision(sr), in_full_precision(gt.detach())
         if sr.dtype != gt.dtype:
-            raise ValueError(f"gt: expected the dtype of sr {sr.dtype}, came {gt.dtype}.")
+            raise ValueError(f"gt: expected the dtype of sr {sr.dtype}, got {gt.dtype}.")
         if isinstance(num_rows, Tensor) and num_rows.ndim != 0:
-            raise ValueError(f"num_rows: expected a number or a 0-dim tensor, came shape {list(num_rows.shape)}.")
+            raise ValueError(f"num_rows: expected a number or a 0-dim tensor, got shape {list(num_rows.shape)}.")
         if num_rows is not None and not isinstance(num_rows, Tensor) and not (is_number(num_rows) and 0 <= num_rows < math.inf):
-            raise ValueError(f"num_rows: expected a finite number of at least 0 rows, came {num_rows!r}.")
+            raise ValueError(f"num_rows: expected a finite number of at least 0 rows, got {num_rows!r}.")
         if not torch.compiler.is_compiling() and sr.device.type == "cpu":  # a GPU would have to be waited for
             _warn_of_other_ranges(gt, mask)
         mask = apply_mask_stride(as_bool(mask), self.mask_stride)
@@ -135,6 +135,6 @@ def _warn_of_other_ranges(gt: Tensor, mask: Tensor) -> None:
     """Pictures of 0 to 255 or -1 to 1 and masks of 0 and 255 give a loss of 0 or of another scale, and nothing else would say so."""
     low, high = (gt.amin().item(), gt.amax().item()) if gt.numel() else (0.0, 1.0)
     if low < -0.1 or high > 1.1:
-        warnings.warn(f"gt: expected pictures in [0, 1], which sigma is made for; came values from {low:.3g} to {high:.3g}.", stacklevel=5)
+        warnings.warn(f"gt: expected pictures in [0, 1], which sigma is made for; got values from {low:.3g} to {high:.3g}.", stacklevel=5)
     if mask.dtype != torch.bool and mask.any() and not (mask == 1).any():
         warnings.warn(f"mask: exactly 1 counts, and no entry is 1 (largest {mask.max().item():.3g}); pass mask > 0.", stacklevel=5)

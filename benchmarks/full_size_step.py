@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from sslsr_diffusion.build import build
-from sslsr_diffusion.memory_estimate import step_bytes
-from sslsr_diffusion.recipe import load_recipe
+from sslsr_diffusion.runs.memory import step_bytes
+from sslsr_diffusion.runs.recipe import load_recipe
+from sslsr_diffusion.runs.start import build
 from sslsr_diffusion.training.session import Session
 
 REPEATS = 5  # of the loss alone

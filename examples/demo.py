@@ -47,7 +47,7 @@ def print_table() -> None:
     from sslsr_diffusion.data import open_validation_pairs
     from sslsr_diffusion.evaluation.metrics import METRICS
     from sslsr_diffusion.images import resize_bicubic
-    from sslsr_diffusion.recipe import load_recipe
+    from sslsr_diffusion.runs.recipe import load_recipe
 
     recipe = load_recipe("configs/demo.yaml")
     look = recipe.validation

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
-from sslsr_diffusion.shipped import SMALL
+from sslsr_diffusion.shipped_model import SMALL
 
 CHAIN = ("small_autoencoder", "small_base", "small_ssl", "small_decoder", "small_texture", "small_sharp")
 PHOTOS, TESTS = Path("photos/validation"), Path("results/test-sets")

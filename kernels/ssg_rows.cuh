@@ -12,7 +12,7 @@
 // No float is ever added in an order that depends on scheduling: sums within a block are taken in a fixed order, and a
 // block adds the gradients of its tile's pixels one after the other to a slot that is its own (see ssg_gather.cu).
 //
-// The host chooses the SSG_* numbers (ops/ssg_cuda_plan.py) and compiles once for each set.
+// The host chooses the SSG_* numbers (ops/ssg_cuda_launch.py) and compiles once for each set.
 #ifndef SSG_ROWS_CUH
 #define SSG_ROWS_CUH
 

@@ -21,7 +21,7 @@ from PIL import ImageCms
 
 from sslsr_diffusion.config import RecipeError, parse, shipped_recipes
 from sslsr_diffusion.images import MAX_PIXELS, Image, UnreadableImage, read_image, write_image
-from sslsr_diffusion.recipe import Recipe, load_recipe, resolved
+from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved
 
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in shipped_recipes().items()}
 PLAIN = {name: resolved(load_recipe(name)) for name in TEXTS}

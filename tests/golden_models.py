@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from goldens import load_golden
 from torch import Tensor
 
-from sslsr_diffusion.convert import convert_structural_encoder, convert_unet, convert_vae, shapes
-from sslsr_diffusion.convert.stablesr import TEXT
 from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder, load_preset
+from sslsr_diffusion.models.stablesr.convert import convert_structural_encoder, convert_unet, convert_vae, shapes
+from sslsr_diffusion.models.stablesr.convert.stablesr import TEXT
 
 HEAD_CHANNELS = 16  # num_head_channels of the fixtures' config
 

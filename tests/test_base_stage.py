@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from toys import wave_photos
 
-from sslsr_diffusion.build import build, export_checkpoint
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.live import save_pipeline
 from sslsr_diffusion.inference.sampling import build_sampler, spaced_timesteps
-from sslsr_diffusion.live_networks import save_pipeline
-from sslsr_diffusion.memory_estimate import describe_memory, describe_parameters
 from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_autoencoder, build_networks, make_scheduler
-from sslsr_diffusion.recipe import Recipe
-from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
+from sslsr_diffusion.runs.recipe import Recipe
+from sslsr_diffusion.runs.start import build, export_checkpoint
+from sslsr_diffusion.training.loop import fit
 
 
 @pytest.fixture(scope="module")

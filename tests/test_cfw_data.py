@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 from test_training_data import picture
 from typer.testing import CliRunner
 
-from sslsr_diffusion import build as building
-from sslsr_diffusion.cfw_data import _settings
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.data import open_training_data
@@ -23,9 +21,11 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import read_image, to_tensor
 from sslsr_diffusion.inference import StableSRPipeline
 from sslsr_diffusion.models import ModelSettings, build_networks
-from sslsr_diffusion.recipe import Recipe, load_recipe
+from sslsr_diffusion.runs import start as building
+from sslsr_diffusion.runs.decoder_samples import _settings
+from sslsr_diffusion.runs.recipe import Recipe, load_recipe
 from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.training.loop import fit
 
 SIZE = 64
 

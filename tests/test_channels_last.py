@@ -9,11 +9,11 @@ import pytest
 import torch
 from toys import assert_same_checkpoint, wave_photos
 
-from sslsr_diffusion.build import build
 from sslsr_diffusion.config import parse
-from sslsr_diffusion.recipe import Recipe
+from sslsr_diffusion.runs.recipe import Recipe
+from sslsr_diffusion.runs.start import build
 from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.training.loop import fit
 
 STAGES = {
     "diffusion": [{"kind": "diffusion"}, {"kind": "pixel_l1"}],

@@ -22,7 +22,7 @@ from sslsr_diffusion.config import (
     read_raw,
     shipped_recipes,
 )
-from sslsr_diffusion.recipe import Recipe, load_recipe, resolved
+from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved
 
 BASE = {"data": {"sources": [{"kind": "folder", "path": "photos"}]}, "losses": [{"kind": "diffusion"}]}
 

@@ -10,7 +10,9 @@ from golden_models import HEAD_CHANNELS, golden_encoder, golden_unet, golden_vae
 from goldens import GOLDEN
 from torch import Tensor
 
-from sslsr_diffusion.convert import (
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder, load_preset
+from sslsr_diffusion.models.stablesr.convert import (
     convert_structural_encoder,
     convert_text_encoder,
     convert_unet,
@@ -21,9 +23,7 @@ from sslsr_diffusion.convert import (
     restore_vae,
     shapes,
 )
-from sslsr_diffusion.convert.stablesr import ENCODER, TEXT, UNET, VAE
-from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder, load_preset
+from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET, VAE
 
 
 def released() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from sslsr_diffusion.convert import read_checkpoint
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.stablesr.convert import read_checkpoint
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2]).half(), "c": torch.tensor(3, dtype=torch.bfloat16)}
 

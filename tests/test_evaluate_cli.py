@@ -14,7 +14,7 @@ from evaluation_samples import folders, noisy, picture, write
 from PIL import Image
 from typer.testing import CliRunner
 
-import sslsr_diffusion.inference.models as models
+import sslsr_diffusion.inference.open as models
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.metrics import METRICS

@@ -17,9 +17,9 @@ from test_two_processes import environment
 from toys import toy_job, toy_losses, toy_validation
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training import fit as fit_module
+from sslsr_diffusion.training import loop as fit_module
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
-from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.training.loop import fit
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 from sslsr_diffusion.training.state import AutoWeight
 

@@ -19,7 +19,7 @@ from hub_server import HubServer
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
-from sslsr_diffusion.training.hub import MANIFEST, HubPublisher, resolve_checkpoint_from_hub
+from sslsr_diffusion.training.publisher import MANIFEST, HubPublisher, resolve_checkpoint_from_hub
 
 TOKEN = "hf_writetoken"
 REPO = "someone/upscaler"
@@ -249,7 +249,7 @@ def test_no_step_waits_for_the_upload(hub, publisher, tmp_path):
 
     from toys import toy_job
 
-    from sslsr_diffusion.training.fit import fit
+    from sslsr_diffusion.training.loop import fit
     from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 
     hub.fault("", "slow:0.5", times=10**6)
@@ -280,8 +280,8 @@ def test_a_run_survives_a_hub_that_wakes_up_late(hub, publisher, tmp_path):
 
     from toys import toy_job
 
-    from sslsr_diffusion.training.fit import fit
-    from sslsr_diffusion.training.model_card import card_files
+    from sslsr_diffusion.runs.model_card import card_files
+    from sslsr_diffusion.training.loop import fit
     from sslsr_diffusion.training.settings import OutputSettings
 
     hub.fault("repos/create", 401, times=1)
@@ -310,9 +310,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 from sslsr_diffusion import StableSRPipeline
-from sslsr_diffusion.inference.models import find_model, load_pipeline
+from sslsr_diffusion.inference.open import find_model, load_pipeline
 from sslsr_diffusion.models import ModelSettings, build_networks
-from sslsr_diffusion.training.hub import HubPublisher
+from sslsr_diffusion.training.publisher import HubPublisher
 
 root, endpoint = Path(sys.argv[1]), sys.argv[2]
 pipe = StableSRPipeline(**build_networks(ModelSettings(init="random", preset="tiny", train="all")).components())

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from sslsr_diffusion.cli.infer import infer
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import Image, read_image, write_image
-from sslsr_diffusion.shipped import SMALL
+from sslsr_diffusion.shipped_model import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +43,7 @@ def calls(monkeypatch):
         seen.append(where)
         return pipe
 
-    monkeypatch.setattr("sslsr_diffusion.inference.models.load_pipeline", load)
+    monkeypatch.setattr("sslsr_diffusion.inference.open.load_pipeline", load)
     return seen
 
 
@@ -165,7 +165,7 @@ def test_interrupted_in_the_middle(desk, monkeypatch):
         raise KeyboardInterrupt
 
     interrupted.config = DEFAULTS
-    monkeypatch.setattr("sslsr_diffusion.inference.models.load_pipeline", lambda folder, **_: interrupted)
+    monkeypatch.setattr("sslsr_diffusion.inference.open.load_pipeline", lambda folder, **_: interrupted)
     result = run("--input", "in")
     assert result.exit_code == 130
     assert "goes on from here" in result.output

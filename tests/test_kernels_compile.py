@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sslsr_diffusion.ops import cupy_loader
-from sslsr_diffusion.ops.ssg_cuda_plan import plan_row
+from sslsr_diffusion.ops.ssg_cuda_launch import plan_row
 
 NVCC = shutil.which("nvcc")
 KERNELS = Path(__file__).parents[1] / "kernels"

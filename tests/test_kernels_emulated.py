@@ -17,7 +17,7 @@ from ssg_inputs import assert_close
 
 from sslsr_diffusion.ops import SelfSimilarityLoss, cupy_loader, saved_gradient, ssg_cuda, ssg_direct, ssg_reference
 from sslsr_diffusion.ops.settings import Settings
-from sslsr_diffusion.ops.ssg_cuda_plan import run_graph, run_graph_backward, run_loss
+from sslsr_diffusion.ops.ssg_cuda_launch import run_graph, run_graph_backward, run_loss
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
 

@@ -21,7 +21,7 @@ from toys import assert_same_checkpoint, toy_job, toy_validation
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint, what_is_wrong
-from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.training.loop import fit
 from sslsr_diffusion.training.settings import CheckpointSettings
 
 

@@ -15,7 +15,7 @@ from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.inference import memory, placement
 from sslsr_diffusion.inference.memory import is_out_of_memory, parse_bytes, shown_bytes
-from sslsr_diffusion.inference.models import load_pipeline
+from sslsr_diffusion.inference.open import load_pipeline
 from sslsr_diffusion.inference.placement import find_device, place
 from sslsr_diffusion.models import ModelSettings, build_networks
 
@@ -79,7 +79,7 @@ def test_a_budget_below_everything_says_the_least_that_would_do(model: Path) -> 
 CALL = """
 import sys, gc, json, torch
 from pathlib import Path
-from sslsr_diffusion.inference.models import load_pipeline
+from sslsr_diffusion.inference.open import load_pipeline
 from sslsr_diffusion.inference.memory import parse_bytes
 
 def status(key):

@@ -13,8 +13,8 @@ import torch
 from test_train_cli import small, sslsr
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.memory_estimate import describe_memory, step_bytes
-from sslsr_diffusion.recipe import load_recipe
+from sslsr_diffusion.runs.memory import describe_memory, step_bytes
+from sslsr_diffusion.runs.recipe import load_recipe
 
 PHOTOS = Path(__file__).parent.parent / "examples/photos/train"
 COMMON = [
@@ -43,8 +43,8 @@ STEPS = """
 import json, os, sys
 from pathlib import Path
 import torch
-from sslsr_diffusion.build import build
-from sslsr_diffusion.recipe import load_recipe
+from sslsr_diffusion.runs.start import build
+from sslsr_diffusion.runs.recipe import load_recipe
 from sslsr_diffusion.training.session import Session
 
 def status(key):

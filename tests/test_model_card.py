@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from sslsr_diffusion.training.model_card import card_files, model_card, scrub, scrub_text
+from sslsr_diffusion.runs.model_card import card_files, model_card, scrub, scrub_text
 
 RECIPE = {
     "stage": "diffusion",

@@ -5,8 +5,8 @@ from diffusers import AutoencoderKL
 from torch.nn.functional import avg_pool2d, interpolate
 
 from sslsr_diffusion.models import ModelSettings, build_autoencoder
-from sslsr_diffusion.models.build import load_preset
-from sslsr_diffusion.models.near_identity import can_start_near_identity
+from sslsr_diffusion.models.stablesr.build import load_preset
+from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identity
 
 
 def test_a_fresh_autoencoder_passes_colours_through_at_latent_resolution():

@@ -11,9 +11,9 @@ from toys import assert_same_checkpoint, smooth, toy_job, toy_losses
 
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.losses.patch_gan import PatchGANLoss, PatchGANSettings
-from sslsr_diffusion.recipe import Recipe
+from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.training.loop import fit
 from sslsr_diffusion.types import Outputs
 
 SMALL = {"start_step": 1, "width": 4, "layers": 1, "lr": 1e-2}

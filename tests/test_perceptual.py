@@ -10,15 +10,15 @@ import pytest
 import torch
 from toys import smooth
 
-from sslsr_diffusion import build as building
 from sslsr_diffusion.config import RecipeError, parse
-from sslsr_diffusion.dry_run import run_checks
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation import perceptual
 from sslsr_diffusion.evaluation.weights import WEIGHTS, use_folder
 from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.losses.lpips import LpipsLoss, LpipsSettings
-from sslsr_diffusion.recipe import Recipe
+from sslsr_diffusion.runs import start as building
+from sslsr_diffusion.runs.check import run_checks
+from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.types import Outputs
 
 

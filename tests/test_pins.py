@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.config import parse
-from sslsr_diffusion.dry_run import check_resume
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.pins import pinned, recorded_state
-from sslsr_diffusion.recipe import Recipe
+from sslsr_diffusion.runs.check import check_resume
+from sslsr_diffusion.runs.pin import pinned, recorded_state
+from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.training.checkpoints import write_checkpoint
 
 PHOTOS = Path(__file__).parent.parent / "examples/photos"

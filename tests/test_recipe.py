@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sslsr_diffusion.config import RecipeError, parse
-from sslsr_diffusion.recipe import Recipe, load_recipe
+from sslsr_diffusion.runs.recipe import Recipe, load_recipe
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -49,7 +49,7 @@ def test_impossible_combinations(changes, message):
 
 
 def test_the_baseline_differs_from_the_mission_in_losses_and_folder_alone():
-    from sslsr_diffusion.recipe import resolved
+    from sslsr_diffusion.runs.recipe import resolved
     from sslsr_diffusion.training.resume import differences
 
     found = differences(resolved(load_recipe("sd_upscaler_ssl")), resolved(load_recipe("sd_upscaler")))
@@ -85,7 +85,7 @@ def test_every_setting_has_a_sentence():
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_what_a_run_writes_down_is_the_same_recipe_again(name):
     """`sslsr export` and a resume read the resolved recipe of a checkpoint."""
-    from sslsr_diffusion.recipe import resolved
+    from sslsr_diffusion.runs.recipe import resolved
 
     recipe = load_recipe(name)
     assert parse(Recipe, resolved(recipe)) == recipe

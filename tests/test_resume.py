@@ -10,9 +10,9 @@ import torch
 from toys import assert_same_checkpoint, toy_job, toy_losses, toy_validation
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training import fit as fit_module
+from sslsr_diffusion.training import loop as fit_module
 from sslsr_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
-from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.training.loop import fit
 from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state, differences
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.session import Session

@@ -19,10 +19,10 @@ from torch.nn.functional import interpolate
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import Image, read_image, write_image
-from sslsr_diffusion.inference.models import default_model, find_model
+from sslsr_diffusion.inference.open import default_model, find_model
 from sslsr_diffusion.inference.record import RECORD_NAME, Record
 from sslsr_diffusion.inference.runner import RunnerOptions, plan_files, upscale_files
-from sslsr_diffusion.shipped import SMALL
+from sslsr_diffusion.shipped_model import SMALL
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 

@@ -11,8 +11,6 @@ from goldens import load_golden
 from torch import Tensor
 
 from sslsr_diffusion import models
-from sslsr_diffusion.convert.shapes import encoder_config, unet_config
-from sslsr_diffusion.convert.stablesr import convert_structural_encoder, convert_unet
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.inference.denoising import TiledDenoiser
 from sslsr_diffusion.inference.sampling import (
@@ -28,6 +26,8 @@ from sslsr_diffusion.inference.sampling import (
 )
 from sslsr_diffusion.inference.tiling import tile_boxes
 from sslsr_diffusion.models import SFTUNet2DConditionModel, StructuralEncoder
+from sslsr_diffusion.models.stablesr.convert.shapes import encoder_config, unet_config
+from sslsr_diffusion.models.stablesr.convert.stablesr import convert_structural_encoder, convert_unet
 
 # diffusers' schedulers convert their own tensors the way numpy 2 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from golden_models import golden_inputs, golden_outputs, random_like, relative_error
 
 from sslsr_diffusion.models import Schedule, load_preset, make_scheduler
-from sslsr_diffusion.models.schedule import truncated
+from sslsr_diffusion.models.process import truncated
 
 T = torch.tensor([0, 17, 500, 999])
 

@@ -13,13 +13,13 @@ from safetensors import safe_open
 
 from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.data.degradation import Degradation, DegradationSettings
-from sslsr_diffusion.dry_run import dry_run
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.models import ModelSettings, build_networks
-from sslsr_diffusion.recipe import load_recipe
-from sslsr_diffusion.shipped import FOLDER, SMALL, shipped_folder
+from sslsr_diffusion.runs.check import dry_run
+from sslsr_diffusion.runs.recipe import load_recipe
+from sslsr_diffusion.shipped_model import FOLDER, SMALL, shipped_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = sorted((ROOT / "examples" / "photos" / "validation").glob("*.jpg"))

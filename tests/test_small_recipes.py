@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sslsr_diffusion.recipe import load_recipe, resolved
+from sslsr_diffusion.runs.recipe import load_recipe, resolved
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

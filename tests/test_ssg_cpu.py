@@ -13,7 +13,7 @@ import pytest
 import torch
 from ssg_inputs import assert_close, make_pair
 
-from sslsr_diffusion.ops import SelfSimilarityLoss, _cpu_plan, self_similarity_graph, ssg_cpu, ssg_torch
+from sslsr_diffusion.ops import SelfSimilarityLoss, _cpu_layout, self_similarity_graph, ssg_cpu, ssg_torch
 
 SIZES = (7, 3, 0.05, True)  # sizes that other tests compile anyway
 
@@ -125,7 +125,7 @@ def test_tile_shapes(monkeypatch, shape, density):
     sr, gt, mask = make_pair(shape[0], 3, *shape[1:], density=density, seed=6)
     want, want_gradient = loss_and_gradient(sr, gt, mask, backend="torch")
     for limit in (8_000_000, 50_000):  # the second asks for the smallest tiles
-        monkeypatch.setattr(_cpu_plan, "_TILE_BYTES", limit)
+        monkeypatch.setattr(_cpu_layout, "_TILE_BYTES", limit)
         got, gradient = loss_and_gradient(sr, gt, mask)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
         assert_close(gradient, want_gradient.double(), 1e-3, "gradient")  # sign(T_sr - T_gt) may flip at a near-tie
@@ -137,7 +137,7 @@ def test_kept_memory_carries_nothing_over(threads):
     small, large = make_pair(1, 3, 30, 37, density=0.3, seed=8), make_pair(2, 3, 60, 90, density=0.2, seed=9)
     want = [loss_and_gradient(*inputs) for inputs in (small, large)]
     for inputs, (loss, gradient) in zip((small, large), want):
-        _cpu_plan._kept.block.fill(float("nan"))
+        _cpu_layout._kept.block.fill(float("nan"))
         got, got_gradient = loss_and_gradient(*inputs)
         assert torch.equal(got, loss)
         assert torch.equal(got_gradient, gradient)
@@ -148,14 +148,14 @@ def test_kept_memory_carries_nothing_over(threads):
 def test_kept_memory_is_bounded(monkeypatch):
     """A call above the bound frees what it took; a smaller one does not grow what is kept."""
     small, large = make_pair(1, 3, 30, 37, density=0.3, seed=8), make_pair(1, 3, 160, 160, density=0.2, seed=9)
-    _cpu_plan._kept.block = None
+    _cpu_layout._kept.block = None
     loss_and_gradient(*small)
-    kept = _cpu_plan._kept.block
+    kept = _cpu_layout._kept.block
     loss_and_gradient(*small)
-    assert _cpu_plan._kept.block is kept
-    monkeypatch.setattr(_cpu_plan, "_KEPT_BYTES", 2 * kept.nbytes)
+    assert _cpu_layout._kept.block is kept
+    monkeypatch.setattr(_cpu_layout, "_KEPT_BYTES", 2 * kept.nbytes)
     loss_and_gradient(*large)
-    assert _cpu_plan._kept.block is None
+    assert _cpu_layout._kept.block is None
 
 
 def test_an_interrupted_call_leaves_its_memory_to_its_workers(monkeypatch):
@@ -170,12 +170,12 @@ def test_an_interrupted_call_leaves_its_memory_to_its_workers(monkeypatch):
 
     for call in (lambda: loss_and_gradient(sr, gt, mask), graph, graph().backward):
         loss_and_gradient(sr, gt, mask)
-        assert _cpu_plan._kept.block is not None
+        assert _cpu_layout._kept.block is not None
         with monkeypatch.context() as patch:
-            patch.setattr(_cpu_plan, "share", interrupted)
+            patch.setattr(_cpu_layout, "share", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 call()
-        assert _cpu_plan._kept.block is None
+        assert _cpu_layout._kept.block is None
 
 
 def test_layouts_of_memory():
@@ -191,7 +191,7 @@ def test_layouts_of_memory():
 
 def test_first_use_says_that_it_compiles(caplog):
     sr, gt, mask = make_pair(1, 3, 12, 12, density=0.5, seed=0)
-    _cpu_plan._ready.clear()
+    _cpu_layout._ready.clear()
     with caplog.at_level(logging.INFO, logger="sslsr_diffusion"):
         loss_and_gradient(sr, gt, mask)
         loss_and_gradient(sr, gt, mask)

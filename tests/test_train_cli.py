@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.config import shipped_recipes
 from sslsr_diffusion.errors import MissingDependency, UserError
-from sslsr_diffusion.recipe import load_recipe
+from sslsr_diffusion.runs.recipe import load_recipe
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -217,7 +217,7 @@ def test_fp16_without_a_gpu_is_refused_before_anything_is_written(tmp_path):
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     from accelerate import tracking
 
-    from sslsr_diffusion.training.machine import check_trackers
+    from sslsr_diffusion.training.preflight import check_trackers
 
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
     check_trackers(["tensorboard"])
@@ -247,7 +247,7 @@ def test_restart_and_resume_exclude_each_other():
 
 
 def test_out_of_memory_says_what_would_fit(monkeypatch):
-    from sslsr_diffusion import memory_estimate
+    from sslsr_diffusion.runs import memory as memory_estimate
     from sslsr_diffusion.training import session
 
     def full(self, micro, stop=False):

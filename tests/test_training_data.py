@@ -17,7 +17,7 @@ from PIL import Image
 
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.data import DataSettings, open_training_data, open_validation_pairs
-from sslsr_diffusion.data.schedule import Pool, SourceSchedule
+from sslsr_diffusion.data.sample_order import Pool, SourceSchedule
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
 from sslsr_diffusion.types import Batch

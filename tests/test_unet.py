@@ -14,7 +14,7 @@ from golden_models import golden_inputs, golden_outputs, golden_unet, original_s
 from torch import Tensor
 
 from sslsr_diffusion.models import SFTUNet2DConditionModel, load_preset
-from sslsr_diffusion.models.unet import Conditioning
+from sslsr_diffusion.models.stablesr.unet import Conditioning
 
 Inputs = tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]
 

@@ -12,9 +12,9 @@ import torch
 from toys import toy_job, toy_validation
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training import fit as fit_module
+from sslsr_diffusion.training import loop as fit_module
 from sslsr_diffusion.training.checkpoints import latest_checkpoint
-from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.training.loop import fit
 from sslsr_diffusion.training.validation import validate
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from toys import toy_job, toy_losses
 
 from sslsr_diffusion.losses.patch_gan import PatchGANLoss, PatchGANSettings
-from sslsr_diffusion.training.fit import fit
+from sslsr_diffusion.training.loop import fit
 from sslsr_diffusion.training.settings import CheckpointSettings
 
 

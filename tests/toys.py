@@ -20,9 +20,9 @@ from sslsr_diffusion.losses.diffusion import DiffusionSettings
 from sslsr_diffusion.losses.pixel import PixelL1Settings
 from sslsr_diffusion.losses.self_similarity import SelfSimilaritySettings
 from sslsr_diffusion.seeding import sample_generator
+from sslsr_diffusion.tasks.objective import DiffusionObjective
 from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.fit import Job
-from sslsr_diffusion.training.objective import DiffusionObjective
+from sslsr_diffusion.training.loop import Job
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings, ValidationSettings
 from sslsr_diffusion.training.validation import Validation
 from sslsr_diffusion.types import Batch

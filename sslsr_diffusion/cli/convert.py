@@ -40,8 +40,8 @@ def stablesr(
 
 
 def _to_pipeline(checkpoint: Path, output: Path, vqgan: Path | None, base: str | None, variant: str) -> None:
-    from sslsr_diffusion.convert import VARIANTS, components_from_checkpoint
     from sslsr_diffusion.inference import StableSRPipeline
+    from sslsr_diffusion.models.stablesr.convert import VARIANTS, components_from_checkpoint
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: already exists and is not empty; choose another folder.")
@@ -62,7 +62,7 @@ def _to_pipeline(checkpoint: Path, output: Path, vqgan: Path | None, base: str |
 
 
 def _to_original(folder: Path, output: Path, vqgan: Path | None) -> None:
-    from sslsr_diffusion.convert import original_from_folder
+    from sslsr_diffusion.models.stablesr.convert import original_from_folder
 
     state, cfw = original_from_folder(folder)
     _write(state, output)

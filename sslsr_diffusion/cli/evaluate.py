@@ -174,7 +174,7 @@ def _free(name: str, columns: dict[str, list[Path]]) -> str:
 def _upscale(path: str, pairs: Dataset, folder: Path, seeds: range, steps: int | None, device: str) -> list[Path]:
     """One folder of results per seed, made by the same runner as `sslsr infer`; what is done is skipped."""
     from sslsr_diffusion.evaluation.dataset import scale_of
-    from sslsr_diffusion.inference.models import find_model, load_pipeline
+    from sslsr_diffusion.inference.open import find_model, load_pipeline
     from sslsr_diffusion.inference.runner import RunnerOptions, plan_files, run_plan
 
     source, fingerprint = find_model(path, None)

@@ -68,7 +68,7 @@ def infer(
     named = {"num_inference_steps": steps, "detail": detail, "antiring": antiring}
     call |= {name: value for name, value in named.items() if value is not None}
     from sslsr_diffusion.inference.memory import parse_bytes
-    from sslsr_diffusion.inference.models import default_model, find_model, load_pipeline
+    from sslsr_diffusion.inference.open import default_model, find_model, load_pipeline
     from sslsr_diffusion.inference.placement import check_tile_of, find_device
     from sslsr_diffusion.inference.runner import FORMATS, RunnerOptions, plan_files, run_plan
 

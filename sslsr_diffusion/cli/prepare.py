@@ -99,10 +99,10 @@ def cfw(
     import torch
     from tqdm import tqdm
 
-    from sslsr_diffusion.cfw_data import make_cfw_data
     from sslsr_diffusion.errors import UserError
-    from sslsr_diffusion.inference.models import find_model
-    from sslsr_diffusion.recipe import load_recipe
+    from sslsr_diffusion.inference.open import find_model
+    from sslsr_diffusion.runs.decoder_samples import make_cfw_data
+    from sslsr_diffusion.runs.recipe import load_recipe
 
     recipe = load_recipe(config, set_ or [])
     folder, fingerprint = find_model(model)
@@ -148,7 +148,7 @@ def check(
     from sslsr_diffusion.data.preparation import default_processes
     from sslsr_diffusion.data.settings import MaskSettings
     from sslsr_diffusion.errors import UserError
-    from sslsr_diffusion.recipe import load_recipe
+    from sslsr_diffusion.runs.recipe import load_recipe
 
     mask, size = MaskSettings(), crop_size or 512
     if config is None:
@@ -185,8 +185,8 @@ def fit(
     """Estimate noise, JPEG quality and blur of your pictures, and write a degradation section for a recipe."""
     import yaml
 
+    from sslsr_diffusion.data.degradation_fit import degradation_section
     from sslsr_diffusion.data.estimate import estimate
-    from sslsr_diffusion.data.fit import degradation_section
     from sslsr_diffusion.errors import UserError
 
     paths = _listed(_input(place, lr_folder, "--lr-folder"))

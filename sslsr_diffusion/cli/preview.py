@@ -18,7 +18,7 @@ def preview(
     from sslsr_diffusion.data.loader import open_samples
     from sslsr_diffusion.data.sheet import contact_sheet
     from sslsr_diffusion.errors import UserError
-    from sslsr_diffusion.recipe import load_recipe
+    from sslsr_diffusion.runs.recipe import load_recipe
 
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--output {output}: expected a name that ends in a picture's suffix such as .png or .jpg.")

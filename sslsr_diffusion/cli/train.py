@@ -17,13 +17,13 @@ def train(
 ) -> None:
     """Fine-tune an upscaler (or train an autoencoder) as a recipe says."""
     from sslsr_diffusion.errors import UserError
-    from sslsr_diffusion.recipe import load_recipe
+    from sslsr_diffusion.runs.recipe import load_recipe
 
     if restart and resume is not None:
         raise UserError("--restart begins anew and --resume goes on; choose one of them.")
     recipe = load_recipe(config, set_ or [])
     if dry_run:
-        from sslsr_diffusion.dry_run import dry_run as check
+        from sslsr_diffusion.runs.check import dry_run as check
 
         fine = check(recipe, typer.echo, resume=resume, restart=restart, allow_recipe_change=allow_recipe_change)
         raise typer.Exit(0 if fine else 2)
@@ -35,12 +35,12 @@ def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_chang
 
     import torch
 
-    from sslsr_diffusion.build import build
     from sslsr_diffusion.errors import UserError
-    from sslsr_diffusion.pins import pinned
-    from sslsr_diffusion.recipe import run_folder
+    from sslsr_diffusion.runs.pin import pinned
+    from sslsr_diffusion.runs.recipe import run_folder
+    from sslsr_diffusion.runs.start import build
     from sslsr_diffusion.training.checkpoints import find_checkpoint
-    from sslsr_diffusion.training.fit import fit
+    from sslsr_diffusion.training.loop import fit
     from sslsr_diffusion.training.run_folder import RunFolder
 
     main = int(os.environ.get("RANK", "0")) == 0
@@ -53,7 +53,7 @@ def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_chang
     recipe = pinned(recipe, checkpoint)
     publisher = None
     if recipe.output.push_to_hub and main:
-        from sslsr_diffusion.training.hub import HubPublisher
+        from sslsr_diffusion.training.publisher import HubPublisher
 
         publisher = HubPublisher(recipe.output.hub_id, private=recipe.output.private)
     try:
@@ -65,7 +65,7 @@ def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_chang
 
         if not is_out_of_memory(error):
             raise
-        from sslsr_diffusion.memory_estimate import describe_memory
+        from sslsr_diffusion.runs.memory import describe_memory
 
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         device = torch.device("cuda" if torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU") else "cpu")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from sslsr_diffusion.data.opencv import opencv
+from sslsr_diffusion.data.sample_order import Pool, SourceSchedule
 from sslsr_diffusion.data.samples import Made, Request, Sample, SampleMaker
-from sslsr_diffusion.data.schedule import Pool, SourceSchedule
 from sslsr_diffusion.data.settings import DataSettings
 from sslsr_diffusion.data.sources import IndexedSource, open_source
 from sslsr_diffusion.data.streams import Stream, is_stream

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.color_fix import COLOR_FIXES
-from sslsr_diffusion.inference.plan import Plan, Tile
+from sslsr_diffusion.inference.tile_plan import Plan, Tile
 from sslsr_diffusion.inference.tiling import TILE_WEIGHTS
-from sslsr_diffusion.models.settings import is_share
+from sslsr_diffusion.models.stablesr.settings import is_share
 
 OnStepEnd = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 

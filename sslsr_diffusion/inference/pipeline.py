@@ -25,16 +25,16 @@ from sslsr_diffusion.inference.memory import (
     is_out_of_memory,
     release_cached,
 )
-from sslsr_diffusion.inference.models import download_files, forget_folder, refuse_code
 from sslsr_diffusion.inference.noise import Generators, ImageNoise, image_seeds
+from sslsr_diffusion.inference.open import download_files, forget_folder, refuse_code
 from sslsr_diffusion.inference.options import OnStepEnd, Options, StableSRPipelineOutput
 from sslsr_diffusion.inference.pictures import OUTPUT_TYPES, from_tensors, to_tensors
-from sslsr_diffusion.inference.plan import Part, Plan, Room, Tile, make_plan
 from sslsr_diffusion.inference.prompts import encode_texts, per_picture
 from sslsr_diffusion.inference.sampling import build_sampler, sample
+from sslsr_diffusion.inference.tile_plan import Part, Plan, Room, Tile, make_plan
 from sslsr_diffusion.inference.tiling import pad_to, tile_boxes
 from sslsr_diffusion.models.codec import Codec
-from sslsr_diffusion.shipped import shipped_folder
+from sslsr_diffusion.shipped_model import shipped_folder
 
 log = logging.getLogger(__name__)
 

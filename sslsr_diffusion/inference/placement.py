@@ -11,8 +11,8 @@ import torch
 
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.inference.memory import MemoryModel, Offload, shown_bytes
-from sslsr_diffusion.inference.plan import Room, Tile, check_tile, make_plan
-from sslsr_diffusion.models.text import count_text_encoder
+from sslsr_diffusion.inference.tile_plan import Room, Tile, check_tile, make_plan
+from sslsr_diffusion.models.stablesr.text import count_text_encoder
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models.text import END, PAD, START, empty_context
+from sslsr_diffusion.models.stablesr.text import END, PAD, START, empty_context
 
 
 def per_picture(prompt: str | Sequence[str] | None, count: int, name: str) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models.settings import CALL_DEFAULTS, DEFAULT_BASE, is_share
-from sslsr_diffusion.shipped import SMALL, local_folder
+from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS, DEFAULT_BASE, is_share
+from sslsr_diffusion.shipped_model import SMALL, local_folder
 
 # Half-precision and non-EMA copies of the same weights would double the download.
 IGNORED = ["*.fp16.*", "*non_ema*", "*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "safety_checker/*", "feature_extractor/*"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.models.cfw import AutoencoderKLCFW
+from sslsr_diffusion.models.stablesr.cfw import AutoencoderKLCFW
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

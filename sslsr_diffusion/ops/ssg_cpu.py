@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.ops import _cpu_plan as plans
+from sslsr_diffusion.ops import _cpu_layout as layouts
 from sslsr_diffusion.ops import differentiable_operators
 from sslsr_diffusion.ops.settings import Settings
 
@@ -53,21 +53,21 @@ def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, 
     from sslsr_diffusion.ops import _cpu_calls as compiled
 
     channels = image.shape[1]
-    plan = plans.plan(mask, channels, search, window, normalize)
+    plan = layouts.plan(mask, channels, search, window, normalize)
     out = image.new_empty(len(plan.rows), search**2)
     if len(out) == 0:
         return out
-    memory = plans.Memory(plan, images=1, with_gradient=False)
+    memory = layouts.Memory(plan, images=1, with_gradient=False)
     rows, padded = out.numpy(), memory.image(0)
     compiled.pad(image.detach().contiguous().numpy(), padded, plan.lead, plan.layout)
 
     def work(worker: int) -> None:
         compiled.graph_tiles(
             padded, rows, plan.part(worker), plan.positions, plan.rows, plan.layout, memory.scratch(worker),
-            plans.scale(channels, window, sigma), (0,) * channels, (0,) * window,
+            layouts.scale(channels, window, sigma), (0,) * channels, (0,) * window,
         )  # fmt: skip
 
-    plans.share(plan, ("graph", channels, window), work)
+    layouts.share(plan, ("graph", channels, window), work)
     memory.keep()
     return out
 
@@ -80,20 +80,20 @@ def _graph_backward(
 
     channels = image.shape[1]
     gradient = torch.zeros_like(image, memory_format=torch.contiguous_format)
-    plan = plans.plan(mask, channels, search, window, normalize)
+    plan = layouts.plan(mask, channels, search, window, normalize)
     if len(plan.rows) == 0:
         return gradient
-    memory = plans.Memory(plan, images=1, with_gradient=True)
+    memory = layouts.Memory(plan, images=1, with_gradient=True)
     padded, weights, pull = memory.image(0), out.detach().numpy(), grad_out.detach().contiguous().numpy()
     compiled.pad(image.detach().contiguous().numpy(), padded, plan.lead, plan.layout)
 
     def work(worker: int) -> None:
         compiled.graph_gradient_tiles(
             padded, weights, pull, memory.gradient_of(worker), plan.part(worker), plan.positions, plan.rows, plan.layout,
-            memory.scratch(worker), plans.scale(channels, window, sigma), (0,) * channels, (0,) * window,
+            memory.scratch(worker), layouts.scale(channels, window, sigma), (0,) * channels, (0,) * window,
         )  # fmt: skip
 
-    plans.share(plan, ("graph gradient", channels, window), work)
+    layouts.share(plan, ("graph gradient", channels, window), work)
     compiled.fold(memory.gradients(), memory.own, plan.workers, gradient.numpy(), plan.lead, 1.0, plan.layout)
     memory.keep()
     return gradient
@@ -108,12 +108,12 @@ def _loss(
     from sslsr_diffusion.ops import _cpu_calls as compiled
 
     channels = sr.shape[1]
-    plan = plans.plan(mask, channels, search, window, normalize)
+    plan = layouts.plan(mask, channels, search, window, normalize)
     gradient = sr.new_zeros(sr.shape[0] if with_gradient else 0, *sr.shape[1:])
     if len(plan.rows) == 0:
         zero = sr.new_zeros(())
         return zero, zero.clone(), zero.clone(), gradient
-    memory = plans.Memory(plan, images=2, with_gradient=with_gradient)
+    memory = layouts.Memory(plan, images=2, with_gradient=with_gradient)
     for number, image in enumerate((sr, gt)):
         compiled.pad(image.detach().contiguous().numpy(), memory.image(number), plan.lead, plan.layout)
     sums = np.zeros((len(plan.tiles), 2))  # by tile: the order of the sum does not depend on the number of threads
@@ -123,11 +123,11 @@ def _loss(
         own = np.zeros((len(tiles), 2))
         compiled.loss_tiles(
             memory.image(0), memory.image(1), memory.gradient_of(worker), tiles, plan.positions, plan.layout,
-            memory.scratch(worker), own, plans.scale(channels, window, sigma), l1_weight, kl_weight, (0,) * channels, (0,) * window,
+            memory.scratch(worker), own, layouts.scale(channels, window, sigma), l1_weight, kl_weight, (0,) * channels, (0,) * window,
         )  # fmt: skip
         sums[worker :: plan.workers] = own
 
-    plans.share(plan, ("loss", channels, window), work)
+    layouts.share(plan, ("loss", channels, window), work)
     share = Settings(search, window, sigma, normalize).per_entry(float(rows))
     l1, kl = sums.sum(0) * share
     total = l1_weight * l1 + kl_weight * kl

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.ops import saved_gradient
-from sslsr_diffusion.ops import ssg_cuda_plan as plan
+from sslsr_diffusion.ops import ssg_cuda_launch as geometry
 from sslsr_diffusion.ops.cupy_loader import CupyLauncher, shared_memory_limit, unavailable
 from sslsr_diffusion.ops.settings import Settings
 
@@ -44,7 +44,7 @@ def loss(
     return (weighted * share).float(), l1.detach(), kl.detach()
 
 
-def _launcher(device: torch.device) -> tuple[plan.Launcher, int]:
+def _launcher(device: torch.device) -> tuple[geometry.Launcher, int]:
     return CupyLauncher(device), shared_memory_limit(device)
 
 
@@ -69,7 +69,7 @@ def _loss_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over rows and offsets in float64: weighted total (0-dim), [L1, KL]; and d total / d sr in float32, or [0]."""
     launch, shared_limit = _launcher(sr.device)
-    sums, gradient = plan.run_loss(
+    sums, gradient = geometry.run_loss(
         launch,
         sr.contiguous(),
         gt.contiguous(),
@@ -102,7 +102,7 @@ def _graph_op(image: Tensor, mask: Tensor, pixels: Tensor, search_size: int, win
     """Rows [N, search_size^2] for int64 `pixels` [N], the flat indices of the mask's true entries."""
     launch, shared_limit = _launcher(image.device)
     settings = Settings(search_size, window_size, sigma, normalize)
-    return plan.run_graph(launch, image.contiguous(), pixels.contiguous(), settings, shared_limit=shared_limit)
+    return geometry.run_graph(launch, image.contiguous(), pixels.contiguous(), settings, shared_limit=shared_limit)
 
 
 @_graph_op.register_fake
@@ -124,7 +124,7 @@ def _graph_backward_op(
     launch, shared_limit = _launcher(image.device)
     settings = Settings(search_size, window_size, sigma, normalize)
     tensors = (image.contiguous(), mask.contiguous(), rows.contiguous(), grad_rows.contiguous())
-    return plan.run_graph_backward(launch, *tensors, settings, shared_limit=shared_limit)
+    return geometry.run_graph_backward(launch, *tensors, settings, shared_limit=shared_limit)
 
 
 @_graph_backward_op.register_fake

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sslsr_diffusion.ops.cupy_loader import CupyLauncher, unavailable
 from sslsr_diffusion.ops.settings import Settings
-from sslsr_diffusion.ops.ssg_cuda_plan import Argument, Launcher
+from sslsr_diffusion.ops.ssg_cuda_launch import Argument, Launcher
 from sslsr_diffusion.ops.ssg_reference import CLAMP, ROW_EPS
 
 __all__ = ["direct_loss", "unavailable"]

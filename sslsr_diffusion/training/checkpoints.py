@@ -119,7 +119,7 @@ def find_checkpoint(where: str, run: Path) -> Path:
     Raises:
         UserError: there is no whole checkpoint there.
     """
-    from sslsr_diffusion.training.hub import is_hub_id, resolve_checkpoint_from_hub
+    from sslsr_diffusion.training.publisher import is_hub_id, resolve_checkpoint_from_hub
 
     folder = run if where == "latest" else Path(where).expanduser()
     if where != "latest" and (folder / MANIFEST).is_file():

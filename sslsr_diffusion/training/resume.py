@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models.settings import CALL_DEFAULTS
+from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.state import Progress
 

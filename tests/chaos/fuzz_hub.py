@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hub_server import HubServer
 
-from sslsr_diffusion.training.hub import MANIFEST, HubPublisher
+from sslsr_diffusion.training.publisher import MANIFEST, HubPublisher
 
 REPO = "someone/upscaler"
 STEPS = {

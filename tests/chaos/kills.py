@@ -31,10 +31,10 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from toys import assert_same_checkpoint, toy_job, toy_losses, toy_validation
 
-from sslsr_diffusion.training import fit as fit_module
-from sslsr_diffusion.training import hub as hub_module
+from sslsr_diffusion.training import loop as fit_module
+from sslsr_diffusion.training import publisher as hub_module
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
-from sslsr_diffusion.training.fit import Job
+from sslsr_diffusion.training.loop import Job
 from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 
@@ -100,8 +100,8 @@ def toy(folder: Path, steps: int, publisher: Any) -> Job:
 
 def real(folder: Path, steps: int, publisher: Any) -> Job:
     """The demo's denoiser on the shipped photographs, with two workers."""
-    from sslsr_diffusion.build import build
-    from sslsr_diffusion.recipe import load_recipe
+    from sslsr_diffusion.runs.recipe import load_recipe
+    from sslsr_diffusion.runs.start import build
 
     root = Path(__file__).parents[2]
     values = {
@@ -141,7 +141,7 @@ def warm() -> None:
         "hf_xet",
         "huggingface_hub.hf_api",
         "matplotlib.pyplot",
-        "sslsr_diffusion.build",
+        "sslsr_diffusion.runs.start",
         "torch._dynamo",
         "torch.distributed.nn.functional",
     ):

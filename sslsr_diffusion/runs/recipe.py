@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from sslsr_diffusion.config import Settings, apply_overrides, find_recipe, parse, read_raw
 from sslsr_diffusion.data import DataSettings
 from sslsr_diffusion.losses import LossSettings
-from sslsr_diffusion.models.settings import CALL_DEFAULTS, ModelSettings
+from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS, ModelSettings
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings, ValidationSettings
 
 __all__ = ["Recipe", "load_recipe", "resolved"]

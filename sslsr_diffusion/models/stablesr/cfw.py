@@ -14,7 +14,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslsr_diffusion.models.extend import extends_signature
+from sslsr_diffusion.models.stablesr.extend import extends_signature
 
 
 class DenseBlock(nn.Module):

@@ -11,14 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.convert import shapes, stablesr
-from sslsr_diffusion.convert.stablesr import ENCODER, TEXT, UNET, VAE, Part, State
-from sslsr_diffusion.convert.unpickle import read_checkpoint
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder, load_preset, make_scheduler
 from sslsr_diffusion.models.base import Base, find_base
-from sslsr_diffusion.models.build import load_vae
-from sslsr_diffusion.models.text import load_text_encoder, load_tokenizer
+from sslsr_diffusion.models.stablesr.build import load_vae
+from sslsr_diffusion.models.stablesr.convert import shapes, stablesr
+from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET, VAE, Part, State
+from sslsr_diffusion.models.stablesr.text import load_text_encoder, load_tokenizer
+from sslsr_diffusion.models.unpickle import read_checkpoint
 
 log = logging.getLogger(__name__)
 

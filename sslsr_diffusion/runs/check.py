@@ -12,8 +12,8 @@ import yaml
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.models.base import Base
-from sslsr_diffusion.recipe import Recipe, resolved, run_folder
-from sslsr_diffusion.shipped import local_folder
+from sslsr_diffusion.runs.recipe import Recipe, resolved, run_folder
+from sslsr_diffusion.shipped_model import local_folder
 
 Verdict = Literal["ok", "missing", "refused", "not reachable"]
 
@@ -34,7 +34,7 @@ def dry_run(
         restart: whether an earlier run in the output folder would be moved aside.
         allow_recipe_change: whether the run would go on from a checkpoint of another recipe.
     """
-    from sslsr_diffusion.memory_estimate import describe_memory, describe_parameters
+    from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
 
     say(yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True).rstrip())
     checks = run_checks(recipe, empty=resume is None and not restart)
@@ -119,7 +119,7 @@ def _model(recipe: Recipe) -> list[Check | None]:
 
 
 def _crop(recipe: Recipe) -> Check | None:
-    from sslsr_diffusion.build import check_crop_unit, crop_unit_of
+    from sslsr_diffusion.runs.start import check_crop_unit, crop_unit_of
 
     try:
         unit = crop_unit_of(recipe)
@@ -195,7 +195,7 @@ def _optimizer(recipe: Recipe) -> Check | None:
 
 
 def _metrics(recipe: Recipe) -> Check | None:
-    from sslsr_diffusion.build import validation_metric
+    from sslsr_diffusion.runs.start import validation_metric
 
     if not recipe.validation.limit:
         return None
@@ -208,7 +208,7 @@ def _metrics(recipe: Recipe) -> Check | None:
 
 
 def _trackers(recipe: Recipe) -> Check | None:
-    from sslsr_diffusion.training.machine import check_trackers
+    from sslsr_diffusion.training.preflight import check_trackers
 
     try:
         check_trackers(recipe.output.trackers)
@@ -236,9 +236,9 @@ def _output(recipe: Recipe, empty: bool) -> Check:
 
 def check_resume(recipe: Recipe, where: str, allow_recipe_change: bool = False) -> Check:
     """Whether there is a whole checkpoint to go on from, and whether this recipe may."""
-    from sslsr_diffusion.pins import pinned, recorded_state
+    from sslsr_diffusion.runs.pin import pinned, recorded_state
     from sslsr_diffusion.training.checkpoints import find_checkpoint
-    from sslsr_diffusion.training.hub import is_hub_id
+    from sslsr_diffusion.training.publisher import is_hub_id
     from sslsr_diffusion.training.resume import check_same_recipe
 
     if is_hub_id(where):

@@ -13,7 +13,7 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.losses import Loss
 from sslsr_diffusion.seeding import sample_generator
-from sslsr_diffusion.training.windows import Windows, draw_windows
+from sslsr_diffusion.tasks.decode_window import Windows, draw_windows
 from sslsr_diffusion.types import Batch, Given, Outputs
 
 

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.base import Base, find_base
-from sslsr_diffusion.models.cfw import AutoencoderKLCFW
 from sslsr_diffusion.models.codec import Codec
-from sslsr_diffusion.models.denoiser import Denoiser
-from sslsr_diffusion.models.near_identity import can_start_near_identity, start_near_identity
-from sslsr_diffusion.models.schedule import Schedule, make_scheduler, truncated
-from sslsr_diffusion.models.settings import CALL_DEFAULTS, ModelSettings, load_preset
-from sslsr_diffusion.models.structural_encoder import StructuralEncoder
-from sslsr_diffusion.models.text import count_text_encoder, empty_context, encode_prompt, load_text_encoder, load_tokenizer
-from sslsr_diffusion.models.unet import SFTUNet2DConditionModel
+from sslsr_diffusion.models.process import Schedule, make_scheduler, truncated
+from sslsr_diffusion.models.stablesr.cfw import AutoencoderKLCFW
+from sslsr_diffusion.models.stablesr.denoiser import Denoiser
+from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identity, start_near_identity
+from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS, ModelSettings, load_preset
+from sslsr_diffusion.models.stablesr.structural_encoder import StructuralEncoder
+from sslsr_diffusion.models.stablesr.text import count_text_encoder, empty_context, encode_prompt, load_text_encoder, load_tokenizer
+from sslsr_diffusion.models.stablesr.unet import SFTUNet2DConditionModel
 from sslsr_diffusion.seeding import derive_seed
-from sslsr_diffusion.shipped import local_folder
+from sslsr_diffusion.shipped_model import local_folder
 
 __all__ = ["ModelSettings", "Networks", "build_autoencoder", "build_networks", "load_vae"]
 

@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslsr_diffusion.models.extend import extends_signature
+from sslsr_diffusion.models.stablesr.extend import extends_signature
 
 
 class Conditioning(NamedTuple):

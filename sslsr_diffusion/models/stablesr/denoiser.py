@@ -9,8 +9,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-    from sslsr_diffusion.models.structural_encoder import StructuralEncoder
-    from sslsr_diffusion.models.unet import SFTUNet2DConditionModel
+    from sslsr_diffusion.models.stablesr.structural_encoder import StructuralEncoder
+    from sslsr_diffusion.models.stablesr.unet import SFTUNet2DConditionModel
 
 
 class Denoiser(nn.Module):

@@ -19,14 +19,14 @@ from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
 from sslsr_diffusion.inference.reconstruction import Reconstruct
 from sslsr_diffusion.inference.sampling import spaced_timesteps
-from sslsr_diffusion.live_networks import Upscaler, halve, sample_latents, save_pipeline
+from sslsr_diffusion.inference.live import Upscaler, halve, sample_latents, save_pipeline
 from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.models import Networks, build_autoencoder, build_networks
-from sslsr_diffusion.recipe import Recipe, resolved
+from sslsr_diffusion.runs.recipe import Recipe, resolved
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.fit import Job, Publisher
-from sslsr_diffusion.training.objective import AutoencoderObjective, DecoderObjective, DiffusionObjective, Objective
+from sslsr_diffusion.training.loop import Job, Publisher
+from sslsr_diffusion.tasks.objective import AutoencoderObjective, DecoderObjective, DiffusionObjective, Objective
 from sslsr_diffusion.training.run_folder import write_folder
 from sslsr_diffusion.training.state import give_trained, trained_parameters
 from sslsr_diffusion.training.validation import Pair, Validation
@@ -290,7 +290,7 @@ def _card(
     recipe: Recipe, base: dict[str, Any], trained_with: set[str]
 ) -> Callable[[dict[str, float], list[Path]], dict[str, Path | bytes]]:
     """The model card of this run, with the losses that it has: an optional one that could not be had is not among them."""
-    from sslsr_diffusion.training.model_card import card_files
+    from sslsr_diffusion.runs.model_card import card_files
 
     drawn = str(base.get("id", "")).startswith("random:")
     about = {"base": None if drawn else base.get("id"), "base_revision": base.get("revision")}

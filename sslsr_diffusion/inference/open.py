@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.shipped import SMALL, local_folder
+from sslsr_diffusion.shipped_model import SMALL, local_folder
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import yaml
 from sslsr_diffusion import __version__
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.summary import markdown_table
-from sslsr_diffusion.shipped import SMALL, shipped_folder
+from sslsr_diffusion.shipped_model import SMALL, shipped_folder
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _SECRET_KEY = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)

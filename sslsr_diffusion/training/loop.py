@@ -16,6 +16,7 @@ import torch
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.tasks.objective import Objective
 from sslsr_diffusion.training.checkpoints import (
     find_checkpoint,
     latest_checkpoint,
@@ -23,10 +24,9 @@ from sslsr_diffusion.training.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from sslsr_diffusion.training.lost_process import lost_process_explained
-from sslsr_diffusion.training.machine import check_precision, check_trackers
-from sslsr_diffusion.training.objective import Objective
 from sslsr_diffusion.training.plots import plot_losses
+from sslsr_diffusion.training.preflight import check_precision, check_trackers
+from sslsr_diffusion.training.process_failure import lost_process_explained
 from sslsr_diffusion.training.reporting import Reporter
 from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state
 from sslsr_diffusion.training.run_folder import RunFolder, write_folder

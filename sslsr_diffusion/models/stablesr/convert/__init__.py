@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sslsr_diffusion.convert.folder import VARIANTS, Conversion, components_from_checkpoint, original_from_folder
-from sslsr_diffusion.convert.stablesr import (
+from sslsr_diffusion.models.stablesr.convert.folder import VARIANTS, Conversion, components_from_checkpoint, original_from_folder
+from sslsr_diffusion.models.stablesr.convert.stablesr import (
     convert_structural_encoder,
     convert_text_encoder,
     convert_unet,
@@ -13,7 +13,7 @@ from sslsr_diffusion.convert.stablesr import (
     restore_unet,
     restore_vae,
 )
-from sslsr_diffusion.convert.unpickle import read_checkpoint
+from sslsr_diffusion.models.unpickle import read_checkpoint
 
 __all__ = [
     "VARIANTS",

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.convert.names import Row, encoder_rows, text_rows, unet_rows, vae_rows
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.stablesr.convert.names import Row, encoder_rows, text_rows, unet_rows, vae_rows
 
 State = Mapping[str, Tensor]
 

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import CheckpointError
 from sslsr_diffusion.evaluation.perceptual import PerceptualDistance
 from sslsr_diffusion.inference.memory import LivePeak
 from sslsr_diffusion.models import AutoencoderKLCFW, Codec, Networks, build_autoencoder, build_networks
-from sslsr_diffusion.recipe import Recipe
-from sslsr_diffusion.training.objective import TrainedDecoder
+from sslsr_diffusion.runs.recipe import Recipe
+from sslsr_diffusion.tasks.objective import TrainedDecoder
 from sslsr_diffusion.training.settings import TrainingSettings
-from sslsr_diffusion.training.windows import MARGIN
+from sslsr_diffusion.tasks.decode_window import MARGIN
 
 GIB = 2**30
 _SHARE = 0.9  # of a device that a step may fill: workspaces and fragmentation are not in the estimate

@@ -1,0 +1,77 @@
+"""What a task is to the loop: one trained module, what is drawn, one forward, one picture restored, one result saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.seeding import sample_generator
+from sslsr_diffusion.tasks.decode_window import Windows
+from sslsr_diffusion.types import Batch, Given, Outputs
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random about one micro-batch, and what follows from it before the networks run."""
+
+    given: Given
+    noise: dict[str, Tensor] = field(default_factory=dict)
+    windows: Windows | None = None
+
+
+class Task(Protocol):
+    """What trains, from what, and which losses can read it. The loop knows these attributes and nothing else of it."""
+
+    module: nn.Module  # all trained parameters, one forward: what DDP, FSDP2 and DeepSpeed wrap
+    gives: frozenset[str]  # of "pred", "sr", "moments": what `run` computes; a loss is possible where its `reads` are among them
+    label: str  # of the restored pictures in the validation grid: "prediction", "reconstruction", ...
+
+    def to(self, device: torch.device) -> None:
+        """Move all networks in place, frozen ones included."""
+
+    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+        """Timesteps, noises and windows of each sample, from (seed, global sample index) alone."""
+
+    def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        """The networks' part; `module` is `self.module` or its wrapped form."""
+
+    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
+        """[1, 3, h, w], [1, 3, H, W] -> [1, 3, H, W] in about [0, 1], from `lr` (an autoencoder: from `hr`), with the present weights."""
+
+    def save(self, folder: Path) -> None:
+        """Write the result with the present weights: what the family's own world loads."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one micro-batch adds to the optimizer step."""
+
+    loss: Tensor  # the scalar to go backward from
+    weighted: dict[str, Tensor]  # per loss, detached, before any automatic weight
+    raw: dict[str, Tensor]  # per term, detached and unweighted: what is plotted
+
+
+def apply_losses(
+    outputs: Outputs, losses: Sequence[Loss], counts: dict[str, Tensor] | None = None, scales: dict[str, float] | None = None
+) -> StepResult:
+    """The sum of all losses; `counts` are the units of the whole batch, `scales` the automatic weights."""
+    total = outputs.t.new_zeros((), dtype=torch.float32)
+    weighted: dict[str, Tensor] = {}
+    raw: dict[str, Tensor] = {}
+    for loss in losses:
+        value, terms = loss(outputs, None if counts is None else counts[loss.name])
+        total = total + value * (scales or {}).get(loss.name, 1.0)
+        weighted[loss.name] = value.detach()
+        raw.update(terms)
+    return StepResult(total, weighted, raw)
+
+
+def per_sample_noise(seed: int, indices: Sequence[int], purpose: str, shape: Sequence[int]) -> Tensor:
+    """[B, *shape] standard normal, one generator per sample, drawn on the CPU."""
+    return torch.stack([torch.randn(tuple(shape), generator=sample_generator(seed, i, purpose)) for i in indices])

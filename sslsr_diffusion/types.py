@@ -19,7 +19,7 @@ class Batch:
     mask: Tensor  # [B, 1, H, W] bool: the pixels whose self-similarity row enters the loss
     index: Tensor  # [B] int64: global sample index
     names: tuple[str, ...] = ()  # B source names, for messages
-    latents: Tensor | None = None  # [B, c, h, w], scaled: what the upscaler made of lr before training (stages cfw and decoder)
+    latents: Tensor | None = None  # [B, c, h, w], scaled: what the upscaler made of lr before training (task decoder)
 
     def to(self, device: torch.device | str) -> Batch:
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("names", "index")}
@@ -34,7 +34,7 @@ class Given:
     """
 
     t: Tensor  # [B] int64 timesteps
-    snr: Tensor  # [B] float32 signal-to-noise ratio alphas_cumprod / (1 - alphas_cumprod) at t
+    noise_level: Tensor  # [B] float32 spread / signal at t: 0 clean, infinite pure noise; 1 / level^2 is the signal-to-noise ratio
     decoded: Tensor | None = None  # [K] int64: the samples that the pixel fields hold; None: no loss needs pixels
     hr: Tensor | None = None  # [K, 3, H, W] in [0, 1]
     mask: Tensor | None = None  # [K, 1, H, W] bool
@@ -45,7 +45,8 @@ class Given:
 class Outputs(Given):
     """What one training step computed; the losses are small callables over this."""
 
-    pred: Tensor | None = None  # [B, 4, h, w] the network's prediction (epsilon, v or sample)
-    target: Tensor | None = None  # [B, 4, h, w] what it should have predicted
+    pred: Tensor | None = None  # [B, C, h, w] the network's prediction (epsilon, v, velocity or sample)
+    target: Tensor | None = None  # [B, C, h, w] what it should have predicted
+    clean_gain: Tensor | None = None  # [B] |d x0 / d pred|: turns an error of the prediction into one of x0
     sr: Tensor | None = None  # [K, 3, H, W] the prediction in pixels, about [0, 1], not clamped, with gradient
-    moments: Tensor | None = None  # [B, 2*c, h, w] mean and log-variance of the latents (stage autoencoder only)
+    moments: Tensor | None = None  # [B, 2*c, h, w] mean and log-variance of the latents (task autoencoder)

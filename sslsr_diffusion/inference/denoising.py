@@ -1,27 +1,26 @@
-"""The networks as the samplers see them: one prediction for the whole latent, from tiles, with guidance."""
+"""The denoiser as the samplers see it: one prediction for the whole latent, from tiles, with guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslsr_diffusion.inference.tiling import Box, blend
+from sslsr_diffusion.models.condition import Condition
 
 
 class TiledDenoiser:
-    """(x_t, t) -> epsilon or v of the whole latent canvas (specification 7.4).
+    """(x_t, t) -> the prediction for the whole latent canvas.
 
     Every tile sees its own part of the low-resolution latent; guided predictions are u + g (c - u), with the features
-    of the structural encoder computed once for both.
+    of the low-resolution latent computed once for both (Condition.z_lr).
     """
 
     def __init__(
         self,
-        unet: Any,
-        structural_encoder: Any,
+        denoiser: nn.Module,
         z_lr: Tensor,
         text: Tensor,
         boxes: Sequence[Box],
@@ -34,14 +33,15 @@ class TiledDenoiser:
     ) -> None:
         """
         Args:
-            z_lr: [B, C, h, w] float32 latent of the upsampled low-resolution pictures.
+            denoiser: (z_t, t, Condition) -> prediction.
+            z_lr: [B, C, h, w] float32 latent of the enlarged low-resolution pictures.
             text: [1 or B, L, D] context; `negative_text` likewise, None: no guidance.
             boxes: tiles of equal size that cover h x w.
             batch_size: tiles per network call (twice as many samples with guidance).
             overlap: latent pixels that neighbouring tiles share.
             weights: see `tile_weights`.
         """
-        self._unet, self._structural_encoder = unet, structural_encoder
+        self._denoiser, self._dtype = denoiser, next(denoiser.parameters()).dtype
         self._z_lr, self._boxes, self._batch_size = z_lr, boxes, batch_size
         self._overlap, self._weights = overlap, weights
         self._text, self._negative = text.expand(len(z_lr), -1, -1), negative_text
@@ -59,13 +59,10 @@ class TiledDenoiser:
         return blend(run, [x, self._z_lr], self._boxes, batch_size=self._batch_size, overlap=self._overlap, weights=self._weights)
 
     def _predict(self, x: Tensor, z_lr: Tensor, timestep: Tensor, samples: list[int]) -> Tensor:
-        dtype = self._unet.dtype
-        features = self._structural_encoder(z_lr.to(self._structural_encoder.dtype), timestep.expand(len(x)))
-        features = tuple(each.to(dtype) for each in features)
-        x, text = x.to(dtype), self._text[samples]
+        x, z_lr, text = x.to(self._dtype), z_lr.to(self._dtype), self._text[samples]
         if self._negative is None:
-            return self._unet(x, timestep.expand(len(x)), text.to(dtype), features=features, return_dict=False)[0].float()
-        both = torch.cat([self._negative[samples], text]).to(dtype)
-        pred = self._unet(torch.cat([x, x]), timestep.expand(2 * len(x)), both, features=features, return_dict=False)[0].float()
+            return self._denoiser(x, timestep.expand(len(x)), Condition(z_lr, text.to(self._dtype))).float()
+        both = torch.cat([self._negative[samples], text]).to(self._dtype)
+        pred = self._denoiser(torch.cat([x, x]), timestep.expand(2 * len(x)), Condition(z_lr, both)).float()
         unconditional, conditional = pred.chunk(2)
         return unconditional + self._guidance_scale * (conditional - unconditional)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.networks import LatentNetworks
 
 # Convolution workspaces, reordered copies and the allocator's fragmentation are invisible to a shape run. On the CPU single
 # calls took 1.0 to 1.25 times the shape run's peak with freed blocks handed back at once, up to 2.7 times without.
@@ -68,79 +70,76 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def peak_activation_bytes(network: Any, run: Callable[[Any], object]) -> int:
-    """The largest sum of live activations while `run` calls a copy of `network` on the meta device; weights are not counted."""
-    network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
-    with torch.device("meta"):
-        shadow = type(network).from_config(network.config)
-    peak = LivePeak(shadow.parameters())
+def peak_activation_bytes(shapes: nn.Module, run: Callable[[], object]) -> int:
+    """The largest sum of live activations while `run` calls a network that lies on the meta device; its weights are not counted."""
+    peak = LivePeak(shapes.parameters())
     with torch.no_grad(), torch.device("meta"), _FusedAttention(), peak:
-        run(shadow.eval())
+        run()
     return peak.peak
 
 
-class MemoryModel:
-    """What the pipeline's networks take: activation floats per latent pixel, which grow with the area, so one shape run is enough."""
+def call_bytes(activations: float, largest_weight: int, device: str, steady: bool) -> int:
+    """What a network call takes beside its weights, from the bytes of its activations.
 
-    def __init__(self, unet: Any, structural_encoder: Any, vae: Any, device: torch.device, *, text_parameters: int = 0) -> None:
+    Args:
+        largest_weight: bytes of the largest one: convolutions on the CPU copy their weights into another order.
+        device: its type.
+        steady: after `hand_freed_blocks_back`.
+    """
+    if device == "cpu":
+        return int((SAFETY_STEADY if steady else SAFETY["cpu"]) * (activations + largest_weight)) + CALL_BYTES
+    return int(SAFETY.get(device, SAFETY_ELSEWHERE) * activations) + CALL_BYTES
+
+
+class MemoryModel:
+    """What latent networks take: activation floats per latent pixel, which grow with the area, so one shape run is enough."""
+
+    def __init__(self, networks: LatentNetworks, device: torch.device, *, text_parameters: int = 0) -> None:
         """
         Args:
-            unet, structural_encoder, vae: the networks, or their shapes on the meta device.
+            networks: anywhere, the meta device included.
+            device: where they will work.
             text_parameters: size of the text encoder, 0 without one.
         """
-        side = 2 ** (len(unet.config.block_out_channels) + 1)
-        area = side * side
-        latents = (1, unet.config.in_channels, side, side)
-        zoom = 2 ** (len(vae.config.block_out_channels) - 1)
-        pixels = (1, 3, side * zoom, side * zoom)
-        features: list[tuple[int, ...]] = []
+        shapes = networks.shapes().float().eval()
+        codec, denoiser = shapes.codec, shapes.denoiser
+        side = 4 * networks.size().multiple_of // codec.scale
+        area, channels = side * side, codec.latent_channels
+        pixels = torch.empty(1, 3, side * codec.scale, side * codec.scale, device="meta")
+        latents = torch.empty(1, channels, side, side, device="meta")
+        condition = Condition(latents, shapes.text)
 
-        def run_encoder(shadow: Any) -> None:
-            features.extend(tuple(f.shape) for f in shadow(torch.empty(latents), torch.zeros(1, dtype=torch.long)))
-
-        def run_unet(shadow: Any) -> None:
-            context = torch.empty(1, 77, unet.config.cross_attention_dim)
-            shadow(torch.empty(latents), torch.zeros(1, dtype=torch.long), context, features=[torch.empty(f) for f in features])
-
-        def run_fused(shadow: Any) -> None:
-            _, maps = shadow.encode_with_features(torch.empty(pixels))
-            shadow.decode(torch.empty(latents), features=maps)
+        def fused() -> None:
+            _, maps = codec.encode_with_features(pixels, latents)
+            codec.decode(latents, maps)
 
         floats = 4 * area
-        encoder = peak_activation_bytes(structural_encoder, run_encoder) / floats
-        self._denoise = max(encoder, peak_activation_bytes(unet, run_unet) / floats)
-        runs = [lambda shadow: shadow.decode(torch.empty(latents)), lambda shadow: shadow.encode(torch.empty(pixels))]
-        if hasattr(vae, "encode_with_features"):
-            runs.append(run_fused)
-        self._codec = max(peak_activation_bytes(vae, run) for run in runs) / floats
-        self._widths = {"unet": unet.dtype.itemsize, "vae": vae.dtype.itemsize}
-        self._device, self.zoom, self._channels = device.type, zoom, unet.config.in_channels
-        networks = {"unet": unet, "structural_encoder": structural_encoder, "vae": vae}
-        self._counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-        self._counts["text_encoder"] = text_parameters
-        self._largest = max(p.numel() for network in networks.values() for p in network.parameters())
+        self._denoise = peak_activation_bytes(denoiser, lambda: denoiser(latents, torch.zeros(1, dtype=torch.long), condition)) / floats
+        runs: list[Callable[[], object]] = [lambda: codec.decode(latents), lambda: codec.encode(pixels, latents)]
+        runs += [fused] if codec.has_fidelity else []
+        self._codec = max(peak_activation_bytes(codec, run) for run in runs) / floats
+        self._widths = {"denoiser": _width(networks.denoiser), "codec": _width(networks.codec)}
+        self._device, self.zoom, self._channels = device.type, codec.scale, channels
+        self._counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (("denoiser", denoiser), ("codec", codec))}
+        self._counts["text"] = text_parameters
+        self._largest = max(p.numel() for p in (*denoiser.parameters(), *codec.parameters()))
 
     def at(self, dtype: torch.dtype) -> MemoryModel:
         """The same networks in another precision."""
         other = copy.copy(self)
-        other._widths = {"unet": dtype.itemsize, "vae": dtype.itemsize}
+        other._widths = {"denoiser": dtype.itemsize, "codec": dtype.itemsize}
         return other
 
     def denoise_bytes(self, height: int, width: int, batch: int = 1, *, steady: bool = False) -> int:
         """Estimated peak of one network call on `batch` latent tiles of height x width (weights not counted)."""
-        return self._call(self._denoise * self._widths["unet"] * height * width * batch, steady)
+        return self._call(self._denoise * self._widths["denoiser"] * height * width * batch, steady)
 
     def codec_bytes(self, height: int, width: int, batch: int = 1, *, steady: bool = False) -> int:
         """The same for encoding or decoding, whichever takes more."""
-        return self._call(self._codec * self._widths["vae"] * height * width * batch, steady)
+        return self._call(self._codec * self._widths["codec"] * height * width * batch, steady)
 
     def _call(self, activations: float, steady: bool) -> int:
-        safety = SAFETY.get(self._device, SAFETY_ELSEWHERE)
-        if self._device == "cpu":
-            safety = SAFETY_STEADY if steady else safety
-            reordered = self._largest * max(self._widths.values())  # convolutions copy their weights into another order
-            return int(safety * (activations + reordered)) + CALL_BYTES
-        return int(safety * activations) + CALL_BYTES
+        return call_bytes(activations, self._largest * max(self._widths.values()), self._device, steady)
 
     def picture_bytes(self, height: int, width: int, batch: int = 1) -> int:
         """What `batch` whole pictures of height x width padded output pixels take beside any network call."""
@@ -148,13 +147,17 @@ class MemoryModel:
 
     def weight_bytes(self, offload: Offload = "none") -> tuple[int, int]:
         """Weights on the device while the denoiser works, and while the autoencoder does."""
-        count, width = self._counts, self._widths["unet"]
+        count, width = self._counts, self._widths["denoiser"]
         if offload == "sequential":
             return 2 * self._largest * width, 2 * self._largest * width
         if offload == "model":
-            return max(count["unet"] + count["structural_encoder"], count["text_encoder"]) * width, count["vae"] * width
+            return max(count["denoiser"], count["text"]) * width, count["codec"] * width
         total = sum(count.values()) * width
         return total, total
+
+
+def _width(network: nn.Module) -> int:
+    return next(network.parameters()).dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

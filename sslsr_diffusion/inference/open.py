@@ -1,155 +1,130 @@
-"""Which model to upscale with: the newest finished run, the shipped model, a folder, or a hub id."""
+"""From a name to a restorer: the newest finished run, the shipped model, a run or model folder, a file, or a hub id."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
-import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.hub import PIPELINE_FILES, fetch, has_id_shape
+from sslsr_diffusion.inference.restorer import Restorer
+from sslsr_diffusion.models.families import FAMILIES
+from sslsr_diffusion.models.family import Family
+from sslsr_diffusion.models.networks import Networks
 from sslsr_diffusion.shipped_model import SMALL, local_folder
 
 log = logging.getLogger(__name__)
 
-PIPELINE_CLASS = "StableSRPipeline"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+RESULT = "pipeline"  # the folder of a run's result
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model's files on this machine."""
+
+    name: str  # as the user wrote it
+    path: Path
+    family: Family
+    fingerprint: str  # changes with its weights
 
 
 def default_model(runs: Path) -> tuple[str, str]:
-    """What is used where nobody chose, and why: the pipeline of the run in `runs` that finished last, else the shipped small model."""
-    found = [index.parent for index in runs.glob("*/pipeline/model_index.json") if _is_upscaler(index)]
+    """What is used where nobody chose, and why: the result of the run in `runs` that finished last, else the shipped small model."""
+    found = [result for result in runs.glob(f"*/{RESULT}") if family_of(result) is not None]
     if not found:
         return SMALL, f"the small model that comes with sslsr-diffusion; there is no finished run in {runs}/"
-    return str(max(found, key=lambda folder: (folder / "model_index.json").stat().st_mtime_ns)), "the newest finished run"
+    return str(max(found, key=_written)), "the newest finished run"
 
 
-def _is_upscaler(index: Path) -> bool:
-    try:
-        return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == PIPELINE_CLASS
-    except (OSError, ValueError, AttributeError):
-        return False
+def _written(folder: Path) -> int:
+    return max(path.stat().st_mtime_ns for path in folder.iterdir())
 
 
-def find_model(model: str, revision: str | None = None) -> tuple[Path, str]:
-    """The local folder of a model, downloaded first if it is a hub id, and a fingerprint that changes with its weights.
+def family_of(path: Path) -> Family | None:
+    """The family that reads this file or folder."""
+    return next((family for family in FAMILIES.values() if family.reads(path)), None)
+
+
+def find_model(model: str, revision: str | None = None) -> FoundModel:
+    """The local files of a model, downloaded first if it is a hub id.
 
     Raises:
-        UserError: there is no such folder or repository, or it holds no upscaler.
+        UserError: there is nothing of that name, or it holds no upscaler.
     """
-    folder = local_folder(model)
-    if (folder / "pipeline" / "model_index.json").is_file():  # a run folder
-        folder = folder / "pipeline"
-    if not folder.exists():
-        if not _HUB_ID.fullmatch(model):
-            raise UserError(f"--model {model}: no such folder, not a hub id (user/name), and not the shipped model ({SMALL}).")
-        folder = _download(model, revision)
-        return folder, f"{model}@{folder.name}"
-    if revision is not None:
-        raise UserError(f"--revision {revision}: is for a hub id, and --model {model} is a folder here; leave it out.")
-    if not _is_upscaler(folder / "model_index.json"):
-        raise UserError(
-            f"--model {model}: expected a folder with a model_index.json of {PIPELINE_CLASS}; a run folder has it in pipeline/ "
-            "once the run is finished, and `sslsr export` makes one from a checkpoint."
-        )
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    states = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return folder, hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+    path = local_folder(model)
+    if path.is_dir() and family_of(path) is None and family_of(path / RESULT) is not None:  # a run folder
+        path = path / RESULT
+    if path.exists():
+        if revision is not None:
+            raise UserError(f"revision {revision}: is for a hub id, and model {model} lies on this machine; leave it out.")
+        family = family_of(path)
+        if family is None:
+            raise UserError(
+                f"model {model}: expected a model of {', '.join(FAMILIES)}, for example a folder with a model_index.json of StableSRPipeline; "
+                "a run folder has one in pipeline/ once the run is finished, and `sslsr export` makes one from a checkpoint."
+            )
+        return FoundModel(model, path, family, _fingerprint(path))
+    if not has_id_shape(model):
+        raise UserError(f"model {model}: no such file or folder, not a hub id (user/name), and not the shipped model ({SMALL}).")
+    path = fetch(model, revision, patterns=PIPELINE_FILES, ignore=["state/*"])
+    family = family_of(path)
+    if family is None:
+        raise UserError(f"model {model}: that repository holds no model of {', '.join(FAMILIES)}.")
+    return FoundModel(model, path, family, f"{model}@{path.name}")
 
 
-def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        folder = download_files(model, revision=revision)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        at = f" at revision {revision}" if revision else ""
-        raise UserError(f"--model {model}: no such folder, and no such repository on the hub{at} (or it is private: log in).") from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--model {model}: no such folder, and the hub cannot be reached ({reason[:160]}).") from None
-    if not _is_upscaler(folder / "model_index.json"):
-        raise UserError(
-            f"--model {model}: that repository holds no {PIPELINE_CLASS} (its model_index.json names another class, or is missing)."
-        )
-    return folder
+def _fingerprint(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    states = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 
-def download_files(model: str, **options: Any) -> Path:
-    """A pipeline's repository in the hub's cache: its JSON, tokenizer texts and safetensors, nothing that could be a pickle.
-
-    Args:
-        options: revision, cache_dir, token, force_download, local_files_only of huggingface_hub.
-    """
-    from huggingface_hub import snapshot_download
-
-    wanted = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
-    return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["state/*"], **options))
-
-
-def refuse_code(folder: Path) -> None:
-    """Raises UserError for a pipeline folder with Python files: older releases of diffusers would run them."""
-    found = next((file for pattern in ("*.py", "*/*.py") for file in folder.glob(pattern)), None)
-    if found is not None:
-        raise UserError(f"{folder}: holds the Python file {found.relative_to(folder)}, which a pipeline never needs; remove it.")
-
-
-def forget_folder(component: Any) -> None:
-    """diffusers and transformers write down where a model was loaded from, a user's home folder for example; hub ids stay."""
-
-    def local(name: object) -> bool:
-        return bool(name) and (Path(str(name)).is_absolute() or Path(str(name)).is_dir())
-
-    config = getattr(component, "config", None)
-    remembered = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
-    if local(remembered):
-        if hasattr(component, "register_to_config"):
-            component.register_to_config(_name_or_path="")
-        else:
-            component.config._name_or_path = ""
-    if hasattr(component, "init_kwargs") and local(getattr(component, "name_or_path", "")):
-        component.name_or_path = component.init_kwargs["name_or_path"] = ""  # a tokenizer
-
-
-def load_pipeline(folder: Path, *, device: str = "auto", dtype: str = "auto", memory_budget: int | None = None, tile: Any = "auto") -> Any:
-    """The pipeline of a folder on a device, ready to be called.
+def open_model(
+    found: FoundModel, *, device: str = "auto", dtype: str = "auto", memory_budget: int | None = None, tile: Any = "auto"
+) -> Restorer:
+    """The restorer of a found model on a device, ready to be called.
 
     Args:
         device: "auto" (the first GPU, else the CPU) or a torch device.
         dtype: "auto" (float16 on a GPU, float32 on the CPU), "float32", "float16" or "bfloat16".
-        memory_budget: bytes; dtype "auto" and offload then follow from it (`placement.place`).
-        tile: what the pipeline will be called with.
+        memory_budget: bytes; dtype "auto" and offload then follow from it.
+        tile: what the restorer will be called with.
     Raises:
-        UserError: the device is not there, or the folder's files are incomplete or damaged.
+        UserError: the device is not there, or the model's files are incomplete or damaged.
         NotEnoughMemory: nothing fits the budget.
     """
-    from sslsr_diffusion.inference.pipeline import StableSRPipeline
-    from sslsr_diffusion.inference.placement import find_device, place
+    from sslsr_diffusion.devices import find_device
+    from sslsr_diffusion.inference.placement import place
 
     try:
         with _quiet_diffusers():
-            placement = place(folder, find_device(device), dtype, memory_budget, tile)
-            # in the wanted precision at once: both copies together would be the peak
-            pipe = StableSRPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=placement.dtype)
-            if placement.offload == "model":
-                pipe.enable_model_cpu_offload(device=placement.device)
-            elif placement.offload == "sequential":
-                pipe.enable_sequential_cpu_offload(device=placement.device)
-            else:
-                pipe.to(placement.device)
+            placement = place(found.family, found.path, find_device(device), dtype, memory_budget, tile)
+            restorer = restorer_class(found.family).open(found.family, found.path, placement)
     except UserError:
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds on incomplete folders
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--model {folder}: cannot be loaded ({reason[:200]}).") from error
-    pipe.set_progress_bar_config(disable=True)
+        raise UserError(f"model {found.name}: cannot be loaded ({reason[:200]}).") from error
     log.info("%s", placement)
-    return pipe
+    return restorer
+
+
+def restorer_of(networks: Networks, family: Family, *, scale: float, **defaults: Any) -> Restorer:
+    """The restorer of networks in memory, which may still be training."""
+    return restorer_class(family)(networks, scale=scale, defaults=defaults)
+
+
+def restorer_class(family: Family) -> Any:
+    """The class of a family's restorer; imported now, because diffusers takes seconds."""
+    module, _, name = RESTORERS[family.restorer].partition(":")
+    return getattr(import_module(module), name)
 
 
 @contextlib.contextmanager
@@ -168,3 +143,10 @@ def _quiet_diffusers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+
+
+RESTORERS = {
+    "direct": "sslsr_diffusion.inference.direct:DirectRestorer",
+    "latent": "sslsr_diffusion.inference.latent:LatentRestorer",
+    "stablesr": "sslsr_diffusion.inference.pipeline:StableSRRestorer",
+}

@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.seeding import sample_generator
 
 Predict = Callable[[Tensor, float], Tensor]  # (x_t as the network wants it, t) -> prediction
@@ -54,7 +56,7 @@ def sample(
 
 
 def spaced_timesteps(num_steps: int, num_train_timesteps: int = 1000) -> list[int]:
-    """`num_steps` timesteps, ascending, evenly over the whole schedule, both ends included (specification 7.1).
+    """`num_steps` timesteps, ascending, evenly over the whole schedule, both ends included.
 
     The position is accumulated and rounded half to even, as published; a single step is the last timestep, where
     the start was noised (the original's 0 would skip the network's noise level altogether).
@@ -71,109 +73,105 @@ def spaced_timesteps(num_steps: int, num_train_timesteps: int = 1000) -> list[in
     return sorted(steps)
 
 
-def clean_and_noise(pred: Tensor, x: Tensor, alpha: float, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """(x0, epsilon) that x = sqrt(a) x0 + sqrt(1-a) epsilon and the prediction imply.  a = alphas_cumprod at x's noise level."""
-    signal, spread = math.sqrt(alpha), math.sqrt(1.0 - alpha)
-    if prediction_type == "epsilon":
-        return (x - spread * pred) / signal, pred
-    if prediction_type == "v_prediction":
-        return signal * x - spread * pred, signal * pred + spread * x
-    if prediction_type == "sample":
-        return pred, (x - signal * pred) / spread
-    raise UserError(f"prediction_type: expected epsilon, v_prediction or sample, got {prediction_type!r}; mend the scheduler's config.")
-
-
 class _Spaced:
-    """Respaced timesteps and their noise levels; strength keeps the last part of them."""
+    """Respaced timesteps of a process and their noise levels; strength keeps the last part of them."""
 
-    def __init__(self, alphas_cumprod: Tensor, prediction_type: str, num_steps: int, *, strength: float = 1.0):
-        full = alphas_cumprod.double().tolist()
-        self.prediction_type = prediction_type
-        steps = spaced_timesteps(num_steps, len(full))
-        self._alphas, self._alphas_prev = self._noise_levels(full, steps)
+    def __init__(self, process: Process, num_steps: int, *, strength: float = 1.0) -> None:
+        self.process = process
+        steps = spaced_timesteps(num_steps, process.last + 1)
         kept = kept_steps(len(steps), strength)
-        self._kept = kept
-        self.timesteps: Sequence[float] = steps[:kept][::-1]
-        self._start_alpha = full[steps[kept - 1]]
+        self._at = self._levels_at(steps)[:kept][::-1]  # index into the process's levels, step by step
+        self.timesteps: Sequence[float] = [process.timestep_of(t) for t in steps[:kept][::-1]]
+        self._first = steps[kept - 1]
 
-    def _noise_levels(self, full: list[float], steps: list[int]) -> tuple[list[float], list[float]]:
-        levels = [full[s] for s in steps]
-        return levels, [1.0, *levels[:-1]]
+    def _levels_at(self, steps: list[int]) -> list[int]:
+        return steps
 
     def start(self, z_lr: Tensor, noise: Tensor, *, from_lr: bool) -> Tensor:
-        """x_T = sqrt(a) z_lr + sqrt(1-a) noise with a of the full schedule at the first timestep, or the noise alone."""
-        if not from_lr:
-            return noise
-        return math.sqrt(self._start_alpha) * z_lr + math.sqrt(1.0 - self._start_alpha) * noise
+        """z_lr noised to the first timestep, or the noise alone."""
+        return self.process.add_noise(z_lr, noise, torch.tensor([self._first])) if from_lr else noise
 
     def model_input(self, x: Tensor, index: int) -> Tensor:
         return x
 
-    def _level(self, index: int) -> tuple[int, float, float]:
-        k = self._kept - 1 - index
-        return k, self._alphas[k], self._alphas_prev[k]
+    def _clean_and_noise(self, pred: Tensor, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        return self.process.clean_and_noise(pred, x, torch.tensor([self._at[index]]))
+
+    def _is_last(self, index: int) -> bool:
+        return index == len(self._at) - 1
 
 
 class SpacedDDPM(_Spaced):
-    """The published sampler (specification 7.1, 7.2): posterior of the respaced chain, no clipping, fixed small variance."""
+    """StableSR's sampler: posterior of the respaced chain (Nichol and Dhariwal, ICML 2021), no clipping, fixed small variance."""
+
+    process: DDPM
 
     def coefficients(self, index: int) -> tuple[float, float, float]:
         """(c1, c2, log variance): x <- c1 x0 + c2 x + exp(log variance / 2) noise."""
-        _, alpha, prev = self._level(index)
+        alphas = self.process.alphas_cumprod
+        alpha, prev = alphas[self._at[index]], 1.0 if self._is_last(index) else alphas[self._at[index + 1]]
         beta = 1.0 - alpha / prev
         variance = beta * (1.0 - prev) / (1.0 - alpha)
         return beta * math.sqrt(prev) / (1.0 - alpha), (1.0 - prev) * math.sqrt(1.0 - beta) / (1.0 - alpha), math.log(max(variance, 1e-20))
 
     def step(self, pred: Tensor, x: Tensor, index: int, noise: StepNoise) -> Tensor:
-        k, alpha, _ = self._level(index)
-        x0, _ = clean_and_noise(pred, x, alpha, self.prediction_type)
+        x0, _ = self._clean_and_noise(pred, x, index)
         c1, c2, log_variance = self.coefficients(index)
         x = c1 * x0 + c2 * x
-        return x + math.exp(0.5 * log_variance) * noise(index) if k > 0 else x
+        return x if self._is_last(index) else x + math.exp(0.5 * log_variance) * noise(index)
 
 
 class SpacedDDIM(_Spaced):
-    """DDIM on the respaced timesteps: every step uses the noise level of the timestep the network sees, down to none.
+    """x <- signal' x0 + sqrt(spread'^2 - s^2) epsilon + s noise, signal' and spread' those of the next timestep, at the end 1 and 0.
 
-    x <- sqrt(a_prev) x0 + sqrt(1 - a_prev - sigma^2) epsilon + sigma noise,
-    sigma = eta sqrt((1 - a_prev) / (1 - a) (1 - a / a_prev))          (Song et al., ICLR 2021)
+    s = eta sqrt((1 - a') / (1 - a) (1 - a / a')) is DDIM's share of fresh noise (Song et al., ICLR 2021, eq. 16).
+    With eta = 0 the step holds for every process; for a flow it is Euler's.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, prediction_type: str, num_steps: int, *, strength: float = 1.0, eta: float = 0.0):
-        super().__init__(alphas_cumprod, prediction_type, num_steps, strength=strength)
+    def __init__(self, process: Process, num_steps: int, *, strength: float = 1.0, eta: float = 0.0) -> None:
+        super().__init__(process, num_steps, strength=strength)
+        if eta and not isinstance(process, DDPM):
+            raise UserError(f"eta: expected 0 for a flow, which has no fresh noise on its way, got {eta}.")
         self.eta = eta
 
     def sigma(self, index: int) -> float:
-        _, alpha, prev = self._level(index)
+        if not self.eta or not isinstance(self.process, DDPM):
+            return 0.0
+        alpha, prev = self.process.alphas_cumprod[self._at[index]], self._next(index)[0] ** 2
         return self.eta * math.sqrt((1.0 - prev) / (1.0 - alpha) * (1.0 - alpha / prev))
 
+    def _next(self, index: int) -> tuple[float, float]:
+        """signal and spread after the step."""
+        return (1.0, 0.0) if self._is_last(index) else self.process.level(self._at[index + 1])
+
     def step(self, pred: Tensor, x: Tensor, index: int, noise: StepNoise) -> Tensor:
-        _, alpha, prev = self._level(index)
-        x0, epsilon = clean_and_noise(pred, x, alpha, self.prediction_type)
-        sigma = self.sigma(index)
-        x = math.sqrt(prev) * x0 + math.sqrt(max(0.0, 1.0 - prev - sigma * sigma)) * epsilon
+        x0, epsilon = self._clean_and_noise(pred, x, index)
+        (signal, spread), sigma = self._next(index), self.sigma(index)
+        x = signal * x0 + math.sqrt(max(0.0, spread * spread - sigma * sigma)) * epsilon
         return x + sigma * noise(index) if sigma > 0 else x
 
 
 class OriginalDDIM(SpacedDDIM):
-    """The published DDIM script's pairing, for parity only (specification 7.6).
+    """The published DDIM script's pairing, for parity only.
 
     The network sees the respaced timesteps (0 to 999), the noise levels come from 0, 1000//N, 2 (1000//N), ...: they do
     not match, and the last step ends at the noise level of timestep 0 instead of none.
     """
 
-    def _noise_levels(self, full: list[float], steps: list[int]) -> tuple[list[float], list[float]]:
-        uniform = list(range(0, len(full), len(full) // len(steps)))[: len(steps)]
-        levels = [full[u] for u in uniform]
-        return levels, [levels[0], *levels[:-1]]
+    def _levels_at(self, steps: list[int]) -> list[int]:
+        total = self.process.last + 1
+        return list(range(0, total, total // len(steps)))[: len(steps)]
+
+    def _next(self, index: int) -> tuple[float, float]:
+        return self.process.level(0 if self._is_last(index) else self._at[index + 1])
 
 
 class DiffusersSampler:
     """Any diffusers scheduler with a variance-preserving schedule behind the same seam and from the same starting latent."""
 
-    def __init__(self, scheduler: Any, num_steps: int, *, strength: float, eta: float, seeds: Sequence[int], device: torch.device):
-        scheduler.set_timesteps(num_steps, device=device)
-        first = len(scheduler.timesteps) - kept_steps(len(scheduler.timesteps), strength)
+    def __init__(self, scheduler: Any, call: SamplerCall) -> None:
+        scheduler.set_timesteps(call.num_steps, device=call.device)
+        first = len(scheduler.timesteps) - kept_steps(len(scheduler.timesteps), call.strength)
         order = getattr(scheduler, "order", 1)
         first -= first % order  # a second-order scheduler lists each timestep twice; begin at a whole step
         if hasattr(scheduler, "set_begin_index"):
@@ -183,8 +181,8 @@ class DiffusersSampler:
         self.timesteps: Sequence[float] = self._timesteps.tolist()
         accepted = inspect.signature(scheduler.step).parameters
         # a stochastic scheduler draws through generators of its own, one per image
-        generators = [sample_generator(seed, "scheduler") for seed in seeds]
-        self._extra = {name: value for name, value in {"eta": eta, "generator": generators}.items() if name in accepted}
+        generators = [sample_generator(seed, "scheduler") for seed in call.seeds]
+        self._extra = {name: value for name, value in {"eta": call.eta, "generator": generators}.items() if name in accepted}
 
     def start(self, z_lr: Tensor, noise: Tensor, *, from_lr: bool) -> Tensor:
         t = self._timesteps[:1]
@@ -210,63 +208,81 @@ def kept_steps(num_steps: int, strength: float) -> int:
 
 def build_sampler(
     name: str | None,
-    scheduler: Any,
+    process: Process,
     num_steps: int,
     *,
+    scheduler: Any = None,
     strength: float = 1.0,
     eta: float = 0.0,
     seeds: Sequence[int] = (),
     device: torch.device | str = "cpu",
 ) -> Sampler:
-    """The sampler asked for by name; None takes the one the pipeline's scheduler stands for.
+    """The sampler asked for by name.
 
     Args:
-        name: ddpm, ddim, ddim-original, dpm++, unipc, euler, the class name of a diffusers scheduler, or None.
-        scheduler: the pipeline's diffusers scheduler: betas and prediction_type come from it.
-        num_steps: steps over the full schedule; `strength` keeps the last part of them.
+        name: a key of SAMPLERS, the class name of a diffusers scheduler of the process, or None: what `scheduler` stands for, else the
+            process's own (ddpm; for a flow the straight way).
+        process: of the networks.
+        num_steps: steps over the full process; `strength` keeps the last part of them.
+        scheduler: a diffusers scheduler that the caller's pipeline has.
         eta: DDIM's share of fresh noise, 0 to 1.
         seeds: one per image, for schedulers that draw noise themselves.
     Raises:
-        UserError: an unknown name, or a schedule that is not variance preserving.
+        UserError: an unknown name, or one that does not fit the process.
     """
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None:
-        raise UserError(f"scheduler: {type(scheduler).__name__} has no alphas_cumprod; use one of the DDPM family ({', '.join(SAMPLERS)}).")
-    name = name or OWN.get(type(scheduler).__name__)
-    kind = scheduler.config.prediction_type
-    if name == "ddpm":
-        return SpacedDDPM(alphas, kind, num_steps, strength=strength)
-    if name == "ddim":
-        return SpacedDDIM(alphas, kind, num_steps, strength=strength, eta=eta)
-    if name == "ddim-original":
-        return OriginalDDIM(alphas, kind, num_steps, strength=strength, eta=eta)
-    spaced_timesteps(num_steps, len(alphas))
-    own = type(scheduler).from_config(scheduler.config) if name is None else _by_name(name, scheduler, num_steps)
-    return DiffusersSampler(own, num_steps, strength=strength, eta=eta, seeds=seeds, device=torch.device(device))
+    spaced_timesteps(num_steps, process.last + 1)
+    call = SamplerCall(process, num_steps, strength, eta, seeds, torch.device(device))
+    if name is None and scheduler is not None and type(scheduler).__name__ not in OWN:
+        return DiffusersSampler(type(scheduler).from_config(scheduler.config), call)
+    name = name or OWN.get(type(scheduler).__name__) or ("ddpm" if isinstance(process, DDPM) else "ddim")
+    if name in SAMPLERS:
+        return SAMPLERS[name](call)
+    if not name.endswith("Scheduler"):
+        raise UserError(f"sampler: {name!r} is unknown; expected one of {', '.join(SAMPLERS)} or the name of a diffusers scheduler class.")
+    return _by_class(name, call)
 
 
-def _by_name(name: str, scheduler: Any, num_steps: int) -> Any:
+@dataclass(frozen=True)
+class SamplerCall:
+    """What a sampler is made from."""
+
+    process: Process
+    num_steps: int
+    strength: float
+    eta: float
+    seeds: Sequence[int]
+    device: torch.device
+
+    def ddpm(self, name: str) -> DDPM:
+        """The process, where a sampler is made for the DDPM family alone."""
+        if not isinstance(self.process, DDPM):
+            raise UserError(f"sampler: {name} is of the DDPM family and this model's process is a flow; use ddim.")
+        return self.process
+
+
+def _by_class(name: str, call: SamplerCall) -> Sampler:
     import diffusers
 
-    cls = getattr(diffusers, SAMPLERS.get(name, name), None) if SAMPLERS.get(name, name).endswith("Scheduler") else None
+    process, cls = call.ddpm(name), getattr(diffusers, name, None)
     if cls is None:
         raise UserError(f"sampler: {name!r} is unknown; expected one of {', '.join(SAMPLERS)} or the name of a diffusers scheduler class.")
     try:
         # "linspace" begins at the last timestep, where the published start is noised; the others begin lower, but not with one step
-        made = cls.from_config(scheduler.config, timestep_spacing="linspace" if num_steps > 1 else "trailing")
+        spacing = "linspace" if call.num_steps > 1 else "trailing"
+        made = cls.from_config(process.scheduler().config, timestep_spacing=spacing)
     except ImportError as error:
         raise MissingDependency(f"sampler: {name} needs a package that is not installed: {' '.join(str(error).split())}") from None
     if not hasattr(made, "add_noise") or not hasattr(made, "alphas_cumprod"):
         raise UserError(f"sampler: {name} is not of the DDPM family, which this model was trained for; use one of {', '.join(SAMPLERS)}.")
-    return made
+    return DiffusersSampler(made, call)
 
 
-OWN = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
-SAMPLERS = {
-    "ddpm": "",
-    "ddim": "",
-    "ddim-original": "",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
+OWN = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}  # schedulers that stand for samplers of ours
+SAMPLERS: dict[str, Callable[[SamplerCall], Sampler]] = {
+    "ddpm": lambda call: SpacedDDPM(call.ddpm("ddpm"), call.num_steps, strength=call.strength),
+    "ddim": lambda call: SpacedDDIM(call.process, call.num_steps, strength=call.strength, eta=call.eta),
+    "ddim-original": lambda call: OriginalDDIM(call.ddpm("ddim-original"), call.num_steps, strength=call.strength, eta=call.eta),
+    "dpm++": lambda call: _by_class("DPMSolverMultistepScheduler", call),
+    "unipc": lambda call: _by_class("UniPCMultistepScheduler", call),
+    "euler": lambda call: _by_class("EulerDiscreteScheduler", call),
 }

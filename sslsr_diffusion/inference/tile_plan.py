@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.inference.memory import MemoryModel, Offload, shown_bytes
 from sslsr_diffusion.inference.tiling import rounded_up
+from sslsr_diffusion.models.size import SizeRequirements
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ _SHARES = (_LARGEST, 1.5, 1.0, 0.75, 0.5, 0.25)  # of that side
 
 
 @dataclass(frozen=True)
-class Plan:
+class TilePlan:
     """Sides in output pixels. A tile of None is the whole picture."""
 
     height: int
@@ -48,7 +49,7 @@ class Plan:
     def side(self, part: Part) -> int:
         return (self.tile if part == "tile" else self.vae_tile) or max(self.height, self.width)
 
-    def smaller(self, part: Part) -> Plan | None:
+    def smaller(self, part: Part) -> TilePlan | None:
         """The next thing to try when `part` ran out of memory: one sample per call, then smaller tiles; None: nothing is left."""
         if self.batch > 1:
             return replace(self, batch=1)
@@ -72,11 +73,11 @@ class Room:
     offload: Offload = "none"
 
 
-def make_plan(
+def plan_tiles(
     height: int,
     width: int,
     *,
-    unet: Any,
+    size: SizeRequirements,
     vae_scale: int,
     memory: Callable[[], MemoryModel],
     room: Room,
@@ -87,14 +88,15 @@ def make_plan(
     batch: int = 1,
     guided: bool = False,
     limits: Mapping[str, int] | None = None,
-) -> Plan:
+) -> TilePlan:
     """Padded size and tiles for `pictures` pictures of height x width output pixels.
 
-    The padded sides are multiples of what the networks halve, and no smaller than what the denoiser was trained at
-    (its config's sample_size): a picture that is smaller would be outside of what it has learned.
+    The padded sides are multiples of what the networks halve, and no smaller than what the denoiser was trained at:
+    a picture that is smaller would be outside of what it has learned.
 
     Args:
-        unet: the UNet's config.
+        size: of the networks.
+        vae_scale: output pixels per latent pixel.
         memory: gives the estimates; called only for "auto" and for a budget.
         batch: samples per network call (the denoiser's are doubled when `guided`).
         limits: sides (by part) and "batch" above which memory ran out before.
@@ -102,9 +104,8 @@ def make_plan(
         UserError: an impossible tile or overlap.
         NotEnoughMemory: the budget is below what the smallest tiles take (the message says how much that is).
     """
-    unit = vae_scale * 2 ** (len(unet.block_out_channels) - 1)
-    trained = rounded_up(int(unet.sample_size or 0) * vae_scale, unit)
-    padded = rounded_up(height, unit, trained), rounded_up(width, unit, trained)
+    unit, trained = size.multiple_of, size.trained
+    padded = size.padded(height), size.padded(width)
     longest, limits = max(padded), limits or {}
     batch = min(batch, limits.get("batch", batch))
     asked = {"tile": _asked(tile, longest, unit, "tile"), "vae_tile": _asked(vae_tile, longest, 4 * vae_scale, "vae_tile")}
@@ -127,7 +128,7 @@ def make_plan(
         overlap = overlap * side // (asked["tile"] or side) // vae_scale * vae_scale
     elif overlap is not None and side == limits.get("tile"):  # "auto", made smaller by what was found
         overlap = min(overlap, side // 2 // vae_scale * vae_scale)
-    plan = Plan(
+    plan = TilePlan(
         *padded,
         tile=side if side < longest else None,
         tile_overlap=_overlap(side if overlap is None else overlap, side, overlap is None, vae_scale),

@@ -1,42 +1,38 @@
-"""Losses by name: small callables over `Outputs`. A recipe lists them; this dict is where a new one is entered."""
+"""Losses by name: small callables over `Outputs`. A recipe lists them; a new one is a file and a line in LOSSES."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
 
-from sslsr_diffusion.losses.base import Loss
-from sslsr_diffusion.losses.diffusion import DiffusionLoss, DiffusionSettings
-from sslsr_diffusion.losses.latent_kl import LatentKLLoss, LatentKLSettings
-from sslsr_diffusion.losses.lpips import LpipsLoss, LpipsSettings
-from sslsr_diffusion.losses.patch_gan import PatchGANLoss, PatchGANSettings
-from sslsr_diffusion.losses.pixel import PixelL1Loss, PixelL1Settings
-from sslsr_diffusion.losses.self_similarity import SelfSimilarityLoss, SelfSimilaritySettings
+from sslsr_diffusion.losses.base import Loss, LossSettings, Means
+from sslsr_diffusion.losses.diffusion import DiffusionLoss
+from sslsr_diffusion.losses.latent_kl import LatentKLLoss
+from sslsr_diffusion.losses.lpips import LpipsLoss
+from sslsr_diffusion.losses.patch_gan import PatchGANLoss
+from sslsr_diffusion.losses.pixel import PixelL1Loss
+from sslsr_diffusion.losses.self_similarity import SelfSimilarityLoss
 
-__all__ = ["LOSSES", "Loss", "LossSettings", "build_losses"]
+__all__ = ["LOSSES", "Loss", "LossEntry", "Means", "build_losses"]
 
-LOSSES: dict[str, tuple[type, type]] = {
-    "diffusion": (DiffusionSettings, DiffusionLoss),
-    "pixel_l1": (PixelL1Settings, PixelL1Loss),
-    "self_similarity": (SelfSimilaritySettings, SelfSimilarityLoss),
-    "latent_kl": (LatentKLSettings, LatentKLLoss),
-    "lpips": (LpipsSettings, LpipsLoss),
-    "patch_gan": (PatchGANSettings, PatchGANLoss),
+LOSSES: dict[str, Any] = {
+    "diffusion": DiffusionLoss,
+    "pixel_l1": PixelL1Loss,
+    "self_similarity": SelfSimilarityLoss,
+    "latent_kl": LatentKLLoss,
+    "lpips": LpipsLoss,
+    "patch_gan": PatchGANLoss,
 }
 
-LossSettings = Annotated[
-    DiffusionSettings | PixelL1Settings | SelfSimilaritySettings | LatentKLSettings | LpipsSettings | PatchGANSettings,
-    Field(discriminator="kind"),
-]
+if TYPE_CHECKING:
+    LossEntry = LossSettings
+else:
+    LossEntry = Annotated[Union[tuple(loss.settings_class for loss in LOSSES.values())], Field(discriminator="kind")]
 
 
-def build_losses(settings: list[Any], *, prediction_type: str = "epsilon", distance: Any = None, seed: int = 0) -> list[Loss]:
-    """The callables of a recipe's list, in its order; `distance` of two pictures is what `lpips` measures with.
-
-    An optional loss whose means are missing (`distance` None) is left out.
-    """
-    extra = {"diffusion": {"prediction_type": prediction_type}, "lpips": {"distance": distance}, "patch_gan": {"seed": seed}}
-    return [
-        LOSSES[entry.kind][1](entry, **extra.get(entry.kind, {})) for entry in settings if entry.kind != "lpips" or distance is not None
-    ]
+def build_losses(entries: Sequence[Any], means: Means | None = None) -> list[Loss]:
+    """The callables of a recipe's list, in its order; an optional loss whose means cannot be had is left out."""
+    built = [LOSSES[entry.kind].build(entry, means or Means()) for entry in entries]
+    return [loss for loss in built if loss is not None]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from pydantic import Field
@@ -10,6 +12,28 @@ from torch import Tensor
 
 from sslsr_diffusion.config import Settings
 from sslsr_diffusion.types import Given, Outputs
+
+
+class LossSettings(Settings):
+    """What every entry of the recipe's list has."""
+
+    name: str | None = Field(
+        None, pattern=r"^[a-z][a-z0-9_]{0,40}$", description="What the term is called in logs and files; null: its kind. Each name once."
+    )
+
+    @property
+    def called(self) -> str:
+        """The name of the term."""
+        return self.name or str(self.kind)  # type: ignore[attr-defined]  # every kind has it
+
+    def misfits(self, *, side: int, alone: bool) -> Iterator[tuple[str, str]]:
+        """(key, what is wrong) where these settings do not go with the recipe around them.
+
+        Args:
+            side: of the pictures that pixel losses see, in pixels.
+            alone: whether it is the only loss.
+        """
+        yield from ()
 
 
 class Loss(Protocol):
@@ -21,7 +45,7 @@ class Loss(Protocol):
     """
 
     name: str
-    needs_pixels: bool
+    reads: frozenset[str]  # of Outputs: "pred", "sr", "moments"; a task that gives all of them can have this loss
 
     def active(self, given: Given) -> Tensor:
         """[B] bool: the samples that this loss looks at."""
@@ -33,7 +57,52 @@ class Loss(Protocol):
         """The weighted scalar and the raw, detached terms; `count` None means the units of `outputs` alone."""
 
 
-class NoiseGate(Settings):
+@dataclass(frozen=True)
+class Means:
+    """What some losses need beside their settings."""
+
+    seed: int = 0
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None  # LPIPS of pictures [K, 3, H, W] -> [K]; None: it cannot be had
+
+
+class LatentLoss:
+    """Base of losses over latents: every sample counts."""
+
+    settings_class: ClassVar[type[LossSettings]]
+    reads: frozenset[str] = frozenset({"pred"})
+
+    def __init__(self, settings: Any) -> None:
+        self.settings, self.name = settings, settings.called
+
+    @classmethod
+    def build(cls, settings: Any, means: Means) -> Self | None:
+        """The loss of a recipe's entry; None: it is optional and cannot be had."""
+        return cls(settings)
+
+    def active(self, given: Given) -> Tensor:
+        return torch.ones_like(given.t, dtype=torch.bool)
+
+    def count(self, given: Given) -> Tensor:
+        return torch.tensor(float(given.t.shape[0]), device=given.t.device)
+
+
+class PixelLoss(LatentLoss):
+    """Base of losses over pictures: samples that pass the noise gate count."""
+
+    reads = frozenset({"sr"})
+
+    def active(self, given: Given) -> Tensor:
+        return self.settings.passes(given)
+
+    def count(self, given: Given) -> Tensor:
+        return decoded_active(self, given).sum().float()
+
+    def play(self, sr: Tensor, hr: Tensor) -> Tensor:
+        """A scalar through the same networks and about the same tensors, on shapes alone: what the memory estimate plays."""
+        return (sr - hr).abs().mean()
+
+
+class NoiseGate(LossSettings):
     """A pixel loss may look only at samples whose noise level lets a picture be seen at all."""
 
     max_timestep: int | None = Field(
@@ -49,7 +118,7 @@ class NoiseGate(Settings):
         if self.max_timestep is not None:
             keep &= given.t <= self.max_timestep
         if self.min_snr is not None:
-            keep &= given.snr >= self.min_snr
+            keep &= given.noise_level.square().reciprocal() >= self.min_snr
         return keep
 
 
@@ -60,7 +129,7 @@ def pixels(outputs: Outputs) -> tuple[Tensor, Tensor]:
     return outputs.sr.float(), outputs.hr.float()
 
 
-def decoded_active(loss: Loss, given: Given) -> Tensor:
+def decoded_active(loss: LatentLoss, given: Given) -> Tensor:
     """[K] bool: which of the decoded samples this loss looks at."""
     active = loss.active(given)
     return active if given.decoded is None else active[given.decoded]

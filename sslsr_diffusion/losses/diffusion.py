@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from sslsr_diffusion.config import Settings
-from sslsr_diffusion.losses.base import share
-from sslsr_diffusion.types import Given, Outputs
+from sslsr_diffusion.losses.base import LatentLoss, LossSettings, share
+from sslsr_diffusion.types import Outputs
 
 
-class DiffusionSettings(Settings):
+class DiffusionSettings(LossSettings):
     """Mean squared error of the prediction, as in StableSR."""
 
     kind: Literal["diffusion"] = "diffusion"
@@ -25,32 +23,23 @@ class DiffusionSettings(Settings):
     )
 
 
-class DiffusionLoss:
-    """mean_i w(t_i) * mean (pred_i - target_i)^2;   w = min(snr, gamma) / snr for epsilon, min(snr, gamma) / (snr + 1) for v
+class DiffusionLoss(LatentLoss):
+    """mean_i w(t_i) * mean (pred_i - target_i)^2;   w = min(snr, gamma) (d x0 / d pred)^2, that is min(snr, gamma) / snr for epsilon and
+    min(snr, gamma) / (snr + 1) for v   (Hang et al., ICCV 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy")
 
-    (Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy"; w = 1 without gamma.)
+    w = 1 without gamma.
     """
 
-    name = "diffusion"
-    needs_pixels = False
-
-    def __init__(self, settings: DiffusionSettings, *, prediction_type: str = "epsilon") -> None:
-        self.settings = settings
-        self.prediction_type = prediction_type
-
-    def active(self, given: Given) -> Tensor:
-        return torch.ones_like(given.t, dtype=torch.bool)
-
-    def count(self, given: Given) -> Tensor:
-        return torch.tensor(float(given.t.shape[0]), device=given.t.device)
+    settings_class = DiffusionSettings
 
     def __call__(self, outputs: Outputs, count: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         if outputs.pred is None or outputs.target is None:
-            raise ValueError("the diffusion loss needs Outputs.pred and Outputs.target, which this stage does not compute")
+            raise ValueError("the diffusion loss needs Outputs.pred and Outputs.target, which this task does not compute")
         error = (outputs.pred.float() - outputs.target.float()).square().flatten(1).mean(dim=1)  # [B]
         own = self.count(outputs)
         raw = share(error.detach().sum(), count, own)
         if self.settings.min_snr_gamma is not None:
-            below = outputs.snr + (1 if self.prediction_type == "v_prediction" else 0)
-            error = error * outputs.snr.clamp(max=self.settings.min_snr_gamma) / below
+            assert outputs.clean_gain is not None
+            snr = outputs.noise_level.square().reciprocal()
+            error = error * snr.clamp(max=self.settings.min_snr_gamma) * outputs.clean_gain.square()
         return self.settings.weight * share(error.sum(), count, own), {self.name: raw}

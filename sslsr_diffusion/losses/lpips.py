@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslsr_diffusion.losses.base import NoiseGate, decoded_active, pixels, share
-from sslsr_diffusion.types import Given, Outputs
+from sslsr_diffusion.losses.base import Means, NoiseGate, PixelLoss, decoded_active, pixels, share
+from sslsr_diffusion.types import Outputs
 
 
 class LpipsSettings(NoiseGate):
@@ -21,23 +21,27 @@ class LpipsSettings(NoiseGate):
         False, description="Train without this term, with one line in the log, where torchvision or the weights are missing."
     )
 
+    def misfits(self, *, side: int, alone: bool) -> Iterator[tuple[str, str]]:
+        if self.optional and alone:
+            yield "optional", "lpips is the only loss, so the run cannot go without it; add another or set optional: false."
 
-class LpipsLoss:
+
+class LpipsLoss(PixelLoss):
     """mean LPIPS(sr, hr) over the samples that pass the noise gate   (Zhang et al., CVPR 2018)"""
 
-    name = "lpips"
-    needs_pixels = True
+    settings_class = LpipsSettings
 
     def __init__(self, settings: LpipsSettings, *, distance: Callable[[Tensor, Tensor], Tensor]) -> None:
         """`distance` of pictures [K, 3, H, W] in [0, 1] -> [K], differentiable in the first; a module follows the pictures' device."""
-        self.settings = settings
+        super().__init__(settings)
         self.distance: Any = distance
 
-    def active(self, given: Given) -> Tensor:
-        return self.settings.passes(given)
+    @classmethod
+    def build(cls, settings: LpipsSettings, means: Means) -> LpipsLoss | None:
+        return None if means.distance is None else cls(settings, distance=means.distance)
 
-    def count(self, given: Given) -> Tensor:
-        return decoded_active(self, given).sum().float()
+    def play(self, sr: Tensor, hr: Tensor) -> Tensor:
+        return self.distance(sr, hr).mean()
 
     def __call__(self, outputs: Outputs, count: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         sr, hr = pixels(outputs)

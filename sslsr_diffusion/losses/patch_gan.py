@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslsr_diffusion.losses.base import NoiseGate, decoded_active, pixels, share
+from sslsr_diffusion.losses.base import Means, NoiseGate, PixelLoss, decoded_active, pixels, share
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.types import Given, Outputs
 
@@ -25,6 +26,10 @@ class PatchGANSettings(NoiseGate):
     betas: tuple[_Beta, _Beta] = Field((0.5, 0.9), description="Decay of its moments (StableSR: 0.5, 0.9).")
     layers: int = Field(3, ge=1, le=5, description="Layers between the first and the last; 3 judge patches of 70 pixels (StableSR: 3).")
     width: int = Field(64, ge=1, description="Channels of the first layer (StableSR: 64).")
+
+    def misfits(self, *, side: int, alone: bool) -> Iterator[tuple[str, str]]:
+        if side < 3 * 2**self.layers:
+            yield "layers", f"{self.layers} are too many for pictures of {side} pixels a side."
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -49,31 +54,35 @@ class PatchDiscriminator(nn.Sequential):
                 nn.init.normal_(part.weight, 1.0, 0.02)
 
 
-class PatchGANLoss:
+class PatchGANLoss(PixelLoss):
     """Generator: -mean D(sr).  Discriminator: (mean relu(1 - D(hr)) + mean relu(1 + D(sr))) / 2, sr without gradient.
 
     Besides being a loss it is a learner: per micro-batch `learn`, per optimizer step `update`; `network`, `optimizer` and `step` are
     what a checkpoint keeps.
     """
 
-    name = "patch_gan"
-    needs_pixels = True
+    settings_class = PatchGANSettings
 
     def __init__(self, settings: PatchGANSettings, *, seed: int = 0) -> None:
-        self.settings, self.step = settings, 1  # the optimizer step that is going on
+        super().__init__(settings)
+        self.step = 1  # the optimizer step that is going on
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "patch_gan"))
+            torch.manual_seed(derive_seed(seed, self.name))
             self.network = PatchDiscriminator(settings.layers, settings.width)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr, betas=settings.betas)
+
+    @classmethod
+    def build(cls, settings: PatchGANSettings, means: Means) -> PatchGANLoss:
+        return cls(settings, seed=means.seed)
+
+    def play(self, sr: Tensor, hr: Tensor) -> Tensor:
+        return self.network.to(sr.device)(sr).mean()
 
     def to(self, device: torch.device) -> None:
         self.network.to(device)
 
     def active(self, given: Given) -> Tensor:
-        return self.settings.passes(given) & (self.step >= self.settings.start_step)
-
-    def count(self, given: Given) -> Tensor:
-        return decoded_active(self, given).sum().float()
+        return super().active(given) & (self.step >= self.settings.start_step)
 
     def __call__(self, outputs: Outputs, count: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         sr, _ = pixels(outputs)

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sslsr_diffusion.losses.base import NoiseGate, decoded_active, pixels, share
-from sslsr_diffusion.types import Given, Outputs
+from sslsr_diffusion.losses.base import NoiseGate, PixelLoss, decoded_active, pixels, share
+from sslsr_diffusion.types import Outputs
 
 
 class PixelL1Settings(NoiseGate):
@@ -19,20 +19,10 @@ class PixelL1Settings(NoiseGate):
     weight: float = Field(0.1, ge=0, description="Factor of this term in the sum (StableSR-SSL: 0.1).")
 
 
-class PixelL1Loss:
+class PixelL1Loss(PixelLoss):
     """mean |sr - hr| over the samples that pass the noise gate, both in [0, 1]."""
 
-    name = "pixel_l1"
-    needs_pixels = True
-
-    def __init__(self, settings: PixelL1Settings) -> None:
-        self.settings = settings
-
-    def active(self, given: Given) -> Tensor:
-        return self.settings.passes(given)
-
-    def count(self, given: Given) -> Tensor:
-        return decoded_active(self, given).sum().float()
+    settings_class = PixelL1Settings
 
     def __call__(self, outputs: Outputs, count: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         sr, hr = pixels(outputs)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sslsr_diffusion.losses.base import NoiseGate, decoded_active, pixels
+from sslsr_diffusion.losses.base import NoiseGate, PixelLoss, decoded_active, pixels
 from sslsr_diffusion.ops import SelfSimilarityLoss as SelfSimilarityOp
 from sslsr_diffusion.types import Given, Outputs
 
@@ -45,15 +46,20 @@ class SelfSimilaritySettings(NoiseGate):
             raise ValueError(f"weight {self.weight} must be auto or a number of at least 0.")
         return self
 
+    def misfits(self, *, side: int, alone: bool) -> Iterator[tuple[str, str]]:
+        if side <= self.search_size // 2:
+            yield "search_size", f"{self.search_size} is too large for pictures of {side} pixels a side."
+        if self.weight == "auto" and alone:
+            yield "weight", "auto compares with the other losses, and there is none; give a number."
 
-class SelfSimilarityLoss:
+
+class SelfSimilarityLoss(PixelLoss):
     """weight * (l1_weight * L1 + kl_weight * KL) of the two graphs, means over all rows of the whole batch."""
 
-    name = "self_similarity"
-    needs_pixels = True
+    settings_class = SelfSimilaritySettings
 
     def __init__(self, settings: SelfSimilaritySettings) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self.auto = settings.weight == "auto"
         self.weight = 1.0 if settings.weight == "auto" else float(settings.weight)
         self.operator = SelfSimilarityOp(
@@ -65,9 +71,6 @@ class SelfSimilarityLoss:
             kl_weight=settings.kl_weight,
             backend=settings.backend,
         )
-
-    def active(self, given: Given) -> Tensor:
-        return self.settings.passes(given)
 
     def count(self, given: Given) -> Tensor:
         return self._mask(given).sum().float()

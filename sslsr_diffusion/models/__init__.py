@@ -10,46 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "FAMILIES": "sslsr_diffusion.models.families",
     "AutoencoderKLCFW": "sslsr_diffusion.models.stablesr.cfw",
-    "Codec": "sslsr_diffusion.models.codec",
-    "Denoiser": "sslsr_diffusion.models.stablesr.denoiser",
     "ModelMixin": "diffusers",
-    "ModelSettings": "sslsr_diffusion.models.stablesr.settings",
-    "Networks": "sslsr_diffusion.models.stablesr.build",
     "SFTUNet2DConditionModel": "sslsr_diffusion.models.stablesr.unet",
-    "Schedule": "sslsr_diffusion.models.process",
     "StructuralEncoder": "sslsr_diffusion.models.stablesr.structural_encoder",
-    "build_autoencoder": "sslsr_diffusion.models.stablesr.build",
-    "build_networks": "sslsr_diffusion.models.stablesr.build",
-    "load_preset": "sslsr_diffusion.models.stablesr.settings",
-    "make_scheduler": "sslsr_diffusion.models.process",
 }
 
-__all__ = [
-    "AutoencoderKLCFW",
-    "Codec",
-    "Denoiser",
-    "ModelMixin",
-    "ModelSettings",
-    "Networks",
-    "SFTUNet2DConditionModel",
-    "Schedule",
-    "StructuralEncoder",
-    "build_autoencoder",
-    "build_networks",
-    "load_preset",
-    "make_scheduler",
-]
+__all__ = ["FAMILIES", "AutoencoderKLCFW", "ModelMixin", "SFTUNet2DConditionModel", "StructuralEncoder"]
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from sslsr_diffusion.models.codec import Codec
-    from sslsr_diffusion.models.process import Schedule, make_scheduler
-    from sslsr_diffusion.models.stablesr.build import Networks, build_autoencoder, build_networks
+    from sslsr_diffusion.models.families import FAMILIES
     from sslsr_diffusion.models.stablesr.cfw import AutoencoderKLCFW
-    from sslsr_diffusion.models.stablesr.denoiser import Denoiser
-    from sslsr_diffusion.models.stablesr.settings import ModelSettings, load_preset
     from sslsr_diffusion.models.stablesr.structural_encoder import StructuralEncoder
     from sslsr_diffusion.models.stablesr.unet import SFTUNet2DConditionModel
 

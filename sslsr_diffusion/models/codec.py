@@ -1,4 +1,4 @@
-"""Pixels in [0, 1] to scaled latents and back: the one place that knows the VAE's [-1, 1] and its scaling factor."""
+"""Pixels in [0, 1] to normalised latents and back: the one place that knows the VAE's [-1, 1], its scaling, shift, mean and deviation."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-
-from sslsr_diffusion.models.stablesr.cfw import AutoencoderKLCFW
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 
-class Codec:
-    """An AutoencoderKL seen from the outside: `encode` draws from the posterior with noise that the caller brings."""
+class Codec(nn.Module):
+    """An AutoencoderKL seen from the outside: `encode` draws from the posterior with noise that the caller brings.
+
+    Latents are normalised as the autoencoder's config says: (z - shift) scaling, or with a mean and deviation per channel
+    (z - mean) scaling / std, as diffusers' pipelines do.
+    """
 
     def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
         self.vae = vae
 
     @property
@@ -33,7 +36,11 @@ class Codec:
     @property
     def has_fidelity(self) -> bool:
         """Whether the decoder can be fed with the low-resolution picture's encoder features (CFW)."""
-        return isinstance(self.vae, AutoencoderKLCFW)
+        return hasattr(self.vae, "encode_with_features")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vae.parameters()).device
 
     def noise_shape(self, pixels: Tensor) -> tuple[int, int, int, int]:
         """The shape of the posterior noise, and of the latents, for pixels [B, 3, H, W]."""
@@ -42,7 +49,7 @@ class Codec:
         return (b, self.latent_channels, h // self.scale, w // self.scale)
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """z = s (mean + exp(logvar / 2) noise), the posterior's sample times the scaling factor; never its mode.
+        """mean + exp(logvar / 2) noise, normalised: the posterior's sample, never its mode.
 
         Args:
             pixels: [B, 3, H, W] in [0, 1]; both sides divisible by `scale`.
@@ -64,11 +71,11 @@ class Codec:
         """Pixels [B, 3, H, W] float32, about [0, 1], not clamped; differentiable in `latents`.
 
         Args:
-            latents: [B, C, h, w], scaled.
+            latents: [B, C, h, w], normalised.
             features: of `encode_with_features` for the low-resolution picture; None decodes plainly.
             fidelity: the fusion weight w of CFW, any real; 0 is the plain decoder.
         """
-        z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        z = self._raw(latents.to(self.vae.dtype))
         if features is None or fidelity == 0:
             decoded = self.vae.decode(z, return_dict=False)[0]
         else:
@@ -83,7 +90,10 @@ class Codec:
 
     @torch.no_grad()
     def calibrate(self, pixels: Tensor) -> float:
-        """Set the scaling factor of a freshly trained autoencoder to 1 / std of the latents of `pixels`, and return it."""
+        """Set the scaling factor of a freshly trained autoencoder to 1 / std of the latents of `pixels`, and return it.
+
+        The autoencoder's config has no shift, mean or deviation: this package's presets have none.
+        """
         posterior = self.vae.encode(self._to_vae(pixels)).latent_dist
         factor = float(1.0 / (posterior.mean.float().var() + posterior.var.float().mean()).sqrt())
         self.vae.register_to_config(scaling_factor=factor)
@@ -101,7 +111,24 @@ class Codec:
         mean, std = posterior.mean.float(), posterior.std.float()  # type: ignore[attr-defined]
         if noise.shape != mean.shape:
             raise ValueError(f"expected posterior noise of shape {tuple(mean.shape)} (Codec.noise_shape), got {tuple(noise.shape)}.")
-        return (mean + std * noise.to(mean)) * self.vae.config.scaling_factor
+        return self._normalised(mean + std * noise.to(mean))
+
+    def _normalised(self, z: Tensor) -> Tensor:
+        offset, deviation = self._statistics(z)
+        return (z - offset) * self.vae.config.scaling_factor / deviation if offset is not None else z * self.vae.config.scaling_factor
+
+    def _raw(self, z: Tensor) -> Tensor:
+        offset, deviation = self._statistics(z)
+        scaled = z / self.vae.config.scaling_factor
+        return scaled if offset is None else scaled * deviation + offset
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor | float | None, Tensor | float]:
+        """What is taken off and divided by, beside the scaling factor; None: nothing."""
+        config = self.vae.config
+        mean, deviation, shift = (config.get(key) for key in ("latents_mean", "latents_std", "shift_factor"))
+        if mean is not None and deviation is not None:
+            return tuple(torch.tensor(side).to(like).reshape(1, -1, 1, 1) for side in (mean, deviation))  # type: ignore[return-value]
+        return (shift, 1.0) if shift else (None, 1.0)
 
     def _to_vae(self, pixels: Tensor) -> Tensor:
         return (pixels * 2 - 1).to(self.vae.dtype)

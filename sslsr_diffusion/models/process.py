@@ -1,110 +1,269 @@
-"""The forward process z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) n, and what a network that predicts n or v says about z_0."""
+"""The noise process z_t = signal_t z_0 + spread_t n, and what a prediction says about z_0 and n: one truth for training and sampling.
+
+A base model names its process by its diffusers scheduler; `Process.of` reads that, or refuses it by name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Self
 
 import torch
-from diffusers import DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
-PredictionType = Literal["epsilon", "v_prediction"]
+from sslsr_diffusion.errors import UserError
+
+DDPM_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
+FLOW_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting")
 
 
-def make_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:
-    """The sampler's scheduler for a base model's scheduler config: same betas and prediction type, spaced DDPM settings.
+class Process(nn.Module):
+    """Noise levels by timestep index t = 0 (nearly clean) .. `last`. Tables are float32 buffers, so they move with the networks.
 
-    StableSR neither clips x_0 nor learns the variance, whatever the base model's own scheduler did.
+    All functions take t as [B] int64 and broadcast over [B, C, h, w].
     """
-    keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
-    kept = {key: config[key] for key in keep if key in config}
-    return DDPMScheduler(**kept, clip_sample=False, variance_type="fixed_small")
 
+    signal: Tensor  # [T] float32
+    spread: Tensor  # [T] float32
 
-def truncated(config: Mapping[str, Any], num_timesteps: int) -> dict[str, Any]:
-    """The config of a scheduler with the first `num_timesteps` noise levels only; the timesteps keep their meaning.
-
-    Raises:
-        ValueError: it has fewer.
-    """
-    scheduler = make_scheduler(config)
-    betas = scheduler.betas
-    if num_timesteps > len(betas):
-        raise ValueError(f"expected at most the {len(betas)} timesteps of the scheduler, got {num_timesteps}.")
-    return {
-        "num_train_timesteps": num_timesteps,
-        "trained_betas": betas[:num_timesteps].tolist(),
-        "prediction_type": scheduler.config.prediction_type,
-    }
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Noise levels of the training process. All functions take t as [B] int64 and broadcast over [B, C, h, w]."""
-
-    alphas_cumprod: Tensor  # [T] float32, decreasing
-    prediction_type: PredictionType = "epsilon"
+    def __init__(self, signal: Tensor, spread: Tensor, scheduler_config: Mapping[str, Any]) -> None:
+        """
+        Args:
+            signal, spread: [T] float64 factors of z_0 and of the noise.
+            scheduler_config: of the diffusers scheduler that stands for this process in a saved pipeline.
+        """
+        super().__init__()
+        self.scheduler_config = dict(scheduler_config)
+        self.register_buffer("signal", signal.float(), persistent=False)
+        self.register_buffer("spread", spread.float(), persistent=False)
+        self._levels = list(zip(signal.tolist(), spread.tolist()))
+        self._starts_from_lr = bool(signal[-1] ** 2 > spread[-1] ** 2)
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any) -> Schedule:
-        """From a diffusers scheduler, or from its config (a mapping).
+    def of(cls, config: Mapping[str, Any], name: str | None = None) -> Process:
+        """The process that a scheduler config stands for.
 
+        Args:
+            config: scheduler_config.json's content.
+            name: the scheduler's class; None: what the config says.
         Raises:
-            ValueError: the scheduler predicts something other than "epsilon" or "v_prediction".
+            UserError: a scheduler class, prediction type or setting that is not known here; nothing is guessed.
         """
-        if isinstance(scheduler, Mapping):
-            scheduler = make_scheduler(scheduler)
-        kind = scheduler.config.prediction_type
-        if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"expected a scheduler with prediction_type 'epsilon' or 'v_prediction', got {kind!r}.")
-        return cls(scheduler.alphas_cumprod.float().cpu(), kind)
+        name = name or config.get("_class_name")
+        kind = PROCESSES.get(str(name))
+        if kind is None:
+            raise UserError(f"scheduler: expected one of {', '.join(PROCESSES)}, got {name}; its noise process is not known here.")
+        return kind.from_config({**config, "_class_name": name})
 
-    def to(self, device: torch.device | str) -> Schedule:
-        """The same schedule with its table on `device`, so that a step does not copy it there."""
-        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Process:
+        raise NotImplementedError
 
     @property
-    def num_train_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
+    def last(self) -> int:
+        """The last timestep: the most noise."""
+        return len(self.signal) - 1
 
     @property
     def starts_from_lr(self) -> bool:
         """Whether the last timestep still shows the picture: sampling then starts from the low-resolution one, not from next to nothing."""
-        return float(self.alphas_cumprod[-1]) > 0.5
+        return self._starts_from_lr
+
+    def level(self, t: int) -> tuple[float, float]:
+        """signal_t and spread_t as plain numbers."""
+        return self._levels[t]
+
+    def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """signal_t and spread_t, float32 (at least), shaped to broadcast over `like`: half precision latents lose nothing here."""
+        shape, dtype = (-1, *(1,) * (like.ndim - 1)), torch.promote_types(like.dtype, torch.float32)
+        t = t.to(self.signal.device)
+        return tuple(table[t].reshape(shape).to(like.device, dtype) for table in (self.signal, self.spread))  # type: ignore[return-value]
 
     def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) n."""
-        signal, sigma = self._levels(t, z0)
-        return signal * z0 + sigma * noise
+        """z_t = signal z_0 + spread n."""
+        signal, spread = self.levels(t, z0)
+        return signal * z0 + spread * noise
 
     def noise_to(self, z0: Tensor, other: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The noise that leads from z0 to where `noise` leads from `other`: n + sqrt(SNR_t) (other - z_0)."""
-        signal, sigma = self._levels(t, z0)
-        return noise + signal / sigma * (other - z0)
+        """The noise that leads from z0 to where `noise` leads from `other`: n + signal / spread (other - z_0)."""
+        signal, spread = self.levels(t, z0)
+        return noise + signal / spread * (other - z0)
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """spread / signal, [B] float32: 0 clean, infinite pure noise. Its inverse square is the signal-to-noise ratio."""
+        t = t.to(self.signal.device)
+        return self.spread[t] / self.signal[t]
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the network is told for timestep index t, [B]."""
+        raise NotImplementedError
+
+    def timestep_of(self, t: int) -> float:
+        """The same for one plain number."""
+        raise NotImplementedError
 
     def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should say: n for epsilon, v = sqrt(abar_t) n - sqrt(1 - abar_t) z_0 for v_prediction."""
+        """What the network should say."""
+        raise NotImplementedError
+
+    def clean_and_noise(self, pred: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """z_0 and n that z_t and the prediction imply. No clipping."""
+        raise NotImplementedError
+
+    def clean_gain(self, t: Tensor) -> Tensor:
+        """|d z_0 / d prediction|, [B] float32: turns an error of the prediction into one of z_0."""
+        raise NotImplementedError
+
+    def until(self, last: int) -> Self:
+        """The same process with the timesteps 0 .. `last` only; timesteps keep their meaning.
+
+        Raises:
+            UserError: it ends before.
+        """
+        raise NotImplementedError
+
+    def scheduler(self) -> Any:
+        """The diffusers scheduler of a saved pipeline."""
+        raise NotImplementedError
+
+
+class DDPM(Process):
+    """signal = sqrt(abar_t), spread = sqrt(1 - abar_t)   (Ho et al., NeurIPS 2020); predicts n, v (Salimans and Ho, ICLR 2022) or z_0.
+
+    StableSR neither clips z_0 nor learns the variance, whatever the base model's own scheduler did.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, scheduler_config: Mapping[str, Any]) -> None:
+        """`alphas_cumprod`: [T], decreasing."""
+        alphas = alphas_cumprod.double().cpu()
+        super().__init__(alphas.sqrt(), (1 - alphas).sqrt(), scheduler_config)
+        self.alphas_cumprod: list[float] = alphas.tolist()
+        self.prediction_type = str(scheduler_config.get("prediction_type", "epsilon"))
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise UserError(f"scheduler: expected prediction_type epsilon, v_prediction or sample, got {self.prediction_type!r}.")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> DDPM:
+        if config.get("use_flow_sigmas"):
+            raise UserError(
+                f"scheduler: {config.get('_class_name')} with use_flow_sigmas is a flow process; expected use_flow_sigmas: false."
+            )
+        kept = {key: config[key] for key in DDPM_KEYS if key in config}
+        return cls(_ddpm_scheduler(kept).alphas_cumprod, kept)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t
+
+    def timestep_of(self, t: int) -> float:
+        return t
+
+    def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """n for epsilon, v = sqrt(abar_t) n - sqrt(1 - abar_t) z_0 for v_prediction, z_0 for sample."""
         if self.prediction_type == "epsilon":
             return noise
-        signal, sigma = self._levels(t, z0)
-        return signal * noise - sigma * z0
+        if self.prediction_type == "sample":
+            return z0
+        signal, spread = self.levels(t, z0)
+        return signal * noise - spread * z0
 
-    def x0(self, pred: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """z_0 = (z_t - sqrt(1 - abar_t) n) / sqrt(abar_t), or sqrt(abar_t) z_t - sqrt(1 - abar_t) v. No clipping."""
-        signal, sigma = self._levels(t, zt)
+    def clean_and_noise(self, pred: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        signal, spread = self.levels(t, zt)
         if self.prediction_type == "epsilon":
-            return (zt - sigma * pred) / signal
-        return signal * zt - sigma * pred
+            return (zt - spread * pred) / signal, pred
+        if self.prediction_type == "sample":
+            return pred, (zt - signal * pred) / spread
+        return signal * zt - spread * pred, signal * pred + spread * zt
 
-    def snr(self, t: Tensor) -> Tensor:
-        """abar_t / (1 - abar_t), [B] float32."""
-        abar = self.alphas_cumprod.to(t.device)[t]
-        return abar / (1 - abar)
+    def clean_gain(self, t: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return self.noise_level(t)
+        return self.spread[t.to(self.spread.device)] if self.prediction_type == "v_prediction" else torch.ones_like(self.noise_level(t))
 
-    def _levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar_t), sqrt(1 - abar_t) as [B, 1, 1, 1] float32 (at least), so that half precision latents lose nothing here."""
-        abar = self.alphas_cumprod.to(like.device)[t.to(like.device)].reshape(-1, *(1,) * (like.ndim - 1))
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)
+    def until(self, last: int) -> DDPM:
+        if last > self.last:
+            raise UserError(f"expected a timestep of at most {self.last}, the last of this process; got {last}.")
+        betas = _ddpm_scheduler(self.scheduler_config).betas
+        config = {"num_train_timesteps": last + 1, "trained_betas": betas[: last + 1].tolist(), "prediction_type": self.prediction_type}
+        return DDPM(torch.tensor(self.alphas_cumprod[: last + 1], dtype=torch.float64), config)
+
+    def scheduler(self) -> Any:
+        return _ddpm_scheduler(self.scheduler_config)
+
+
+class Flow(Process):
+    """signal = 1 - sigma_t, spread = sigma_t; predicts the velocity n - z_0   (Lipman et al., ICLR 2023; Liu et al., ICLR 2023).
+
+    sigma of index t is (t + 1) / T, shifted as the scheduler's `shift` s says: s x / (1 + (s - 1) x)   (Esser et al., ICML 2024, eq. 23).
+    A scheduler that shifts by the picture's size (use_dynamic_shifting) has its unshifted levels here.
+    """
+
+    def __init__(self, sigmas: Tensor, scheduler_config: Mapping[str, Any]) -> None:
+        """`sigmas`: [T] in (0, 1], increasing."""
+        sigmas = sigmas.double().cpu()
+        super().__init__(1 - sigmas, sigmas, scheduler_config)
+        self.num_train_timesteps = int(scheduler_config.get("num_train_timesteps", 1000))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Flow:
+        kept = {key: config[key] for key in FLOW_KEYS if key in config}
+        steps, shift = int(kept.get("num_train_timesteps", 1000)), float(kept.get("shift", 1.0))
+        sigmas = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        if not kept.get("use_dynamic_shifting", False):
+            sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        return cls(sigmas, kept)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """T sigma_t, as diffusers' flow pipelines tell their networks."""
+        return self.num_train_timesteps * self.spread[t.to(self.spread.device)]
+
+    def timestep_of(self, t: int) -> float:
+        return self.num_train_timesteps * self.level(t)[1]
+
+    def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise - z0
+
+    def clean_and_noise(self, pred: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        signal, spread = self.levels(t, zt)
+        return zt - spread * pred, zt + signal * pred
+
+    def clean_gain(self, t: Tensor) -> Tensor:
+        return self.spread[t.to(self.spread.device)]
+
+    def until(self, last: int) -> Flow:
+        if last > self.last:
+            raise UserError(f"expected a timestep of at most {self.last}, the last of this process; got {last}.")
+        return Flow(self.spread[: last + 1], self.scheduler_config)
+
+    def scheduler(self) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler(**self.scheduler_config)
+
+
+def _ddpm_scheduler(kept: Mapping[str, Any]) -> Any:
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(**kept, clip_sample=False, variance_type="fixed_small")
+
+
+_DDPM_SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LCMScheduler",
+)
+PROCESSES: dict[str, type[Process]] = {
+    **dict.fromkeys(_DDPM_SCHEDULERS, DDPM),
+    "FlowMatchEulerDiscreteScheduler": Flow,
+    "FlowMatchHeunDiscreteScheduler": Flow,
+}

@@ -1,309 +1,168 @@
-"""From a recipe to a `Job`: parts are built here and meet as objects and callables. One function per stage."""
+"""From a recipe to a run, from a name to an upscaler: what Python, the command line and the page call."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from sslsr_diffusion.config import parse
 from sslsr_diffusion.data import open_training_data, open_validation_pairs
+from sslsr_diffusion.devices import device_bytes, is_out_of_memory
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
-from sslsr_diffusion.inference.reconstruction import Reconstruct
-from sslsr_diffusion.inference.sampling import spaced_timesteps
-from sslsr_diffusion.inference.live import Upscaler, halve, sample_latents, save_pipeline
-from sslsr_diffusion.losses import build_losses
-from sslsr_diffusion.models import Networks, build_autoencoder, build_networks
-from sslsr_diffusion.runs.recipe import Recipe, resolved
-from sslsr_diffusion.seeding import derive_seed
-from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.loop import Job, Publisher
-from sslsr_diffusion.tasks.objective import AutoencoderObjective, DecoderObjective, DiffusionObjective, Objective
-from sslsr_diffusion.training.run_folder import write_folder
-from sslsr_diffusion.training.state import give_trained, trained_parameters
+from sslsr_diffusion.inference.restorer import Restorer
+from sslsr_diffusion.losses import Means, build_losses
+from sslsr_diffusion.runs.export import export_checkpoint
+from sslsr_diffusion.runs.pin import pinned
+from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved, run_folder
+from sslsr_diffusion.runs.task import build_task
+from sslsr_diffusion.tasks.task import Task
+from sslsr_diffusion.training.checkpoints import find_checkpoint
+from sslsr_diffusion.training.loop import FitResult, Job, OnEvent, Publisher, train_job
+from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.validation import Pair, Validation
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION_PICTURES = 32  # crops from which a fresh autoencoder's scaling factor is measured
+
+def train(
+    recipe: Recipe | str | Path,
+    *,
+    resume: str | None = None,
+    restart: bool = False,
+    allow_recipe_change: bool = False,
+    on_event: OnEvent | None = None,
+) -> FitResult:
+    """Train as a recipe says, until its last step or until asked to stop (SIGINT, SIGTERM).
+
+    Args:
+        recipe: a Recipe (`load_recipe`), a recipe file, or the name of a shipped one.
+        resume: go on from `latest`, a checkpoint folder, a run folder, or a hub id with a published state.
+        restart: move an earlier run in the output folder aside and begin anew.
+        allow_recipe_change: go on from a checkpoint of another recipe all the same.
+        on_event: called with what happens (steps, validations, checkpoints), on the main process.
+    Raises:
+        UserError: something of the recipe is wrong or missing, the checkpoint does not fit, memory ran out (the message says what would
+            save some), or the numbers went wrong too often.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+    if restart and resume is not None:
+        raise UserError("restart begins anew and resume goes on; choose one of them.")
+    main = int(os.environ.get("RANK", "0")) == 0
+    folder = RunFolder(run_folder(recipe))
+    if resume is None and main:
+        if restart:
+            folder.move_aside()
+        folder.check_free()
+    checkpoint = find_checkpoint(resume, folder.path) if resume is not None else None
+    recipe = pinned(recipe, checkpoint)
+    try:
+        job = build_job(recipe, publisher=_publisher(recipe) if main else None)
+        return train_job(
+            job, resume=str(checkpoint) if checkpoint else None, allow_recipe_change=allow_recipe_change, on_event=on_event
+        )
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(_memory_advice(recipe, error)) from None
 
 
-def build(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
-    """Networks, data, losses and callables of a recipe, ready for `fit`.
+def open_upscaler(
+    model: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+) -> Restorer:
+    """A model, ready to be called: `open_upscaler("runs/mine")(image, scale=4).images[0]`.
+
+    Args:
+        model: a run or result folder, a hub id, the shipped model's name, or a file of a family that reads files; None: the newest
+            finished run in runs/, else the shipped model.
+        revision: branch, tag or commit of a hub id.
+        device: "auto" (the first GPU, else the CPU) or a torch device.
+        dtype: "auto" (float16 on a GPU, float32 on the CPU), "float32", "float16" or "bfloat16".
+        memory_budget: bytes, or a text such as "8GB", for model and work together.
+    Raises:
+        UserError: there is no such model, its files are damaged, or the device is not there.
+        NotEnoughMemory: nothing fits the budget.
+    """
+    from sslsr_diffusion.devices import parse_bytes
+    from sslsr_diffusion.inference.open import default_model, find_model, open_model
+
+    found = find_model(str(model) if model is not None else default_model(Path("runs"))[0], revision)
+    budget = parse_bytes(memory_budget) if isinstance(memory_budget, str) else memory_budget
+    return open_model(found, device=device, dtype=dtype, memory_budget=budget)
+
+
+def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
+    """Task, data, losses and callables of a recipe, ready for `train_job`.
 
     Raises:
         UserError: a part cannot be built (the message says which key and why).
     """
-    return STAGES[recipe.stage](recipe, publisher)
-
-
-def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True, half: bool = False) -> int:
-    """Write the pipeline of a checkpoint: networks from its recipe and base, trained tensors from it; returns its step.
-
-    Args:
-        averaged: the moving average of the trained tensors, where the run kept one.
-        half: float16 files, half the size; loading converts to whatever precision is asked for.
-
-    Raises:
-        UserError: the checkpoint is damaged, or belongs to a model that can no longer be built.
-    """
-    tensors, state = read_checkpoint(folder)
-    recipe = parse(Recipe, state["recipe"])
-    base = state.get("base") or {}
-    if base.get("revision"):  # the very commit that was fine-tuned
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": base["revision"]})})
-    job = build(recipe.model_copy(update={"losses": [], "validation": recipe.validation.model_copy(update={"limit": 0})}))
-    weights = tensors.get("ema", tensors["trained"]) if averaged else tensors["trained"]
-    give_trained(trained_parameters(job.objective.module), weights, what=str(folder))
-    job.objective.module.eval()
-
-    def save(folder: Path) -> None:
-        job.save_pipeline(folder)
-        if half:
-            halve(folder)
-
-    write_folder(output, save)
-    return int(state["progress"]["step"])
-
-
-def _diffusion(recipe: Recipe, publisher: Publisher | None) -> Job:
-    networks = build_networks(recipe.model, seed=recipe.seed)
-    check_crop(recipe, networks)
-    _economize(recipe, networks.denoiser, networks.codec.vae)
-    start = recipe.training.start_timestep
-    if start is not None:
-        networks = networks.until(start)
-    elif networks.schedule.starts_from_lr:
-        last = networks.schedule.num_train_timesteps - 1
-        raise UserError(
-            f"model.base: {networks.base} starts its one step at timestep {last}, from the low-resolution picture; to train it on, set "
-            f"training.sampler_steps: 1, training.start_timestep: {last} and validation.steps: 1."
-        )
-    objective = DiffusionObjective(
-        networks,
-        seed=recipe.seed,
-        decode_crop=recipe.training.decode_crop,
-        timesteps=_timesteps(recipe, networks),
-        from_lr=start is not None,
-    )
-    return _upscaler(recipe, objective, publisher)
-
-
-def _timesteps(recipe: Recipe, networks: Any) -> list[int] | None:
-    """The noise levels that a few-step sampler starts its steps from; not 0, where next to no noise is left to be learned from."""
-    if recipe.training.sampler_steps is None:
-        return None
-    return [t for t in spaced_timesteps(recipe.training.sampler_steps, networks.schedule.num_train_timesteps) if t > 0]
-
-
-def _base(recipe: Recipe, publisher: Publisher | None) -> Job:
-    networks = build_networks(recipe.model, plain=True, seed=recipe.seed)
-    check_crop(recipe, networks)
-    _economize(recipe, networks.denoiser, networks.codec.vae)
-    objective = DiffusionObjective(networks, seed=recipe.seed, conditional=False)
-
-    def denoise(lr: Tensor, hr: Tensor, seed: int) -> Tensor:
-        """The held-out picture, noised to the middle of the schedule and sampled back: a base knows no low-resolution picture."""
-        nets, unit = objective.networks, crop_unit(objective.networks)
-        hr = hr.to(nets.text.device)
-        height, width = hr.shape[-2:]
-        padded = F.pad(hr, (0, -width % unit, 0, -height % unit), mode="replicate")
-        noise = torch.randn(nets.codec.noise_shape(padded), generator=torch.Generator().manual_seed(seed)).to(hr)
-        latents = nets.codec.encode(padded, noise)
-        sampled = sample_latents(nets, latents, [seed], recipe.validation.steps, seed=seed, strength=0.5, conditional=False)
-        return nets.codec.decode(sampled)[..., :height, :width]
-
-    return _job(
-        recipe,
-        objective,
-        prediction_type=networks.schedule.prediction_type,
-        restore=denoise,
-        save_pipeline=lambda folder: objective.networks.save_parts(folder),
-        base={"id": networks.base, "revision": networks.revision},
-        label="denoised",
-        publisher=None,
-    )
-
-
-def _autoencoder(recipe: Recipe, publisher: Publisher | None) -> Job:
-    codec = build_autoencoder(recipe.model, seed=recipe.seed)
-    if recipe.model.latents == "mean" and codec.vae.quant_conv is None:
-        raise UserError("model.latents: mean needs an autoencoder with quant_conv (use_quant_conv: true); take sample.")
-    check_crop_unit(recipe, codec.scale)
-    _economize(recipe, codec.vae)
-    objective = AutoencoderObjective(codec, seed=recipe.seed)
-    reconstruct = Reconstruct(codec)
-
-    def save_vae(folder: Path) -> None:
-        saved = codec.without_variance() if recipe.model.latents == "mean" else codec
-        saved.calibrate(_calibration_pixels(recipe).to(next(saved.vae.parameters()).device))
-        saved.vae.save_pretrained(folder / "vae", safe_serialization=True)
-
-    return _job(
-        recipe,
-        objective,
-        restore=lambda lr, hr, seed: reconstruct(hr, seed),
-        save_pipeline=save_vae,
-        label="reconstruction",
-        publisher=None,
-    )
-
-
-def _cfw(recipe: Recipe, publisher: Publisher | None) -> Job:
-    from sslsr_diffusion.models import AutoencoderKLCFW, Codec
-
-    networks = build_networks(recipe.model, seed=recipe.seed)
-    vae = networks.codec.vae
-    if not isinstance(vae, AutoencoderKLCFW):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(recipe.seed, "cfw"))
-            vae = AutoencoderKLCFW.from_autoencoder(vae)
-    return _decoder(recipe, publisher, replace(networks, codec=Codec(vae)))
-
-
-def _decoder(recipe: Recipe, publisher: Publisher | None, fused: Networks | None = None) -> Job:
-    """The decoder on the frozen upscaler's latents: a plain one whole, of `fused` networks the fusion layers."""
-    networks = fused or build_networks(recipe.model, seed=recipe.seed)
-    if fused is None and networks.codec.has_fidelity:
-        raise UserError(f"model.base: the decoder of {networks.base} is fused with the encoder (CFW); use stage cfw to train it on.")
-    if networks.source is not None and not networks.source.has("structural_encoder"):
-        raise UserError(f"model.base: stage {recipe.stage} needs a finished upscaler, and {networks.base} has no structural_encoder/.")
-    for key, steps in (("training.synthesis_steps", recipe.training.synthesis_steps), ("validation.steps", recipe.validation.steps)):
-        if networks.schedule.starts_from_lr and steps != 1:
-            raise UserError(f"{key}: {networks.base} is a one-step model; expected 1, got {steps}.")
-    check_crop(recipe, networks)
-    _economize(recipe, networks.codec.vae)
-    objective = DecoderObjective(
-        networks,
-        seed=recipe.seed,
-        synthesize=lambda z_lr, indices: sample_latents(
-            objective.networks, z_lr, indices, recipe.training.synthesis_steps, seed=recipe.seed
-        ),
-        fused=fused is not None,
-    )
-    return _upscaler(recipe, objective, publisher)
-
-
-def _upscaler(recipe: Recipe, objective: DiffusionObjective | DecoderObjective, publisher: Publisher | None) -> Job:
-    """What is validated, saved and published is the whole upscaler, whichever part of it trains."""
-    networks = objective.networks
-    named = recipe.validation.model_dump(include=set(networks.call_defaults), exclude_none=True)
-    own = {**networks.call_defaults, **named}
-    # what the base says today is written down, so that neither a resume nor an export depends on what it says then
-    recipe = recipe.model_copy(update={"validation": recipe.validation.model_copy(update=own)})
-    call = {"num_inference_steps": recipe.validation.steps, **own}
-    upscaler = Upscaler(lambda: objective.networks, recipe.scale, **call)
-    return _job(
-        recipe,
-        objective,
-        prediction_type=networks.schedule.prediction_type,
-        restore=lambda lr, hr, seed: upscaler(lr, seed),
-        save_pipeline=lambda folder: save_pipeline(objective.networks, folder, **{f"default_{key}": value for key, value in call.items()}),
-        base={"id": networks.base, "revision": networks.revision},
-        publisher=publisher,
-    )
-
-
-def _economize(recipe: Recipe, *networks: Any) -> None:
-    """What saves memory or time and leaves the mathematics alone."""
-    for network in networks:
-        if recipe.training.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        if recipe.training.channels_last:
-            network.to(memory_format=torch.channels_last)
-
-
-def _job(
-    recipe: Recipe,
-    objective: Objective,
-    *,
-    restore: Callable[[Tensor, Tensor, int], Tensor],
-    save_pipeline: Callable[[Path], None],
-    prediction_type: str = "epsilon",
-    base: dict[str, Any] | None = None,
-    label: str = "prediction",
-    publisher: Publisher | None = None,
-) -> Job:
-    training = recipe.training
+    task = build_task(recipe)
+    recipe = _with_defaults(recipe, task)
 
     def open_data(rank: int, world_size: int, state: dict[str, Any] | None, device: torch.device) -> Any:
         return open_training_data(
             recipe.data,
-            crop_size=training.crop_size,
+            crop_size=recipe.training.crop_size,
             scale=recipe.scale,
             seed=recipe.seed,
-            batch_size=training.batch_size,
+            batch_size=recipe.training.batch_size,
             rank=rank,
             world_size=world_size,
             state=state,
             device=device,
         )
 
-    losses = build_losses(recipe.losses, prediction_type=prediction_type, distance=_perceptual_distance(recipe), seed=recipe.seed)
-    pairs = _validation_pairs(recipe)
-    validation = None
-    if pairs:
-        metrics = {name: validation_metric(name) for name in recipe.validation.metrics}
-        higher = {name: METRICS[name].higher_is_better for name in recipe.validation.metrics}
-        validation = Validation(pairs, restore, metrics, recipe.validation, label, higher)
+    losses = build_losses(recipe.losses, Means(seed=recipe.seed, distance=_perceptual_distance(recipe)))
+    base = {"id": task.networks.base, "revision": task.networks.revision}
+    trained_with = {loss.name for loss in losses}
     return Job(
-        objective=objective,
+        task=task,
         losses=losses,
-        training=training,
+        training=recipe.training,
         checkpoints=recipe.checkpoints,
         output=recipe.output,
         open_data=open_data,
-        save_pipeline=save_pipeline,
         export=export_checkpoint,
         recipe=resolved(recipe),
         seed=recipe.seed,
-        base=base or {},
-        validation=validation,
-        publisher=publisher,
-        card=_card(recipe, base or {}, {loss.name for loss in losses}) if publisher is not None else None,
+        base=base,
+        validation=_validation(recipe, task),
+        publisher=publisher if recipe.task_kind.makes_upscaler else None,
+        card=_card(recipe, base, trained_with) if publisher is not None else None,
     )
 
 
-def _perceptual_distance(recipe: Recipe) -> nn.Module | None:
-    """What the loss lpips measures with; None where it is not asked for, or is optional and cannot be had."""
-    wanted = [loss for loss in recipe.losses if loss.kind == "lpips"]
-    if not wanted:
+def _with_defaults(recipe: Recipe, task: Task) -> Recipe:
+    """What the base says today is written down, so that neither a resume nor an export depends on what it says then."""
+    call = getattr(recipe.task, "inference", None)
+    if call is None or task.restorer is None:
+        return recipe
+    own = {key: task.restorer.defaults[key] for key in type(call).model_fields if key in task.restorer.defaults}
+    return recipe.model_copy(update={"task": recipe.task.model_copy(update={"inference": call.model_copy(update=own)})})
+
+
+def _validation(recipe: Recipe, task: Task) -> Validation | None:
+    settings = recipe.validation
+    pairs: Sequence[Pair] = ()
+    if settings.limit:
+        pairs = open_validation_pairs(recipe.data, crop_size=settings.size, scale=recipe.scale, seed=settings.seed, limit=settings.limit)
+    if not pairs:
         return None
-    try:
-        return load_perceptual_distance()
-    except (MissingDependency, UserError) as error:
-        if not wanted[0].optional:
-            raise
-        logger.warning("training goes without the optional loss: %s", error)
-        return None
-
-
-def _card(
-    recipe: Recipe, base: dict[str, Any], trained_with: set[str]
-) -> Callable[[dict[str, float], list[Path]], dict[str, Path | bytes]]:
-    """The model card of this run, with the losses that it has: an optional one that could not be had is not among them."""
-    from sslsr_diffusion.runs.model_card import card_files
-
-    drawn = str(base.get("id", "")).startswith("random:")
-    about = {"base": None if drawn else base.get("id"), "base_revision": base.get("revision")}
-    recipe = recipe.model_copy(update={"losses": [loss for loss in recipe.losses if loss.kind in trained_with]})
-    return lambda metrics, pictures: card_files(metrics, pictures, repo_id=recipe.output.hub_id, recipe=resolved(recipe), **about)
-
-
-def _validation_pairs(recipe: Recipe) -> Sequence[Pair]:
-    if not recipe.validation.limit:
-        return []
-    return open_validation_pairs(
-        recipe.data, crop_size=recipe.validation.size, scale=recipe.scale, seed=recipe.validation.seed, limit=recipe.validation.limit
-    )
+    metrics = {name: validation_metric(name) for name in settings.metrics}
+    higher = {name: METRICS[name].higher_is_better for name in settings.metrics}
+    return Validation(pairs, task.restore, metrics, settings, task.label, higher)
 
 
 def validation_metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -315,51 +174,46 @@ def validation_metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda restored, reference: metric.fn(restored, reference if metric.needs_reference else None, crop_border=0, y_channel=False)
 
 
-def check_crop(recipe: Recipe, networks: Any) -> None:
-    """Raises UserError unless these networks can halve the crop as often as they do."""
-    check_crop_unit(recipe, crop_unit(networks))
-
-
-def crop_unit_of(recipe: Recipe) -> int:
-    """`crop_unit` of the networks that a recipe asks for, without reading weights; UserError where they cannot be had."""
-    if recipe.stage == "autoencoder":
-        return build_autoencoder(recipe.model, meta=True).scale
-    return crop_unit(build_networks(recipe.model, plain=recipe.stage == "base", meta=True))
-
-
-def crop_unit(networks: Any) -> int:
-    """Pixels along a side that become one latent pixel of the UNet's deepest level."""
-    return networks.codec.scale * 2 ** (len(networks.denoiser.unet.down_blocks) - 1)
-
-
-def check_crop_unit(recipe: Recipe, unit: int) -> None:
-    """The networks halve the crop a fixed number of times."""
-    size = recipe.training.crop_size
-    if size % unit:
-        near = max(unit, round(size / unit) * unit)
-        raise UserError(f"training.crop_size: this model needs a multiple of {unit} pixels, got {size}; {near} would do.")
-
-
-def _calibration_pixels(recipe: Recipe) -> Tensor:
-    """[N, 3, H, W] crops as training sees them."""
-    loader = open_training_data(
-        recipe.data,
-        crop_size=recipe.training.crop_size,
-        scale=recipe.scale,
-        seed=derive_seed(recipe.seed, "calibration"),
-        batch_size=min(CALIBRATION_PICTURES, 8),
-    )
+def _perceptual_distance(recipe: Recipe) -> Any:
+    """What the loss lpips measures with; None where it is not asked for, or is optional and cannot be had."""
+    wanted = [loss for loss in recipe.losses if getattr(loss, "kind", None) == "lpips"]
+    if not wanted:
+        return None
     try:
-        batches = iter(loader)
-        return torch.cat([next(batches).hr for _ in range(CALIBRATION_PICTURES // 8)])
-    finally:
-        loader.close()
+        return load_perceptual_distance()
+    except (MissingDependency, UserError) as error:
+        if not all(getattr(loss, "optional", False) for loss in wanted):
+            raise
+        logger.warning("training goes without the optional loss: %s", error)
+        return None
 
 
-STAGES: dict[str, Callable[[Recipe, Publisher | None], Job]] = {
-    "diffusion": _diffusion,
-    "base": _base,
-    "autoencoder": _autoencoder,
-    "cfw": _cfw,
-    "decoder": _decoder,
-}
+def _publisher(recipe: Recipe) -> Publisher | None:
+    if not recipe.output.push_to_hub:
+        return None
+    from sslsr_diffusion.training.publisher import HubPublisher
+
+    assert recipe.output.hub_id is not None
+    return HubPublisher(recipe.output.hub_id, private=recipe.output.private)
+
+
+def _card(
+    recipe: Recipe, base: dict[str, Any], trained_with: set[str]
+) -> Callable[[dict[str, float], list[Path]], dict[str, Path | bytes]]:
+    """The model card of this run, with the losses that it has: an optional one that could not be had is not among them."""
+    from sslsr_diffusion.runs.model_card import card_files
+
+    drawn = str(base.get("id", "")).startswith("random:")
+    about = {"base": None if drawn else base.get("id"), "base_revision": base.get("revision")}
+    recipe = recipe.model_copy(update={"losses": [loss for loss in recipe.losses if loss.called in trained_with]})
+    return lambda metrics, pictures: card_files(metrics, pictures, repo_id=recipe.output.hub_id, recipe=resolved(recipe), **about)
+
+
+def _memory_advice(recipe: Recipe, error: Exception) -> str:
+    from sslsr_diffusion.runs.memory import describe_memory
+
+    reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    device = torch.device("cuda" if torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU") else "cpu")
+    advice = "\n".join(describe_memory(recipe, device_bytes(device)))
+    onward = "go on with --resume latest (and --allow-recipe-change where it asks for that), or begin anew with --restart."
+    return f"out of memory: {reason}\n{advice}\nChange one of these and {onward}"

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.models.networks import Networks
 from sslsr_diffusion.seeding import sample_generator
 from sslsr_diffusion.tasks.decode_window import Windows
 from sslsr_diffusion.types import Batch, Given, Outputs
@@ -28,6 +30,8 @@ class Draws:
 class Task(Protocol):
     """What trains, from what, and which losses can read it. The loop knows these attributes and nothing else of it."""
 
+    networks: Networks
+    restorer: Restorer | None  # around the same networks; None: the result enlarges nothing, other tasks begin with it
     module: nn.Module  # all trained parameters, one forward: what DDP, FSDP2 and DeepSpeed wrap
     gives: frozenset[str]  # of "pred", "sr", "moments": what `run` computes; a loss is possible where its `reads` are among them
     label: str  # of the restored pictures in the validation grid: "prediction", "reconstruction", ...

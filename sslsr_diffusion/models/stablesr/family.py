@@ -1,0 +1,62 @@
+"""The family `stablesr`: its entry in the table. Light to import; networks are imported where they are built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.base import Base
+from sslsr_diffusion.models.family import Part
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
+from sslsr_diffusion.shipped_model import local_folder
+
+if TYPE_CHECKING:
+    from sslsr_diffusion.models.networks import Networks
+
+PIPELINE_CLASS = "StableSRPipeline"
+
+
+class StableSR:
+    """StableSR's scheme on a Stable Diffusion 2 UNet: upscalers, and the bases and autoencoders that they begin with."""
+
+    kind = "stablesr"
+    settings = StableSRSettings
+    restorer = "stablesr"
+    tasks = frozenset({"diffusion", "base", "autoencoder", "decoder"})
+    trains: tuple[str, ...] = ("sft", "all")
+
+    def build(
+        self, settings: StableSRSettings, *, part: Part = "upscaler", train: str | None = None, meta: bool = False, seed: int = 0
+    ) -> Networks:
+        from sslsr_diffusion.models.stablesr.build import build_autoencoder, build_networks
+
+        if part == "autoencoder":
+            return build_autoencoder(settings, meta=meta, seed=seed)
+        plain = part == "base"
+        return build_networks(settings, plain=plain, train="all" if plain else train or self.trains[0], meta=meta, seed=seed)
+
+    def reads(self, path: Path) -> bool:
+        try:
+            index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+            return index.get("_class_name") == PIPELINE_CLASS
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def read(self, path: Path, *, meta: bool = False) -> Networks:
+        from sslsr_diffusion.models.stablesr.build import read_pipeline
+
+        return read_pipeline(path, meta=meta)
+
+    def check_base(self, settings: StableSRSettings) -> str:
+        from sslsr_diffusion.models.stablesr.build import check_base_folder
+
+        if settings.init == "random":
+            return f"architecture {settings.preset}, weights drawn"
+        base = Base(settings.base, local_folder(settings.base))
+        has = [part for part in ("unet", "vae", "scheduler") if base.has(part)]
+        if len(has) < 3:
+            raise UserError(f"{base.name}: found {', '.join(has) or 'no unet, vae or scheduler'}; expected unet, vae and scheduler.")
+        check_base_folder(settings, base)
+        return f"{base.name}: found {', '.join(has)}"

@@ -1,0 +1,61 @@
+"""Whether a folder of safetensors holds what a network needs: names and shapes from the files' headers, no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from sslsr_diffusion.errors import UserError
+
+FILES = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name of the weights
+
+
+def check_tensors(folder: Path, network: nn.Module, what: str) -> None:
+    """Compare the headers of a component's weights with a network, which may be on the meta device.
+
+    Args:
+        what: how messages call the component, for example "unet of owner/name".
+    Raises:
+        UserError: there are no safetensors (what lies there instead is named), a file is damaged, or a tensor is missing or misshapen.
+    """
+    found = _shapes(folder, what)
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise UserError(f"{what}: lacks {len(missing)} of {len(wanted)} tensors, the first: {missing[0]}; fetch or save the model again.")
+    wrong = [name for name, shape in wanted.items() if found[name] != shape]
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"{what}: {name}: expected the shape {list(wanted[name])}, got {list(found[name])}; do config and weights belong together?"
+        )
+
+
+def _shapes(folder: Path, what: str) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _files(folder, what):
+        try:
+            with safe_open(path, framework="pt") as stream:
+                shapes |= {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{what}: {path.name} is not a whole safetensors file ({error}); fetch the model again.") from None
+    return shapes
+
+
+def _files(folder: Path, what: str) -> list[Path]:
+    for stem in FILES:
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            try:
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{what}: {index.name} cannot be read ({error}); fetch the model again.") from None
+            return sorted(folder / Path(str(name)).name for name in names)
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    raise UserError(f"{what}: expected {FILES[0]}.safetensors, got {', '.join(there) or 'no files'}; variants and pickles are not read.")

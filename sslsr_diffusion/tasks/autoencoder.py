@@ -1,0 +1,96 @@
+"""Task `autoencoder`: a VAE from scratch; no diffusion in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sslsr_diffusion.config import Settings
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.reconstruction import Reconstruct
+from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks
+from sslsr_diffusion.tasks.frame import Frame
+from sslsr_diffusion.tasks.pixels import all_pixels
+from sslsr_diffusion.tasks.task import Draws, per_sample_noise
+from sslsr_diffusion.types import Batch, Outputs
+
+CALIBRATION_PICTURES = 32  # crops from which a fresh autoencoder's scaling factor is measured
+
+
+class AutoencoderTaskSettings(Settings):
+    """An autoencoder from scratch."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    latents: Literal["sample", "mean"] = Field(
+        "sample",
+        description="What the saved encoder says. sample: as trained, a posterior to draw from; mean: its mean, so that a decoder trained "
+        "to bear noise (losses: latent_kl) gets clean latents.",
+    )
+
+
+class AutoencoderTask:
+    """sr = decode(sampled latents of hr)"""
+
+    settings: ClassVar[type[Settings]] = AutoencoderTaskSettings
+    makes_upscaler: ClassVar[bool] = False
+    reads_latents: ClassVar[bool] = False
+    gives: ClassVar[frozenset[str]] = frozenset({"sr", "moments"})
+    label = "reconstruction"
+    restorer = None
+
+    def __init__(self, networks: AutoencoderNetworks, *, seed: int, mean: bool = False, frame: Frame | None = None) -> None:
+        """
+        Args:
+            mean: save an encoder that gives the posterior's mean.
+            frame: gives the crops for the calibration.
+        """
+        self.networks, self.seed, self._mean, self._frame = networks, seed, mean, frame
+        self.module: nn.Module = Autoencoder(networks.codec)
+        self._reconstruct = Reconstruct(networks.codec)
+
+    @classmethod
+    def build(cls, settings: AutoencoderTaskSettings, frame: Frame) -> AutoencoderTask:
+        networks = frame.build("autoencoder")
+        assert isinstance(networks, AutoencoderNetworks)
+        if settings.latents == "mean" and networks.codec.vae.quant_conv is None:
+            raise UserError("task.latents: mean needs an autoencoder with quant_conv (use_quant_conv: true); take sample.")
+        return cls(networks, seed=frame.seed, mean=settings.latents == "mean", frame=frame)
+
+    def to(self, device: torch.device) -> None:
+        self.networks.to(device)
+
+    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+        noise = per_sample_noise(self.seed, batch.index.tolist(), "posterior_hr", self.networks.codec.noise_shape(batch.hr)[1:])
+        return Draws(all_pixels(batch), {"posterior_hr": noise.to(batch.hr.device)})
+
+    def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        sr, moments = module(batch.hr, draws.noise["posterior_hr"])
+        return Outputs(**vars(draws.given), sr=sr.float(), moments=moments.float())
+
+    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
+        return self._reconstruct(hr, seed)
+
+    def save(self, folder: Path) -> None:
+        codec = self.networks.codec.without_variance() if self._mean else self.networks.codec
+        if self._frame is not None and self._frame.crops is not None:
+            codec.calibrate(self._frame.crops(CALIBRATION_PICTURES).to(codec.device))
+        AutoencoderNetworks(codec).save(folder)
+
+
+class Autoencoder(nn.Module):
+    """Encoder, sampling and decoder in one forward, as DDP wants it."""
+
+    def __init__(self, codec: Codec) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] in [0, 1] -> the reconstruction, and the moments [B, 2*c, h, w] of the latents."""
+        return self.codec.autoencode(pixels, noise)

@@ -1,0 +1,148 @@
+"""Task `decoder`: a decoder learns on what the frozen upscaler makes of lr, stored or sampled on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sslsr_diffusion.config import Settings
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.latents import sample_latents
+from sslsr_diffusion.inference.open import restorer_of
+from sslsr_diffusion.inference.restorer import Restorer
+from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
+from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.tasks.diffusion import call_defaults, restored
+from sslsr_diffusion.tasks.frame import CallSettings, Frame
+from sslsr_diffusion.tasks.pixels import all_pixels, upsampled
+from sslsr_diffusion.tasks.task import Draws, per_sample_noise
+from sslsr_diffusion.types import Batch, Outputs
+
+
+class DecoderTaskSettings(Settings):
+    """The decoder of a finished upscaler learns on the latents that it predicts."""
+
+    kind: Literal["decoder"] = "decoder"
+    part: Literal["all", "fusion"] = Field(
+        "all",
+        description="all: a plain decoder whole; fusion: the layers that fuse it with the low-resolution picture's encoder features "
+        "(CFW, StableSR's second stage).",
+    )
+    synthesis_steps: int = Field(20, ge=1, description="Sampling steps of the frozen upscaler per training sample, where none is stored.")
+    inference: CallSettings = Field(CallSettings(), description="How the upscaler is called in validation and by default.")
+
+
+class DecoderTask:
+    """sr = decode(latents);  `fused` (StableSR stage 2): sr = decode(latents, features(bicubic(lr))), and only the fusion layers learn"""
+
+    settings: ClassVar[type[Settings]] = DecoderTaskSettings
+    makes_upscaler: ClassVar[bool] = True
+    reads_latents: ClassVar[bool] = True
+    gives: ClassVar[frozenset[str]] = frozenset({"sr"})
+    label = "prediction"
+
+    def __init__(
+        self,
+        networks: StableSRNetworks,
+        *,
+        seed: int,
+        synthesize: Callable[[Tensor, list[int]], Tensor],
+        fused: bool,
+        restorer: Restorer | None = None,
+    ) -> None:
+        """`synthesize(z_lr, global sample indices) -> latents` runs the frozen upscaler."""
+        self.networks, self.restorer = networks, restorer
+        networks.denoiser.requires_grad_(False)
+        self.module: nn.Module = TrainedDecoder(networks.codec, fused=fused)
+        self.seed, self.synthesize, self.fused = seed, synthesize, fused
+
+    @classmethod
+    def build(cls, settings: DecoderTaskSettings, frame: Frame) -> DecoderTask:
+        networks = frame.build()
+        assert isinstance(networks, StableSRNetworks)
+        fused = settings.part == "fusion"
+        _check_upscaler(networks, settings, fused)
+        if fused and not networks.codec.has_fidelity:
+            networks.fuse_decoder(_fused(networks.codec, frame))
+            networks.economize(gradient_checkpointing=frame.gradient_checkpointing, channels_last=frame.channels_last)
+
+        def synthesize(z_lr: Tensor, indices: list[int]) -> Tensor:
+            return sample_latents(networks, z_lr, indices, settings.synthesis_steps, seed=frame.seed)
+
+        restorer = restorer_of(networks, frame.family, scale=frame.scale, **call_defaults(settings.inference))
+        return cls(networks, seed=frame.seed, synthesize=synthesize, fused=fused, restorer=restorer)
+
+    def to(self, device: torch.device) -> None:
+        self.networks.to(device)
+
+    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+        noise = per_sample_noise(self.seed, batch.index.tolist(), "posterior_lr", self.networks.codec.noise_shape(batch.hr)[1:])
+        return Draws(all_pixels(batch), {"posterior_lr": noise.to(batch.hr.device)})
+
+    def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        codec, noise, features = self.networks.codec, draws.noise["posterior_lr"], None
+        with torch.no_grad():
+            if self.fused:
+                z_lr, features = codec.encode_with_features(upsampled(batch), noise)
+            else:
+                z_lr = codec.encode(upsampled(batch), noise)
+            latents = self.synthesize(z_lr.float(), batch.index.tolist()) if batch.latents is None else batch.latents
+        if latents.shape != z_lr.shape:
+            raise UserError(
+                f"data: this autoencoder makes latents {list(z_lr.shape[1:])} of such crops, stored are {list(latents.shape[1:])}; "
+                "make them again with `sslsr prepare cfw` and the model that is trained."
+            )
+        return Outputs(**vars(draws.given), sr=module(latents, features).float())
+
+    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
+        assert self.restorer is not None
+        return restored(self.restorer, lr, seed)
+
+    def save(self, folder: Path) -> None:
+        assert self.restorer is not None
+        self.restorer.save(folder)
+
+
+def _check_upscaler(networks: StableSRNetworks, settings: DecoderTaskSettings, fused: bool) -> None:
+    if not fused and networks.codec.has_fidelity:
+        raise UserError(
+            f"model.base: the decoder of {networks.base} is fused with the encoder (CFW); set task.part: fusion to train it on."
+        )
+    if networks.source is not None and not networks.source.has("structural_encoder"):
+        raise UserError(f"model.base: task decoder needs a finished upscaler, and {networks.base} has no structural_encoder/.")
+    if not networks.process.starts_from_lr:
+        return
+    for key, steps in (("task.synthesis_steps", settings.synthesis_steps), ("task.inference.steps", settings.inference.steps)):
+        if steps != 1:
+            raise UserError(f"{key}: {networks.base} is a one-step model; expected 1, got {steps}.")
+
+
+def _fused(codec: Codec, frame: Frame) -> Codec:
+    from sslsr_diffusion.models import AutoencoderKLCFW
+
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if frame.meta else "cpu"):
+        torch.manual_seed(derive_seed(frame.seed, "cfw"))
+        return Codec(AutoencoderKLCFW.from_autoencoder(codec.vae))
+
+
+class TrainedDecoder(nn.Module):
+    """The decoder as one trained module: of a CFW decoder the fusion layers learn, of a plain one all of it."""
+
+    def __init__(self, codec: Codec, *, fused: bool) -> None:
+        super().__init__()
+        self.codec = codec
+        vae: Any = codec.vae
+        vae.requires_grad_(False)
+        for part in (vae.fusion_layers,) if fused else (vae.decoder, vae.post_quant_conv):
+            if part is not None:
+                part.requires_grad_(True)
+
+    def forward(self, latents: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
+        return self.codec.decode(latents, features, fidelity=1.0)

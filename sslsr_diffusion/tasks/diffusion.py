@@ -1,0 +1,196 @@
+"""Task `diffusion`: a denoiser that is steered by the low-resolution picture, with pixel losses on its decoded x0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from sslsr_diffusion.config import Settings
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.open import restorer_of
+from sslsr_diffusion.inference.restorer import Restorer
+from sslsr_diffusion.inference.sampling import spaced_timesteps
+from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.models.networks import LatentNetworks
+from sslsr_diffusion.seeding import sample_generator
+from sslsr_diffusion.tasks.frame import CallSettings, Frame
+from sslsr_diffusion.tasks.pixels import choose_pixels, upsampled
+from sslsr_diffusion.tasks.task import Draws, per_sample_noise
+from sslsr_diffusion.types import Batch, Given, Outputs
+
+
+class DiffusionTaskSettings(Settings):
+    """A denoiser learns to enlarge (Wang et al., IJCV 2024), its decoded x0 seen by pixel losses (Chen et al., ACM MM 2024)."""
+
+    kind: Literal["diffusion"] = "diffusion"
+    train: str | None = Field(
+        None,
+        description="What of the networks trains; stablesr: sft (structural encoder and SFT layers, as published) or all (the whole "
+        "denoiser). null: the family's first.",
+    )
+    decode_crop: int | None = Field(
+        None, ge=4, description="Side in latent pixels of the random window that pixel losses decode; null: the whole crop."
+    )
+    sampler_steps: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="Train only the timesteps above 0 that a sampler of so many steps visits (few-step models); null: all.",
+    )
+    start_timestep: int | None = Field(
+        None,
+        ge=1,
+        le=999,
+        description="One-step models (sampler_steps: 1): start at this timestep instead of the last, from the noised latents of the "
+        "low-resolution picture, in training as in sampling; null: train on the noised ground truth, as published.",
+    )
+    inference: CallSettings = Field(CallSettings(), description="How the upscaler is called in validation and by default.")
+
+    @model_validator(mode="after")
+    def _one_step(self) -> Self:
+        if self.start_timestep is not None and self.sampler_steps != 1:
+            raise ValueError(f"start_timestep: is for one-step models, with sampler_steps: 1; here sampler_steps is {self.sampler_steps}.")
+        if self.start_timestep is not None and self.inference.steps != 1:
+            raise ValueError(
+                f"inference.steps: expected 1 for a one-step model (it is what its pipeline will take, too), got {self.inference.steps}."
+            )
+        return self
+
+    def picture_side(self, crop_size: int) -> int:
+        """Side of the pictures that pixel losses see, in pixels, for the smallest codec (4 pixels per latent pixel)."""
+        return crop_size if self.decode_crop is None else min(crop_size, self.decode_crop * 4)
+
+
+class DiffusionTask:
+    """z0, z_lr = encode(hr), encode(bicubic(lr));  zt = add_noise(z0, n, t)
+    pred = denoiser(zt, t, (z_lr, text));  sr = decode(x0 of pred)
+
+    A base (networks that are not `conditional`) goes the same way without z_lr. With `from_lr` the sampler's own start is trained:
+    zt = add_noise(z_lr, n, t), and the noise that would lead there from z0 takes n's place in the target.
+    """
+
+    settings: ClassVar[type[Settings]] = DiffusionTaskSettings
+    makes_upscaler: ClassVar[bool] = True
+    reads_latents: ClassVar[bool] = False
+    gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr"})
+    label = "prediction"
+
+    def __init__(
+        self,
+        networks: LatentNetworks,
+        *,
+        seed: int,
+        decode_crop: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        from_lr: bool = False,
+        restorer: Restorer | None = None,
+    ) -> None:
+        """
+        Args:
+            timesteps: the noise levels to train, each drawn equally often; None: all.
+            restorer: around the same networks; what is validated and saved.
+        """
+        self.networks = networks
+        self.module: nn.Module = networks.denoiser
+        self.seed, self.decode_crop, self.from_lr = seed, decode_crop, from_lr
+        self.timesteps = timesteps or range(networks.process.last + 1)
+        self.restorer = restorer
+
+    @classmethod
+    def build(cls, settings: DiffusionTaskSettings, frame: Frame) -> DiffusionTask:
+        """The task of a recipe.
+
+        Raises:
+            UserError: its networks cannot be built, or do not go with the settings.
+        """
+        networks = frame.build(train=settings.train)
+        assert isinstance(networks, LatentNetworks)
+        start = settings.start_timestep
+        if start is not None:
+            try:
+                networks.start_at(start)
+            except UserError as error:
+                raise UserError(f"task.start_timestep: {networks.base}: {error}") from None
+        elif networks.process.starts_from_lr:
+            last = networks.process.last
+            raise UserError(
+                f"model.base: {networks.base} starts its one step at timestep {last}, from the low-resolution picture; to train it on, set "
+                f"task.sampler_steps: 1, task.start_timestep: {last} and task.inference.steps: 1."
+            )
+        timesteps = None
+        if settings.sampler_steps is not None:  # not 0, where next to no noise is left to be learned from
+            timesteps = [t for t in spaced_timesteps(settings.sampler_steps, networks.process.last + 1) if t > 0]
+        return cls(
+            networks,
+            seed=frame.seed,
+            decode_crop=settings.decode_crop,
+            timesteps=timesteps,
+            from_lr=start is not None,
+            restorer=restorer_of(networks, frame.family, scale=frame.scale, **call_defaults(settings.inference)),
+        )
+
+    def to(self, device: torch.device) -> None:
+        self.networks.to(device)
+
+    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+        indices, device = batch.index.tolist(), batch.hr.device
+        process, codec = self.networks.process, self.networks.codec
+        places = [int(torch.randint(len(self.timesteps), (), generator=sample_generator(self.seed, i, "timestep"))) for i in indices]
+        t = torch.tensor([self.timesteps[place] for place in places])
+        given = Given(t=t.to(device), noise_level=process.noise_level(t).to(device))
+        shape = codec.noise_shape(batch.hr)[1:]
+        noise = {p: per_sample_noise(self.seed, indices, p, shape).to(device) for p in ("posterior_hr", "posterior_lr", "noise")}
+        given, windows = choose_pixels(given, batch, losses, scale=codec.scale, decode_crop=self.decode_crop, seed=self.seed)
+        return Draws(given, noise, windows)
+
+    def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        nets, t = self.networks, draws.given.t
+        with torch.no_grad():
+            z0 = nets.codec.encode(batch.hr, draws.noise["posterior_hr"]).float()  # [B, 3, H, W] -> [B, C, h, w], normalised
+            z_lr = nets.codec.encode(upsampled(batch), draws.noise["posterior_lr"]).float() if nets.conditional else None
+        noise = draws.noise["noise"]
+        if self.from_lr and z_lr is not None:
+            noise = nets.process.noise_to(z0, z_lr, noise, t)
+        zt = nets.process.add_noise(z0, noise, t)
+        target = nets.process.target(z0, noise, t)
+        pred = module(zt, nets.process.timestep(t), nets.condition(z_lr)).float()  # epsilon, v, velocity: only the process knows which
+        clean, _ = nets.process.clean_and_noise(pred, zt, t)
+        gain = nets.process.clean_gain(t).to(pred.device)
+        return Outputs(**vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=self._decode(clean, draws))
+
+    def _decode(self, z0: Tensor, draws: Draws) -> Tensor | None:
+        """Pixels of the samples and windows that some loss looks at. Decoding with gradient is a step's memory peak."""
+        if draws.given.decoded is None:
+            return None
+        if draws.given.decoded.numel() == 0:
+            assert draws.given.hr is not None
+            return draws.given.hr + 0 * z0.sum()
+        z0 = z0[draws.given.decoded]
+        if draws.windows is None:
+            return self.networks.codec.decode(z0).float()
+        return draws.windows.cut_interior(self.networks.codec.decode(draws.windows.cut_latents(z0)).float(), self.networks.codec.scale)
+
+    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
+        assert self.restorer is not None
+        return restored(self.restorer, lr, seed)
+
+    def save(self, folder: Path) -> None:
+        assert self.restorer is not None
+        self.restorer.save(folder)
+
+
+def call_defaults(settings: CallSettings) -> dict[str, Any]:
+    """What the restorer takes where a call names nothing; a None is left to the base."""
+    named = {"num_inference_steps": settings.steps, "detail": settings.detail, "antiring": settings.antiring}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def restored(restorer: Restorer, lr: Tensor, seed: int) -> Tensor:
+    """[1, 3, h, w] in [0, 1] -> [1, 3, H, W] in [0, 1]; smaller tiles take over where memory runs out."""
+    images: Tensor = restorer(lr, generator=torch.Generator().manual_seed(seed), output_type="pt").images
+    return images

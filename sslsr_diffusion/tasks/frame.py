@@ -1,0 +1,71 @@
+"""What a task knows of its run beside its own settings and the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from sslsr_diffusion.config import Settings
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.family import Family
+from sslsr_diffusion.models.networks import Networks
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The run around a task."""
+
+    family: Family
+    model: Any  # the family's settings
+    scale: int
+    seed: int
+    crop_size: int
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    meta: bool = False  # shapes alone, for the dry run
+    crops: Callable[[int], Tensor] | None = None  # n -> [n, 3, H, W] training crops, for what is calibrated at the end
+
+    def build(self, part: Literal["upscaler", "base", "autoencoder"] = "upscaler", train: str | None = None) -> Networks:
+        """The family's networks, checked against the crop.
+
+        Raises:
+            UserError: they cannot be built, or cannot take the crop.
+        """
+        networks = self.family.build(self.model, part=part, train=train, meta=self.meta, seed=self.seed)
+        self.check_crop(networks)
+        networks.economize(gradient_checkpointing=self.gradient_checkpointing, channels_last=self.channels_last)
+        return networks
+
+    def check_crop(self, networks: Networks) -> None:
+        """Raises UserError unless these networks can take a crop of the run's size."""
+        size = networks.size()
+        if not size.fits(self.crop_size):
+            least = f" of at least {size.minimum}" if size.minimum > self.crop_size else ""
+            raise UserError(
+                f"training.crop_size: this model needs a multiple of {size.multiple_of} pixels{least}, got {self.crop_size}; "
+                f"{size.nearest(self.crop_size)} would do."
+            )
+
+
+class CallSettings(Settings):
+    """How the upscaler is called in validation; the result keeps these values as its defaults."""
+
+    steps: int = Field(20, ge=1, description="Sampling steps.")
+    detail: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the model's picture in the result, the rest is bicubic. null: the base's default, or 1; on --resume what "
+        "the run had.",
+    )
+    antiring: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="How much is taken back of what leaves the range of the low-resolution pixels nearby. null: the base's default, or 0; "
+        "on --resume what the run had.",
+    )

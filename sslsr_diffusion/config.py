@@ -7,20 +7,20 @@ dict; `recipe.py` assembles the schema. This file only knows how to read YAML, a
 from __future__ import annotations
 
 import difflib
-import types
-import typing
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
 
 from sslsr_diffusion.errors import UserError
 
 S = TypeVar("S", bound="Settings")
 LARGEST_RECIPE, DEEPEST_RECIPE = 20_000, 50  # values, levels
 LARGEST_FILE = 1 << 20  # bytes
+NO_RECIPES = ("accelerate",)  # folders of configs/ that hold something else
 
 
 class Settings(BaseModel):
@@ -28,13 +28,21 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _tell_keys(cls, given: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        """Under `parse`, note which keys the section may have: pydantic's errors do not say it."""
+        if info.context is not None:
+            info.context.setdefault(id(given), set()).update(cls.model_fields)
+        return handler(given)
+
 
 class RecipeError(UserError):
     """Something in a recipe is wrong; one line per mistake, each with the key's full path."""
 
 
 def find_recipe(name: str) -> Path:
-    """The recipe file for a path, or for the bare name of a recipe that ships with the package.
+    """The recipe file for a path, or for the name of a recipe that ships with the package, such as tiny or folder/name.
 
     Raises:
         RecipeError: there is no such file and no shipped recipe of that name (the message lists the nearest ones).
@@ -48,19 +56,22 @@ def find_recipe(name: str) -> Path:
         raise RecipeError(f"recipe: {_short(name)} cannot be a file ({getattr(error, 'strerror', None) or error}).") from None
     if kind is not None:
         raise RecipeError(f"recipe: {name!r} is {kind}; give a recipe file, or the name of a shipped recipe.")
-    shipped = shipped_recipes()
-    if path.name == name and name.removesuffix(".yaml") in shipped:
-        return shipped[name.removesuffix(".yaml")]
-    near = difflib.get_close_matches(path.stem, shipped, n=3, cutoff=0.4) or sorted(shipped)
+    shipped, asked = shipped_recipes(), name.removesuffix(".yaml")
+    if asked in shipped:
+        return shipped[asked]
+    full = {known.rpartition("/")[2]: known for known in shipped} | {known: known for known in shipped}
+    alike = [full[found] for part in (asked, path.stem) for found in difflib.get_close_matches(part, full, n=3, cutoff=0.4)]
+    near = [known for known in shipped if known.startswith(f"{asked}/")] or list(dict.fromkeys(alike))[:3] or list(shipped)
     raise RecipeError(f"recipe: no file {name!r} and no shipped recipe of that name; the nearest shipped ones: {', '.join(near)}.")
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes in the wheel, or beside the package in a checkout."""
+    """Name -> file of the recipes in the wheel, or beside the package in a checkout; `folder/name` in a folder below."""
     here = Path(__file__).resolve().parent
     for folder in (here / "_configs", here.parent / "configs"):
         if folder.is_dir():
-            return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+            names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+            return {name: names[name] for name in sorted(names) if name.split("/")[0] not in NO_RECIPES}
     return {}
 
 
@@ -134,11 +145,43 @@ def _yaml_reason(error: Exception) -> str:
     return f"{context}, {problem}" if context.startswith("expected") else problem
 
 
-def read_raw(path: Path, _trail: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The nested dict of a recipe file. `extends: other.yaml` (same folder) is read first and overlaid key by key."""
+def read_raw(path: Path) -> dict[str, Any]:
+    """The nested dict of a recipe file, with what it builds on.
+
+    `extends: ../other.yaml` (as seen from the file's own folder) is read first, and the file laid over it key by key; a list is
+    replaced as a whole. Then `without: [self_similarity]` takes entries out of the `losses` that this gives, by their `name`, or by
+    their `kind` where they have no name. So a file that gives `losses` and `without` takes from its own list, and what a parent
+    took out stays out.
+
+    Raises:
+        RecipeError: a file cannot be read, `extends` goes round in a circle, `without` names a loss that is not there.
+    """
+    merged: dict[str, Any] = {}
+    for file, raw in reversed(read_family(path)):
+        merged = _overlay(merged, {key: value for key, value in raw.items() if key not in ("extends", "without")})
+        if "without" in raw:
+            merged = _without(merged, raw["without"], file.name)
+    return merged
+
+
+def read_family(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A recipe file, then the one that it extends, and so on: each with what stands in it."""
+    family: dict[Path, dict[str, Any]] = {}
     path = path.resolve()
-    if path in _trail:
-        raise RecipeError(f"extends: {' -> '.join(p.name for p in (*_trail, path))} goes round in a circle; remove one of them.")
+    while True:
+        raw = family[path] = _read_file(path)
+        parent = raw.get("extends")
+        if parent is None:
+            return list(family.items())
+        if not isinstance(parent, str) or not os.path.isfile(path.parent / parent):  # unlike Path.is_file, False for any odd name
+            raise RecipeError(f"{path.name}: extends: expected a file as seen from the folder of {path.name}, got {_short(parent)}.")
+        path = (path.parent / parent).resolve()
+        if path in family:
+            circle = " -> ".join(os.path.relpath(file, next(iter(family)).parent) for file in (*family, path))
+            raise RecipeError(f"extends: {circle} goes round in a circle; remove one of them.")
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise RecipeError(f"{path.name}: has {path.stat().st_size >> 20} MB; is this a recipe?")
@@ -155,12 +198,20 @@ def read_raw(path: Path, _trail: tuple[Path, ...] = ()) -> dict[str, Any]:
     odd = next((key for key in raw if not isinstance(key, str)), None)
     if odd is not None or None in raw:
         raise RecipeError(f"{path.name}: expected a word as the key at the top level, found {odd!r}.")
-    parent = raw.pop("extends", None)
-    if parent is None:
-        return raw
-    if not isinstance(parent, str) or not (path.parent / parent).is_file():
-        raise RecipeError(f"{path.name}: extends: {parent!r} is not a file beside it.")
-    return _overlay(read_raw(path.parent / parent, (*_trail, path)), raw)
+    return raw
+
+
+def _without(raw: dict[str, Any], names: Any, source: str) -> dict[str, Any]:
+    """The recipe less the losses whose name, or kind where they have no name, is among `names`."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecipeError(f"{source}: without: expected a list of words, for example [self_similarity], got {_short(names)}.")
+    losses = raw["losses"] if isinstance(raw.get("losses"), list) else []
+    named = [str(loss.get("name") or loss.get("kind")) if isinstance(loss, dict) else "?" for loss in losses]
+    absent = [name for name in names if name not in named]
+    if absent:
+        there = ", ".join(named) or "none"
+        raise RecipeError(f"{source}: without: expected names of losses that are there ({there}), got {', '.join(absent)}.")
+    return {**raw, "losses": [loss for loss, name in zip(losses, named) if name not in names]} if names else raw
 
 
 def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,19 +250,20 @@ def _set(node: Any, keys: list[str], value: Any, path: str) -> Any:
 
 def parse(model: type[S], raw: Any) -> S:
     """Validate plain data into a settings model; every mistake becomes one line of a single RecipeError."""
+    keys: dict[int, set[str]] = {}
     try:
-        return model.model_validate(raw)
+        return model.model_validate(raw, context=keys)
     except ValidationError as error:
-        lines = [_explain(model, detail) for detail in error.errors(include_url=False)]
+        lines = [_explain(raw, keys, detail) for detail in error.errors(include_url=False)]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _explain(model: type[BaseModel], detail: Any) -> str:
+def _explain(raw: Any, keys: dict[int, set[str]], detail: Any) -> str:
     """One mistake: the key's full path, what it got, what is allowed, and the nearest key or value that exists."""
-    path, holder = _locate(model, detail["loc"], detail["type"])
+    path, holder = _locate(raw, detail["loc"], detail["type"])
     kind, ctx, got = detail["type"], detail.get("ctx", {}), detail.get("input")
     if kind == "extra_forbidden":
-        allowed = sorted(holder.model_fields) if holder else []
+        allowed = sorted(keys.get(id(holder), ()))
         parent, name = ".".join(path[:-1]), path[-1]
         near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
         hint = (
@@ -244,73 +296,25 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
     return f"{where}: {message.rstrip('.')}; got {_short(got)}."
 
 
-def _locate(model: type[BaseModel], loc: Sequence[int | str], kind: str) -> tuple[list[str], type[BaseModel] | None]:
-    """The path as the user writes it (without pydantic's union tags) and the model that holds its last key."""
+def _locate(raw: Any, loc: Sequence[int | str], kind: str) -> tuple[list[str], Any]:
+    """The path as the user writes it, and the section of the raw data that holds its last key.
+
+    pydantic puts words of its own between the keys: the tag of a union's member, `float` of `float | None`, `[key]`. They are
+    told by the raw data, which has no such key at that place. A tag that is a key there too is told by the section's `kind`.
+    """
     path: list[str] = []
-    current: Any = model
-    holder: type[BaseModel] | None = model
+    node = holder = raw
+    tag = None
     for position, key in enumerate(loc):
-        tagged = _tagged(current).get(str(key))
-        if tagged is not None and not isinstance(key, int):
-            current = tagged
-            continue
-        path.append(str(key))
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            holder = current
-            field = current.model_fields.get(str(key))
-            current = _Annotation(field.annotation, field.discriminator) if field else None
-        else:
-            current = _item(current)
-        if position == len(loc) - 1 and kind == "extra_forbidden":
-            break
-        current = _single_model(current)
+        last = position == len(loc) - 1
+        if isinstance(node, dict) and tag is None and key == node.get("kind") and not last:
+            tag = key
+        elif key in node if isinstance(node, dict) else isinstance(node, list | tuple) and isinstance(key, int) and key < len(node):
+            path.append(str(key))
+            holder, node, tag = node, node[key], None
+        elif last and kind in ("missing", "invalid_key", "extra_forbidden"):  # a key, though not as it stands there: None is 'None'
+            path.append(str(key))
     return path, holder
-
-
-class _Annotation(typing.NamedTuple):
-    annotation: Any
-    discriminator: Any = None
-
-
-def _strip(annotation: Any) -> Any:
-    if isinstance(annotation, _Annotation):
-        annotation = annotation.annotation
-    while typing.get_origin(annotation) is typing.Annotated:
-        annotation = typing.get_args(annotation)[0]
-    return annotation
-
-
-def _members(annotation: Any) -> list[Any]:
-    annotation = _strip(annotation)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [m for arg in typing.get_args(annotation) for m in _members(arg)]
-    return [annotation]
-
-
-def _tagged(annotation: Any) -> dict[str, type[BaseModel]]:
-    """Union members by what pydantic puts into an error's location for them: the tag's value or the class name."""
-    members = [m for m in _members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
-    if len(_members(annotation)) < 2:
-        return {}
-    found: dict[str, type[BaseModel]] = {m.__name__: m for m in members}
-    for member in members:
-        for field in member.model_fields.values():
-            if typing.get_origin(field.annotation) is typing.Literal:
-                found.update({str(v): member for v in typing.get_args(field.annotation) if len(typing.get_args(field.annotation)) == 1})
-    return found
-
-
-def _single_model(annotation: Any) -> Any:
-    members = [m for m in _members(annotation) if m is not type(None)]
-    return members[0] if len(members) == 1 and isinstance(members[0], type) and issubclass(members[0], BaseModel) else annotation
-
-
-def _item(annotation: Any) -> Any:
-    for member in _members(annotation):
-        args = typing.get_args(member)
-        if args:
-            return _single_model(args[-1] if typing.get_origin(member) is dict else args[0])
-    return None
 
 
 def _short(value: Any) -> str:

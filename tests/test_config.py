@@ -10,21 +10,28 @@ import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sslsr_diffusion.config import (
     RecipeError,
     Settings,
     apply_overrides,
-    find_recipe,
     parse,
     parse_yaml,
-    read_raw,
     shipped_recipes,
 )
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved
 
 BASE = {"data": {"sources": [{"kind": "folder", "path": "photos"}]}, "losses": [{"kind": "diffusion"}]}
+
+
+def complaint(attempt: Callable[[], object]) -> str | None:
+    """What a RecipeError says; None when all is well; any other exception fails the test."""
+    try:
+        attempt()
+    except RecipeError as error:
+        return str(error).strip()
+    return None
 
 
 class Round(Settings):
@@ -37,17 +44,32 @@ class Square(Settings):
     side: int = Field(1, ge=1)
 
 
+class Copied(Settings):
+    """Its validator hands pydantic another dict than the one that stands in the recipe."""
+
+    size: int = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _copy(cls, given):
+        return dict(given)
+
+
 class Sheet(Settings):
     title: str = "none"
     shapes: list[Annotated[Round | Square, Field(discriminator="kind")]] = Field([])
     mode: Literal["fast", "slow"] = "fast"
+    copied: Copied = Copied()
+    speed: float | Literal["auto"] = 1.0
+    shares: dict[Literal["left", "right"], float] = Field({})
+    pair: tuple[int, int] = (1, 2)
 
 
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
         ({"titel": "x"}, "titel: unknown key (value 'x'); did you mean title?"),
-        ({"zzzz": 1}, "zzzz: unknown key (value 1); allowed here: mode, shapes, title."),
+        ({"zzzz": 1}, "zzzz: unknown key (value 1); allowed here: copied, mode, pair, shapes, shares, speed, title."),
         ({"mode": "fats"}, "mode: 'fats' is not allowed; expected one of fast, slow; did you mean fast?"),
         ({"shapes": [{"kind": "sqare"}]}, "shapes.0.kind: 'sqare' is not allowed; expected one of round, square; did you mean square?"),
         ({"shapes": [{"side": 1}]}, "shapes.0: the key 'kind' is missing"),
@@ -56,12 +78,42 @@ class Sheet(Settings):
         ({"title": ["a"]}, "title: expected a valid string; got ['a']."),
         ({"shapes": [{"kind": "round", "radius": float("inf")}]}, "shapes.0.radius: expected a finite number"),
         ([1], "recipe: "),
+        ({"shapes": [{"kind": "round", "round": 3}]}, "shapes.0.round: unknown key (value 3); allowed in shapes.0: kind, radius."),
+        ({"shapes": [{"kind": "round", "radius": 0, "round": {"radius": 0}}]}, "shapes.0.radius: expected greater than 0; got 0."),
+        ({"shapes": [{"kind": "square"}, 7]}, "shapes.1: expected a section of `key: value` lines; got 7."),
+        ({"shapes": [{"kind": "round", None: 1}]}, "shapes.0.None: Keys should be strings; got None."),
+        ({"copied": {"sise": 1}}, "copied.sise: unknown key (value 1); did you mean copied.size?"),
+        ({"speed": "atuo"}, "speed: 'atuo' is not allowed; expected one of auto; did you mean auto?"),
+        ({"shares": {"lift": 1}}, "shares.lift: 'lift' is not allowed; expected one of left, right; did you mean left?"),
+        ({"pair": [1]}, "pair.1: missing; this key must be given."),
+        ({"pair": [1, "x"]}, "pair.1: expected a valid integer"),
     ],
 )
 def test_one_sentence_per_mistake(raw, message):
     with pytest.raises(RecipeError) as caught:
         parse(Sheet, raw)
     assert message in str(caught.value)
+
+
+def test_a_section_that_may_be_one_of_two_classes():
+    class Either(Settings):
+        shape: Round | Square | None = None
+
+    with pytest.raises(RecipeError) as caught:
+        parse(Either, {"shape": {"kind": "round", "radios": 1}})
+    assert "shape.radios: unknown key (value 1); did you mean shape.radius?" in str(caught.value).splitlines()
+
+
+def test_a_key_that_a_validator_put_in_is_named_too():
+    class Short(Settings):
+        size: int = 1
+
+        @model_validator(mode="before")
+        @classmethod
+        def _long(cls, given):
+            return {"sizes": given}
+
+    assert complaint(lambda: parse(Short, 3)) == "sizes: unknown key (value 3); did you mean size?"
 
 
 def test_all_mistakes_come_at_once():
@@ -123,65 +175,10 @@ def test_bad_overrides(override, message):
     assert message.replace("'kind' would", "would") in str(caught.value) or message in str(caught.value)
 
 
-def test_extends_overlays_key_by_key(tmp_path):
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"a": {"b": 1, "c": 2}, "l": [1, 2]}))
-    (tmp_path / "top.yaml").write_text("extends: base.yaml\na: {c: 3}\nl: [9]\n")
-    assert read_raw(tmp_path / "top.yaml") == {"a": {"b": 1, "c": 3}, "l": [9]}
-
-
-def test_extends_mistakes(tmp_path):
-    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
-    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
-    with pytest.raises(RecipeError, match="circle"):
-        read_raw(tmp_path / "a.yaml")
-    (tmp_path / "c.yaml").write_text("extends: nowhere.yaml\n")
-    with pytest.raises(RecipeError, match="not a file beside it"):
-        read_raw(tmp_path / "c.yaml")
-
-
-def test_unreadable_files(tmp_path):
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(RecipeError, match="UTF-8"):
-        read_raw(tmp_path / "binary.yaml")
-    (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(RecipeError, match="key: value"):
-        read_raw(tmp_path / "list.yaml")
-    with pytest.raises(RecipeError, match=r"nearest shipped ones: .*tiny"):
-        find_recipe("tinny")
-    for name, reason in (
-        (str(tmp_path), "is a folder"),
-        ("x" * 300, "too long"),
-        ("~nobody-here/x", "home"),
-        ("/dev/null", "no regular file"),
-    ):
-        with pytest.raises(RecipeError, match=reason):
-            find_recipe(name)
-    (tmp_path / "weights.yaml").write_bytes(bytes(3 << 20))
-    with pytest.raises(RecipeError, match="has 3 MB; is this a recipe"):
-        read_raw(tmp_path / "weights.yaml")
-    (tmp_path / "number.yaml").write_text("1: 2\n")
-    with pytest.raises(RecipeError, match="expected a word as the key at the top level, found 1"):
-        read_raw(tmp_path / "number.yaml")
-
-
-def test_windows_files_are_read(tmp_path):
-    (tmp_path / "r.yaml").write_bytes(b"\xef\xbb\xbfseed: 1\r\nscale: 2\r\n")
-    assert read_raw(tmp_path / "r.yaml") == {"seed": 1, "scale": 2}
-
-
 def test_messages_hold_no_control_characters():
     with pytest.raises(RecipeError) as caught:
         parse(Sheet, {"\x1b[31mred\u202e": 1})
     assert str(caught.value).startswith("\\x1b[31mred\\u202e: unknown key")
-
-
-def complaint(attempt: Callable[[], object]) -> str | None:
-    """What a RecipeError says; None when all is well; any other exception fails the test."""
-    try:
-        attempt()
-    except RecipeError as error:
-        return str(error).strip()
-    return None
 
 
 keys = st.sampled_from(

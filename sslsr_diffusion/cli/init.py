@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -15,34 +17,40 @@ def init(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: NAME.yaml here.")] = None,
 ) -> None:
     """Copy a shipped recipe (and what it extends) into the current folder."""
-    import yaml
-
-    from sslsr_diffusion.config import find_recipe, shipped_recipes
+    from sslsr_diffusion.config import find_recipe, read_family, shipped_recipes
     from sslsr_diffusion.errors import UserError
 
     shipped = shipped_recipes()
     if name is None:
-        for stem, path in shipped.items():
+        width = max(map(len, shipped), default=0)
+        for known, path in shipped.items():
             comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
             first = re.split(r"(?<=[.?])\s", " ".join(line.lstrip("# ") for line in comment))[0]
-            typer.echo(f"{stem:<24} {first}")
+            typer.echo(f"{known:<{width}}  {first}")
         return
-    source = find_recipe(name)
-    target = output or Path(f"{source.stem}.yaml")
-    wanted = {target: source}
-    last = source
-    while parent := (yaml.safe_load(last.read_text(encoding="utf-8")) or {}).get("extends"):
-        last = last.parent / parent
-        wanted[target.parent / parent] = last
-    for path in wanted:
-        if path.exists() and path == target:
-            raise UserError(f"{path} is already there; choose another name with --output.")
+    source = find_recipe(name).resolve()
+    target = place = output or Path(next((known for known, path in shipped.items() if path == source), source.stem) + ".yaml")
+    if target.exists():
+        raise UserError(f"{target} is already there; choose another name with --output.")
+    wanted: dict[Path, Path] = {}
+    for original, raw in read_family(source):  # a copy's `extends` has to find the copies of the others at the same relative place
+        wanted[place] = original
+        place = Path(os.path.normpath(place.parent / (raw.get("extends") or "")))
+    outside = [path for path in wanted if path.parts[0] == ".."]
+    if outside and target.parts[0] != "..":
+        folders = len(target.parent.parts) + max(path.parts.count("..") for path in outside)
+        raise UserError(
+            f"{name} extends a recipe, whose copy would be {outside[0]}, outside this folder; expected --output "
+            f"{Path(*source.parts[-1 - folders :])} or the like, got {target}."
+        )
     for path, original in wanted.items():
-        if not path.exists():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(original.read_bytes())
-            except OSError as error:
-                raise UserError(f"{path} cannot be written ({error.strerror}); choose another name with --output.") from None
-            typer.echo(f"wrote {path}")
-    typer.echo(f"Edit it, then: sslsr train --config {target} --dry-run")
+        if path.exists():
+            typer.echo(f"kept {path}, which was already there")
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(original.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); choose another name with --output.") from None
+        typer.echo(f"wrote {path}")
+    typer.echo(f"Edit it, then: sslsr train --config {shlex.quote(str(target))} --dry-run")

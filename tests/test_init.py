@@ -1,0 +1,104 @@
+"""`sslsr init`: what it lists, what it copies and where to, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sslsr_diffusion.cli import app
+from sslsr_diffusion.config import read_raw
+from sslsr_diffusion.errors import UserError
+
+SHIPPED = {
+    "small_ssl.yaml": "# The small one. More about it.\na: 1\nb: 1\n",
+    "gan/net.yaml": "# A plain network,\n# in two lines.\nextends: ../small_ssl.yaml\nb: 2\n",
+    "gan/deep/finer.yaml": "extends: ../net.yaml\nc: 3\n",
+    "accelerate/cpu.yaml": "use_cpu: true\n",
+}
+
+
+@pytest.fixture(autouse=True)
+def shipped(tmp_path, monkeypatch) -> Path:
+    """Where the recipes of the package lie; the tests work in an empty folder beside it."""
+    for name, text in SHIPPED.items():
+        (tmp_path / "configs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "configs" / name).write_text(text)
+    monkeypatch.setattr("sslsr_diffusion.config.__file__", str(tmp_path / "package/config.py"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "configs"
+
+
+def init(*arguments: str) -> list[str]:
+    result = CliRunner().invoke(app, ["init", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output.splitlines()
+
+
+def told(*arguments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        init(*arguments)
+    assert not list(Path().rglob("*.yaml"))
+    return str(caught.value)
+
+
+def test_the_list_names_recipes_in_folders_and_no_files_of_the_launcher():
+    assert [line.rstrip() for line in init()] == [
+        "gan/deep/finer",
+        "gan/net         A plain network, in two lines.",
+        "small_ssl       The small one.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "copies"),
+    [
+        (["small_ssl"], ["small_ssl.yaml"]),
+        (["gan/net"], ["gan/net.yaml", "small_ssl.yaml"]),
+        (["gan/deep/finer.yaml"], ["gan/deep/finer.yaml", "gan/net.yaml", "small_ssl.yaml"]),
+        (["gan/net", "-o", "my runs/mine.yaml"], ["my runs/mine.yaml", "small_ssl.yaml"]),
+        (["gan/net", "-o", "../mine.yaml"], ["../mine.yaml", "../../small_ssl.yaml"]),
+    ],
+)
+def test_a_copy_reads_as_the_original(shipped, tmp_path, monkeypatch, arguments, copies):
+    if copies[0].startswith(".."):
+        (tmp_path / "here/a/b").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "here/a/b")
+    *wrote, last = init(*arguments)
+    assert wrote == [f"wrote {copy}" for copy in copies]
+    assert last == f"Edit it, then: sslsr train --config {repr(copies[0]) if ' ' in copies[0] else copies[0]} --dry-run"
+    assert read_raw(Path(copies[0])) == read_raw(shipped / f"{arguments[0].removesuffix('.yaml')}.yaml")
+
+
+def test_what_is_there_is_kept():
+    Path("small_ssl.yaml").write_text("a: 7\n")
+    assert init("gan/net")[:2] == ["wrote gan/net.yaml", "kept small_ssl.yaml, which was already there"]
+    assert read_raw(Path("gan/net.yaml")) == {"a": 7, "b": 2}
+    with pytest.raises(UserError, match=r"gan/net.yaml is already there; choose another name with --output"):
+        init("gan/net")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["gan/net", "-o", "mine.yaml"],
+            "gan/net extends a recipe, whose copy would be ../small_ssl.yaml, outside this folder; "
+            "expected --output gan/net.yaml or the like, got mine.yaml.",
+        ),
+        (["gan/deep/finer", "-o", "x/mine.yaml"], "expected --output gan/deep/finer.yaml or the like, got x/mine.yaml."),
+        (["../configs/gan/deep/finer.yaml", "-o", "mine.yaml"], "expected --output gan/deep/finer.yaml or the like, got mine.yaml."),
+        (["gan"], "the nearest shipped ones: gan/deep/finer, gan/net."),
+    ],
+)
+def test_refused_before_anything_is_written(arguments, message):
+    assert message in told(*arguments)
+
+
+def test_a_recipe_of_ones_own_that_cannot_be_read_is_one_sentence(tmp_path):
+    (tmp_path / "round.yaml").write_text("extends: round.yaml\n")
+    assert "goes round in a circle" in told(str(tmp_path / "round.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    assert "not valid YAML" in told(str(tmp_path / "broken.yaml"))

@@ -238,10 +238,10 @@ def check_resume(recipe: Recipe, where: str, allow_recipe_change: bool = False) 
     """Whether there is a whole checkpoint to go on from, and whether this recipe may."""
     from sslsr_diffusion.runs.pin import pinned, recorded_state
     from sslsr_diffusion.training.checkpoints import find_checkpoint
-    from sslsr_diffusion.training.publisher import is_hub_id
+    from sslsr_diffusion.hub import is_hub_id
     from sslsr_diffusion.training.resume import check_same_recipe
 
-    if is_hub_id(where):
+    if is_hub_id(where, revision=True):
         return _published_state(where)
     try:
         folder = find_checkpoint(where, run_folder(recipe))

@@ -26,7 +26,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, err
 _LONGEST_WAIT_S = 600.0
 _SENTENCES: dict[Reason, str] = {
     "missing": "{name} is no folder here, and the hub has no such {what} (or it is private and no login was given: `hf auth login`).",
-    "revision": "{name} has no revision {revision!r} on the hub; leave it out for the newest one.",
+    "revision": "{name} has no revision {revision!r} on the hub; leave the revision out for the newest one.",
     "gated": "{name} asks for accepted terms: accept them on its page of the hub, then `hf auth login`; or give a local folder.",
     "refused": "{name} is no folder here, and the hub refuses it ({told}); "
     "see who you are there (`hf auth whoami`), or give a local folder.",

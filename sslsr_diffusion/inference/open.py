@@ -6,19 +6,18 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.hub import PIPELINE_FILES, fetch
 from sslsr_diffusion.shipped_model import SMALL, local_folder
 
 log = logging.getLogger(__name__)
 
 PIPELINE_CLASS = "StableSRPipeline"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def default_model(runs: Path) -> tuple[str, str]:
@@ -46,9 +45,12 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str]:
     if (folder / "pipeline" / "model_index.json").is_file():  # a run folder
         folder = folder / "pipeline"
     if not folder.exists():
-        if not _HUB_ID.fullmatch(model):
-            raise UserError(f"--model {model}: no such folder, not a hub id (user/name), and not the shipped model ({SMALL}).")
-        folder = _download(model, revision)
+        advice = f"The shipped model is {SMALL}."
+        folder = fetch(model, revision, patterns=PIPELINE_FILES, field="--model", advice={"invalid": advice})
+        if not _is_upscaler(folder / "model_index.json"):
+            raise UserError(
+                f"--model {model}: that repository holds no {PIPELINE_CLASS} (its model_index.json names another class, or is missing)."
+            )
         return folder, f"{model}@{folder.name}"
     if revision is not None:
         raise UserError(f"--revision {revision}: is for a hub id, and --model {model} is a folder here; leave it out.")
@@ -60,36 +62,6 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     states = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return folder, hashlib.sha256(repr(states).encode()).hexdigest()[:16]
-
-
-def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        folder = download_files(model, revision=revision)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        at = f" at revision {revision}" if revision else ""
-        raise UserError(f"--model {model}: no such folder, and no such repository on the hub{at} (or it is private: log in).") from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--model {model}: no such folder, and the hub cannot be reached ({reason[:160]}).") from None
-    if not _is_upscaler(folder / "model_index.json"):
-        raise UserError(
-            f"--model {model}: that repository holds no {PIPELINE_CLASS} (its model_index.json names another class, or is missing)."
-        )
-    return folder
-
-
-def download_files(model: str, **options: Any) -> Path:
-    """A pipeline's repository in the hub's cache: its JSON, tokenizer texts and safetensors, nothing that could be a pickle.
-
-    Args:
-        options: revision, cache_dir, token, force_download, local_files_only of huggingface_hub.
-    """
-    from huggingface_hub import snapshot_download
-
-    wanted = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
-    return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["state/*"], **options))
 
 
 def refuse_code(folder: Path) -> None:

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
+from sslsr_diffusion.hub import PIPELINE_FILES, fetch
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.antiring import antiring
 from sslsr_diffusion.inference.codec_tiles import TiledCodec
@@ -26,7 +27,7 @@ from sslsr_diffusion.inference.memory import (
     release_cached,
 )
 from sslsr_diffusion.inference.noise import Generators, ImageNoise, image_seeds
-from sslsr_diffusion.inference.open import download_files, forget_folder, refuse_code
+from sslsr_diffusion.inference.open import forget_folder, refuse_code
 from sslsr_diffusion.inference.options import OnStepEnd, Options, StableSRPipelineOutput
 from sslsr_diffusion.inference.pictures import OUTPUT_TYPES, from_tensors, to_tensors
 from sslsr_diffusion.inference.prompts import encode_texts, per_picture
@@ -90,8 +91,9 @@ class StableSRPipeline(DiffusionPipeline):
     @classmethod
     def download(cls, pretrained_model_name: str, **options: Any) -> str:
         """A repository as a local folder; diffusers' own method refuses components that live in another package than itself."""
-        kept = ("revision", "cache_dir", "token", "force_download", "local_files_only")
-        return str(download_files(pretrained_model_name, **{name: options[name] for name in kept if options.get(name) is not None}))
+        kept = ("revision", "cache_dir", "token", "local_files_only")
+        given = {name: options[name] for name in kept if options.get(name) is not None}
+        return str(fetch(pretrained_model_name, patterns=PIPELINE_FILES, **given))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +10,13 @@ from pydantic import Field, model_validator
 
 from sslsr_diffusion.config import Settings, apply_overrides, find_recipe, parse, read_raw
 from sslsr_diffusion.data import DataSettings
+from sslsr_diffusion.hub import has_id_shape
 from sslsr_diffusion.losses import LossSettings
 from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS, ModelSettings
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings, ValidationSettings
 
 __all__ = ["Recipe", "load_recipe", "resolved"]
 
-_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 LOSSES_OF_STAGE = {
     "diffusion": ("diffusion", "pixel_l1", "self_similarity", "lpips", "patch_gan"),
     "base": ("diffusion",),
@@ -61,7 +60,7 @@ class Recipe(Settings):
             )
         if self.output.push_to_hub and not self.output.hub_id:
             mistakes.append("output.hub_id: push_to_hub needs to know where; give it as user/name.")
-        if self.output.hub_id and not _HUB_ID.fullmatch(self.output.hub_id):
+        if self.output.hub_id and not has_id_shape(self.output.hub_id):
             mistakes.append(f"output.hub_id: expected user/name of letters, digits, dots, dashes and _; got {self.output.hub_id!r}.")
         if self.output.push_state and not self.output.push_to_hub:
             mistakes.append("output.push_state: has no effect without output.push_to_hub: true; set both or none.")

@@ -134,8 +134,8 @@ def test_what_a_wrong_base_or_autoencoder_gets(tmp_path: Path, base: Path) -> No
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "neither an existing folder nor a hub id" in message(base="./nowhere")
-    assert "neither an existing folder nor a hub id" in message(base="stable-diffusion")
+    assert "neither an existing folder nor a valid hub id" in message(base="./nowhere")
+    assert "neither an existing folder nor a valid hub id" in message(base="stable-diffusion")
     assert "holds no unet/ or vae/" in message(base=str(tmp_path))
     assert "holds no autoencoder" in message(init="random", preset="tiny", vae=str(tmp_path))
     wide = AutoencoderKL.from_config({**TINY["vae"], "latent_channels": 16})

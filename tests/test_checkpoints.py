@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training import checkpoints
-from sslsr_diffusion.training import publisher as hub
+from sslsr_diffusion.training import published as hub
 from sslsr_diffusion.training.checkpoints import (
     find_checkpoint,
     latest_checkpoint,

@@ -19,7 +19,8 @@ from hub_server import HubServer
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
-from sslsr_diffusion.training.publisher import MANIFEST, HubPublisher, resolve_checkpoint_from_hub
+from sslsr_diffusion.training.published import MANIFEST, resolve_checkpoint_from_hub
+from sslsr_diffusion.training.publisher import HubPublisher
 
 TOKEN = "hf_writetoken"
 REPO = "someone/upscaler"

@@ -184,14 +184,14 @@ def test_a_dry_run_looks_up_what_would_be_resumed(hub, tmp_path, monkeypatch):
 
     assert resume("latest").startswith("missing: --resume latest: no whole checkpoint in runs/run")
     assert resume("nothing").startswith("missing: --resume nothing: no whole checkpoint")
-    assert resume("someone/base").startswith("missing: someone/base: no such folder")
+    assert resume("someone/base").startswith("missing: someone/base is no folder here, and the hub has no such repository")
     commit(hub, "someone/base", FIRST, {"state/checkpoint-9/manifest.json": b"{}", "state/checkpoint-30/manifest.json": b"{}"})
     commit(hub, "someone/empty", SECOND, {"README.md": b""})
     assert resume("someone/base").startswith("ok: someone/base on the hub, commit 1a1a1a1a1a1a, step 30")
     assert resume(f"someone/base@{FIRST}").startswith("ok")
     assert resume("someone/empty").startswith("missing: someone/empty: the repository holds no training state")
     hub.fault("/api/models/", "cut", times=100)
-    assert resume("someone/base").startswith("not reachable: someone/base: no such folder, and the hub does not answer")
+    assert resume("someone/base").startswith("not reachable: someone/base is no folder here, and the hub cannot be reached")
     state = {"world_size": 2, "progress": {"step": 1}, "recipe": recipe(FIRST).model_dump(mode="json")}
     write_checkpoint(tmp_path / "runs/run/checkpoint-1", {}, state)
     assert resume("latest") == "ok: runs/run/checkpoint-1, step 1 of 20000"

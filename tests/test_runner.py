@@ -393,7 +393,7 @@ def test_the_newest_finished_upscaler_is_the_model(tmp_path):
     assert folder == newest
     (newest / "weights.safetensors").write_bytes(b"x")
     assert find_model(str(newest))[1] != fingerprint
-    with pytest.raises(UserError, match="not a hub id"):
+    with pytest.raises(UserError, match="nor a valid hub id"):
         find_model(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="expected a folder with"):
         find_model(str(tmp_path / "unfinished"))

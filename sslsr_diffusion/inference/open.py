@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.hub import PIPELINE_FILES, fetch, has_id_shape
+from sslsr_diffusion.hub import PIPELINE_FILES, fetch
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.family import Family
@@ -71,9 +71,7 @@ def find_model(model: str, revision: str | None = None) -> FoundModel:
                 "a run folder has one in pipeline/ once the run is finished, and `sslsr export` makes one from a checkpoint."
             )
         return FoundModel(model, path, family, _fingerprint(path))
-    if not has_id_shape(model):
-        raise UserError(f"model {model}: no such file or folder, not a hub id (user/name), and not the shipped model ({SMALL}).")
-    path = fetch(model, revision, patterns=PIPELINE_FILES, ignore=["state/*"])
+    path = fetch(model, revision, patterns=PIPELINE_FILES, advice={"invalid": f"The shipped model is {SMALL}."})
     family = family_of(path)
     if family is None:
         raise UserError(f"model {model}: that repository holds no model of {', '.join(FAMILIES)}.")

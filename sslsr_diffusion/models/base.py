@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sslsr_diffusion import hub
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS, DEFAULT_BASE, is_share
 from sslsr_diffusion.shipped_model import SMALL, local_folder
@@ -14,6 +15,12 @@ from sslsr_diffusion.shipped_model import SMALL, local_folder
 # Half-precision and non-EMA copies of the same weights would double the download.
 IGNORED = ["*.fp16.*", "*non_ema*", "*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "safety_checker/*", "feature_extractor/*"]
 WANTED = [f"{part}/*" for part in ("unet", "vae", "structural_encoder", "scheduler", "text_encoder", "tokenizer")]
+GONE = f"Stability AI took its 2.1 models down in November 2025: use {DEFAULT_BASE}, or any local folder in diffusers format."
+ADVICE: dict[hub.Reason, str] = {
+    "invalid": f"The shipped model is {SMALL}.",
+    "missing": GONE,
+    "unreachable": "Or train from scratch with model.init=random.",
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def find_base(name: str, revision: str | None = None, parts: list[str] | None = 
         parts: file patterns to fetch; default: everything that a pipeline needs.
 
     Raises:
-        UserError: nothing of that name exists, or the hub cannot be reached and nothing is cached.
+        UserError: nothing of that name exists (HubError: on the hub, either), or the hub cannot be reached and nothing is cached.
     """
     folder = local_folder(name)
     if folder.is_dir():
@@ -86,48 +93,7 @@ def find_base(name: str, revision: str | None = None, parts: list[str] | None = 
             f"model.base: {name!r} does not come with this version of the package, which has {SMALL}; use that one, "
             f"or the folder of the old one's files (shipped_models/{name} in a version that had it)."
         )
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise UserError(
-            f"model.base: {name!r} is neither an existing folder nor a hub id (owner/name) nor the shipped {SMALL}; give one of them."
-        )
-    fetched = _fetch(name, revision, parts or WANTED)
+    advice = ADVICE | ({"unreachable": GONE} if name.startswith("stabilityai/stable-diffusion-2") else {})
+    wanted = ["*.json", *(parts or WANTED)]
+    fetched = hub.fetch(name, revision, patterns=wanted, ignore=IGNORED, field="model.base", advice=advice)
     return Base(name, fetched, fetched.name)
-
-
-def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    gone = f"Stability AI took its 2.1 models down in November 2025: use {DEFAULT_BASE}, or any local folder in diffusers format."
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", *patterns], ignore_patterns=IGNORED))
-    except GatedRepoError:
-        raise UserError(
-            f"model.base: {name} asks for accepted terms: accept them on its page, then `hf auth login`; or use a folder."
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(f"model.base: {name!r} does not exist on the hub (or is private and no login was given); " + gone) from None
-    except RevisionNotFoundError:
-        raise UserError(f"model.revision: {name} has no revision {revision!r}; leave it out for the newest one.") from None
-    except HFValidationError:
-        raise UserError(f"model.base: {name!r} is neither an existing folder nor a valid hub id (owner/name).") from None
-    except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if name.startswith("stabilityai/stable-diffusion-2"):
-            raise UserError(f"model.base: {name} is not in the local cache and cannot be fetched; {gone}") from None
-        raise UserError(
-            f"model.base: {name} is not in the local cache and the hub cannot be reached ({_short(error)}); connect once so that it is "
-            f"cached (unset HF_HUB_OFFLINE if it is set), set model.base to a local folder, or train from scratch with model.init=random."
-        ) from None
-
-
-def _short(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return type(cause).__name__

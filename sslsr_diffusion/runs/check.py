@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import yaml
 
+from sslsr_diffusion import hub
 from sslsr_diffusion.errors import MissingDependency, UserError
-from sslsr_diffusion.models.base import Base
+from sslsr_diffusion.models.base import IGNORED, WANTED, Base
 from sslsr_diffusion.runs.recipe import Recipe, resolved, run_folder
 from sslsr_diffusion.shipped_model import local_folder
 
@@ -148,27 +148,23 @@ def _base(recipe: Recipe, folder: Path) -> Check:
     return Check("model", "ok", found + (f"; the recipe leaves to it: {', '.join(taken)}" if taken else ""))
 
 
-def _hub(what: str, name: str, revision: str | None, kind: str) -> Check:
+def _hub(what: str, name: str, revision: str | None, kind: hub.Kind) -> Check:
     """Whether a hub id is cached, or exists as far as the network can tell; asks for no files."""
     if "://" in name:
         return Check(what, "ok", f"{name} (a URL; it is opened when training starts)")
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        snapshot_download(name, revision=revision, repo_type=kind, local_files_only=True, allow_patterns=["*.json", "*.md"])
+    patterns = ["*.json", *WANTED] if kind == "model" else []
+    if hub.cached(name, revision, patterns=patterns, ignore=IGNORED, kind=kind):
         return Check(what, "ok", f"{name} (in the local cache)")
-    except HFValidationError:
-        return Check(what, "missing", f"{name!r} is neither an existing folder nor a valid hub id")
-    except (LocalEntryNotFoundError, FileNotFoundError, OSError):
-        pass
     try:
-        info = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=5)
-        return Check(what, "ok", f"{name} on the hub, commit {str(info.sha)[:12]}; it is downloaded when training starts")
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        return Check(what, "missing", f"{name} does not exist on the hub, or is private and no login was given")
-    except Exception as error:  # every way in which a network can fail
-        return Check(what, "not reachable", f"{name} is not in the local cache and the hub does not answer ({type(error).__name__})")
+        commit = hub.look_up(name, kind, revision).commit
+    except hub.HubError as error:
+        return Check(what, _verdict(error), error.said)
+    return Check(what, "ok", f"{name} on the hub, commit {commit[:12]}; it is downloaded when training starts")
+
+
+def _verdict(error: hub.HubError) -> Verdict:
+    verdicts: dict[hub.Reason, Verdict] = {"unreachable": "not reachable", "gated": "refused", "refused": "refused"}
+    return verdicts.get(error.reason, "missing")
 
 
 def _losses(recipe: Recipe) -> Check | None:
@@ -238,10 +234,9 @@ def check_resume(recipe: Recipe, where: str, allow_recipe_change: bool = False) 
     """Whether there is a whole checkpoint to go on from, and whether this recipe may."""
     from sslsr_diffusion.runs.pin import pinned, recorded_state
     from sslsr_diffusion.training.checkpoints import find_checkpoint
-    from sslsr_diffusion.training.publisher import is_hub_id
     from sslsr_diffusion.training.resume import check_same_recipe
 
-    if is_hub_id(where):
+    if hub.is_hub_id(where, revision=True):
         return _published_state(where)
     try:
         folder = find_checkpoint(where, run_folder(recipe))
@@ -263,17 +258,14 @@ def _one_line(error: UserError) -> str:
 
 def _published_state(where: str) -> Check:
     """Whether a repository of the hub holds the state of a run; nothing is downloaded."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from sslsr_diffusion.training.published import published_step
 
-    name, _, revision = where.partition("@")
+    name, revision = hub.split_id(where)
     try:
-        info = HfApi().repo_info(name, revision=revision or None, timeout=5)
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
-        return Check("resume", "missing", f"{where}: no such folder, and no such repository or revision on the hub (or it is private)")
-    except Exception as error:  # every way in which a network can fail
-        return Check("resume", "not reachable", f"{where}: no such folder, and the hub does not answer ({type(error).__name__})")
-    steps = [int(m[1]) for file in info.siblings or [] if (m := re.fullmatch(r"state/checkpoint-(\d+)/manifest\.json", file.rfilename))]
-    if not steps:
+        found = hub.look_up(name, revision=revision)
+    except hub.HubError as error:
+        return Check("resume", _verdict(error), error.said)
+    step = published_step(found.files)
+    if step is None:
         return Check("resume", "missing", f"{where}: the repository holds no training state; output.push_state: true publishes it")
-    return Check("resume", "ok", f"{where} on the hub, commit {str(info.sha)[:12]}, step {max(steps)}; downloaded when training starts")
+    return Check("resume", "ok", f"{where} on the hub, commit {found.commit[:12]}, step {step}; downloaded when training starts")

@@ -12,7 +12,7 @@ from typing import Any
 from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS
 from sslsr_diffusion.runs.recipe import Recipe, resolved
 from sslsr_diffusion.training.checkpoints import STATE
-from sslsr_diffusion.training.publisher import is_hub_id
+from sslsr_diffusion.hub import is_hub_id
 
 log = logging.getLogger(__name__)
 

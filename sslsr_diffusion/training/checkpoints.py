@@ -119,13 +119,14 @@ def find_checkpoint(where: str, run: Path) -> Path:
     Raises:
         UserError: there is no whole checkpoint there.
     """
-    from sslsr_diffusion.training.publisher import is_hub_id, resolve_checkpoint_from_hub
+    from sslsr_diffusion.hub import is_hub_id
+    from sslsr_diffusion.training.published import resolve_checkpoint_from_hub
 
     folder = run if where == "latest" else Path(where).expanduser()
     if where != "latest" and (folder / MANIFEST).is_file():
         return folder
     found = latest_checkpoint(folder)
-    if found is None and is_hub_id(where):
+    if found is None and is_hub_id(where, revision=True):
         return resolve_checkpoint_from_hub(where)
     if found is None:
         raise UserError(f"--resume {where}: no whole checkpoint in {folder}; leave --resume out to start from the beginning.")

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.hub import Repository, without_tokens
+from sslsr_diffusion.training.published import MANIFEST, STATE
 
 log = logging.getLogger(__name__)
-
-MANIFEST = "sslsr.json"  # in the repository: which files are ours, so that only ours are ever deleted
-STATE = "state"  # the folder in the repository that holds the last checkpoint
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}")
 
 
 @dataclass
@@ -69,7 +63,8 @@ class HubPublisher:
         self.published: list[str] = []  # commit ids, oldest first
         self.failures = 0
         self._again = "tried again at the next checkpoint"
-        self._token, self._private, self._endpoint, self._scratch = token, private, endpoint, scratch
+        self._token, self._private, self._scratch = token, private, scratch
+        self._repository = Repository(repo_id, token=token, endpoint=endpoint)
         self._changed = threading.Condition()
         self._waiting: _Publication | None = None
         self._wanted = self._busy = self._closed = False
@@ -159,7 +154,7 @@ class HubPublisher:
                 self.published.append(self._commit(mine))
                 log.info("hub: published to %s: %s", self.repo_id, mine.message)
             except Exception as error:  # a refused upload is never worth a run
-                failed, pause = True, _retry_after(error)
+                failed, pause = True, getattr(error, "retry_after", None)
                 self._warn(error)
             with self._changed:
                 if failed:
@@ -175,67 +170,35 @@ class HubPublisher:
 
     def _commit(self, wanted: _Publication) -> str:
         """Everything in one commit: what is new, the list of our files, and the removal of what we no longer publish."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+        self._repository.create(private=self._private)
+        there = self._repository.files()
+        ours = self._ours(there)
+        former = {path for paths in ours.values() for path in paths}
+        additions: dict[str, Path | bytes] = {}
+        for part, files in (("pipeline", wanted.pipeline), ("state", wanted.state)):
+            if files is not None:
+                additions.update(files)
+                ours[part] = sorted(files)
+        additions[MANIFEST] = json.dumps({"files": ours}, indent=1).encode()
+        stale = (there & former) - set(ours["pipeline"]) - set(ours["state"]) - {MANIFEST}
+        return self._repository.commit(wanted.message, additions, stale)
 
-        with _quiet():
-            api = HfApi(endpoint=self._endpoint, token=self._token)
-            api.create_repo(self.repo_id, private=self._private, exist_ok=True)
-            there = set(api.list_repo_files(self.repo_id))
-            ours = self._ours(api, there)
-            additions: dict[str, Path | bytes] = {}
-            for part, files in (("pipeline", wanted.pipeline), ("state", wanted.state)):
-                if files is not None:
-                    additions.update(files)
-                    ours[part] = sorted(files)
-            additions[MANIFEST] = json.dumps({"files": ours}, indent=1).encode()
-            stale = sorted((there & self._former) - set(ours["pipeline"]) - set(ours["state"]) - {MANIFEST})
-            operations: list[Any] = [CommitOperationDelete(path, is_folder=False) for path in stale]
-            operations += [CommitOperationAdd(path, content) for path, content in sorted(additions.items())]
-            return str(api.create_commit(self.repo_id, operations, commit_message=wanted.message).oid)
-
-    def _ours(self, api: Any, there: set[str]) -> dict[str, list[str]]:
+    def _ours(self, there: set[str]) -> dict[str, list[str]]:
         """The files of former publications, by part."""
         empty: dict[str, list[str]] = {"pipeline": [], "state": []}
-        self._former: set[str] = set()
         if MANIFEST not in there:
             return empty
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as scratch:
-            text = Path(api.hf_hub_download(self.repo_id, MANIFEST, local_dir=scratch)).read_text(encoding="utf-8")
+        text = self._repository.read(MANIFEST)
         try:
             listed = json.loads(text)["files"]
-            found = {part: [path for path in listed.get(part, []) if isinstance(path, str)] for part in empty}
+            return {part: [path for path in listed.get(part, []) if isinstance(path, str)] for part in empty}
         except (ValueError, KeyError, TypeError, AttributeError):
             return empty
-        self._former = {path for paths in found.values() for path in paths}
-        return found
 
     def _warn(self, error: Exception) -> None:
         self.failures += 1
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        text = _without_tokens(text, self._token)
+        text = without_tokens(next(iter(str(error).strip().splitlines()), type(error).__name__), self._token)
         log.warning("hub: not published to %s (%s); %s", self.repo_id, text[:300], self._again)
-
-
-def _without_tokens(text: str, *known: str | None) -> str:
-    """A message of the client or the hub, without the tokens that are in use and all that look like one."""
-    from huggingface_hub import get_token
-
-    for secret in (*known, get_token()):
-        text = text.replace(secret, "***") if secret else text
-    return _TOKEN.sub("hf_***", text)
-
-
-def _retry_after(error: Exception) -> float | None:
-    """Seconds that a 429 or 503 answer asks to wait (at most ten minutes); None for all else."""
-    response = getattr(error, "response", None)
-    if getattr(response, "status_code", None) not in (429, 503):
-        return None
-    try:
-        return min(max(float(response.headers["Retry-After"]), 1.0), 600.0)  # type: ignore[union-attr]
-    except (KeyError, ValueError):
-        return None
 
 
 def _link(source: str, target: str) -> None:
@@ -243,56 +206,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of the upload across the one of the training."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    before = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not before:
-            enable_progress_bars()
-
-
-def is_hub_id(where: str) -> bool:
-    """Whether a text can only be a repository: `user/name`, for `--resume` with `@revision` too, and nothing here of that name."""
-    path = Path(where).expanduser()
-    return where.count("/") == 1 and not where.startswith((".", "~")) and not path.is_absolute() and not path.exists()
-
-
-def resolve_checkpoint_from_hub(
-    repo_id: str,
-    revision: str | None = None,
-    *,
-    token: str | None = None,
-    endpoint: str | None = None,
-    cache_dir: Path | None = None,
-) -> Path:
-    """The folder of the checkpoint that a run published with `push_state`, downloaded: for `--resume user/name` or `user/name@revision`.
-
-    Raises:
-        UserError: no such repository or revision, no state in it, or the hub cannot be reached.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    name, _, pinned = repo_id.partition("@")
-    revision = revision or pinned or None
-    try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=f"{STATE}/*", token=token, endpoint=endpoint, cache_dir=cache_dir)
-        )
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise UserError(f"--resume {repo_id}: no such folder, and no such repository or revision on the hub (or it is private).") from None
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--resume {repo_id}: cannot be downloaded ({_without_tokens(reason, token)[:200]}).") from None
-    found = sorted((folder / STATE).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2] or 0))
-    if not found:
-        raise UserError(f"--resume {repo_id}: the repository holds no training state; it is published with output.push_state: true.")
-    return found[-1]

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hub_server import HubServer
 
-from sslsr_diffusion.training.publisher import MANIFEST, HubPublisher
+from sslsr_diffusion.training.published import MANIFEST
+from sslsr_diffusion.training.publisher import HubPublisher
 
 REPO = "someone/upscaler"
 STEPS = {

@@ -1,4 +1,4 @@
-"""Fine-tune diffusion upscalers with the self-similarity loss (SSL).
+"""Fine-tune image upscalers with the self-similarity loss (SSL).
 
 Names are resolved at first use: importing the package costs milliseconds and touches neither a GPU nor diffusers.
 """
@@ -16,6 +16,9 @@ _HOME = {
     "BackendUnavailable": "sslsr_diffusion.ops",
     "laplacian_edge_mask": "sslsr_diffusion.ops",
     "StableSRPipeline": "sslsr_diffusion.inference",
+    "load_recipe": "sslsr_diffusion.runs.recipe",
+    "open_upscaler": "sslsr_diffusion.runs.start",
+    "train": "sslsr_diffusion.runs.start",
 }
 
 __all__ = [
@@ -24,12 +27,17 @@ __all__ = [
     "StableSRPipeline",
     "__version__",
     "laplacian_edge_mask",
+    "load_recipe",
+    "open_upscaler",
     "self_similarity_graph",
+    "train",
 ]
 
 if TYPE_CHECKING:
     from sslsr_diffusion.inference import StableSRPipeline
     from sslsr_diffusion.ops import BackendUnavailable, SelfSimilarityLoss, laplacian_edge_mask, self_similarity_graph
+    from sslsr_diffusion.runs.recipe import load_recipe
+    from sslsr_diffusion.runs.start import open_upscaler, train
 
 
 def __getattr__(name: str) -> Any:

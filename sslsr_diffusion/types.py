@@ -40,6 +40,10 @@ class Given:
     mask: Tensor | None = None  # [K, 1, H, W] bool
     origin: Tensor | None = None  # [K, 2] int64: row and column of the window in its crop; anchors the stride pattern
 
+    def to(self, device: torch.device | str) -> Given:
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in found.items() if value is not None})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs(Given):

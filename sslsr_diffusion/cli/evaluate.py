@@ -174,28 +174,23 @@ def _free(name: str, columns: dict[str, list[Path]]) -> str:
 def _upscale(path: str, pairs: Dataset, folder: Path, seeds: range, steps: int | None, device: str) -> list[Path]:
     """One folder of results per seed, made by the same runner as `sslsr infer`; what is done is skipped."""
     from sslsr_diffusion.evaluation.dataset import scale_of
-    from sslsr_diffusion.inference.open import find_model, load_pipeline
-    from sslsr_diffusion.inference.runner import RunnerOptions, plan_files, run_plan
+    from sslsr_diffusion.inference.open import find_model, open_model
+    from sslsr_diffusion.inference.restorer import Restorer
+    from sslsr_diffusion.inference.runner import RunnerOptions, find_work, run_work
 
-    source, fingerprint = find_model(path, None)
-    scale, pipe, folders = scale_of(pairs), None, []
+    found, call = find_model(path), {"num_inference_steps": steps, "tile": "auto"} if steps else {"tile": "auto"}
+    scale, folders = scale_of(pairs), []
+    restorer: Restorer | None = None
     for seed in seeds:
-        options = RunnerOptions(
-            scale,
-            seed,
-            {"num_inference_steps": steps, "tile": "auto"} if steps else {"tile": "auto"},
-            "PNG",
-            replace_own=True,
-            model=fingerprint,
-        )
-        plan = plan_files(pairs.lr, folder / f"seed{seed}", options)
-        for item in plan.todo:  # what cannot be made now must not be scored as it was made before
-            (plan.output / item.target).unlink(missing_ok=True)
-        if plan.todo:
-            pipe = pipe or load_pipeline(source, device=device, dtype="auto")
+        options = RunnerOptions(scale, seed, call, "PNG", replace_own=True, model=found.fingerprint)
+        work = find_work(pairs.lr, folder / f"seed{seed}", options)
+        for picture in work.todo:  # what cannot be made now must not be scored as it was made before
+            (work.output / picture.target).unlink(missing_ok=True)
+        if work.todo:
+            restorer = restorer or open_model(found, device=device)
             label = f"upscaling with {folder.name}, seed {seed}"
-            plan.report = _with_bar(label, len(plan.todo), lambda at: run_plan(pipe, plan, progress=lambda done, *_: at(done)))  # noqa: B023
-        for name, reason in plan.report.failed:
+            work.report = _with_bar(label, len(work.todo), lambda at: run_work(restorer, work, progress=lambda done, *_: at(done)))  # noqa: B023
+        for name, reason in work.report.failed:
             typer.echo(f"failed: {name}: {reason}", err=True)
         folders.append(folder / f"seed{seed}")
     return folders

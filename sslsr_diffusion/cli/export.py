@@ -16,7 +16,7 @@ def export(
 ) -> None:
     """Make a diffusers pipeline folder from a checkpoint: frozen weights come from its base, trained ones from the checkpoint."""
     from sslsr_diffusion.errors import UserError
-    from sslsr_diffusion.runs.start import export_checkpoint
+    from sslsr_diffusion.runs.export import export_checkpoint
     from sslsr_diffusion.training.checkpoints import find_checkpoint
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

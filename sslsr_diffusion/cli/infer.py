@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,8 @@ import typer
 from sslsr_diffusion.errors import UserError
 
 if TYPE_CHECKING:
-    from sslsr_diffusion.inference.runner import RunnerReport
+    from sslsr_diffusion.inference.restorer import Restorer
+    from sslsr_diffusion.inference.runner import Progress, RunnerReport, Work
 
 
 class ColorFix(StrEnum):
@@ -40,7 +42,10 @@ def infer(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("results"),
-    scale: Annotated[float, typer.Option(min=0.01, max=64, help="Enlargement: the output has round(scale * size) pixels.")] = 4.0,
+    scale: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=64, help="Enlargement: the output has round(scale * size) pixels; without it the model's own."),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Sampling steps; without it the model's own default (200 where it names none).")
     ] = None,
@@ -52,7 +57,22 @@ def infer(
     antiring: Annotated[
         float | None, typer.Option(min=0, max=1, help="0 to 1: takes back seams beside edges; without it the model's own default.")
     ] = None,
-    color_fix: Annotated[ColorFix, typer.Option(help="Takes the colours from the input.")] = ColorFix.wavelet,
+    fidelity: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Models with CFW: how much of the input the decoder takes over. [default: 0.5]")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="ddpm, ddim, ddim-original, dpm++, unipc, euler or a diffusers scheduler. [default: the model's]")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1, help="1 all steps; 0.3 the last 30 % of them, from a less noised picture. [default: 1]"),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text, for models with a text encoder.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the guidance leads away from.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, max=30, help="Strength of the guidance; 1 is off. [default: 1]")] = None,
+    color_fix: Annotated[
+        ColorFix | None, typer.Option(help="Takes the colours from the input. [default: wavelet; none for plain networks]")
+    ] = None,
     format: Annotated[Format | None, typer.Option(help="Format of the results; without it the input's, and png for gif, bmp, ...")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Redo what is done with the same settings, replace files of others.")
@@ -64,29 +84,41 @@ def infer(
     ] = None,
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done with these settings is skipped."""
-    call: dict[str, Any] = {"tile": _tile(tile), "color_fix": color_fix.value}
-    named = {"num_inference_steps": steps, "detail": detail, "antiring": antiring}
-    call |= {name: value for name, value in named.items() if value is not None}
-    from sslsr_diffusion.inference.memory import parse_bytes
-    from sslsr_diffusion.inference.open import default_model, find_model, load_pipeline
-    from sslsr_diffusion.inference.placement import check_tile_of, find_device
-    from sslsr_diffusion.inference.runner import FORMATS, RunnerOptions, plan_files, run_plan
+    given = {
+        "num_inference_steps": steps,
+        "detail": detail,
+        "antiring": antiring,
+        "fidelity": fidelity,
+        "sampler": sampler,
+        "strength": strength,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "guidance_scale": guidance_scale,
+        "color_fix": color_fix.value if color_fix else None,
+    }
+    call: dict[str, Any] = {"tile": _tile(tile), **{name: value for name, value in given.items() if value is not None}}
+    from sslsr_diffusion.cli.flags import as_flags
+    from sslsr_diffusion.devices import find_device, parse_bytes
+    from sslsr_diffusion.inference.open import default_model, find_model, open_model
+    from sslsr_diffusion.inference.placement import check_tile_of
+    from sslsr_diffusion.inference.runner import FORMATS, RunnerOptions, find_work, run_work
 
-    where: dict[str, Any] = {"device": device, "dtype": dtype.value}
-    if memory_budget is not None:
-        call["memory_budget"] = parse_bytes(memory_budget)
-        where.update(memory_budget=call["memory_budget"], tile=call["tile"])
-    find_device(device)
-    if model is None:
-        model, why = default_model(Path("runs"))
-        typer.echo(f"model: {model} ({why}; --model chooses another)")
-    folder, fingerprint = find_model(model, revision)
-    check_tile_of(folder, call["tile"])
-    options = RunnerOptions(scale, seed, call, FORMATS[format.value] if format else None, overwrite=overwrite, model=fingerprint)
-    plan = plan_files(input, output, options)
-    if plan.todo:
-        plan.report = _run(lambda progress: run_plan(_saying_how(load_pipeline(folder, **where), call), plan, progress=progress), plan)
-    _show(plan.report, output)
+    with as_flags("model", "revision", "device", "dtype", "memory_budget", "scale", "steps", "seed", "tile", *given):
+        where: dict[str, Any] = {"device": device, "dtype": dtype.value}
+        if memory_budget is not None:
+            call["memory_budget"] = parse_bytes(memory_budget)
+            where.update(memory_budget=call["memory_budget"], tile=call["tile"])
+        find_device(device)
+        if model is None:
+            model, why = default_model(Path("runs"))
+            typer.echo(f"model: {model} ({why}; --model chooses another)")
+        found = find_model(model, revision)
+        check_tile_of(found.family, found.path, call["tile"])
+        options = RunnerOptions(scale, seed, call, FORMATS[format.value] if format else None, overwrite=overwrite, model=found.fingerprint)
+        work = find_work(input, output, options)
+        if work.todo:
+            work.report = _run(lambda progress: run_work(_saying_how(open_model(found, **where), call), work, progress=progress), work)
+    _show(work.report, output)
 
 
 def _tile(text: str) -> int | str | None:
@@ -97,29 +129,43 @@ def _tile(text: str) -> int | str | None:
     return int(text)
 
 
-def _saying_how(pipe: Any, call: dict[str, Any]) -> Any:
-    """The pipeline, after a line on what it will be called with: what was given, else its own defaults."""
+def _saying_how(restorer: Restorer, call: dict[str, Any]) -> Restorer:
+    """The restorer, after a line on what it will be called with (what was given, else its own defaults) and notes on what it lacks.
+
+    Raises:
+        UserError: the model does not have what was asked for.
+    """
     from tqdm import tqdm
 
+    from sslsr_diffusion.inference.restorer import accepted
+
+    notes: list[str] = []
+    kept = accepted(call, restorer.options, notes)
     names = {"num_inference_steps": "steps", "detail": "detail", "antiring": "antiring"}
-    tqdm.write(", ".join(f"{shown} {call.get(name, pipe.config[f'default_{name}'])}" for name, shown in names.items()))
-    return pipe
+    shown = {names[name]: {**restorer.defaults, **kept}[name] for name in names if name in restorer.defaults and name in restorer.options}
+    if shown:
+        tqdm.write(", ".join(f"{name} {value}" for name, value in shown.items()))
+    for note in notes:
+        tqdm.write(f"note: {note}")
+    for name in call.keys() - kept.keys():
+        del call[name]
+    return restorer
 
 
-def _run(work: Any, plan: Any) -> RunnerReport:
+def _run(make: Callable[[Progress], RunnerReport], work: Work) -> RunnerReport:
     from tqdm import tqdm
 
-    with tqdm(total=len(plan.todo), unit="picture", dynamic_ncols=True) as bar:
+    with tqdm(total=len(work.todo), unit="picture", dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int, name: str) -> None:
             bar.update(done - bar.n)
             bar.set_postfix_str(name[-40:])
 
         try:
-            return work(progress)
+            return make(progress)
         except KeyboardInterrupt:
             bar.close()
-            _show(plan.report, plan.output)
+            _show(work.report, work.output)
             typer.echo("interrupted; the same command goes on from here", err=True)
             raise typer.Exit(130) from None
 

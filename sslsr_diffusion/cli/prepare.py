@@ -86,7 +86,9 @@ def lr(
 
 @app.command()
 def cfw(
-    config: Annotated[str, typer.Option("--config", "-c", help="The recipe of stage cfw: pictures, degradation, crop size, seed.")],
+    config: Annotated[
+        str, typer.Option("--config", "-c", help="The recipe of the training (task decoder): pictures, degradation, crop size, seed.")
+    ],
     model: Annotated[str, typer.Option(help="The upscaler of stage 1: pipeline folder, run folder or hub id.")],
     output: Output,
     count: Annotated[int, typer.Option(min=1, help="Samples in all (StableSR: about 5000).")] = 5000,
@@ -95,7 +97,7 @@ def cfw(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe (repeatable).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
-    """Make the samples of stage 2: hr/, lr/ and the upscaler's latents/. The same command goes on where it was stopped."""
+    """Make the samples of task decoder: hr/, lr/ and the upscaler's latents/. The same command goes on where it was stopped."""
     import torch
     from tqdm import tqdm
 
@@ -105,12 +107,12 @@ def cfw(
     from sslsr_diffusion.runs.recipe import load_recipe
 
     recipe = load_recipe(config, set_ or [])
-    folder, fingerprint = find_model(model)
+    found = find_model(model)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    options: dict[str, Any] = {"count": count, "steps": steps, "batch_size": batch_size, "device": place, "fingerprint": fingerprint}
+    options: dict[str, Any] = {"count": count, "steps": steps, "batch_size": batch_size, "device": place, "fingerprint": found.fingerprint}
     try:
         with tqdm(total=count, unit="sample", disable=None) as bar:
-            for present in make_cfw_data(recipe, folder, output, **options):
+            for present in make_cfw_data(recipe, found.path, output, **options):
                 bar.update(present - bar.n)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror}); mend that, and the same command goes on.") from None

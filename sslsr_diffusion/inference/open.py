@@ -67,7 +67,7 @@ def find_model(model: str, revision: str | None = None) -> FoundModel:
         family = family_of(path)
         if family is None:
             raise UserError(
-                f"model {model}: expected a model of {', '.join(FAMILIES)}, for example a folder with a model_index.json of StableSRPipeline; "
+                f"model {model}: expected a model of {', '.join(FAMILIES)}, such as a folder with a model_index.json of StableSRPipeline; "
                 "a run folder has one in pipeline/ once the run is finished, and `sslsr export` makes one from a checkpoint."
             )
         return FoundModel(model, path, family, _fingerprint(path))

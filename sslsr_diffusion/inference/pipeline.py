@@ -12,8 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
-from sslsr_diffusion.hub import PIPELINE_FILES, fetch
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.hub import PIPELINE_FILES, fetch
 from sslsr_diffusion.inference.latent import LatentRestorer
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import Generators

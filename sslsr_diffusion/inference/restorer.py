@@ -127,7 +127,7 @@ class Finishing:
             raise UserError(f"detail: expected 0 (bicubic) to 1 (all that the model adds), got {self.detail!r}.")
 
     def __call__(self, restored: Tensor, enlarged: Tensor, low: Tensor) -> Tensor:
-        """[B, 3, H, W]: colours of the enlarged low-resolution picture, seams taken back, mixed with the enlarged one (changed in place)."""
+        """[B, 3, H, W]: colours of the enlarged picture, seams taken back, mixed with the enlarged one (changed in place)."""
         result = color_fix(self.color_fix, restored, enlarged).clamp_(0, 1)
         result = antiring(result, low, self.antiring)
         return enlarged.lerp_(result, self.detail)  # exactly the result where detail is 1

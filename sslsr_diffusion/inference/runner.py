@@ -25,6 +25,7 @@ from sslsr_diffusion.images import (
     write_image,
 )
 from sslsr_diffusion.inference.record import RECORD_NAME, Record, digest_of
+from sslsr_diffusion.inference.restorer import Restorer
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,9 @@ FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "tif": "TIFF"}  # --form
 class RunnerOptions:
     """How the pictures of one run are made and stored."""
 
-    scale: float = 4.0  # output pixels per input pixel
+    scale: float | None = None  # output pixels per input pixel; None: the restorer's own
     seed: int = 0  # of every picture: a result depends on the picture and the settings, not on its neighbours
-    call: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the pipeline: num_inference_steps, tile, color_fix, ...
+    call: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the restorer: num_inference_steps, tile, color_fix, ...
     format: str | None = None  # a value of FORMATS; None: the input's, PNG where that cannot be written
     quality: int = 95  # 1 to 100, JPEG and WebP
     overwrite: bool = False  # do again what is done, and replace files that we did not write
@@ -53,7 +54,7 @@ class RunnerOptions:
 
 
 @dataclass(frozen=True)
-class Item:
+class Picture:
     """One picture to be made."""
 
     source: Path
@@ -75,18 +76,18 @@ class RunnerReport:
 
 
 @dataclass
-class Plan:
+class Work:
     """The work of one call: what is to be made, and what is already known about the rest."""
 
     output: Path
     options: RunnerOptions
-    todo: list[Item]
+    todo: list[Picture]
     report: RunnerReport
     record: Record
 
 
 def upscale_files(
-    pipe: Any,
+    restorer: Restorer,
     inputs: str | Path | Sequence[str | Path],
     output_dir: str | Path,
     options: RunnerOptions,
@@ -96,16 +97,16 @@ def upscale_files(
     """Upscale every picture of `inputs` into `output_dir`, sub-folders kept.
 
     Args:
-        pipe: a StableSRPipeline, or anything called like it with a tensor and output_type="pt".
+        restorer: is called with a tensor and output_type="pt".
         inputs: file, folder or glob pattern, or several.
         progress: called before each picture and at the end.
     Raises:
         UserError: nothing to read, nowhere to write, or the output folder is the input folder. One bad picture raises nothing.
     """
-    return run_plan(pipe, plan_files(inputs, output_dir, options), progress=progress)
+    return run_work(restorer, find_work(inputs, output_dir, options), progress=progress)
 
 
-def plan_files(inputs: str | Path | Sequence[str | Path], output_dir: str | Path, options: RunnerOptions) -> Plan:
+def find_work(inputs: str | Path | Sequence[str | Path], output_dir: str | Path, options: RunnerOptions) -> Work:
     """Decide what is to be made under which name; opens the output folder, reads no picture whole."""
     output = Path(output_dir).expanduser()
     sources = [inputs] if isinstance(inputs, str | Path) else list(inputs)
@@ -116,21 +117,21 @@ def plan_files(inputs: str | Path | Sequence[str | Path], output_dir: str | Path
     if not found:
         raise UserError(f"--input {', '.join(printable(str(s)) for s in sources)}: no pictures there.")
     record = _open_output(output)
-    plan = Plan(output, options, [], RunnerReport(), record)
+    work = Work(output, options, [], RunnerReport(), record)
     root, originals = output.resolve(), {path.resolve() for path, _ in found}
     for item, relative in _items(found, options, record):
         if item.target != _plain_target(relative, item.format):
-            plan.report.renamed.append((item.name, printable(item.target)))
-        reason = _obstacle(item, root, originals, plan)
+            work.report.renamed.append((item.name, printable(item.target)))
+        reason = _obstacle(item, root, originals, work)
         if reason is None:
-            plan.todo.append(item)
+            work.todo.append(item)
             if (output / item.target).exists():
-                plan.report.replaced.append(item.name)
+                work.report.replaced.append(item.name)
         elif reason:
-            plan.report.failed.append((item.name, reason))
+            work.report.failed.append((item.name, reason))
         else:
-            plan.report.skipped.append(item.name)
-    return plan
+            work.report.skipped.append(item.name)
+    return work
 
 
 def _find(source: str | Path, output: Path) -> list[tuple[Path, Path]]:
@@ -168,7 +169,7 @@ def _plain_target(relative: Path, format: str) -> Path:
     return relative.with_name(relative.name.removesuffix(relative.suffix) + suffix)
 
 
-def _items(found: Sequence[tuple[Path, Path]], options: RunnerOptions, record: Record) -> list[tuple[Item, Path]]:
+def _items(found: Sequence[tuple[Path, Path]], options: RunnerOptions, record: Record) -> list[tuple[Picture, Path]]:
     """The items in the order of `found`, with their relative paths.
 
     Of several pictures that want one output name, it goes to the one whose result is there already, else to the one that has the name
@@ -190,7 +191,7 @@ def _format(path: Path, options: RunnerOptions) -> str:
     return format if format in SUFFIXES else "PNG"
 
 
-def _item(path: Path, relative: Path, options: RunnerOptions, taken: set[Path]) -> Item:
+def _item(path: Path, relative: Path, options: RunnerOptions, taken: set[Path]) -> Picture:
     format = _format(path, options)
     target = _plain_target(relative, format)
     number = 0
@@ -198,26 +199,26 @@ def _item(path: Path, relative: Path, options: RunnerOptions, taken: set[Path]) 
         target = relative.with_name(relative.name + (f".{number}" if number else "") + SUFFIXES[format])
         number += 1
     taken.add(target)
-    return Item(path, printable(relative), target, format)
+    return Picture(path, printable(relative), target, format)
 
 
-def _obstacle(item: Item, root: Path, originals: set[Path], plan: Plan) -> str | None:
+def _obstacle(item: Picture, root: Path, originals: set[Path], work: Work) -> str | None:
     """None: to be made; "": already done; else the reason why it must not be made."""
-    target = plan.output / item.target
+    target = work.output / item.target
     try:
         if root not in target.parent.resolve().joinpath("x").parents:
             return "its folder in the output is a link that leads out of it"
         if target.resolve() in originals:
             return "its output would replace an input picture; choose another --output"
-        if plan.options.overwrite or not target.exists():
+        if work.options.overwrite or not target.exists():
             return None
         key = item.target.as_posix()
-        if not plan.record.knows(key):
+        if not work.record.knows(key):
             return f"{printable(item.target)} is already there and was not made by this command; --overwrite replaces it"
-        if plan.record.is_done(key, plan.options.digest, item.source):
+        if work.record.is_done(key, work.options.digest, item.source):
             return ""
-        made_from = plan.record.source(key)
-        if made_from != str(item.source.resolve()) and not plan.options.replace_own:
+        made_from = work.record.source(key)
+        if made_from != str(item.source.resolve()) and not work.options.replace_own:
             other = printable(made_from or "unknown")
             return f"{printable(item.target)} is the result of another picture ({other}); choose another --output, or --overwrite"
         return None
@@ -225,14 +226,14 @@ def _obstacle(item: Item, root: Path, originals: set[Path], plan: Plan) -> str |
         return f"cannot be read ({error.strerror})"
 
 
-def run_plan(pipe: Any, plan: Plan, *, progress: Progress | None = None) -> RunnerReport:
-    """Make the pictures of a plan, one after the other."""
-    report, total = plan.report, len(plan.todo)
-    for position, item in enumerate(plan.todo):
+def run_work(restorer: Restorer, work: Work, *, progress: Progress | None = None) -> RunnerReport:
+    """Make the pictures of some work, one after the other."""
+    report, total = work.report, len(work.todo)
+    for position, item in enumerate(work.todo):
         if progress:
             progress(position, total, item.name)
         try:
-            notes = _make(pipe, item, plan)
+            notes = _make(restorer, item, work)
         except Exception as error:  # whatever a picture does to the libraries, its neighbours are done
             log.debug("%s failed", item.name, exc_info=True)
             report.failed.append((item.name, _reason(error, item)))
@@ -244,10 +245,10 @@ def run_plan(pipe: Any, plan: Plan, *, progress: Progress | None = None) -> Runn
     return report
 
 
-def _reason(error: Exception, item: Item) -> str:
+def _reason(error: Exception, item: Picture) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be written ({error.strerror})"
-    from sslsr_diffusion.inference.memory import is_out_of_memory
+    from sslsr_diffusion.devices import is_out_of_memory
 
     if is_out_of_memory(error):
         return "out of memory; lower the scale, close other programs, or use another device"
@@ -255,37 +256,37 @@ def _reason(error: Exception, item: Item) -> str:
     return text.removeprefix(f"{printable(item.source.name)}: ")[:300]
 
 
-def _make(pipe: Any, item: Item, plan: Plan) -> tuple[str, ...]:
-    key, target, stat = item.target.as_posix(), plan.output / item.target, item.source.stat()
+def _make(restorer: Restorer, item: Picture, work: Work) -> tuple[str, ...]:
+    key, target, stat = item.target.as_posix(), work.output / item.target, item.source.stat()
     with item.source.open("rb") as file:
         input_hash = hashlib.file_digest(file, "sha256").hexdigest()  # before the work: the file may be replaced meanwhile
     image = read_image(item.source)
-    result = upscale_image(pipe, image, plan.options)
-    plan.record.begin(key, item.source)
+    result = upscale_image(restorer, image, work.options)
+    work.record.begin(key, item.source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    notes = write_image(target, result, format=item.format, quality=plan.options.quality)
-    plan.record.finish(key, plan.options.digest, item.source, input_hash, stat)
+    notes = write_image(target, result, format=item.format, quality=work.options.quality)
+    work.record.finish(key, work.options.digest, item.source, input_hash, stat)
     return (*image.notes, *result.notes, *notes)
 
 
-def upscale_image(pipe: Any, image: Image, options: RunnerOptions) -> Image:
-    """The picture enlarged by the pipeline, its alpha by bicubic, with profile, EXIF, depth and format of the original.
+def upscale_image(restorer: Restorer, image: Image, options: RunnerOptions) -> Image:
+    """The picture enlarged by the restorer, its alpha by bicubic, with profile, EXIF, depth and format of the original.
 
     Raises:
-        ValueError: the pipeline refused the picture, or answered with a wrong size.
+        ValueError: the restorer refused the picture, or answered with a wrong size.
     """
     import torch
 
     generator = torch.Generator().manual_seed(options.seed)
-    given = to_tensor(image.rgb)
-    output = pipe(image=given, scale=options.scale, generator=generator, output_type="pt", **options.call)
+    given, scale = to_tensor(image.rgb), restorer.scale if options.scale is None else options.scale
+    output = restorer(given, scale=scale, generator=generator, output_type="pt", **options.call)
     answer = output.images[0]
-    size = tuple(max(1, round(options.scale * side)) for side in image.size)
+    size = tuple(max(1, round(scale * side)) for side in image.size)
     if tuple(answer.shape) != (3, *size):
-        raise ValueError(f"expected {size[1]} x {size[0]} pixels from the pipeline, got {list(answer.shape)}")
+        raise ValueError(f"expected {size[1]} x {size[0]} pixels from the model, got {list(answer.shape)}")
     dtype, alpha = image.rgb.dtype, None
     if image.gray:
         answer = answer.mean(dim=0, keepdim=True).expand(3, -1, -1)
     if image.alpha is not None:
         alpha = to_array(resize_bicubic(to_tensor(image.alpha)[None], (size[0], size[1]))[0], dtype)[..., 0]
-    return replace(image, rgb=to_array(answer, dtype), alpha=alpha, notes=tuple(getattr(output, "notes", ())))
+    return replace(image, rgb=to_array(answer, dtype), alpha=alpha, notes=tuple(output.notes))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Union  # noqa: F401 - Union is used where types are built
 
 from pydantic import Field
 
-from sslsr_diffusion.losses.base import Loss, LossSettings, Means
+from sslsr_diffusion.losses.base import Look, Loss, LossSettings, Means
 from sslsr_diffusion.losses.diffusion import DiffusionLoss
 from sslsr_diffusion.losses.latent_kl import LatentKLLoss
 from sslsr_diffusion.losses.lpips import LpipsLoss
@@ -15,7 +15,7 @@ from sslsr_diffusion.losses.patch_gan import PatchGANLoss
 from sslsr_diffusion.losses.pixel import PixelL1Loss
 from sslsr_diffusion.losses.self_similarity import SelfSimilarityLoss
 
-__all__ = ["LOSSES", "Loss", "LossEntry", "Means", "build_losses"]
+__all__ = ["LOSSES", "Look", "Loss", "LossEntry", "Means", "build_losses"]
 
 LOSSES: dict[str, Any] = {
     "diffusion": DiffusionLoss,
@@ -29,7 +29,7 @@ LOSSES: dict[str, Any] = {
 if TYPE_CHECKING:
     LossEntry = LossSettings
 else:
-    LossEntry = Annotated[Union[tuple(loss.settings_class for loss in LOSSES.values())], Field(discriminator="kind")]
+    LossEntry = Annotated[tuple(loss.settings_class for loss in LOSSES.values()), Field(discriminator="kind")]
 
 
 def build_losses(entries: Sequence[Any], means: Means | None = None) -> list[Loss]:

@@ -17,6 +17,7 @@ from sslsr_diffusion.types import Given, Outputs
 class LossSettings(Settings):
     """What every entry of the recipe's list has."""
 
+    kind: str
     name: str | None = Field(
         None, pattern=r"^[a-z][a-z0-9_]{0,40}$", description="What the term is called in logs and files; null: its kind. Each name once."
     )
@@ -24,7 +25,7 @@ class LossSettings(Settings):
     @property
     def called(self) -> str:
         """The name of the term."""
-        return self.name or str(self.kind)  # type: ignore[attr-defined]  # every kind has it
+        return self.name or self.kind
 
     def misfits(self, *, side: int, alone: bool) -> Iterator[tuple[str, str]]:
         """(key, what is wrong) where these settings do not go with the recipe around them.
@@ -36,7 +37,16 @@ class LossSettings(Settings):
         yield from ()
 
 
-class Loss(Protocol):
+class Look(Protocol):
+    """What a task asks a loss before its networks run."""
+
+    reads: frozenset[str]  # of Outputs: "pred", "sr", "moments"; a task that gives all of them can have this loss
+
+    def active(self, given: Given) -> Tensor:
+        """[B] bool: the samples that this loss looks at."""
+
+
+class Loss(Look, Protocol):
     """A mean over units (samples, or rows of the self-similarity graph), split so that any partition gives the same sum.
 
     `count` says how many units a micro-batch holds before the networks run. Called with the count of the whole batch
@@ -45,10 +55,6 @@ class Loss(Protocol):
     """
 
     name: str
-    reads: frozenset[str]  # of Outputs: "pred", "sr", "moments"; a task that gives all of them can have this loss
-
-    def active(self, given: Given) -> Tensor:
-        """[B] bool: the samples that this loss looks at."""
 
     def count(self, given: Given) -> Tensor:
         """Units in this micro-batch, 0-dim float32 on the device of `given`."""

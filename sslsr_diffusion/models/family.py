@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ Part = Literal["upscaler", "base", "autoencoder"]  # what of the family a task w
 class FamilySettings(Settings):
     """What the model section of every family has."""
 
+    kind: str
     base: str | None = Field(None, description="File, folder or hub id that the networks are read from.")
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id; the commit is recorded either way.")
 
@@ -53,9 +55,11 @@ class Family(Protocol):
             UserError: its files are incomplete or damaged.
         """
 
-    def check_base(self, settings: Any) -> str:
-        """For the dry run: what of the base is there; reads no weights but their names and shapes.
+    def source(self, settings: Any) -> str | None:
+        """The folder, file or hub id that the networks are read from; None: nothing is read, they are drawn at random."""
 
-        Raises:
-            UserError: something is missing or does not fit; the message names it.
+    def check_files(self, settings: Any) -> dict[str, Callable[[], str]]:
+        """For the dry run: recipe key -> a check of what stands there on this machine, which gives a sentence.
+
+        It reads no weights but their names and shapes. A check raises UserError where something is missing or does not fit.
         """

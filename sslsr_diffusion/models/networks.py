@@ -65,9 +65,10 @@ class Networks(nn.Module):
     def economize(self, *, gradient_checkpointing: bool, channels_last: bool) -> None:
         """What saves memory or time and leaves the mathematics alone."""
         for part in self.components().values():
-            if isinstance(part, nn.Module) and gradient_checkpointing and hasattr(part, "enable_gradient_checkpointing"):
-                part.enable_gradient_checkpointing()
-            if isinstance(part, nn.Module) and channels_last:
+            enable = getattr(part, "enable_gradient_checkpointing", None)
+            if gradient_checkpointing and callable(enable):
+                enable()
+            if channels_last and isinstance(part, nn.Module):
                 part.to(memory_format=torch.channels_last)
 
 

@@ -11,9 +11,11 @@ import yaml
 
 from sslsr_diffusion import hub
 from sslsr_diffusion.errors import MissingDependency, UserError
-from sslsr_diffusion.models.base import IGNORED, WANTED, Base
+from sslsr_diffusion.models.base import IGNORED, WANTED
 from sslsr_diffusion.runs.recipe import Recipe, resolved, run_folder
+from sslsr_diffusion.runs.task import build_task
 from sslsr_diffusion.shipped_model import local_folder
+from sslsr_diffusion.tasks.task import Task
 
 Verdict = Literal["ok", "missing", "refused", "not reachable"]
 
@@ -40,15 +42,14 @@ def dry_run(
     checks = run_checks(recipe, empty=resume is None and not restart)
     if resume is not None:
         checks.append(check_resume(recipe, resume, allow_recipe_change))
-    vae_missing = any(check.what == "model.vae" and check.verdict != "ok" for check in checks)
-    counted = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vae": None})}) if vae_missing else recipe
-    checks += [check for check in [_crop(counted)] if check is not None]
+    task, built = _task(recipe)
+    checks += [built] if built is not None else []
     say("\nchecks")
     for check in checks:
         say(f"  {check.what:<12} {check.verdict:<14} {check.detail}")
     say("")
     try:
-        for line in [*describe_parameters(counted), *describe_memory(counted)]:
+        for line in [*(describe_parameters(task) if task else []), *describe_memory(recipe)]:
             say(line)
     except UserError as error:
         say(f"parameters and memory cannot be counted: {error}")
@@ -102,50 +103,31 @@ def _data(recipe: Recipe) -> list[Check | None]:
 
 
 def _model(recipe: Recipe) -> list[Check | None]:
-    model, checks = recipe.model, []
-    if model.init == "random":
-        checks.append(Check("model", "ok", f"architecture {model.preset}, weights drawn"))
-    elif (base := local_folder(model.base)).is_dir():
-        checks.append(_base(recipe, base))
-    else:
-        checks.append(_hub("model", model.base, model.revision, "model"))
-    if model.vae is not None:
-        folder = local_folder(model.vae)
-        found = any((candidate / "config.json").is_file() for candidate in (folder, folder / "vae"))
-        checks.append(
-            Check("model.vae", "ok" if found else "missing", model.vae if found else f"{model.vae} holds no autoencoder; train one first")
-        )
-    return [*checks]
+    family, source = recipe.family, recipe.family.source(recipe.model)
+    checks: list[Check | None] = []
+    for key, check in family.check_files(recipe.model).items():
+        if key == "model" and source is not None and not local_folder(source).exists():
+            checks.append(_hub(key, source, recipe.model.revision, "model"))
+            continue
+        try:
+            checks.append(Check(key, "ok", check()))
+        except UserError as error:
+            checks.append(Check(key, "missing", _one_line(error)))
+    return checks
 
 
-def _crop(recipe: Recipe) -> Check | None:
-    from sslsr_diffusion.runs.start import check_crop_unit, crop_unit_of
-
+def _task(recipe: Recipe) -> tuple[Task | None, Check | None]:
+    """The task from shapes alone, and whether its networks can take the recipe's crop; what the base decides is said."""
     try:
-        unit = crop_unit_of(recipe)
-    except UserError:  # networks that cannot be had are the lines above
-        return None
-    try:
-        check_crop_unit(recipe, unit)
+        task = build_task(recipe, meta=True)
     except UserError as error:
-        return Check("training", "refused", str(error))
-    return None
-
-
-def _base(recipe: Recipe, folder: Path) -> Check:
-    """A pipeline folder on this machine; an upscaler on it takes over the call defaults that its recipe names none of."""
-    base = Base(recipe.model.base, folder)
-    has = [part for part in ("unet", "vae", "scheduler") if base.has(part)]
-    found = f"{base.name}: found {', '.join(has) or 'no unet, vae or scheduler'}"
-    if len(has) < 3:
-        return Check("model", "missing", found)
-    if not recipe.makes_upscaler:
-        return Check("model", "ok", found)
-    try:
-        taken = [f"{key} {value:g}" for key, value in base.call_defaults().items() if getattr(recipe.validation, key) is None]
-    except UserError as error:
-        return Check("model", "refused", str(error))
-    return Check("model", "ok", found + (f"; the recipe leaves to it: {', '.join(taken)}" if taken else ""))
+        return None, Check("task", "refused", _one_line(error))
+    call = getattr(recipe.task, "inference", None)
+    if call is None or task.restorer is None:
+        return task, None
+    left = [key for key in type(call).model_fields if getattr(call, key) is None and key in task.restorer.defaults]
+    said = ", ".join(f"{key} {task.restorer.defaults[key]:g}" for key in left)
+    return task, Check("task", "ok", f"the recipe leaves to the base: {said}") if left else None
 
 
 def _hub(what: str, name: str, revision: str | None, kind: hub.Kind) -> Check:
@@ -172,10 +154,10 @@ def _losses(recipe: Recipe) -> Check | None:
         if loss.kind == "lpips":
             from sslsr_diffusion.evaluation.perceptual import unavailable
 
-            reason = unavailable(download=False)
+            reason, optional = unavailable(download=False), getattr(loss, "optional", False)
             if reason is None:
                 return Check("losses", "ok", "lpips and its weights")
-            return Check("losses", "ok" if loss.optional else "missing", f"lpips {'(optional) ' if loss.optional else ''}{reason}")
+            return Check("losses", "ok" if optional else "missing", f"lpips {'(optional) ' if optional else ''}{reason}")
     return None
 
 

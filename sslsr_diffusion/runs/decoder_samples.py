@@ -1,4 +1,4 @@
-"""Samples for stage cfw, made once: crops, their low-resolution partners, and the latents that the upscaler makes of those.
+"""Samples for task decoder, made once: crops, their low-resolution partners, and the latents that the upscaler makes of those.
 
 hr/000000.png  lr/000000.png  latents/000000.safetensors (tensor `latents`, [c, h, w], scaled)  settings.json
 """
@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.runs.start import check_crop
 from sslsr_diffusion.data import TrainingLoader, open_training_data
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import Image, atomic_write, to_array, to_tensor, write_image
-from sslsr_diffusion.inference.live import sample_latents
-from sslsr_diffusion.models import build_networks
+from sslsr_diffusion.inference.latents import sample_latents
+from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.runs.recipe import Recipe
-from sslsr_diffusion.tasks.objective import per_sample_noise, upsampled
+from sslsr_diffusion.runs.task import frame_of
+from sslsr_diffusion.tasks.pixels import upsampled
+from sslsr_diffusion.tasks.task import per_sample_noise
 from sslsr_diffusion.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,10 @@ def make_cfw_data(
     if not missing:
         return
     settings = recipe.model.model_copy(update={"base": str(model), "init": "pretrained", "revision": None, "vae": None})
-    networks = build_networks(settings, device=device, seed=recipe.seed)
-    check_crop(recipe, networks)
-    networks.denoiser.eval()
+    networks = recipe.family.build(settings, seed=recipe.seed)
+    assert isinstance(networks, LatentNetworks)
+    frame_of(recipe).check_crop(networks)
+    networks.requires_grad_(False).eval().to(device)
     loader = _open(recipe, missing[0] // batch_size, batch_size, device)
     try:
         present = count - len(missing)
@@ -89,7 +91,7 @@ def _settings(recipe: Recipe, steps: int, fingerprint: str) -> dict[str, Any]:
     """What a sample depends on."""
     chosen_by = {"sources", "degradation", "crop", "small_images"} | ({"mask"} if recipe.data.crop.kind == "edge_aware" else set())
     data = recipe.data.model_dump(mode="json", include=chosen_by)
-    own = {"seed": recipe.seed, "scale": recipe.scale, "crop_size": recipe.training.crop_size, "prompt": recipe.model.prompt}
+    own = {"seed": recipe.seed, "scale": recipe.scale, "crop_size": recipe.training.crop_size, "prompt": getattr(recipe.model, "prompt", "")}
     return {"model": fingerprint, "steps": steps, **own, **data}
 
 
@@ -129,7 +131,7 @@ def _only(batch: Batch, wanted: list[int]) -> Batch:
 
 
 @torch.no_grad()
-def _stored(networks: Any, batch: Batch, recipe: Recipe, steps: int, device: str) -> tuple[Batch, Tensor]:
+def _stored(networks: LatentNetworks, batch: Batch, recipe: Recipe, steps: int, device: str) -> tuple[Batch, Tensor]:
     """The batch with the 8 bits that are stored, and its latents: what training would compute on the fly."""
     hr, lr = (torch.stack([to_tensor(to_array(picture)) for picture in side]) for side in (batch.hr, batch.lr))
     batch = replace(batch, hr=hr, lr=lr)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS
 from sslsr_diffusion.runs.recipe import Recipe, resolved
 from sslsr_diffusion.training.checkpoints import STATE
 from sslsr_diffusion.hub import is_hub_id
@@ -25,15 +24,14 @@ def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
 
     A revision that is a commit already stays. Else the commit that the recipe in `checkpoint` has at the same place for the same
     id; without one, today's. An id whose commit cannot be found out is left as it is, and a warning says so.
-    `validation.detail` and `.antiring` that the recipe leaves to its base are those that `checkpoint` was measured with, whatever the
-    base's model_index.json says by now.
+    What `task.inference` leaves to the base is what `checkpoint` was measured with, whatever the base says by now.
 
     Args:
         checkpoint: the folder that the run goes on from.
     """
     before = recorded_state(checkpoint).get("recipe") if checkpoint else None
     if before:
-        recipe = _with_call_defaults(recipe, _at(before, "validation"))
+        recipe = _with_call_defaults(recipe, _at(before, "task.inference"))
     changes: dict[str, str] = {}
     for place, kind, name, revision in _hub_ids(recipe):
         if _COMMIT.fullmatch(revision or ""):
@@ -53,9 +51,9 @@ def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
 
 def _hub_ids(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
     """(place in the recipe, "model" or "dataset", id, revision)."""
-    model = recipe.model
-    if model.init == "pretrained" and is_hub_id(model.base):
-        yield "model", "model", model.base, model.revision
+    source = recipe.family.source(recipe.model)
+    if source is not None and is_hub_id(source):
+        yield "model", "model", source, recipe.model.revision
     for key in ("sources", "validation"):
         for index, source in enumerate(getattr(recipe.data, key)):
             if source.kind == "hub" and is_hub_id(source.path):
@@ -96,9 +94,12 @@ def _commit(kind: str, name: str, revision: str | None) -> str | None:
 
 
 def _with_call_defaults(recipe: Recipe, before: Mapping[str, Any]) -> Recipe:
-    """Those that the recipe names none of; a checkpoint that knows no such key was measured with what pipelines had then."""
-    left = {key: before.get(key, value) for key, value in CALL_DEFAULTS.items() if getattr(recipe.validation, key) is None}
-    return recipe.model_copy(update={"validation": recipe.validation.model_copy(update=left)})
+    """Those that the recipe names none of."""
+    call = getattr(recipe.task, "inference", None)
+    if call is None:
+        return recipe
+    left = {key: before[key] for key in type(call).model_fields if getattr(call, key) is None and key in before}
+    return recipe.model_copy(update={"task": recipe.task.model_copy(update={"inference": call.model_copy(update=left)})})
 
 
 def _with_revisions(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:

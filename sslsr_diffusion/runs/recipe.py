@@ -14,18 +14,20 @@ from sslsr_diffusion.data import DataSettings
 from sslsr_diffusion.hub import has_id_shape
 from sslsr_diffusion.losses import LOSSES, LossEntry
 from sslsr_diffusion.models.families import FAMILIES
-from sslsr_diffusion.models.family import Family
+from sslsr_diffusion.models.family import Family, FamilySettings
 from sslsr_diffusion.tasks.diffusion import DiffusionTaskSettings
+from sslsr_diffusion.tasks.frame import TaskSettings
 from sslsr_diffusion.tasks.kinds import TASKS, TaskKind
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings, ValidationSettings
 
 __all__ = ["Recipe", "load_recipe", "resolved", "run_folder"]
 
 if TYPE_CHECKING:
-    ModelEntry = TaskEntry = Any
+    ModelEntry = FamilySettings
+    TaskEntry = TaskSettings
 else:
 
-    def _one_of(kinds: Sequence[type[Settings]]) -> Any:
+    def _one_of(kinds):  # noqa: ANN001, ANN202 - the checker sees the base classes above
         return Annotated[Union[tuple(kinds)], Field(discriminator="kind")] if len(kinds) > 1 else kinds[0]  # noqa: UP007
 
     ModelEntry = _one_of([family.settings for family in FAMILIES.values()])
@@ -86,7 +88,7 @@ class Recipe(Settings):
                 yield f"losses: {name} stands there {count} times; each name once. Give one of them another `name`."
         gives = self.task_kind.gives
         possible = [kind for kind, loss in LOSSES.items() if loss.reads <= gives]
-        side = getattr(self.task, "picture_side", lambda crop: crop)(self.training.crop_size)
+        side = self.task.picture_side(self.training.crop_size)
         for i, loss in enumerate(self.losses):
             if loss.kind not in possible:
                 yield f"losses.{i}.kind: {loss.kind} is impossible in task {self.task.kind}; possible are {', '.join(possible)}."

@@ -10,13 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslsr_diffusion.config import Settings
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.reconstruction import Reconstruct
-from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks
-from sslsr_diffusion.tasks.frame import Frame
+from sslsr_diffusion.tasks.frame import Frame, TaskSettings
 from sslsr_diffusion.tasks.pixels import all_pixels
 from sslsr_diffusion.tasks.task import Draws, per_sample_noise
 from sslsr_diffusion.types import Batch, Outputs
@@ -24,7 +23,7 @@ from sslsr_diffusion.types import Batch, Outputs
 CALIBRATION_PICTURES = 32  # crops from which a fresh autoencoder's scaling factor is measured
 
 
-class AutoencoderTaskSettings(Settings):
+class AutoencoderTaskSettings(TaskSettings):
     """An autoencoder from scratch."""
 
     kind: Literal["autoencoder"] = "autoencoder"
@@ -38,7 +37,7 @@ class AutoencoderTaskSettings(Settings):
 class AutoencoderTask:
     """sr = decode(sampled latents of hr)"""
 
-    settings: ClassVar[type[Settings]] = AutoencoderTaskSettings
+    settings: ClassVar[type[TaskSettings]] = AutoencoderTaskSettings
     makes_upscaler: ClassVar[bool] = False
     reads_latents: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"sr", "moments"})
@@ -66,7 +65,7 @@ class AutoencoderTask:
     def to(self, device: torch.device) -> None:
         self.networks.to(device)
 
-    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
         noise = per_sample_noise(self.seed, batch.index.tolist(), "posterior_hr", self.networks.codec.noise_shape(batch.hr)[1:])
         return Draws(all_pixels(batch), {"posterior_hr": noise.to(batch.hr.device)})
 

@@ -10,16 +10,15 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslsr_diffusion.config import Settings
 from sslsr_diffusion.inference.latents import sample_latents
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.tasks.diffusion import DiffusionTask
-from sslsr_diffusion.tasks.frame import Frame
+from sslsr_diffusion.tasks.frame import Frame, TaskSettings
 
 STRENGTH = 0.5  # validation noises to the middle of the process
 
 
-class BaseTaskSettings(Settings):
+class BaseTaskSettings(TaskSettings):
     """A latent diffusion model of photographs, in the place that Stable Diffusion has in the published recipes."""
 
     kind: Literal["base"] = "base"
@@ -29,7 +28,7 @@ class BaseTaskSettings(Settings):
 class BaseTask(DiffusionTask):
     """Task `diffusion` without a low-resolution picture; all of the denoiser trains, and no pixels are decoded."""
 
-    settings: ClassVar[type[Settings]] = BaseTaskSettings
+    settings: ClassVar[type[TaskSettings]] = BaseTaskSettings
     makes_upscaler: ClassVar[bool] = False
     reads_latents: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"pred"})

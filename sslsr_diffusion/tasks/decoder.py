@@ -10,23 +10,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslsr_diffusion.config import Settings
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.latents import sample_latents
 from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
-from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.diffusion import call_defaults, restored
-from sslsr_diffusion.tasks.frame import CallSettings, Frame
+from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
 from sslsr_diffusion.tasks.pixels import all_pixels, upsampled
 from sslsr_diffusion.tasks.task import Draws, per_sample_noise
 from sslsr_diffusion.types import Batch, Outputs
 
 
-class DecoderTaskSettings(Settings):
+class DecoderTaskSettings(TaskSettings):
     """The decoder of a finished upscaler learns on the latents that it predicts."""
 
     kind: Literal["decoder"] = "decoder"
@@ -42,7 +41,7 @@ class DecoderTaskSettings(Settings):
 class DecoderTask:
     """sr = decode(latents);  `fused` (StableSR stage 2): sr = decode(latents, features(bicubic(lr))), and only the fusion layers learn"""
 
-    settings: ClassVar[type[Settings]] = DecoderTaskSettings
+    settings: ClassVar[type[TaskSettings]] = DecoderTaskSettings
     makes_upscaler: ClassVar[bool] = True
     reads_latents: ClassVar[bool] = True
     gives: ClassVar[frozenset[str]] = frozenset({"sr"})
@@ -82,7 +81,7 @@ class DecoderTask:
     def to(self, device: torch.device) -> None:
         self.networks.to(device)
 
-    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
         noise = per_sample_noise(self.seed, batch.index.tolist(), "posterior_lr", self.networks.codec.noise_shape(batch.hr)[1:])
         return Draws(all_pixels(batch), {"posterior_lr": noise.to(batch.hr.device)})
 

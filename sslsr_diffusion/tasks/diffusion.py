@@ -10,21 +10,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sslsr_diffusion.config import Settings
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.inference.sampling import spaced_timesteps
-from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.seeding import sample_generator
-from sslsr_diffusion.tasks.frame import CallSettings, Frame
+from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
 from sslsr_diffusion.tasks.pixels import choose_pixels, upsampled
 from sslsr_diffusion.tasks.task import Draws, per_sample_noise
 from sslsr_diffusion.types import Batch, Given, Outputs
 
 
-class DiffusionTaskSettings(Settings):
+class DiffusionTaskSettings(TaskSettings):
     """A denoiser learns to enlarge (Wang et al., IJCV 2024), its decoded x0 seen by pixel losses (Chen et al., ACM MM 2024)."""
 
     kind: Literal["diffusion"] = "diffusion"
@@ -62,7 +61,7 @@ class DiffusionTaskSettings(Settings):
         return self
 
     def picture_side(self, crop_size: int) -> int:
-        """Side of the pictures that pixel losses see, in pixels, for the smallest codec (4 pixels per latent pixel)."""
+        """That of the window, for a codec with 4 pixels per latent pixel."""
         return crop_size if self.decode_crop is None else min(crop_size, self.decode_crop * 4)
 
 
@@ -74,7 +73,7 @@ class DiffusionTask:
     zt = add_noise(z_lr, n, t), and the noise that would lead there from z0 takes n's place in the target.
     """
 
-    settings: ClassVar[type[Settings]] = DiffusionTaskSettings
+    settings: ClassVar[type[TaskSettings]] = DiffusionTaskSettings
     makes_upscaler: ClassVar[bool] = True
     reads_latents: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr"})
@@ -137,7 +136,7 @@ class DiffusionTask:
     def to(self, device: torch.device) -> None:
         self.networks.to(device)
 
-    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
         indices, device = batch.index.tolist(), batch.hr.device
         process, codec = self.networks.process, self.networks.codec
         places = [int(torch.randint(len(self.timesteps), (), generator=sample_generator(self.seed, i, "timestep"))) for i in indices]

@@ -51,6 +51,16 @@ class Frame:
             )
 
 
+class TaskSettings(Settings):
+    """What the task section of every kind has."""
+
+    kind: str
+
+    def picture_side(self, crop_size: int) -> int:
+        """The least side, in pixels, of the pictures that pixel losses see."""
+        return crop_size
+
+
 class CallSettings(Settings):
     """How the upscaler is called in validation; the result keeps these values as its defaults."""
 

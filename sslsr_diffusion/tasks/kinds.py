@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Protocol
 
-from sslsr_diffusion.config import Settings
 from sslsr_diffusion.tasks.autoencoder import AutoencoderTask
 from sslsr_diffusion.tasks.base import BaseTask
 from sslsr_diffusion.tasks.decoder import DecoderTask
 from sslsr_diffusion.tasks.diffusion import DiffusionTask
-from sslsr_diffusion.tasks.frame import Frame
+from sslsr_diffusion.tasks.frame import Frame, TaskSettings
 from sslsr_diffusion.tasks.network import NetworkTask
 from sslsr_diffusion.tasks.task import Task
 
@@ -17,7 +16,7 @@ from sslsr_diffusion.tasks.task import Task
 class TaskKind(Task, Protocol):
     """One entry of the table: a Task's class, which a recipe's section builds."""
 
-    settings: ClassVar[type[Settings]]  # of the recipe's task section
+    settings: ClassVar[type[TaskSettings]]  # of the recipe's task section
     gives: ClassVar[frozenset[str]]  # type: ignore[misc]  # the same for all tasks of a class
     makes_upscaler: ClassVar[bool]  # whether the result enlarges pictures; the others make parts for later runs
     reads_latents: ClassVar[bool]  # whether it can train on stored latents

@@ -10,20 +10,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslsr_diffusion.config import Settings
 from sslsr_diffusion.inference.direct import check_scale
 from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
-from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.networks import PixelNetworks
 from sslsr_diffusion.tasks.diffusion import restored
-from sslsr_diffusion.tasks.frame import Frame
+from sslsr_diffusion.tasks.frame import Frame, TaskSettings
 from sslsr_diffusion.tasks.pixels import all_pixels
 from sslsr_diffusion.tasks.task import Draws
 from sslsr_diffusion.types import Batch, Outputs
 
 
-class NetworkTaskSettings(Settings):
+class NetworkTaskSettings(TaskSettings):
     """A network that maps low-resolution pixels to high-resolution ones learns from pairs."""
 
     kind: Literal["network"] = "network"
@@ -33,7 +32,7 @@ class NetworkTaskSettings(Settings):
 class NetworkTask:
     """sr = network(lr)"""
 
-    settings: ClassVar[type[Settings]] = NetworkTaskSettings
+    settings: ClassVar[type[TaskSettings]] = NetworkTaskSettings
     makes_upscaler: ClassVar[bool] = True
     reads_latents: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"sr"})
@@ -53,7 +52,7 @@ class NetworkTask:
     def to(self, device: torch.device) -> None:
         self.networks.to(device)
 
-    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
         return Draws(all_pixels(batch))
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:

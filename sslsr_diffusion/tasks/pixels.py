@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.images import resize_bicubic
-from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.losses import Look
 from sslsr_diffusion.tasks.decode_window import Windows, draw_windows
 from sslsr_diffusion.types import Batch, Given
 
@@ -31,7 +31,7 @@ def all_pixels(batch: Batch) -> Given:
 
 
 def choose_pixels(
-    given: Given, batch: Batch, losses: Sequence[Loss], *, scale: int, decode_crop: int | None, seed: int
+    given: Given, batch: Batch, losses: Sequence[Look], *, scale: int, decode_crop: int | None, seed: int
 ) -> tuple[Given, Windows | None]:
     """Add to `given` the pixels that some loss looks at: gated-out samples and everything outside the windows are never decoded.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sslsr_diffusion.inference.restorer import Restorer
-from sslsr_diffusion.losses import Loss
+from sslsr_diffusion.losses import Look, Loss
 from sslsr_diffusion.models.networks import Networks
 from sslsr_diffusion.seeding import sample_generator
 from sslsr_diffusion.tasks.decode_window import Windows
@@ -26,20 +26,30 @@ class Draws:
     noise: dict[str, Tensor] = field(default_factory=dict)
     windows: Windows | None = None
 
+    def to(self, device: torch.device | str) -> Draws:
+        """The tensors on a device; windows are read on the CPU."""
+        return replace(self, given=self.given.to(device), noise={name: value.to(device) for name, value in self.noise.items()})
+
 
 class Task(Protocol):
     """What trains, from what, and which losses can read it. The loop knows these attributes and nothing else of it."""
 
-    networks: Networks
-    restorer: Restorer | None  # around the same networks; None: the result enlarges nothing, other tasks begin with it
     module: nn.Module  # all trained parameters, one forward: what DDP, FSDP2 and DeepSpeed wrap
     gives: frozenset[str]  # of "pred", "sr", "moments": what `run` computes; a loss is possible where its `reads` are among them
     label: str  # of the restored pictures in the validation grid: "prediction", "reconstruction", ...
 
+    @property
+    def networks(self) -> Networks:
+        """What is built, moved and saved."""
+
+    @property
+    def restorer(self) -> Restorer | None:
+        """Around the same networks; None: the result enlarges nothing, other tasks begin with it."""
+
     def to(self, device: torch.device) -> None:
         """Move all networks in place, frozen ones included."""
 
-    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
         """Timesteps, noises and windows of each sample, from (seed, global sample index) alone."""
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:

@@ -58,8 +58,9 @@ def build_networks(
 
 def build_autoencoder(settings: StableSRSettings, *, meta: bool = False, seed: int = 0) -> AutoencoderNetworks:
     """Only the autoencoder, trainable: from `settings.vae`, the base, or drawn at random from the preset."""
-    if settings.vae is not None:
-        vae = load_vae(settings.vae, meta=meta)
+    own = _own_vae(settings, meta)
+    if own is not None:
+        vae = own
     elif settings.init == "random" or meta:
         vae = _drawn(AutoencoderKL, load_preset(settings.preset)["vae"], meta, seed)
         if not meta and can_start_near_identity(vae):
@@ -88,6 +89,18 @@ def load_vae(folder: str | Path, *, meta: bool = False) -> AutoencoderKL:
     raise UserError(f"model.vae: {folder} holds no autoencoder (config.json, or vae/config.json); train one first or leave model.vae out.")
 
 
+def _own_vae(settings: StableSRSettings, meta: bool) -> AutoencoderKL | None:
+    """The autoencoder that the recipe names; for shapes alone, one that is not there yet is left out."""
+    if settings.vae is None:
+        return None
+    try:
+        return load_vae(settings.vae, meta=meta)
+    except UserError:
+        if meta:
+            return None
+        raise
+
+
 def _load_vae_of(base: Base, *, meta: bool, part: str = "vae") -> AutoencoderKL:
     return _loaded(_vae_class(base, part), base, part, meta)
 
@@ -103,7 +116,7 @@ def _from_preset(settings: StableSRSettings, *, plain: bool, meta: bool, seed: i
     preset = load_preset(settings.preset)
     if settings.prompt and not meta:
         raise UserError("model.prompt: a model with init: random has no text encoder; leave the prompt empty, or train from a base.")
-    vae = load_vae(settings.vae, meta=meta) if settings.vae else _drawn(AutoencoderKL, preset["vae"], meta, seed)
+    vae = _own_vae(settings, meta) or _drawn(AutoencoderKL, preset["vae"], meta, seed)
     if plain:
         widths = {name: value for name, value in preset["unet"].items() if name not in SFT_ARGUMENTS}
         denoiser = Denoiser(_drawn(UNet2DConditionModel, widths, meta, seed), None)
@@ -134,7 +147,7 @@ def _from_base(settings: StableSRSettings, base: Base, *, plain: bool, meta: boo
     else:
         text = empty_context(denoiser.unet)
     return StableSRNetworks(
-        Codec(load_vae(settings.vae, meta=meta) if settings.vae else _load_vae_of(base, meta=meta)),
+        Codec(_own_vae(settings, meta) or _load_vae_of(base, meta=meta)),
         denoiser,
         process_of(base),
         text,
@@ -193,12 +206,16 @@ def _encoder_config(unet: SFTUNet2DConditionModel) -> dict[str, Any]:
     return config
 
 
-def check_base_folder(settings: StableSRSettings, base: Base) -> None:
-    """What a run would find in this folder, from configs and headers alone.
+def check_base_folder(settings: StableSRSettings) -> str:
+    """What a run would find in the base's folder, from configs and headers alone.
 
     Raises:
         UserError: a component is missing, its weights are not there or not whole, or the scheduler is of another process.
     """
+    base = Base(settings.base, local_folder(settings.base))
+    has = [part for part in ("unet", "vae", "scheduler") if base.has(part)]
+    if len(has) < 3:
+        raise UserError(f"{base.name}: found {', '.join(has) or 'no unet, vae or scheduler'}; expected unet, vae and scheduler.")
     process_of(base)
     ours = base.has("structural_encoder")
     parts: dict[str, Any] = {"unet": SFTUNet2DConditionModel if ours else UNet2DConditionModel}
@@ -206,6 +223,7 @@ def check_base_folder(settings: StableSRSettings, base: Base) -> None:
     parts |= {} if settings.vae else {"vae": _vae_class(base, "vae")}
     for part, cls in parts.items():
         check_tensors(base.folder / part, _loaded(cls, base, part, meta=True), f"model.base: {part} of {base.name}")
+    return f"{base.name}: found {', '.join(has)}"
 
 
 def _loaded(cls: Any, base: Base, part: str, meta: bool) -> Any:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models.base import Base
 from sslsr_diffusion.models.family import Part
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
-from sslsr_diffusion.shipped_model import local_folder
 
 if TYPE_CHECKING:
     from sslsr_diffusion.models.networks import Networks
@@ -49,14 +47,16 @@ class StableSR:
 
         return read_pipeline(path, meta=meta)
 
-    def check_base(self, settings: StableSRSettings) -> str:
-        from sslsr_diffusion.models.stablesr.build import check_base_folder
+    def source(self, settings: StableSRSettings) -> str | None:
+        return None if settings.init == "random" else settings.base
 
-        if settings.init == "random":
-            return f"architecture {settings.preset}, weights drawn"
-        base = Base(settings.base, local_folder(settings.base))
-        has = [part for part in ("unet", "vae", "scheduler") if base.has(part)]
-        if len(has) < 3:
-            raise UserError(f"{base.name}: found {', '.join(has) or 'no unet, vae or scheduler'}; expected unet, vae and scheduler.")
-        check_base_folder(settings, base)
-        return f"{base.name}: found {', '.join(has)}"
+    def check_files(self, settings: StableSRSettings) -> dict[str, Callable[[], str]]:
+        from sslsr_diffusion.models.stablesr.build import check_base_folder, load_vae
+
+        def vae() -> str:
+            load_vae(str(settings.vae), meta=True)
+            return str(settings.vae)
+
+        drawn = f"architecture {settings.preset}, weights drawn"
+        base = (lambda: drawn) if settings.init == "random" else lambda: check_base_folder(settings)
+        return {"model": base, **({"model.vae": vae} if settings.vae else {})}

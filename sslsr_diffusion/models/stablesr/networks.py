@@ -104,7 +104,7 @@ class StableSRNetworks(LatentNetworks):
         }
 
     def save(self, folder: Path, **call: Any) -> None:
-        """A base: one folder per component, which `model.base` takes. (An upscaler is saved by its pipeline, which has the call's defaults.)"""
+        """A base: one folder per component, which `model.base` takes. An upscaler is saved by its pipeline, with the call's defaults."""
         for name, part in self.components().items():
             if part is not None:
                 part.save_pretrained(folder / name)

@@ -108,7 +108,7 @@ def loss_call(backend: str, inputs: tuple[Tensor, Tensor, Tensor], backward: boo
     sr = sr.clone().requires_grad_(backward)
     run: Callable[..., Any] = SelfSimilarityLoss(l1_weight=WEIGHT, kl_weight=WEIGHT, backend="auto" if backend == "direct" else backend)
     if backend == "direct":
-        from sslsr_diffusion.ops.ssg_direct import direct_loss
+        from ssg_direct import direct_loss  # beside this file: only the GPU needs it, with CuPy
 
         run = functools.partial(direct_loss, settings=Settings(25, 9, 0.004, True), weights=(WEIGHT, WEIGHT), num_rows=None)
 

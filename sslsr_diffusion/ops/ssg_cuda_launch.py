@@ -1,6 +1,7 @@
 """What the CUDA kernels are compiled with and how they are launched. Plain Python and torch: the tests run it without a GPU.
 
-A launcher is any callable that compiles `kernels/<file>` with `defines` and runs one kernel of it on tensors and numpy scalars.
+A launcher is any callable that compiles `file`, a name in kernels/ or an absolute path, with `defines` and runs one kernel of it on
+tensors and numpy scalars.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sslsr_diffusion.ops.cupy_loader import CupyLauncher
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.settings import GraphSettings
 from sslsr_diffusion.ops.ssg_cuda_launch import Argument, Launcher
 from sslsr_diffusion.ops.ssg_reference import CLAMP, ROW_EPS
 
@@ -57,7 +57,7 @@ def direct_loss(
     sr: Tensor,
     gt: Tensor,
     mask: Tensor,
-    settings: Settings,
+    settings: GraphSettings,
     weights: tuple[float, float],
     num_rows: float | Tensor | None,
     *,

@@ -29,7 +29,7 @@ def scores(tmp_path_factory) -> Scores:
     where = folders(root, 5, ours=3, again=3.5, other=9)
     store = ResultStore(root / "results.jsonl")
     pairing = pair_files({"other": [where["other"]], "ours": [where["ours"], where["again"]]}, where["hr"], where["lr"])
-    found = score(pairing.items, ["psnr", "ssim"], store)
+    found = score(pairing.scenes, ["psnr", "ssim"], store)
     store.close()
     return found
 
@@ -141,7 +141,7 @@ def test_names_cannot_break_the_page(tmp_path):
     (where["ours"] / "scene0.png").rename(where["ours"] / "a&<b>'.png")
     (where["hr"] / "scene0.png").rename(where["hr"] / "a&<b>'.png")
     store = ResultStore(tmp_path / "results.jsonl")
-    found = score(pair_files({"<script>&": [where["ours"]]}, where["hr"]).items, ["psnr"], store)
+    found = score(pair_files({"<script>&": [where["ours"]]}, where["hr"]).scenes, ["psnr"], store)
     store.close()
     html = render_report(summarize(found, options={}, unavailable={}), found)
     assert "<script>" not in html

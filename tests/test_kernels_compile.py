@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sslsr_diffusion.ops import cupy_loader
-from sslsr_diffusion.ops.ssg_cuda_launch import plan_row
+from sslsr_diffusion.ops.ssg_cuda_launch import row_geometry
 
 NVCC = shutil.which("nvcc")
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -38,7 +38,7 @@ def compile_for(arch: str, file: str, defines: tuple[str, ...], folder: Path) ->
 
 
 def defines_of(file: str, arch: str, search: int = 25, window: int = 9, channels: int = 3) -> tuple[str, ...]:
-    return plan_row(search, window, channels, SHARED_LIMIT[arch]).defines() if file in ("ssg_loss.cu", "ssg_graph.cu") else ()
+    return row_geometry(search, window, channels, SHARED_LIMIT[arch]).defines() if file in ("ssg_loss.cu", "ssg_graph.cu") else ()
 
 
 @needs_nvcc

@@ -17,7 +17,7 @@ from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, draw_input
 from ssg_inputs import assert_close
 
 from sslsr_diffusion.ops import SelfSimilarityLoss, cupy_loader, saved_gradient, ssg_cuda, ssg_reference
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.settings import GraphSettings
 from sslsr_diffusion.ops.ssg_cuda_launch import run_graph, run_graph_backward, run_loss
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
 WEIGHTS = (700.0, 900.0)
 
 
-def emulate_loss(inputs: Inputs, settings: Settings, weights=WEIGHTS, reverse=False, with_gradient=True, **named):
+def emulate_loss(inputs: Inputs, settings: GraphSettings, weights=WEIGHTS, reverse=False, with_gradient=True, **named):
     launch = EmulatedLauncher(reverse)
     sums, gradient = run_loss(launch, *inputs, settings, weights, with_gradient=with_gradient, shared_limit=SHARED_LIMIT, **named)
     return sums, gradient, launch
@@ -39,7 +39,7 @@ def test_golden_graphs(entry):
     tensors = load_golden("ssl/ssg").tensors
     image = tensors[entry["image"]].float()[None].contiguous()
     pixels = tensors[f"{entry['name']}.mask"].flatten().nonzero().squeeze(1)
-    settings = Settings(entry["search"], entry["window"], entry["sigma"], entry["normalise"])
+    settings = GraphSettings(entry["search"], entry["window"], entry["sigma"], entry["normalise"])
     got = run_graph(EmulatedLauncher(), image, pixels, settings, shared_limit=SHARED_LIMIT)
     worst = max(2e-6 if entry["normalise"] else 1e-5, 4 * entry["f32_max_abs_dev"])  # the README's
     assert not got.isnan().any()
@@ -51,7 +51,7 @@ def test_golden_losses(entry):
     name, tensors = entry["name"], load_golden("ssl/loss").tensors
     mask = golden_mask(tensors[f"{name}.mask"], entry["mask_stride"])
     inputs = Inputs(tensors[f"{name}.sr"].float().contiguous(), tensors[f"{name}.gt"].float().contiguous(), mask)
-    settings = Settings(entry["search"], entry["window"], entry["sigma"], entry["normalise"])
+    settings = GraphSettings(entry["search"], entry["window"], entry["sigma"], entry["normalise"])
     entries = entry["rows"] * entry["search"] ** 2
     assert mask.sum() == entry["rows"]
     for weights, term in (((1.0, 0.0), "l1"), ((0.0, 1.0), "kl")):
@@ -231,7 +231,7 @@ def test_empty_masks():
 def test_strange_pictures_give_numbers(image, name):
     mask = torch.ones(1, 1, 14, 15, dtype=torch.bool)
     mask[..., 1::2] = False
-    sums, gradient, _ = emulate_loss(Inputs(image, image.flip(3).contiguous(), mask), Settings(7, 3, 0.004, True))
+    sums, gradient, _ = emulate_loss(Inputs(image, image.flip(3).contiguous(), mask), GraphSettings(7, 3, 0.004, True))
     assert sums.isfinite().all()
     assert gradient.isfinite().all()
 

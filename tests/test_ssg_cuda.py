@@ -263,7 +263,7 @@ def test_importing_loads_nothing_slow():
     ("search", "window", "channels"), [(25, 9, 3), (25, 9, 1), (31, 31, 3), (3, 1, 2), (3, 3, 4), (11, 5, 7), (51, 3, 2), (101, 9, 3)]
 )
 def test_geometry_of_a_row(search, window, channels):
-    row = ssg_cuda_launch.plan_row(search, window, channels, 232448)
+    row = ssg_cuda_launch.row_geometry(search, window, channels, 232448)
     runs = -(-search // row.run)
     assert row.threads % 32 == 0
     assert 32 <= row.threads <= 512
@@ -277,20 +277,20 @@ def test_geometry_of_a_row(search, window, channels):
 
 def test_geometry_of_the_published_sizes():
     """Five blocks of 128 threads on an H100 (228 KiB of shared memory, 1 KiB of it kept by each block), two on the smallest GPU."""
-    row = ssg_cuda_launch.plan_row(25, 9, 3, 232448)
+    row = ssg_cuda_launch.row_geometry(25, 9, 3, 232448)
     assert (row.threads, row.run, row.group) == (128, 5, 3)
     assert 5 * (row.shared_bytes + 1024) <= 228 * 1024
-    assert row == ssg_cuda_launch.plan_row(25, 9, 3, 65536)
+    assert row == ssg_cuda_launch.row_geometry(25, 9, 3, 65536)
     with pytest.raises(ValueError, match=r"search_size = 255 with window_size = 101 needs \d+ bytes of shared memory .* has 232448"):
-        ssg_cuda_launch.plan_row(255, 101, 3, 232448)
-    assert ssg_cuda_launch.plan_row(61, 9, 4, 101376).group < 4  # fewer channels at a time before it is refused
+        ssg_cuda_launch.row_geometry(255, 101, 3, 232448)
+    assert ssg_cuda_launch.row_geometry(61, 9, 4, 101376).group < 4  # fewer channels at a time before it is refused
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 512, 512), (1, 3, 1024, 1024), (8, 3, 512, 512), (1, 3, 64, 64), (1, 3, 13, 14), (64, 3, 64, 64)])
 def test_geometry_of_the_tiles(shape):
-    plan = ssg_cuda_launch.plan_tiles(torch.Size(shape), 25)
-    launches = list(plan.launches())
-    assert plan.tiles == shape[0] * -(-shape[2] // plan.tile_h) * -(-shape[3] // plan.tile_w)
-    assert [tile for launch in launches for tile in launch] == list(range(plan.tiles))
-    assert max(map(len, launches)) * plan.slot_floats * 4 <= ssg_cuda_launch.SLOT_BYTES
-    assert plan.tile_h * plan.tile_w <= 256
+    tiling = ssg_cuda_launch.tile_geometry(torch.Size(shape), 25)
+    launches = list(tiling.launches())
+    assert tiling.tiles == shape[0] * -(-shape[2] // tiling.tile_h) * -(-shape[3] // tiling.tile_w)
+    assert [tile for launch in launches for tile in launch] == list(range(tiling.tiles))
+    assert max(map(len, launches)) * tiling.slot_floats * 4 <= ssg_cuda_launch.SLOT_BYTES
+    assert tiling.tile_h * tiling.tile_w <= 256

@@ -12,7 +12,7 @@ from sslsr_diffusion.inference.tiling import Box, blend
 
 
 class TiledDenoiser:
-    """(x_t, t) -> epsilon or v of the whole latent canvas (specification 7.4).
+    """(x_t, t) -> epsilon or v of the whole latent canvas: sum_tiles w out / sum_tiles w   (Wang et al., IJCV 2024, StableSR).
 
     Every tile sees its own part of the low-resolution latent; guided predictions are u + g (c - u), with the features
     of the structural encoder computed once for both.

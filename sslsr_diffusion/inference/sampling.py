@@ -54,9 +54,9 @@ def sample(
 
 
 def spaced_timesteps(num_steps: int, num_train_timesteps: int = 1000) -> list[int]:
-    """`num_steps` timesteps, ascending, evenly over the whole schedule, both ends included (specification 7.1).
+    """`num_steps` timesteps, ascending, evenly over the whole schedule, both ends included.
 
-    The position is accumulated and rounded half to even, as published; a single step is the last timestep, where
+    The position is accumulated and rounded half to even, as StableSR's `space_timesteps` does; a single step is the last timestep, where
     the start was noised (the original's 0 would skip the network's noise level altogether).
     """
     if not 1 <= num_steps <= num_train_timesteps:
@@ -115,7 +115,7 @@ class _Spaced:
 
 
 class SpacedDDPM(_Spaced):
-    """The published sampler (specification 7.1, 7.2): posterior of the respaced chain, no clipping, fixed small variance."""
+    """StableSR's sampler: posterior of the respaced chain (Ho et al., NeurIPS 2020), x0 not clipped, fixed small variance."""
 
     def coefficients(self, index: int) -> tuple[float, float, float]:
         """(c1, c2, log variance): x <- c1 x0 + c2 x + exp(log variance / 2) noise."""
@@ -156,7 +156,7 @@ class SpacedDDIM(_Spaced):
 
 
 class OriginalDDIM(SpacedDDIM):
-    """The published DDIM script's pairing, for parity only (specification 7.6).
+    """The pairing of StableSR's DDIM script, for parity only.
 
     The network sees the respaced timesteps (0 to 999), the noise levels come from 0, 1000//N, 2 (1000//N), ...: they do
     not match, and the last step ends at the noise level of timestep 0 instead of none.

@@ -20,7 +20,7 @@ def graph(image: Tensor, mask: Tensor, settings: GraphSettings) -> Tensor:
     """T[n, d] = exp(-dist(n, d) / (C window^2 sigma)), divided by its row sum: [N, search_size^2].
 
     The search square around each masked pixel is cut out BEFORE the window slides over it, so window samples
-    outside the square count as 0 (published code; eq. 1.1 of the specification).
+    outside the square count as 0, as in the published code (Chen et al., ACM MM 2024).
     """
     channels = image.shape[1]
     search, reach, half = settings.search, settings.reach, settings.half

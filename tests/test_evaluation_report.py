@@ -93,10 +93,10 @@ def test_picks_are_the_extremes_and_none_twice(scores):
 
 def test_cards_show_the_same_window_of_every_column(scores):
     card = cards(scores, pick(scores, 1))[0]
-    assert [tile.title for tile in card.tiles] == ["LR bicubic", "other", "ours", "reference"]
+    assert [zoom.title for zoom in card.zooms] == ["LR bicubic", "other", "ours", "reference"]
     assert card.window == 40
-    assert all(tile.crop.startswith("data:image/webp;base64,") and tile.mask.startswith("data:image/png") for tile in card.tiles)
-    assert len({tile.crop for tile in card.tiles}) == 4
+    assert all(zoom.crop.startswith("data:image/webp;base64,") and zoom.mask.startswith("data:image/png") for zoom in card.zooms)
+    assert len({zoom.crop for zoom in card.zooms}) == 4
 
 
 class Page(HTMLParser):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sslsr_diffusion.data import operations
 from sslsr_diffusion.data.blur_kernels import kernel_from, pad_kernel
-from sslsr_diffusion.data.degradation import PRESETS, Degradation, DegradationSettings
+from sslsr_diffusion.data.degradation import DEGRADATIONS, Degradation, DegradationSettings
 from sslsr_diffusion.data.jpeg import _matrices, quality_factor
 from sslsr_diffusion.data.resizing import cubic_matrix
 
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--presets", nargs="*", default=list(PRESETS))
+    parser.add_argument("--presets", nargs="*", default=list(DEGRADATIONS))
     parser.add_argument("--output", type=Path, help="CSV; rows of the same preset and hardware are replaced, the others kept")
     options = parser.parse_args()
     rows = []

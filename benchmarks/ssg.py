@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sslsr_diffusion.ops import SelfSimilarityLoss, apply_mask_stride
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.settings import GraphSettings
 
 RESULTS = Path(__file__).parent / "results"
 WEIGHT = 1000.0
@@ -108,9 +108,9 @@ def loss_call(backend: str, inputs: tuple[Tensor, Tensor, Tensor], backward: boo
     sr = sr.clone().requires_grad_(backward)
     run: Callable[..., Any] = SelfSimilarityLoss(l1_weight=WEIGHT, kl_weight=WEIGHT, backend="auto" if backend == "direct" else backend)
     if backend == "direct":
-        from sslsr_diffusion.ops.ssg_direct import direct_loss
+        from ssg_direct import direct_loss  # beside this file: only the GPU needs it, with CuPy
 
-        run = functools.partial(direct_loss, settings=Settings(25, 9, 0.004, True), weights=(WEIGHT, WEIGHT), num_rows=None)
+        run = functools.partial(direct_loss, settings=GraphSettings(25, 9, 0.004, True), weights=(WEIGHT, WEIGHT), num_rows=None)
 
     def call() -> object:
         loss = run(sr, gt, mask)

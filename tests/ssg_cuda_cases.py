@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslsr_diffusion.ops import ssg_reference
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.settings import GraphSettings
 
 
 class Case(NamedTuple):
@@ -26,9 +26,9 @@ class Case(NamedTuple):
         """For the public functions."""
         return {"search_size": self.search, "window_size": self.window, "sigma": self.sigma, "normalize": self.normalize}
 
-    def inner(self) -> Settings:
+    def inner(self) -> GraphSettings:
         """For the backends."""
-        return Settings(self.search, self.window, self.sigma, self.normalize)
+        return GraphSettings(self.search, self.window, self.sigma, self.normalize)
 
 
 CASES = {

@@ -26,7 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_full_size_on_the_meta_device() -> None:
-    """The numbers of the specification, without weights or network."""
+    """The numbers of the published models, without weights or network."""
     for preset, kind in (("sd21", "epsilon"), ("sd21_768v", "v_prediction")):
         networks = build_networks(ModelSettings(preset=preset), meta=True)
         parts = {name: (round(a / 1e6, 2), round(b / 1e6, 2)) for name, (a, b) in networks.parameters_per_part().items()}

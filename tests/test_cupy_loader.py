@@ -59,9 +59,11 @@ def test_sources_are_looked_for_in_the_package_first(monkeypatch, tmp_path):
         folder.mkdir()
         (folder / "ssg_loss.cu").write_text(f"// {folder.name}")
     monkeypatch.setattr(cupy_loader, "SOURCE_FOLDERS", (wheel, checkout))
+    (tmp_path / "own.cu").write_text("// a path")
     assert cupy_loader.read_source("ssg_loss.cu") == "// _cuda"
     (wheel / "ssg_loss.cu").unlink()
     assert cupy_loader.read_source("ssg_loss.cu") == "// kernels"
+    assert cupy_loader.read_source(str(tmp_path / "own.cu")) == "// a path"  # of another folder, as the benchmark's
     (checkout / "ssg_loss.cu").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither in .*_cuda nor in .*kernels"):
         cupy_loader.read_source("ssg_loss.cu")

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from sslsr_diffusion.config import RecipeError, parse
-from sslsr_diffusion.data.degradation import PRESETS, Degradation, DegradationSettings
-from sslsr_diffusion.data.draws import Draws, Frame
+from sslsr_diffusion.data.degradation import DEGRADATIONS, Degradation, DegradationSettings
+from sslsr_diffusion.data.draws import Frame, RandomNumbers
 from sslsr_diffusion.data.operations import describe
 
 COUNT = 20_000
@@ -67,8 +67,8 @@ def uniform(values: list[float], low: float, high: float) -> None:
 
 
 def drawn(step, seed: int = 0) -> list:
-    draws, frame = Draws(torch.Generator().manual_seed(seed)), Frame(512, 512, 4)
-    return [step.draw(draws, frame) for _ in range(COUNT)]
+    random, frame = RandomNumbers(torch.Generator().manual_seed(seed)), Frame(512, 512, 4)
+    return [step.draw(random, frame) for _ in range(COUNT)]
 
 
 def steps_of(preset: str, kind: str) -> list:
@@ -226,7 +226,7 @@ def _picture(size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scale", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", DEGRADATIONS)
 def test_size_range_and_repeatability(preset, scale):
     degradation = Degradation(DegradationSettings(preset=preset), scale)
     hr = _picture(48)
@@ -307,7 +307,7 @@ def test_mistakes_are_explained(raw, message):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", DEGRADATIONS)
 def test_cuda_runs_every_preset(preset):
     degradation = Degradation(DegradationSettings(preset=preset), 4)
     for seed in range(4):

@@ -29,7 +29,7 @@ def scores(tmp_path_factory) -> Scores:
     where = folders(root, 5, ours=3, again=3.5, other=9)
     store = ResultStore(root / "results.jsonl")
     pairing = pair_files({"other": [where["other"]], "ours": [where["ours"], where["again"]]}, where["hr"], where["lr"])
-    found = score(pairing.items, ["psnr", "ssim"], store)
+    found = score(pairing.scenes, ["psnr", "ssim"], store)
     store.close()
     return found
 
@@ -93,10 +93,10 @@ def test_picks_are_the_extremes_and_none_twice(scores):
 
 def test_cards_show_the_same_window_of_every_column(scores):
     card = cards(scores, pick(scores, 1))[0]
-    assert [tile.title for tile in card.tiles] == ["LR bicubic", "other", "ours", "reference"]
+    assert [zoom.title for zoom in card.zooms] == ["LR bicubic", "other", "ours", "reference"]
     assert card.window == 40
-    assert all(tile.crop.startswith("data:image/webp;base64,") and tile.mask.startswith("data:image/png") for tile in card.tiles)
-    assert len({tile.crop for tile in card.tiles}) == 4
+    assert all(zoom.crop.startswith("data:image/webp;base64,") and zoom.mask.startswith("data:image/png") for zoom in card.zooms)
+    assert len({zoom.crop for zoom in card.zooms}) == 4
 
 
 class Page(HTMLParser):
@@ -141,7 +141,7 @@ def test_names_cannot_break_the_page(tmp_path):
     (where["ours"] / "scene0.png").rename(where["ours"] / "a&<b>'.png")
     (where["hr"] / "scene0.png").rename(where["hr"] / "a&<b>'.png")
     store = ResultStore(tmp_path / "results.jsonl")
-    found = score(pair_files({"<script>&": [where["ours"]]}, where["hr"]).items, ["psnr"], store)
+    found = score(pair_files({"<script>&": [where["ours"]]}, where["hr"]).scenes, ["psnr"], store)
     store.close()
     html = render_report(summarize(found, options={}, unavailable={}), found)
     assert "<script>" not in html

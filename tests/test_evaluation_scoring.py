@@ -26,7 +26,7 @@ def where(tmp_path):
 def run(where, tmp_path, metrics=("psnr", "ssim"), **options):
     store = ResultStore(tmp_path / "results.jsonl")
     try:
-        return score(pair_files({"ours": [where["ours"]], "other": [where["other"]]}, where["hr"]).items, metrics, store, **options)
+        return score(pair_files({"ours": [where["ours"]], "other": [where["other"]]}, where["hr"]).scenes, metrics, store, **options)
     finally:
         store.close()
 
@@ -91,7 +91,7 @@ def test_sister_metrics_are_computed_in_one_pass(where, tmp_path, monkeypatch):
 def test_an_unreadable_image_is_left_out_and_named(where, tmp_path):
     (where["other"] / "scene1.png").write_bytes(b"broken")
     scores = run(where, tmp_path, ["psnr"])
-    assert [item.name for item in scores.items] == ["scene0", "scene2"]
+    assert [scene.name for scene in scores.scenes] == ["scene0", "scene2"]
     assert scores.values["psnr"]["ours"].shape == (2, 1)
     assert len(scores.problems) == 1
     assert "scene1 is left out" in scores.problems[0]
@@ -110,7 +110,7 @@ def test_spread_over_seeds(tmp_path):
         for i in range(2):
             write(where[name] / f"scene{i}.png", np.full((40, 48, 3), shade, np.uint8))
     store = ResultStore(tmp_path / "results.jsonl")
-    scores = score(pair_files({"ours": [where["a"], where["b"], where["c"]]}, where["hr"]).items, ["psnr"], store)
+    scores = score(pair_files({"ours": [where["a"], where["b"], where["c"]]}, where["hr"]).scenes, ["psnr"], store)
     store.close()
     assert scores.values["psnr"]["ours"].shape == (2, 3)
     # float32 pixels: 10 / 255 is not exact

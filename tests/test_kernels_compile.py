@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sslsr_diffusion.ops import cupy_loader
-from sslsr_diffusion.ops.ssg_cuda_launch import plan_row
+from sslsr_diffusion.ops.ssg_cuda_launch import row_geometry
 
 NVCC = shutil.which("nvcc")
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -20,14 +20,15 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 # the opt-in limit of shared memory per block of each architecture, in bytes
 SHARED_LIMIT = {"sm_75": 65536, "sm_80": 166912, "sm_90": 232448, "sm_120": 101376}
-FILES = ("ssg_loss.cu", "ssg_graph.cu", "ssg_gather.cu", "ssg_direct.cu")
+FILES = ("ssg_loss.cu", "ssg_graph.cu", "ssg_gather.cu")
+BASELINE = str(KERNELS.parent / "benchmarks" / "ssg_direct.cu")
 
 
 def compile_for(arch: str, file: str, defines: tuple[str, ...], folder: Path) -> str:
-    (folder / file).write_text(cupy_loader.read_source(file))  # as CuPy gets it: one text, includes put in
+    (folder / "one.cu").write_text(cupy_loader.read_source(file))  # as CuPy gets it: one text, includes put in
     flags = ["-std=c++17", f"-arch={arch}", "-Xptxas", "-v", "-cubin", "-Werror", "all-warnings"]
     done = subprocess.run(
-        [str(NVCC), *flags, *(f"-D{d}" for d in defines), "-o", folder / "out.cubin", folder / file],
+        [str(NVCC), *flags, *(f"-D{d}" for d in defines), "-o", folder / "out.cubin", folder / "one.cu"],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -37,12 +38,12 @@ def compile_for(arch: str, file: str, defines: tuple[str, ...], folder: Path) ->
 
 
 def defines_of(file: str, arch: str, search: int = 25, window: int = 9, channels: int = 3) -> tuple[str, ...]:
-    return plan_row(search, window, channels, SHARED_LIMIT[arch]).defines() if file in ("ssg_loss.cu", "ssg_graph.cu") else ()
+    return row_geometry(search, window, channels, SHARED_LIMIT[arch]).defines() if file in ("ssg_loss.cu", "ssg_graph.cu") else ()
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [*FILES, BASELINE], ids=lambda file: Path(file).name)
 def test_compiles_without_spills(file, arch, tmp_path):
     report = compile_for(arch, file, defines_of(file, arch), tmp_path)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
@@ -63,7 +64,7 @@ def test_a_wrong_count_of_shared_memory_does_not_compile(tmp_path):
         compile_for("sm_90", "ssg_loss.cu", defines, tmp_path)
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [*FILES, BASELINE], ids=lambda file: Path(file).name)
 def test_compiles_with_the_runtime_compiler_that_cupy_uses(file):
     """NVRTC knows no standard headers, and comes with torch's CUDA wheels: it needs neither nvcc nor a GPU."""
     if not (libraries := sorted(Path(torch.__file__).parents[1].glob("nvidia/**/libnvrtc.so.*"))):

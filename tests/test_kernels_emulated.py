@@ -12,11 +12,12 @@ from emulation.emulator import COMPILER, SHARED_LIMIT, EmulatedLauncher
 from goldens import load_golden
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scripts import load_script
 from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, draw_inputs, golden_mask, make_inputs, reference_graph, reference_loss
 from ssg_inputs import assert_close
 
-from sslsr_diffusion.ops import SelfSimilarityLoss, cupy_loader, saved_gradient, ssg_cuda, ssg_direct, ssg_reference
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops import SelfSimilarityLoss, cupy_loader, saved_gradient, ssg_cuda, ssg_reference
+from sslsr_diffusion.ops.settings import GraphSettings
 from sslsr_diffusion.ops.ssg_cuda_launch import run_graph, run_graph_backward, run_loss
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
 WEIGHTS = (700.0, 900.0)
 
 
-def emulate_loss(inputs: Inputs, settings: Settings, weights=WEIGHTS, reverse=False, with_gradient=True, **named):
+def emulate_loss(inputs: Inputs, settings: GraphSettings, weights=WEIGHTS, reverse=False, with_gradient=True, **named):
     launch = EmulatedLauncher(reverse)
     sums, gradient = run_loss(launch, *inputs, settings, weights, with_gradient=with_gradient, shared_limit=SHARED_LIMIT, **named)
     return sums, gradient, launch
@@ -38,7 +39,7 @@ def test_golden_graphs(entry):
     tensors = load_golden("ssl/ssg").tensors
     image = tensors[entry["image"]].float()[None].contiguous()
     pixels = tensors[f"{entry['name']}.mask"].flatten().nonzero().squeeze(1)
-    settings = Settings(entry["search"], entry["window"], entry["sigma"], entry["normalise"])
+    settings = GraphSettings(entry["search"], entry["window"], entry["sigma"], entry["normalise"])
     got = run_graph(EmulatedLauncher(), image, pixels, settings, shared_limit=SHARED_LIMIT)
     worst = max(2e-6 if entry["normalise"] else 1e-5, 4 * entry["f32_max_abs_dev"])  # the README's
     assert not got.isnan().any()
@@ -50,7 +51,7 @@ def test_golden_losses(entry):
     name, tensors = entry["name"], load_golden("ssl/loss").tensors
     mask = golden_mask(tensors[f"{name}.mask"], entry["mask_stride"])
     inputs = Inputs(tensors[f"{name}.sr"].float().contiguous(), tensors[f"{name}.gt"].float().contiguous(), mask)
-    settings = Settings(entry["search"], entry["window"], entry["sigma"], entry["normalise"])
+    settings = GraphSettings(entry["search"], entry["window"], entry["sigma"], entry["normalise"])
     entries = entry["rows"] * entry["search"] ** 2
     assert mask.sum() == entry["rows"]
     for weights, term in (((1.0, 0.0), "l1"), ((0.0, 1.0), "kl")):
@@ -230,7 +231,7 @@ def test_empty_masks():
 def test_strange_pictures_give_numbers(image, name):
     mask = torch.ones(1, 1, 14, 15, dtype=torch.bool)
     mask[..., 1::2] = False
-    sums, gradient, _ = emulate_loss(Inputs(image, image.flip(3).contiguous(), mask), Settings(7, 3, 0.004, True))
+    sums, gradient, _ = emulate_loss(Inputs(image, image.flip(3).contiguous(), mask), GraphSettings(7, 3, 0.004, True))
     assert sums.isfinite().all()
     assert gradient.isfinite().all()
 
@@ -351,7 +352,8 @@ def test_the_module_compiles_into_one_graph(cpu_ops, monkeypatch):
 def test_direct_loss_matches_float64_reference(name):
     case, inputs = CASES[name], make_inputs(CASES[name])
     sr = inputs.sr.clone().requires_grad_()
-    total, l1, kl = ssg_direct.direct_loss(sr, inputs.gt, inputs.mask, case.inner(), WEIGHTS, None, block=64, launch=EmulatedLauncher())
+    direct_loss = load_script("benchmarks/ssg_direct.py").direct_loss
+    total, l1, kl = direct_loss(sr, inputs.gt, inputs.mask, case.inner(), WEIGHTS, None, block=64, launch=EmulatedLauncher())
     total.backward()
     want = reference_loss(inputs, case, WEIGHTS)
     torch.testing.assert_close(torch.stack([total, l1, kl]).detach().double(), torch.stack(want[:3]), rtol=2e-5, atol=0)

@@ -13,7 +13,7 @@ def test_pairs_by_stem_whatever_the_extension_and_subfolder(tmp_path):
     write(tmp_path / "hr" / "street" / "a.v2.png", picture(0))
     write(tmp_path / "ours" / "street" / "a.v2.bmp", picture(0))
     pairing = pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr")
-    assert [(item.name, item.reference.name, item.restored["ours"][0].name) for item in pairing.items] == [
+    assert [(scene.name, scene.reference.name, scene.restored["ours"][0].name) for scene in pairing.scenes] == [
         ("street/a.v2", "a.v2.png", "a.v2.bmp")
     ]
     assert pairing.problems == ()
@@ -24,7 +24,7 @@ def test_suffix_is_taken_off_the_restored_stem(tmp_path):
     write(tmp_path / "ours" / "a_x4.png", picture(0))
     write(tmp_path / "ours" / "grid.png", picture(0))  # not named like a result: passed over
     pairing = pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr", suffix="_x4")
-    assert [item.name for item in pairing.items] == ["a"]
+    assert [scene.name for scene in pairing.scenes] == ["a"]
     with pytest.raises(UserError, match=r"no image is in every folder: ours has a_x4, grid; the reference has a\. .*--suffix"):
         pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr")
 
@@ -34,7 +34,7 @@ def test_missing_files_are_listed_and_only_common_images_kept(tmp_path):
     (where["ours"] / "scene1.png").unlink()
     (where["hr"] / "scene3.png").unlink()
     pairing = pair_files({"ours": [where["ours"]], "other": [where["other"]]}, where["hr"])
-    assert [item.name for item in pairing.items] == ["scene0", "scene2"]
+    assert [scene.name for scene in pairing.scenes] == ["scene0", "scene2"]
     assert pairing.problems == ("ours has no file for 1 of the images: scene1", "the reference has no file for 1 of the images: scene3")
 
 
@@ -42,9 +42,9 @@ def test_every_seed_of_a_column_must_have_the_image(tmp_path):
     where = folders(tmp_path, count=2, first=3, second=3)
     (where["second"] / "scene0.png").unlink()
     pairing = pair_files({"ours": [where["first"], where["second"]]}, where["hr"], where["lr"])
-    assert [item.name for item in pairing.items] == ["scene1"]
-    assert [path.parent.name for path in pairing.items[0].restored["ours"]] == ["first", "second"]
-    assert pairing.items[0].lr == where["lr"] / "scene1.png"
+    assert [scene.name for scene in pairing.scenes] == ["scene1"]
+    assert [path.parent.name for path in pairing.scenes[0].restored["ours"]] == ["first", "second"]
+    assert pairing.scenes[0].lr == where["lr"] / "scene1.png"
 
 
 def test_sizes_that_differ_are_an_error_that_names_both(tmp_path):
@@ -60,13 +60,13 @@ def test_a_turned_photograph_has_the_size_it_is_shown_in(tmp_path):
     exif[0x0112] = 6
     (tmp_path / "hr").mkdir()
     Image.fromarray(picture(0, 40, 48)).save(tmp_path / "hr" / "a.jpg", exif=exif)
-    assert len(pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr").items) == 1
+    assert len(pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr").scenes) == 1
 
 
 def test_one_file_against_one_file_needs_no_common_name(tmp_path):
     restored, reference = write(tmp_path / "out.png", picture(0)), write(tmp_path / "truth.png", picture(0))
-    item = pair_files({"ours": [restored]}, reference).items[0]
-    assert (item.name, item.restored["ours"], item.reference) == ("truth", (restored,), reference)
+    scene = pair_files({"ours": [restored]}, reference).scenes[0]
+    assert (scene.name, scene.restored["ours"], scene.reference) == ("truth", (restored,), reference)
 
 
 def test_two_files_of_one_stem_are_an_error(tmp_path):
@@ -80,4 +80,4 @@ def test_an_unreadable_header_is_left_to_the_reader(tmp_path):
     write(tmp_path / "hr" / "a.png", np.zeros((8, 8, 3), np.uint8))
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "a.png").write_bytes(b"not a picture")
-    assert len(pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr").items) == 1
+    assert len(pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr").scenes) == 1

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
+from scripts import load_script
 from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, draw_inputs, golden_mask, make_inputs, reference_graph, reference_loss
 
 from sslsr_diffusion.ops import BackendUnavailable, SelfSimilarityLoss, cupy_loader, self_similarity_graph, ssg_cuda, ssg_cuda_launch
-from sslsr_diffusion.ops.ssg_direct import direct_loss
 
 cuda = pytest.mark.cuda
 WEIGHTS = (700.0, 900.0)
@@ -132,7 +132,7 @@ def test_agrees_with_the_direct_kernels_and_the_torch_backend():
     weights = {"l1_weight": WEIGHTS[0], "kl_weight": WEIGHTS[1]}
     got = loss_and_gradient(inputs, case)
     sr = inputs.sr.clone().requires_grad_()
-    direct = direct_loss(sr, inputs.gt, inputs.mask, case.inner(), WEIGHTS, None)
+    direct = load_script("benchmarks/ssg_direct.py").direct_loss(sr, inputs.gt, inputs.mask, case.inner(), WEIGHTS, None)
     direct[0].backward()
     portable = SelfSimilarityLoss(**case.settings(), **weights, backend="torch")
     other = inputs.sr.clone().requires_grad_()
@@ -254,7 +254,7 @@ def test_asked_for_on_the_cpu_it_says_why():
 
 def test_importing_loads_nothing_slow():
     slow = "{'cupy', 'torch._dynamo'}"  # the second takes seconds
-    code = f"import sys, sslsr_diffusion.ops.ssg_direct, sslsr_diffusion.ops.ssg_cuda; assert not {slow} & set(sys.modules)"
+    code = f"import sys, sslsr_diffusion.ops.ssg_cuda; assert not {slow} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert cupy_loader.find_source("ssg_loss.cu") is not None
 
@@ -263,7 +263,7 @@ def test_importing_loads_nothing_slow():
     ("search", "window", "channels"), [(25, 9, 3), (25, 9, 1), (31, 31, 3), (3, 1, 2), (3, 3, 4), (11, 5, 7), (51, 3, 2), (101, 9, 3)]
 )
 def test_geometry_of_a_row(search, window, channels):
-    row = ssg_cuda_launch.plan_row(search, window, channels, 232448)
+    row = ssg_cuda_launch.row_geometry(search, window, channels, 232448)
     runs = -(-search // row.run)
     assert row.threads % 32 == 0
     assert 32 <= row.threads <= 512
@@ -277,20 +277,20 @@ def test_geometry_of_a_row(search, window, channels):
 
 def test_geometry_of_the_published_sizes():
     """Five blocks of 128 threads on an H100 (228 KiB of shared memory, 1 KiB of it kept by each block), two on the smallest GPU."""
-    row = ssg_cuda_launch.plan_row(25, 9, 3, 232448)
+    row = ssg_cuda_launch.row_geometry(25, 9, 3, 232448)
     assert (row.threads, row.run, row.group) == (128, 5, 3)
     assert 5 * (row.shared_bytes + 1024) <= 228 * 1024
-    assert row == ssg_cuda_launch.plan_row(25, 9, 3, 65536)
+    assert row == ssg_cuda_launch.row_geometry(25, 9, 3, 65536)
     with pytest.raises(ValueError, match=r"search_size = 255 with window_size = 101 needs \d+ bytes of shared memory .* has 232448"):
-        ssg_cuda_launch.plan_row(255, 101, 3, 232448)
-    assert ssg_cuda_launch.plan_row(61, 9, 4, 101376).group < 4  # fewer channels at a time before it is refused
+        ssg_cuda_launch.row_geometry(255, 101, 3, 232448)
+    assert ssg_cuda_launch.row_geometry(61, 9, 4, 101376).group < 4  # fewer channels at a time before it is refused
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 512, 512), (1, 3, 1024, 1024), (8, 3, 512, 512), (1, 3, 64, 64), (1, 3, 13, 14), (64, 3, 64, 64)])
 def test_geometry_of_the_tiles(shape):
-    plan = ssg_cuda_launch.plan_tiles(torch.Size(shape), 25)
-    launches = list(plan.launches())
-    assert plan.tiles == shape[0] * -(-shape[2] // plan.tile_h) * -(-shape[3] // plan.tile_w)
-    assert [tile for launch in launches for tile in launch] == list(range(plan.tiles))
-    assert max(map(len, launches)) * plan.slot_floats * 4 <= ssg_cuda_launch.SLOT_BYTES
-    assert plan.tile_h * plan.tile_w <= 256
+    tiling = ssg_cuda_launch.tile_geometry(torch.Size(shape), 25)
+    launches = list(tiling.launches())
+    assert tiling.tiles == shape[0] * -(-shape[2] // tiling.tile_h) * -(-shape[3] // tiling.tile_w)
+    assert [tile for launch in launches for tile in launch] == list(range(tiling.tiles))
+    assert max(map(len, launches)) * tiling.slot_floats * 4 <= ssg_cuda_launch.SLOT_BYTES
+    assert tiling.tile_h * tiling.tile_w <= 256

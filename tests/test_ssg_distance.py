@@ -15,7 +15,7 @@ def test_distance_is_the_mean_over_rows_and_offsets_of_the_reference_graph():
     want = self_similarity_graph(reference.double(), mask, backend="reference")
     got = self_similarity_graph(restored.double(), mask, backend="reference")
     terms = ssg_terms(restored, reference)
-    # float32 kernels against the float64 graph: 1e-4 relative is ten times what the specification measured
+    # float32 kernels against the float64 graph: 1e-4 relative is ten times what was measured
     assert terms["ssg_l1"].item() == pytest.approx((got - want).abs().mean().item(), rel=1e-4)
     a, b = got.clamp_min(1e-10), want.clamp_min(1e-10)
     assert terms["ssg_kl"].item() == pytest.approx((b * (b.log() - a.log())).mean().item(), rel=1e-4)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.data import DataSettings, open_training_data, open_validation_pairs
-from sslsr_diffusion.data.sample_order import Pool, SourceSchedule
+from sslsr_diffusion.data.sample_order import PairPool, SourceOrder
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
 from sslsr_diffusion.types import Batch
@@ -305,12 +305,12 @@ def test_mask_files_that_do_not_fit_are_named(folder, tmp_path):
 
 
 def test_weights_and_exact_coverage():
-    schedule = SourceSchedule([3.0, 1.0], seed=0)
-    places = [schedule.at(n) for n in range(10_000)]
+    order = SourceOrder([3.0, 1.0], seed=0)
+    places = [order.at(n) for n in range(10_000)]
     assert sum(source for source, _ in places) == pytest.approx(2500, abs=250)
     for source in (0, 1):
         assert [ordinal for s, ordinal in places if s == source] == list(range(sum(s == source for s, _ in places)))
-    again = SourceSchedule([3.0, 1.0], seed=0)
+    again = SourceOrder([3.0, 1.0], seed=0)
     assert [again.at(n) for n in (9_999, 5_000, 3)] == [places[n] for n in (9_999, 5_000, 3)]
 
 
@@ -322,7 +322,7 @@ def test_two_sources_are_mixed(folder, tmp_path):
 
 
 def test_pool_hands_out_every_sample_and_mixes_batches():
-    pool = Pool(6, seed=0)
+    pool = PairPool(6, seed=0)
     batches = [list(range(2 * m, 2 * m + 2)) for m in range(40)]
     out = [pool.exchange(batch, m) for m, batch in enumerate(batches)]
     assert out[:3] == batches[:3]

@@ -206,10 +206,10 @@ def _score(pairing: Pairing, chosen: list[str], output: Path, crop_border: int, 
 
     def work(at: Callable[[int], None]) -> Scores:
         options: dict[str, Any] = {"crop_border": crop_border, "y_channel": y_channel, "device": device}
-        return score(pairing.items, chosen, store, progress=lambda _: at(next(scored)), **options)
+        return score(pairing.scenes, chosen, store, progress=lambda _: at(next(scored)), **options)
 
     try:
-        return _with_bar("scoring", len(pairing.items), work)
+        return _with_bar("scoring", len(pairing.scenes), work)
     finally:
         store.close()
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from sslsr_diffusion.config import Settings
 from sslsr_diffusion.data import operations
-from sslsr_diffusion.data.draws import Draws, Frame, Op, Probability
+from sslsr_diffusion.data.draws import Frame, Op, Probability, RandomNumbers
 from sslsr_diffusion.data.resizing import matlab_bicubic
 from sslsr_diffusion.data.steps import Step
 from sslsr_diffusion.images import resize_bicubic
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A published degradation: its steps, whether the target is sharpened first, and how often nothing is done."""
+class PublishedDegradation:
+    """Its steps, whether the target is sharpened first, and how often nothing is done."""
 
     steps: tuple[dict[str, Any], ...]
     sharpen_target: bool = False
@@ -57,8 +57,8 @@ def _second_order(
     )
 
 
-PRESETS: dict[str, Preset] = {
-    "stablesr_ssl": Preset(
+DEGRADATIONS: dict[str, PublishedDegradation] = {
+    "stablesr_ssl": PublishedDegradation(
         _second_order(
             sizes=((3, 21), (3, 11), (3, 11)),
             sigmas=((0.2, 1.5), (0.2, 1.0)),
@@ -77,7 +77,7 @@ PRESETS: dict[str, Preset] = {
         no_degradation_prob=0.01,
         source="StableSR with SSL, configs/SSL/base.yaml",
     ),
-    "real_esrgan": Preset(
+    "real_esrgan": PublishedDegradation(
         _second_order(
             sizes=((7, 21), (7, 21), (7, 21)),
             sigmas=((0.2, 3.0), (0.2, 1.5)),
@@ -94,7 +94,7 @@ PRESETS: dict[str, Preset] = {
         sharpen_target=True,
         source="Real-ESRGAN x4plus",
     ),
-    "mild": Preset(
+    "mild": PublishedDegradation(
         _second_order(
             sizes=((3, 7), (3, 5), (3, 5)),
             sigmas=((0.1, 0.6), (0.1, 0.4)),
@@ -115,8 +115,8 @@ PRESETS: dict[str, Preset] = {
         ),
         source="Real-ESRGAN with SSL",
     ),
-    "bicubic": Preset(({"kind": "reduce"},), source="MATLAB imresize"),
-    "bsrgan": Preset(({"kind": "bsrgan"}, {"kind": "quantize"}), source="BSRGAN, training numbers of the SSL fork"),
+    "bicubic": PublishedDegradation(({"kind": "reduce"},), source="MATLAB imresize"),
+    "bsrgan": PublishedDegradation(({"kind": "bsrgan"}, {"kind": "quantize"}), source="BSRGAN, training numbers of the SSL fork"),
 }
 
 
@@ -159,7 +159,7 @@ class Degradation:
     """Draws and carries out the degradation of one sample at a time; picklable, without state."""
 
     def __init__(self, settings: DegradationSettings, scale: int) -> None:
-        preset = PRESETS[settings.preset] if settings.preset is not None else Preset(())
+        preset = DEGRADATIONS[settings.preset] if settings.preset is not None else PublishedDegradation(())
         self.scale = scale
         self.steps: Sequence[Step] = settings.steps if settings.steps is not None else _STEPS.validate_python(list(preset.steps))
         self.sharpen_target = _first(settings.sharpen_target, preset.sharpen_target)
@@ -167,10 +167,10 @@ class Degradation:
 
     def draw(self, height: int, width: int, own: torch.Generator, shared: torch.Generator | None = None) -> list[Op]:
         """What will happen to a crop of that size; `shared` gives the draws that are the same for a batch (pair pool)."""
-        draws, frame = Draws(own, shared), Frame(height, width, self.scale)
-        if draws.shared.chance(self.no_degradation_prob):
+        random, frame = RandomNumbers(own, shared), Frame(height, width, self.scale)
+        if random.shared.chance(self.no_degradation_prob):
             return [Op("reduce", {"scale": self.scale})]
-        return [op for step in self.steps for op in step.draw(draws, frame)]
+        return [op for step in self.steps for op in step.draw(random, frame)]
 
     def target(self, hr: Tensor) -> Tensor:
         """The high-resolution crop that training aims at: sharpened if the settings say so; [B, 3, H, W] in [0, 1]."""
@@ -200,4 +200,3 @@ def _first(value: Any, otherwise: Any) -> Any:
 
 
 _STEPS: TypeAdapter[list[Step]] = TypeAdapter(list[Step])
-DEGRADATIONS = PRESETS

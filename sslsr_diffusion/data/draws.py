@@ -61,13 +61,13 @@ class Frame:
         return max(1, int(self.height / self.scale * factor)), max(1, int(self.width / self.scale * factor))
 
 
-class Draws:
+class RandomNumbers:
     """Random numbers for one sample. `shared` serves the choices that published pipelines make once for a whole batch."""
 
     def __init__(self, own: torch.Generator, shared: torch.Generator | None = None) -> None:
         self._generator = own
         self._ahead: Iterator[float] = iter(())
-        self.shared: Draws = self if shared is None else Draws(shared)
+        self.shared: RandomNumbers = self if shared is None else RandomNumbers(shared)
 
     def unit(self) -> float:
         """Uniform in [0, 1); drawn a block at a time, since one by one costs more than the degradation's own arithmetic."""

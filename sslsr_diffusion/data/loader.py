@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sslsr_diffusion.data.opencv import opencv
-from sslsr_diffusion.data.sample_order import Pool, SourceSchedule
+from sslsr_diffusion.data.sample_order import PairPool, SourceOrder
 from sslsr_diffusion.data.samples import Made, Request, Sample, SampleMaker
 from sslsr_diffusion.data.settings import DataSettings
 from sslsr_diffusion.data.sources import IndexedSource, open_source
@@ -34,13 +34,13 @@ class Requests:
 
     def __init__(
         self,
-        schedule: SourceSchedule,
+        order: SourceOrder,
         streams: dict[int, Stream],
-        pool: Pool | None,
+        pool: PairPool | None,
         place: tuple[int, int, int],
         lengths: list[int | None],
     ) -> None:
-        self._schedule, self._streams, self._pool, self._lengths = schedule, streams, pool, lengths
+        self._order, self._streams, self._pool, self._lengths = order, streams, pool, lengths
         self._rank, self._world, self._size = place
         self.lost = [text for stream in streams.values() for text in stream.lost]
         self.batch = 0
@@ -58,7 +58,7 @@ class Requests:
             yield requests
 
     def _request(self, index: int) -> Request:
-        source, ordinal = self._schedule.at(index)
+        source, ordinal = self._order.at(index)
         item = next(self._streams[source]) if source in self._streams else None
         return Request(index, index // self._size, source, ordinal, item)
 
@@ -226,10 +226,10 @@ def open_training_data(
         raise UserError(f"data.degradation.pool_size: expected a multiple of the batch of {batch_size}, got {pool}.")
     streams = {i: Stream(s, seed, rank, world_size) for i, s in enumerate(settings.sources) if is_stream(s)}
     sources: list[IndexedSource | None] = [None if i in streams else open_source(s) for i, s in enumerate(settings.sources)]
-    schedule = SourceSchedule([s.weight for s in settings.sources], seed)
+    order = SourceOrder([s.weight for s in settings.sources], seed)
     lengths = [None if s is None else len(s) for s in sources]
-    exchange = Pool(pool, derive_seed(seed, "pool", rank)) if pool else None
-    requests = Requests(schedule, streams, exchange, (rank, world_size, batch_size), lengths)
+    exchange = PairPool(pool, derive_seed(seed, "pool", rank)) if pool else None
+    requests = Requests(order, streams, exchange, (rank, world_size, batch_size), lengths)
     if state is not None:
         _check_state(state, lengths)
         requests.load_state_dict(state)

@@ -30,7 +30,7 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import Image, atomic_write, printable, read_image, to_array, to_tensor, write_image
 from sslsr_diffusion.seeding import sample_generator
 
-Job = Callable[[Path, Path], int]
+PictureJob = Callable[[Path, Path], int]
 _MULTI_SCALE = (("T0", 0.75), ("T1", 0.6), ("T2", 1 / 3))
 
 
@@ -43,7 +43,7 @@ class Outcome:
     problem: str = ""
 
 
-def run_jobs(job: Job, paths: Sequence[Path], base: Path, processes: int) -> Iterator[Outcome]:
+def run_jobs(job: PictureJob, paths: Sequence[Path], base: Path, processes: int) -> Iterator[Outcome]:
     """Yield an Outcome for every path, in the order of completion; `job` gets the path and its name relative to `base`.
 
     Results are named after pictures without suffix: of several pictures whose results could have one name the first is done, the others
@@ -89,7 +89,7 @@ def process_pool(processes: int, **options: Any) -> Iterator[ProcessPoolExecutor
         ) from None
 
 
-def _one(job: Job, path: Path, name: Path) -> Outcome:
+def _one(job: PictureJob, path: Path, name: Path) -> Outcome:
     label = printable(name)
     try:
         return Outcome(label, job(path, name))

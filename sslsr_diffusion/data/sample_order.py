@@ -10,7 +10,7 @@ from sslsr_diffusion.seeding import derive_seed
 _BLOCK = 4096
 
 
-class SourceSchedule:
+class SourceOrder:
     """Draws a source for every sample by weight and counts: `at(n)` is (source, samples of that source before n)."""
 
     def __init__(self, weights: list[float], seed: int) -> None:
@@ -43,7 +43,7 @@ class SourceSchedule:
         return choices, ordinals
 
 
-class Pool:
+class PairPool:
     """The pair pool as an order of sample indices: the pictures themselves are made when they are handed out.
 
     Until the pool is full, batches pass through and are remembered. Then each new batch takes the place of one drawn at random.

@@ -42,7 +42,7 @@ class PairsSource(_Source):
 
 
 class CFWSource(_Source):
-    """Samples of `sslsr prepare cfw`, for stages cfw and decoder: hr/, lr/ and latents/ below path. Neither cropped nor mirrored."""
+    """Samples of `sslsr prepare cfw`, for the task decoder: hr/, lr/ and latents/ below path. Neither cropped nor mirrored."""
 
     kind: Literal["cfw"] = "cfw"
     path: str = Field(description="The folder that `sslsr prepare cfw` wrote.")

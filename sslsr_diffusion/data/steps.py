@@ -1,6 +1,6 @@
 """The steps of a degradation as a recipe lists them. A step draws what it will do; `operations.py` does it.
 
-Every step has `draw(draws, frame) -> list[Op]`: numbers only, no picture, so that a draw can be tested, printed and repeated.
+Every step has `draw(random, frame) -> list[Op]`: numbers only, no picture, so that a draw can be tested, printed and repeated.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from sslsr_diffusion.config import Settings
 from sslsr_diffusion.data.blur_kernels import FAMILIES, Family
 from sslsr_diffusion.data.bsrgan import BsrganStep
-from sslsr_diffusion.data.draws import Draws, Frame, OddSizes, Op, Probability, Range, within
+from sslsr_diffusion.data.draws import Frame, OddSizes, Op, Probability, RandomNumbers, Range, within
 
 Mode = Literal["area", "bilinear", "bicubic"]
 
@@ -45,24 +45,28 @@ class BlurStep(Settings):
             raise ValueError("blur: expected a family with a weight above 0, and sigma above 0")
         return self
 
-    def draw(self, draws: Draws, frame: Frame) -> list[Op]:
-        happens = draws.shared.chance(self.prob)
-        size = draws.odd(self.sizes)
-        if draws.chance(self.sinc_prob):
-            kernel: dict[str, Any] = {"family": "sinc", "size": size, "cutoff": draws.uniform((math.pi / (3 if size < 13 else 5), math.pi))}
+    def draw(self, random: RandomNumbers, frame: Frame) -> list[Op]:
+        happens = random.shared.chance(self.prob)
+        size = random.odd(self.sizes)
+        if random.chance(self.sinc_prob):
+            kernel: dict[str, Any] = {
+                "family": "sinc",
+                "size": size,
+                "cutoff": random.uniform((math.pi / (3 if size < 13 else 5), math.pi)),
+            }
         else:
-            kernel = self._gaussian(draws, size)
+            kernel = self._gaussian(random, size)
         return [Op("blur", kernel)] if happens else []
 
-    def _gaussian(self, draws: Draws, size: int) -> dict[str, Any]:
+    def _gaussian(self, random: RandomNumbers, size: int) -> dict[str, Any]:
         names = [name for name in FAMILIES if name in self.families]
-        family = draws.pick(names, [self.families[name] for name in names])
-        kernel = {"family": family, "size": size, "sigma_x": draws.uniform(self.sigma), "sigma_y": 0.0, "theta": 0.0}
+        family = random.pick(names, [self.families[name] for name in names])
+        kernel = {"family": family, "size": size, "sigma_x": random.uniform(self.sigma), "sigma_y": 0.0, "theta": 0.0}
         if family.endswith("aniso"):
-            kernel |= {"sigma_y": draws.uniform(self.sigma), "theta": draws.uniform((-math.pi, math.pi))}
+            kernel |= {"sigma_y": random.uniform(self.sigma), "theta": random.uniform((-math.pi, math.pi))}
         if family.startswith(("generalized", "plateau")):
             low, high = self.beta_generalized if family.startswith("generalized") else self.beta_plateau
-            kernel["beta"] = draws.uniform((low, 1.0)) if draws.chance(0.5) else draws.uniform((1.0, high))
+            kernel["beta"] = random.uniform((low, 1.0)) if random.chance(0.5) else random.uniform((1.0, high))
         return kernel
 
 
@@ -76,9 +80,9 @@ class SincStep(Settings):
         (math.pi / 3, math.pi), description="Cutoff frequency in radians per pixel."
     )
 
-    def draw(self, draws: Draws, frame: Frame) -> list[Op]:
-        kernel = {"family": "sinc", "size": draws.odd(self.sizes), "cutoff": draws.uniform(self.cutoff)}
-        return [Op("blur", kernel)] if draws.chance(self.prob) else []
+    def draw(self, random: RandomNumbers, frame: Frame) -> list[Op]:
+        kernel = {"family": "sinc", "size": random.odd(self.sizes), "cutoff": random.uniform(self.cutoff)}
+        return [Op("blur", kernel)] if random.chance(self.prob) else []
 
 
 class ResizeStep(Settings):
@@ -99,12 +103,12 @@ class ResizeStep(Settings):
             raise ValueError("resize: expected up_prob + down_prob of at most 1, and factors from a number in (0, 1] to one of at least 1")
         return self
 
-    def draw(self, draws: Draws, frame: Frame) -> list[Op]:
-        draws = draws.shared
-        way = draws.pick(("up", "down", "keep"), (self.up_prob, self.down_prob, max(0.0, 1 - self.up_prob - self.down_prob)))
-        factor = {"up": draws.uniform((1.0, self.factors[1])), "down": draws.uniform((self.factors[0], 1.0)), "keep": 1.0}[way]
+    def draw(self, random: RandomNumbers, frame: Frame) -> list[Op]:
+        random = random.shared
+        way = random.pick(("up", "down", "keep"), (self.up_prob, self.down_prob, max(0.0, 1 - self.up_prob - self.down_prob)))
+        factor = {"up": random.uniform((1.0, self.factors[1])), "down": random.uniform((self.factors[0], 1.0)), "keep": 1.0}[way]
         where = {"factor": factor} if self.to == "current" else {"size": frame.target(factor)}
-        return [Op("resize", {"mode": draws.pick(self.modes), **where})]
+        return [Op("resize", {"mode": random.pick(self.modes), **where})]
 
 
 class ReduceStep(Settings):
@@ -112,7 +116,7 @@ class ReduceStep(Settings):
 
     kind: Literal["reduce"] = "reduce"
 
-    def draw(self, draws: Draws, frame: Frame) -> list[Op]:
+    def draw(self, random: RandomNumbers, frame: Frame) -> list[Op]:
         return [Op("reduce", {"scale": frame.scale})]
 
 
@@ -130,9 +134,9 @@ class NoiseStep(Settings):
     )
     gray_prob: Probability = Field(0.4, description="Probability that all channels get the same field.")
 
-    def draw(self, draws: Draws, frame: Frame) -> list[Op]:
-        happens, gaussian = draws.shared.chance(self.prob), draws.shared.chance(self.gaussian_prob)
-        sigma, scale, gray = draws.uniform(self.sigma), draws.uniform(self.poisson_scale), draws.chance(self.gray_prob)
+    def draw(self, random: RandomNumbers, frame: Frame) -> list[Op]:
+        happens, gaussian = random.shared.chance(self.prob), random.shared.chance(self.gaussian_prob)
+        sigma, scale, gray = random.uniform(self.sigma), random.uniform(self.poisson_scale), random.chance(self.gray_prob)
         if not happens:
             return []
         return [Op("gaussian", {"sigma": sigma / 255, "gray": gray}) if gaussian else Op("poisson", {"scale": scale, "gray": gray})]
@@ -148,9 +152,9 @@ class JpegStep(Settings):
         "model", description="model: real-valued quality, no 8-bit rounding; real: integer quality, 8 bits."
     )
 
-    def draw(self, draws: Draws, frame: Frame) -> list[Op]:
-        quality = draws.uniform(self.quality)
-        if not draws.chance(self.prob):
+    def draw(self, random: RandomNumbers, frame: Frame) -> list[Op]:
+        quality = random.uniform(self.quality)
+        if not random.chance(self.prob):
             return []
         return [Op("jpeg", {"quality": quality}) if self.codec == "model" else Op("jpeg_codec", {"quality": round(quality)})]
 
@@ -164,8 +168,8 @@ class SharpenStep(Settings):
     radius: int = Field(50, ge=1, description="Size of the Gaussian in pixels, made odd.")
     threshold: float = Field(10.0, ge=0, description="Grey levels below which a difference counts as flat.")
 
-    def draw(self, draws: Draws, frame: Frame) -> list[Op]:
-        happens = draws.chance(self.prob)
+    def draw(self, random: RandomNumbers, frame: Frame) -> list[Op]:
+        happens = random.chance(self.prob)
         return [Op("sharpen", {"weight": self.weight, "radius": self.radius, "threshold": self.threshold})] if happens else []
 
 
@@ -174,7 +178,7 @@ class QuantizeStep(Settings):
 
     kind: Literal["quantize"] = "quantize"
 
-    def draw(self, draws: Draws, frame: Frame) -> list[Op]:
+    def draw(self, random: RandomNumbers, frame: Frame) -> list[Op]:
         return [Op("quantize")]
 
 
@@ -184,9 +188,9 @@ class ShuffleStep(Settings):
     kind: Literal["shuffle"] = "shuffle"
     groups: list[list[Step]] = Field(description="The groups; each is a list of steps.", min_length=1)
 
-    def draw(self, draws: Draws, frame: Frame) -> list[Op]:
-        drawn = [[op for step in group for op in step.draw(draws, frame)] for group in self.groups]
-        return [op for i in draws.shared.order(len(drawn)) for op in drawn[i]]
+    def draw(self, random: RandomNumbers, frame: Frame) -> list[Op]:
+        drawn = [[op for step in group for op in step.draw(random, frame)] for group in self.groups]
+        return [op for i in random.shared.order(len(drawn)) for op in drawn[i]]
 
 
 Step = Annotated[

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sslsr_diffusion.evaluation.metrics import METRICS
-from sslsr_diffusion.evaluation.pairing import Item
+from sslsr_diffusion.evaluation.pairing import Scene
 from sslsr_diffusion.evaluation.scoring import Scores, load_rgb
 from sslsr_diffusion.images import printable, resize_bicubic, to_array
 from sslsr_diffusion.ops import laplacian_edge_mask
@@ -24,7 +24,7 @@ THUMBNAIL = 240
 
 
 @dataclass(frozen=True)
-class Tile:
+class Zoom:
     title: str
     crop: str  # data URI
     mask: str  # data URI
@@ -39,7 +39,7 @@ class Card:
     box: tuple[float, float, float, float]  # left, top, width, height of the window, in percent
     window: int
     size: tuple[int, int]
-    tiles: tuple[Tile, ...]
+    zooms: tuple[Zoom, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def pick(scores: Scores, examples: int) -> dict[str, list[Pick]]:
         best = order[max(count, len(order) - count) :]
         chosen = [("worst", i) for i in order[:count]] + [("best", i) for i in reversed(best)]
         picks[name] = [
-            Pick(kind, printable(scores.items[i].name), f"image-{i}", {c: float(v[i]) for c, v in per_column.items()}) for kind, i in chosen
+            Pick(kind, printable(scores.scenes[i].name), f"image-{i}", {c: float(v[i]) for c, v in per_column.items()})
+            for kind, i in chosen
         ]
     return picks
 
@@ -74,35 +75,35 @@ def cards(scores: Scores, picks: dict[str, list[Pick]]) -> list[Card]:
     for metric, chosen in picks.items():
         for p in chosen:
             tags.setdefault(p.anchor, []).append(f"{p.kind} {METRICS[metric].label}: {_numbers(p.values, METRICS[metric].digits)}")
-    return [_card(item, f"image-{i}", tags[f"image-{i}"]) for i, item in enumerate(scores.items) if f"image-{i}" in tags]
+    return [_card(scene, f"image-{i}", tags[f"image-{i}"]) for i, scene in enumerate(scores.scenes) if f"image-{i}" in tags]
 
 
 def _numbers(values: dict[str, float], digits: int) -> str:
     return ", ".join(f"{column} {value:.{digits}f}" for column, value in values.items())
 
 
-def _card(item: Item, anchor: str, tags: Sequence[str]) -> Card:
-    restored = {column: load_rgb(paths[0]) for column, paths in item.restored.items()}
-    reference = load_rgb(item.reference) if item.reference else None
+def _card(scene: Scene, anchor: str, tags: Sequence[str]) -> Card:
+    restored = {column: load_rgb(paths[0]) for column, paths in scene.restored.items()}
+    reference = load_rgb(scene.reference) if scene.reference else None
     height, width = next(iter(restored.values())).shape[-2:]
     side = min(WINDOW, height, width)
     top, left = _place(list(restored.values()), reference, side)
     pictures: dict[str, Tensor] = {}
-    if item.lr:
-        pictures["LR bicubic"] = resize_bicubic(load_rgb(item.lr), (height, width)).clamp(0, 1)
+    if scene.lr:
+        pictures["LR bicubic"] = resize_bicubic(load_rgb(scene.lr), (height, width)).clamp(0, 1)
     pictures |= restored
     if reference is not None:
         pictures["reference"] = reference
     window = (..., slice(top, top + side), slice(left, left + side))
-    tiles = [
-        Tile(title, _uri(to_array(picture[window][0])), _uri(laplacian_edge_mask(picture)[window][0, 0].numpy()))
+    zooms = [
+        Zoom(title, _uri(to_array(picture[window][0])), _uri(laplacian_edge_mask(picture)[window][0, 0].numpy()))
         for title, picture in pictures.items()
     ]
     whole = pictures.get("reference", next(reversed(list(restored.values()))))
     scale = min(1.0, THUMBNAIL / max(height, width))
     small = resize_bicubic(whole, (max(1, round(height * scale)), max(1, round(width * scale)))).clamp(0, 1)
     box = (100 * left / width, 100 * top / height, 100 * side / width, 100 * side / height)
-    return Card(printable(item.name), anchor, tuple(tags), _uri(to_array(small[0]), "JPEG"), box, side, (width, height), tuple(tiles))
+    return Card(printable(scene.name), anchor, tuple(tags), _uri(to_array(small[0]), "JPEG"), box, side, (width, height), tuple(zooms))
 
 
 def _place(restored: Sequence[Tensor], reference: Tensor | None, side: int) -> tuple[int, int]:

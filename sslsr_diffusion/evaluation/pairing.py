@@ -13,7 +13,7 @@ SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Item:
+class Scene:
     """One scene: for each column the file of every seed, and what they are compared with."""
 
     name: str
@@ -24,7 +24,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Pairing:
-    items: tuple[Item, ...]
+    scenes: tuple[Scene, ...]
     problems: tuple[str, ...]  # files that have no partner, one sentence each
 
 
@@ -60,8 +60,8 @@ def pair_files(
             + ". Restored files are named like the reference"
             + (f" with {suffix!r} after the stem." if suffix else "; --suffix names what comes after the stem.")
         )
-    items = tuple(
-        Item(
+    scenes = tuple(
+        Scene(
             stem,
             {name: tuple(files[stem] for files in seeds) for name, seeds in restored.items()},
             (truths or {}).get(stem),
@@ -69,10 +69,10 @@ def pair_files(
         )
         for stem in whole
     )
-    _check_sizes(items)
+    _check_sizes(scenes)
     if lr:
-        problems.append(_missing("the low-resolution folder", [item.name for item in items if item.lr is None]))
-    return Pairing(items, tuple(p for p in problems if p))
+        problems.append(_missing("the low-resolution folder", [scene.name for scene in scenes if scene.lr is None]))
+    return Pairing(scenes, tuple(p for p in problems if p))
 
 
 def _by_stem(source: Path, suffix: str) -> dict[str, Path]:
@@ -98,11 +98,11 @@ def _join_single_files(restored: dict[str, list[dict[str, Path]]], truths: dict[
             seeds[:] = [{stem: next(iter(files.values()))} if len(files) == 1 else files for files in seeds]
 
 
-def _check_sizes(items: Iterable[Item]) -> None:
+def _check_sizes(scenes: Iterable[Scene]) -> None:
     wrong = []
-    for item in items:
-        files = [path for paths in item.restored.values() for path in paths]
-        first = item.reference or files[0]
+    for scene in scenes:
+        files = [path for paths in scene.restored.values() for path in paths]
+        first = scene.reference or files[0]
         for path in files:
             a, b = size_of(path), size_of(first)
             if a and b and a != b:

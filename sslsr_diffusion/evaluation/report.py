@@ -29,7 +29,7 @@ def render_report(summary: Mapping[str, Any], scores: Scores, *, title: str = "E
     )
     environment.filters |= {"number": number, "interval": interval, "arrow": arrow}
     picks = pick(scores, examples)
-    names = [printable(item.name) for item in scores.items]
+    names = [printable(scene.name) for scene in scores.scenes]
     charts = {
         name: distribution({c: v.mean(axis=1) for c, v in by.items()}, names, summary["metrics"][name]["columns"], METRICS[name].digits)
         for name, by in scores.values.items()

@@ -20,7 +20,7 @@ from sslsr_diffusion import __version__
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.learned import frechet_distance
 from sslsr_diffusion.evaluation.metrics import METRICS, convention
-from sslsr_diffusion.evaluation.pairing import Item
+from sslsr_diffusion.evaluation.pairing import Scene
 from sslsr_diffusion.evaluation.results import Key, ResultStore
 from sslsr_diffusion.images import printable, read_image, to_tensor
 
@@ -34,7 +34,7 @@ class Scores:
     """What was measured. Numbers are nan where a metric has none for an image (`problems` says why)."""
 
     columns: tuple[str, ...]
-    items: tuple[Item, ...]
+    scenes: tuple[Scene, ...]
     values: dict[str, dict[str, Array]]  # metric -> column -> [images, seeds]
     whole_set: dict[str, dict[str, Array]]  # metric -> column -> [seeds]
     pixel_std: dict[str, Array]  # column -> [images], only for columns with several seeds
@@ -55,7 +55,7 @@ class _Run:
 
 
 def score(
-    items: Sequence[Item],
+    scenes: Sequence[Scene],
     metrics: Sequence[str],
     store: ResultStore,
     *,
@@ -64,31 +64,31 @@ def score(
     device: str = "cpu",
     progress: Callable[[str], Any] = lambda name: None,
 ) -> Scores:
-    """Score the items; whatever `store` already knows for the same file contents and conventions is not computed again.
+    """Score the scenes; whatever `store` already knows for the same file contents and conventions is not computed again.
 
     `progress` is called with the name of each image when it is done. Images that cannot be read are left out of every column and named
     in `problems`.
     """
     conventions = {m: convention(m, crop_border=crop_border, y_channel=y_channel) for m in metrics}
     run = _Run(metrics, crop_border, y_channel, device, store, conventions)
-    columns = tuple(items[0].restored)
+    columns = tuple(scenes[0].restored)
     rows: dict[str, dict[str, list[list[Any]]]] = {m: {c: [] for c in columns} for m in metrics}
-    spreads: dict[str, list[float]] = {c: [] for c in columns if len(items[0].restored[c]) > 1}
-    kept: list[Item] = []
+    spreads: dict[str, list[float]] = {c: [] for c in columns if len(scenes[0].restored[c]) > 1}
+    kept: list[Scene] = []
     timed: dict[str, list[float]] = {m: [] for m in metrics}
-    for item in items:
+    for scene in scenes:
         try:
-            found = _score_item(run, item, timed)
+            found = _score_scene(run, scene, timed)
         except UserError as error:
-            run.problems.append(f"{printable(item.name)} is left out: {error}")
+            run.problems.append(f"{printable(scene.name)} is left out: {error}")
         else:
-            kept.append(item)
+            kept.append(scene)
             for metric in metrics:
                 for column in columns:
                     rows[metric][column].append([seed[metric] for seed in found[column]])
             for column in spreads:
-                spreads[column].append(_spread(run, item, column))
-        progress(item.name)
+                spreads[column].append(_spread(run, scene, column))
+        progress(scene.name)
     if not kept:
         raise UserError("no image could be scored: " + " ".join(run.problems[:3]))
     per_image = {m: {c: np.array(v, dtype=np.float64) for c, v in by.items()} for m, by in rows.items() if not METRICS[m].whole_set}
@@ -105,11 +105,11 @@ def score(
     )
 
 
-def _score_item(run: _Run, item: Item, timed: dict[str, list[float]]) -> dict[str, list[dict[str, Any]]]:
+def _score_scene(run: _Run, scene: Scene, timed: dict[str, list[float]]) -> dict[str, list[dict[str, Any]]]:
     """Column -> per seed: metric -> number (or, for metrics over the whole set, the features of restored and reference)."""
-    reference = _File(item.reference) if item.reference else None
+    reference = _File(scene.reference) if scene.reference else None
     found: dict[str, list[dict[str, Any]]] = {}
-    for column, paths in item.restored.items():
+    for column, paths in scene.restored.items():
         found[column] = []
         for path in paths:
             file = _File(path)
@@ -163,9 +163,9 @@ def _set_distance(rows: list[list[Any]]) -> Array:
     return np.array([frechet_distance(*(np.stack([row[seed][side] for row in rows]) for side in (0, 1))) for seed in range(len(rows[0]))])
 
 
-def _spread(run: _Run, item: Item, column: str) -> float:
+def _spread(run: _Run, scene: Scene, column: str) -> float:
     """Standard deviation over the seeds (n - 1), per pixel and channel, averaged over the image; 0..255 scale."""
-    files = [_File(path) for path in item.restored[column]]
+    files = [_File(path) for path in scene.restored[column]]
     key = Key(hashlib.sha256("".join(f.digest for f in files).encode()).hexdigest(), "", PIXEL_STD, __version__)
     if key not in run.store:
         started = time.perf_counter()

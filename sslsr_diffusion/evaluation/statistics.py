@@ -12,7 +12,7 @@ LEAST = 5  # of fewer images a bootstrap says almost nothing: two of the same si
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Mean:
     """Mean over the images that have a number, and its 95 % bootstrap interval (nan for fewer than LEAST images)."""
 
     mean: float
@@ -32,13 +32,13 @@ class Difference:
     better: int
 
 
-def estimate(values: NDArray[np.float64]) -> Estimate:
+def mean_with_interval(values: NDArray[np.float64]) -> Mean:
     """Percentile bootstrap of the mean, 10 000 resamples, always the same random numbers   (Efron 1979)."""
     values = values[~np.isnan(values)]
     if len(values) == 0:
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+        return Mean(float("nan"), float("nan"), float("nan"), 0)
     low, high = _interval(values)
-    return Estimate(float(values.mean()), low, high, len(values))
+    return Mean(float(values.mean()), low, high, len(values))
 
 
 def difference(first: NDArray[np.float64], second: NDArray[np.float64], *, higher_is_better: bool) -> Difference:
@@ -46,7 +46,7 @@ def difference(first: NDArray[np.float64], second: NDArray[np.float64], *, highe
     with np.errstate(invalid="ignore"):
         change = second - first  # two infinite PSNRs: nan, left out
     change = change[~np.isnan(change)]
-    found = estimate(change)
+    found = mean_with_interval(change)
     better = int(((change > 0) if higher_is_better else (change < 0)).sum())
     return Difference(found.mean, found.low, found.high, found.count, better)
 

@@ -15,7 +15,7 @@ import numpy as np
 from sslsr_diffusion import __version__
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.scoring import Scores
-from sslsr_diffusion.evaluation.statistics import LEAST, difference, estimate
+from sslsr_diffusion.evaluation.statistics import LEAST, difference, mean_with_interval
 
 
 def summarize(
@@ -26,7 +26,7 @@ def summarize(
     return {
         "version": __version__,
         "options": dict(options),
-        "images": len(scores.items),
+        "images": len(scores.scenes),
         "columns": list(scores.columns),
         "metrics": metrics,
         "differences": {column: _differences(scores, column) for column in scores.columns[1:]},
@@ -41,9 +41,9 @@ def _metric(scores: Scores, name: str) -> dict[str, Any]:
     columns: dict[str, dict[str, Any]] = {}
     for column in scores.columns:
         if metric.whole_set:
-            columns[column] = {"mean": float(scores.whole_set[name][column].mean()), "count": len(scores.items)}
+            columns[column] = {"mean": float(scores.whole_set[name][column].mean()), "count": len(scores.scenes)}
         else:
-            columns[column] = asdict(estimate(scores.values[name][column].mean(axis=1)))
+            columns[column] = asdict(mean_with_interval(scores.values[name][column].mean(axis=1)))
     means = {column: found["mean"] for column, found in columns.items() if not math.isnan(found["mean"])}
     extreme = (max if metric.higher_is_better else min)(means.values(), default=None)
     return {
@@ -70,9 +70,9 @@ def _spread(scores: Scores, column: str) -> dict[str, Any]:
     """How much a stochastic model's results vary with its seed; standard deviations with n - 1, averaged over the images."""
     per_image = {name: by[column] for name, by in scores.values.items()}
     return {
-        "seeds": next(iter(per_image.values())).shape[1] if per_image else len(scores.items[0].restored[column]),
+        "seeds": next(iter(per_image.values())).shape[1] if per_image else len(scores.scenes[0].restored[column]),
         "pixel_std": float(scores.pixel_std[column].mean()),
-        "metrics": {name: estimate(_deviation(values)).mean for name, values in per_image.items()}
+        "metrics": {name: mean_with_interval(_deviation(values)).mean for name, values in per_image.items()}
         | {name: float(by[column].std(ddof=1)) for name, by in scores.whole_set.items()},
     }
 
@@ -103,11 +103,11 @@ def to_csv(scores: Scores) -> str:
     writer = csv.writer(out, lineterminator="\n")
     names = list(scores.values)
     writer.writerow(["image", "model", "seed", *names])
-    for i, item in enumerate(scores.items):
+    for i, scene in enumerate(scores.scenes):
         for column in scores.columns:
-            for seed in range(len(item.restored[column])):
+            for seed in range(len(scene.restored[column])):
                 numbers = [scores.values[name][column][i, seed] for name in names]
-                name = item.name.encode("utf-8", "backslashreplace").decode()
+                name = scene.name.encode("utf-8", "backslashreplace").decode()
                 writer.writerow([name, column, seed, *("" if math.isnan(x) else repr(float(x)) for x in numbers)])
     return out.getvalue()
 

@@ -19,7 +19,7 @@ def color_fix(kind: str | None, content: Tensor, style: Tensor) -> Tensor:
     """Give `content` the colours of `style`.
 
     wavelet: content - low(content) + low(style), low = five dilated [1 2 1] x [1 2 1] / 16 blurs (radius 1, 2, 4, 8, 16)
-    adain:   (content - mean_c) / std_c * std_s + mean_s per channel, unbiased variance      (specification 7.7)
+    adain:   (content - mean_c) / std_c * std_s + mean_s per channel, unbiased variance      (both as in StableSR's code)
 
     Args:
         kind: "wavelet", "adain", "none" or None.

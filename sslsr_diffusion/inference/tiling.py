@@ -30,7 +30,7 @@ class Box(NamedTuple):
 
 
 def tile_offsets(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along one axis: every `tile - overlap`, the last flush with the end (specification 7.4, 7.5)."""
+    """Where tiles begin along one axis: every `tile - overlap`, the last flush with the end (as in StableSR)."""
     if not 0 <= overlap < tile:
         raise UserError(f"tile_overlap: expected 0 up to less than the tile ({tile}), got {overlap}; choose a smaller overlap.")
     if length <= tile:
@@ -53,7 +53,7 @@ def tile_weights(height: int, width: int, kind: str = "smooth", overlap: int = 0
 
     smooth:   p(i; n) = sin^2(pi/2 min(1, (min(i, n-1-i) + 1/2) / overlap)), a ramp as long as the overlap
     gaussian: p(i; n) = exp(-((i - (n-1)/2) / n)^2 / 0.02) / sqrt(0.02 pi)
-    original: gaussian, but the vertical centre is n/2, as published            (specification 7.4)
+    original: gaussian, but the vertical centre is n/2, as in StableSR's code
 
     The Gaussian is so narrow that one tile takes over from the next within 0.02 tiles: a step in tone where they disagree.
 

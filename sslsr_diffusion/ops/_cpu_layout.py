@@ -27,7 +27,7 @@ _compiling = threading.Lock()
 _kept = threading.local()
 
 
-class Plan(NamedTuple):
+class Call(NamedTuple):
     """How one call is cut into tiles, and where in its memory things lie (in floats)."""
 
     layout: Any
@@ -65,7 +65,7 @@ def _shape_of_tiles(
     return min(range(tallest, 0, -8), key=cost), tile_width
 
 
-def plan(mask: Tensor, channels: int, search: int, window: int, normalize: bool) -> Plan:
+def lay_out(mask: Tensor, channels: int, search: int, window: int, normalize: bool) -> Call:
     from sslsr_diffusion.ops import _cpu_calls as compiled
     from sslsr_diffusion.ops._cpu_tiles import Layout
 
@@ -96,7 +96,7 @@ def plan(mask: Tensor, channels: int, search: int, window: int, normalize: bool)
     first = np.cumsum(counts) - counts
     tiles = np.stack([origin, first[number], counts[number], dense[number].astype(np.int64)], axis=1)
     sizes = _sizes(layout, channels, window)
-    return Plan(layout, lead, tiles, positions, rows, min(workers, len(tiles)), batch * channels * plane, sizes)
+    return Call(layout, lead, tiles, positions, rows, min(workers, len(tiles)), batch * channels * plane, sizes)
 
 
 def _sizes(layout: Any, channels: int, window: int) -> dict[str, int]:
@@ -133,10 +133,10 @@ class Memory:
     not come to `keep`: its workers may still be writing.
     """
 
-    def __init__(self, plan: Plan, images: int, with_gradient: bool):
-        self.plan, self.images, self.gradient = plan, images, plan.image if with_gradient else 0
-        self.own = self.gradient + sum(plan.parts.values())
-        size = images * plan.image + plan.workers * self.own + 16
+    def __init__(self, call: Call, images: int, with_gradient: bool):
+        self.call, self.images, self.gradient = call, images, call.image if with_gradient else 0
+        self.own = self.gradient + sum(call.parts.values())
+        size = images * call.image + call.workers * self.own + 16
         block, _kept.block = getattr(_kept, "block", None), None
         if block is None or len(block) < size:
             block = None  # freed before the larger one is made
@@ -150,11 +150,11 @@ class Memory:
             _kept.block = self.whole
 
     def image(self, number: int) -> np.ndarray:
-        return self.block[number * self.plan.image : (number + 1) * self.plan.image]
+        return self.block[number * self.call.image : (number + 1) * self.call.image]
 
     def gradients(self) -> np.ndarray:
         """All threads' gradients, `own` floats apart."""
-        return self.block[self.images * self.plan.image :]
+        return self.block[self.images * self.call.image :]
 
     def gradient_of(self, worker: int) -> np.ndarray:
         return self.gradients()[worker * self.own : worker * self.own + self.gradient]
@@ -162,8 +162,8 @@ class Memory:
     def scratch(self, worker: int) -> Any:
         from sslsr_diffusion.ops import _cpu_tiles as compiled
 
-        at, parts = self.images * self.plan.image + worker * self.own + self.gradient, {}
-        for name, size in self.plan.parts.items():
+        at, parts = self.images * self.call.image + worker * self.own + self.gradient, {}
+        for name, size in self.call.parts.items():
             parts[name] = self.block[at : at + size]
             at += size
         parts["place"], parts["sums"] = parts["place"].view(np.uint32), parts["sums"].view(np.float64)
@@ -183,7 +183,7 @@ def _announced(key: tuple[object, ...], run: Callable[[], None]) -> None:
         _ready.add(key)
 
 
-def share(plan: Plan, key: tuple[object, ...], work: Callable[[int], None]) -> None:
+def share(call: Call, key: tuple[object, ...], work: Callable[[int], None]) -> None:
     """work(0) .. work(workers - 1), the first on this thread."""
     failures: list[BaseException] = []
 
@@ -194,7 +194,7 @@ def share(plan: Plan, key: tuple[object, ...], work: Callable[[int], None]) -> N
             failures.append(error)
 
     def everything() -> None:
-        others = [threading.Thread(target=guarded, args=(worker,), daemon=True) for worker in range(1, plan.workers)]
+        others = [threading.Thread(target=guarded, args=(worker,), daemon=True) for worker in range(1, call.workers)]
         for other in others:
             other.start()
         guarded(0)

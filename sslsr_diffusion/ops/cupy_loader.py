@@ -62,6 +62,7 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def find_source(name: str) -> Path | None:
+    """A kernel file of the package by its name, or any other by its absolute path."""
     return next((folder / name for folder in SOURCE_FOLDERS if (folder / name).is_file()), None)
 
 

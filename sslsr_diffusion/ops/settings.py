@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Settings(NamedTuple):
+class GraphSettings(NamedTuple):
     """How a graph is drawn; already checked."""
 
     search: int

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from sslsr_diffusion.ops import ssg_cpu, ssg_cuda, ssg_reference, ssg_torch
 from sslsr_diffusion.ops.errors import BackendUnavailable
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.settings import GraphSettings
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -53,7 +53,7 @@ def self_similarity_graph(
     image = in_full_precision(image)
     run = choose_backend(backend, image)
     refuse_forward_mode(run, image)
-    return run.graph(image, as_bool(mask), Settings(search_size, window_size, float(sigma), bool(normalize)))
+    return run.graph(image, as_bool(mask), GraphSettings(search_size, window_size, float(sigma), bool(normalize)))
 
 
 def check_sizes(search_size: int, window_size: int, sigma: float) -> None:

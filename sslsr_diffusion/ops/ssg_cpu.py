@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sslsr_diffusion.ops import _cpu_layout as layouts
 from sslsr_diffusion.ops import differentiable_operators
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.settings import GraphSettings
 
 log = logging.getLogger(__name__)
 
@@ -53,21 +53,21 @@ def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, 
     from sslsr_diffusion.ops import _cpu_calls as compiled
 
     channels = image.shape[1]
-    plan = layouts.plan(mask, channels, search, window, normalize)
-    out = image.new_empty(len(plan.rows), search**2)
+    call = layouts.lay_out(mask, channels, search, window, normalize)
+    out = image.new_empty(len(call.rows), search**2)
     if len(out) == 0:
         return out
-    memory = layouts.Memory(plan, images=1, with_gradient=False)
+    memory = layouts.Memory(call, images=1, with_gradient=False)
     rows, padded = out.numpy(), memory.image(0)
-    compiled.pad(image.detach().contiguous().numpy(), padded, plan.lead, plan.layout)
+    compiled.pad(image.detach().contiguous().numpy(), padded, call.lead, call.layout)
 
     def work(worker: int) -> None:
         compiled.graph_tiles(
-            padded, rows, plan.part(worker), plan.positions, plan.rows, plan.layout, memory.scratch(worker),
+            padded, rows, call.part(worker), call.positions, call.rows, call.layout, memory.scratch(worker),
             layouts.scale(channels, window, sigma), (0,) * channels, (0,) * window,
         )  # fmt: skip
 
-    layouts.share(plan, ("graph", channels, window), work)
+    layouts.share(call, ("graph", channels, window), work)
     memory.keep()
     return out
 
@@ -80,21 +80,21 @@ def _graph_backward(
 
     channels = image.shape[1]
     gradient = torch.zeros_like(image, memory_format=torch.contiguous_format)
-    plan = layouts.plan(mask, channels, search, window, normalize)
-    if len(plan.rows) == 0:
+    call = layouts.lay_out(mask, channels, search, window, normalize)
+    if len(call.rows) == 0:
         return gradient
-    memory = layouts.Memory(plan, images=1, with_gradient=True)
+    memory = layouts.Memory(call, images=1, with_gradient=True)
     padded, weights, pull = memory.image(0), out.detach().numpy(), grad_out.detach().contiguous().numpy()
-    compiled.pad(image.detach().contiguous().numpy(), padded, plan.lead, plan.layout)
+    compiled.pad(image.detach().contiguous().numpy(), padded, call.lead, call.layout)
 
     def work(worker: int) -> None:
         compiled.graph_gradient_tiles(
-            padded, weights, pull, memory.gradient_of(worker), plan.part(worker), plan.positions, plan.rows, plan.layout,
+            padded, weights, pull, memory.gradient_of(worker), call.part(worker), call.positions, call.rows, call.layout,
             memory.scratch(worker), layouts.scale(channels, window, sigma), (0,) * channels, (0,) * window,
         )  # fmt: skip
 
-    layouts.share(plan, ("graph gradient", channels, window), work)
-    compiled.fold(memory.gradients(), memory.own, plan.workers, gradient.numpy(), plan.lead, 1.0, plan.layout)
+    layouts.share(call, ("graph gradient", channels, window), work)
+    compiled.fold(memory.gradients(), memory.own, call.workers, gradient.numpy(), call.lead, 1.0, call.layout)
     memory.keep()
     return gradient
 
@@ -108,31 +108,31 @@ def _loss(
     from sslsr_diffusion.ops import _cpu_calls as compiled
 
     channels = sr.shape[1]
-    plan = layouts.plan(mask, channels, search, window, normalize)
+    call = layouts.lay_out(mask, channels, search, window, normalize)
     gradient = sr.new_zeros(sr.shape[0] if with_gradient else 0, *sr.shape[1:])
-    if len(plan.rows) == 0:
+    if len(call.rows) == 0:
         zero = sr.new_zeros(())
         return zero, zero.clone(), zero.clone(), gradient
-    memory = layouts.Memory(plan, images=2, with_gradient=with_gradient)
+    memory = layouts.Memory(call, images=2, with_gradient=with_gradient)
     for number, image in enumerate((sr, gt)):
-        compiled.pad(image.detach().contiguous().numpy(), memory.image(number), plan.lead, plan.layout)
-    sums = np.zeros((len(plan.tiles), 2))  # by tile: the order of the sum does not depend on the number of threads
+        compiled.pad(image.detach().contiguous().numpy(), memory.image(number), call.lead, call.layout)
+    sums = np.zeros((len(call.tiles), 2))  # by tile: the order of the sum does not depend on the number of threads
 
     def work(worker: int) -> None:
-        tiles = plan.part(worker)
+        tiles = call.part(worker)
         own = np.zeros((len(tiles), 2))
         compiled.loss_tiles(
-            memory.image(0), memory.image(1), memory.gradient_of(worker), tiles, plan.positions, plan.layout,
+            memory.image(0), memory.image(1), memory.gradient_of(worker), tiles, call.positions, call.layout,
             memory.scratch(worker), own, layouts.scale(channels, window, sigma), l1_weight, kl_weight, (0,) * channels, (0,) * window,
         )  # fmt: skip
-        sums[worker :: plan.workers] = own
+        sums[worker :: call.workers] = own
 
-    layouts.share(plan, ("loss", channels, window), work)
-    share = Settings(search, window, sigma, normalize).per_entry(float(rows))
+    layouts.share(call, ("loss", channels, window), work)
+    share = GraphSettings(search, window, sigma, normalize).per_entry(float(rows))
     l1, kl = sums.sum(0) * share
     total = l1_weight * l1 + kl_weight * kl
     if with_gradient:
-        compiled.fold(memory.gradients(), memory.own, plan.workers, gradient.numpy(), plan.lead, share, plan.layout)
+        compiled.fold(memory.gradients(), memory.own, call.workers, gradient.numpy(), call.lead, share, call.layout)
     memory.keep()
     return sr.new_tensor(total), sr.new_tensor(l1), sr.new_tensor(kl), gradient
 
@@ -140,7 +140,7 @@ def _loss(
 differentiable_operators.complete(_graph, _graph_backward, _loss)
 
 
-def graph(image: Tensor, mask: Tensor, settings: Settings) -> Tensor:
+def graph(image: Tensor, mask: Tensor, settings: GraphSettings) -> Tensor:
     """The graph [N, search_size^2], differentiable in image; arguments as in `self_similarity_graph`, already checked."""
     return _graph(image, mask, *settings)
 
@@ -149,7 +149,7 @@ def loss(
     sr: Tensor,
     gt: Tensor,
     mask: Tensor,
-    settings: Settings,
+    settings: GraphSettings,
     weights: tuple[float, float],
     num_rows: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,12 +15,12 @@ from torch import Tensor
 from sslsr_diffusion.ops import saved_gradient
 from sslsr_diffusion.ops import ssg_cuda_launch as geometry
 from sslsr_diffusion.ops.cupy_loader import CupyLauncher, shared_memory_limit, unavailable
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.settings import GraphSettings
 
 __all__ = ["graph", "loss", "unavailable"]
 
 
-def graph(image: Tensor, mask: Tensor, settings: Settings) -> Tensor:
+def graph(image: Tensor, mask: Tensor, settings: GraphSettings) -> Tensor:
     """The graph [N, search_size^2], differentiable in image; arguments as in `self_similarity_graph`, already checked."""
     pixels = mask.flatten().nonzero().squeeze(1)
     return _graph_op(image, mask, pixels, *settings)
@@ -30,7 +30,7 @@ def loss(
     sr: Tensor,
     gt: Tensor,
     mask: Tensor,
-    settings: Settings,
+    settings: GraphSettings,
     weights: tuple[float, float],
     num_rows: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +74,7 @@ def _loss_op(
         sr.contiguous(),
         gt.contiguous(),
         mask.contiguous(),
-        Settings(search_size, window_size, sigma, normalize),
+        GraphSettings(search_size, window_size, sigma, normalize),
         (l1_weight, kl_weight),
         with_gradient=with_gradient,
         shared_limit=shared_limit,
@@ -101,7 +101,7 @@ _loss_op.register_autograd(saved_gradient.backward, setup_context=saved_gradient
 def _graph_op(image: Tensor, mask: Tensor, pixels: Tensor, search_size: int, window_size: int, sigma: float, normalize: bool) -> Tensor:
     """Rows [N, search_size^2] for int64 `pixels` [N], the flat indices of the mask's true entries."""
     launch, shared_limit = _launcher(image.device)
-    settings = Settings(search_size, window_size, sigma, normalize)
+    settings = GraphSettings(search_size, window_size, sigma, normalize)
     return geometry.run_graph(launch, image.contiguous(), pixels.contiguous(), settings, shared_limit=shared_limit)
 
 
@@ -122,7 +122,7 @@ def _graph_backward_op(
 ) -> Tensor:
     """d / d image from d / d rows."""
     launch, shared_limit = _launcher(image.device)
-    settings = Settings(search_size, window_size, sigma, normalize)
+    settings = GraphSettings(search_size, window_size, sigma, normalize)
     tensors = (image.contiguous(), mask.contiguous(), rows.contiguous(), grad_rows.contiguous())
     return geometry.run_graph_backward(launch, *tensors, settings, shared_limit=shared_limit)
 

@@ -1,6 +1,7 @@
 """What the CUDA kernels are compiled with and how they are launched. Plain Python and torch: the tests run it without a GPU.
 
-A launcher is any callable that compiles `kernels/<file>` with `defines` and runs one kernel of it on tensors and numpy scalars.
+A launcher is any callable that compiles `file`, a name in kernels/ or an absolute path, with `defines` and runs one kernel of it on
+tensors and numpy scalars.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.settings import GraphSettings
 
 Argument = Tensor | np.int32 | np.float32
 
@@ -32,7 +33,7 @@ class Launcher(Protocol):
 
 
 @dataclass(frozen=True)
-class RowPlan:
+class RowGeometry:
     """How one block shares out one row of the graph; every field is a constant of the kernels."""
 
     search: int
@@ -61,20 +62,20 @@ class RowPlan:
         return tuple(f"SSG_{name}={value}" for name, value in numbers.items())
 
 
-def plan_row(search: int, window: int, channels: int, shared_limit: int) -> RowPlan:
+def row_geometry(search: int, window: int, channels: int, shared_limit: int) -> RowGeometry:
     """The widest group of channels that fits into `shared_limit` bytes of shared memory; ValueError where not even one does."""
     groups = ceil(channels / _MAX_GROUP)
     for group in range(ceil(channels / groups), 0, -1):
-        plan = _row_plan(search, window, group)
-        if plan.shared_bytes <= shared_limit:
-            return plan
+        row = _with_group(search, window, group)
+        if row.shared_bytes <= shared_limit:
+            return row
     raise ValueError(
-        f"search_size = {search} with window_size = {window} needs {plan.shared_bytes} bytes of shared memory on the GPU, this one has "
+        f"search_size = {search} with window_size = {window} needs {row.shared_bytes} bytes of shared memory on the GPU, this one has "
         f'{shared_limit}; use smaller sizes or backend="torch".'
     )
 
 
-def _row_plan(search: int, window: int, group: int) -> RowPlan:
+def _with_group(search: int, window: int, group: int) -> RowGeometry:
     run = min((5, 7), key=lambda r: ceil(search / r) * r)
     runs = ceil(search / run)
     threads = min(_MAX_THREADS, 32 * ceil(search * runs / 32))
@@ -86,7 +87,7 @@ def _row_plan(search: int, window: int, group: int) -> RowPlan:
     splits = max(1, min(search, threads // (group * window)))
     words = group * plane + lines * stride + splits * group * window**2 + 3 * threads + 8 + 8
     size = 16 * group * window * ceil(window / 4) + 4 * 8 + 4 * words
-    return RowPlan(search, window, group, run, threads, stride, plane, splits, 16 * ceil(size / 16))
+    return RowGeometry(search, window, group, run, threads, stride, plane, splits, 16 * ceil(size / 16))
 
 
 def _at_least(smallest: int, residue: int) -> int:
@@ -94,7 +95,7 @@ def _at_least(smallest: int, residue: int) -> int:
 
 
 @dataclass(frozen=True)
-class TilePlan:
+class TileGeometry:
     """How the image is cut into tiles, one per block; each keeps the gradient of its dilated area in a slot of its own."""
 
     tile_h: int
@@ -113,7 +114,7 @@ class TilePlan:
         return [np.int32(self.tile_h), np.int32(self.tile_w), np.int32(self.tiles_y), np.int32(self.tiles_x)]
 
 
-def plan_tiles(shape: torch.Size, search: int, slot_bytes: int = SLOT_BYTES) -> TilePlan:
+def tile_geometry(shape: torch.Size, search: int, slot_bytes: int = SLOT_BYTES) -> TileGeometry:
     """The smallest tiles (the work is spread best) whose slots fit into `slot_bytes`; what does not fit is done in several launches."""
     batch, channels, height, width = shape
     for tile_h, tile_w in _TILES:
@@ -123,7 +124,7 @@ def plan_tiles(shape: torch.Size, search: int, slot_bytes: int = SLOT_BYTES) -> 
         if tiles * slot_floats * 4 <= slot_bytes:
             break
     per_launch = max(1, min(tiles, slot_bytes // (slot_floats * 4)))
-    return TilePlan(tile_h, tile_w, tiles_y, tiles_x, tiles, per_launch, slot_floats)
+    return TileGeometry(tile_h, tile_w, tiles_y, tiles_x, tiles, per_launch, slot_floats)
 
 
 def run_loss(
@@ -131,7 +132,7 @@ def run_loss(
     sr: Tensor,
     gt: Tensor,
     mask: Tensor,
-    settings: Settings,
+    settings: GraphSettings,
     weights: tuple[float, float],
     *,
     with_gradient: bool,
@@ -140,28 +141,28 @@ def run_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sums over all rows and offsets, float64 [L1, KL], and the gradient of weights[0] * L1 + weights[1] * KL in sr (or [0])."""
     channels, height, width = sr.shape[1:]
-    row = plan_row(settings.search, settings.window, channels, shared_limit)
-    plan = plan_tiles(sr.shape, settings.search, slot_bytes)
+    row = row_geometry(settings.search, settings.window, channels, shared_limit)
+    tiling = tile_geometry(sr.shape, settings.search, slot_bytes)
     if not with_gradient:
-        plan = _without_slots(plan)
-    sums = sr.new_empty(plan.tiles, 2, dtype=torch.float64)
-    counts = sr.new_empty(plan.tiles, dtype=torch.int32)
-    slots = sr.new_empty(plan.tiles_per_launch * plan.slot_floats)
+        tiling = _without_slots(tiling)
+    sums = sr.new_empty(tiling.tiles, 2, dtype=torch.float64)
+    counts = sr.new_empty(tiling.tiles, dtype=torch.int32)
+    slots = sr.new_empty(tiling.tiles_per_launch * tiling.slot_floats)
     gradient = sr.new_empty(sr.shape if with_gradient else 0)
-    for tiles in plan.launches():
-        args: list[Argument] = [sr, gt, mask, np.int32(channels), np.int32(height), np.int32(width), *plan.arguments()]
+    for tiles in tiling.launches():
+        args: list[Argument] = [sr, gt, mask, np.int32(channels), np.int32(height), np.int32(width), *tiling.arguments()]
         args += [np.int32(tiles.start), np.float32(1 / settings.kappa(channels)), np.float32(weights[0]), np.float32(weights[1])]
         args += [np.int32(settings.normalize), np.int32(with_gradient), sums, counts, slots]
         launch("ssg_loss.cu", "ssg_loss", row.defines(), len(tiles), row.threads, row.shared_bytes, args)
         if with_gradient:
-            _gather(launch, plan, tiles, settings.search, slots, counts, gradient)
+            _gather(launch, tiling, tiles, settings.search, slots, counts, gradient)
     return sums.sum(0), gradient
 
 
-def run_graph(launch: Launcher, image: Tensor, pixels: Tensor, settings: Settings, *, shared_limit: int) -> Tensor:
+def run_graph(launch: Launcher, image: Tensor, pixels: Tensor, settings: GraphSettings, *, shared_limit: int) -> Tensor:
     """Rows [N, search^2] for int64 `pixels` [N], the flat indices into the mask."""
     channels, height, width = image.shape[1:]
-    row = plan_row(settings.search, settings.window, channels, shared_limit)
+    row = row_geometry(settings.search, settings.window, channels, shared_limit)
     rows = image.new_empty(len(pixels), settings.search**2)
     if len(pixels):
         args: list[Argument] = [image, pixels, np.int32(channels), np.int32(height), np.int32(width)]
@@ -176,23 +177,23 @@ def run_graph_backward(
     mask: Tensor,
     rows: Tensor,
     rows_gradient: Tensor,
-    settings: Settings,
+    settings: GraphSettings,
     *,
     shared_limit: int,
     slot_bytes: int = SLOT_BYTES,
 ) -> Tensor:
     """The gradient of the image [B, C, H, W] from that of its rows [N, search^2]."""
     channels, height, width = image.shape[1:]
-    row = plan_row(settings.search, settings.window, channels, shared_limit)
-    plan = plan_tiles(image.shape, settings.search, slot_bytes)
+    row = row_geometry(settings.search, settings.window, channels, shared_limit)
+    tiling = tile_geometry(image.shape, settings.search, slot_bytes)
     row_of = mask.flatten().cumsum(0)
-    counts = image.new_empty(plan.tiles, dtype=torch.int32)
-    slots = image.new_empty(plan.tiles_per_launch * plan.slot_floats)
+    counts = image.new_empty(tiling.tiles, dtype=torch.int32)
+    slots = image.new_empty(tiling.tiles_per_launch * tiling.slot_floats)
     gradient = torch.empty_like(image)
-    for tiles in plan.launches():
+    for tiles in tiling.launches():
         args: list[Argument] = [image, mask, row_of, rows, rows_gradient, np.int32(channels), np.int32(height), np.int32(width)]
         args += [
-            *plan.arguments(),
+            *tiling.arguments(),
             np.int32(tiles.start),
             np.float32(1 / settings.kappa(channels)),
             np.int32(settings.normalize),
@@ -200,15 +201,15 @@ def run_graph_backward(
             slots,
         ]
         launch("ssg_graph.cu", "ssg_graph_backward", row.defines(), len(tiles), row.threads, row.shared_bytes, args)
-        _gather(launch, plan, tiles, settings.search, slots, counts, gradient)
+        _gather(launch, tiling, tiles, settings.search, slots, counts, gradient)
     return gradient
 
 
-def _gather(launch: Launcher, plan: TilePlan, tiles: range, search: int, slots: Tensor, counts: Tensor, gradient: Tensor) -> None:
-    args: list[Argument] = [slots, counts, *(np.int32(side) for side in gradient.shape), np.int32(search // 2), *plan.arguments()]
+def _gather(launch: Launcher, tiling: TileGeometry, tiles: range, search: int, slots: Tensor, counts: Tensor, gradient: Tensor) -> None:
+    args: list[Argument] = [slots, counts, *(np.int32(side) for side in gradient.shape), np.int32(search // 2), *tiling.arguments()]
     args += [np.int32(tiles.start), np.int32(tiles.stop), gradient]
     launch("ssg_gather.cu", "ssg_gather", (), ceil(gradient.numel() / 256), 256, 0, args)
 
 
-def _without_slots(plan: TilePlan) -> TilePlan:
-    return TilePlan(plan.tile_h, plan.tile_w, plan.tiles_y, plan.tiles_x, plan.tiles, plan.tiles, 0)
+def _without_slots(tiling: TileGeometry) -> TileGeometry:
+    return TileGeometry(tiling.tile_h, tiling.tile_w, tiling.tiles_y, tiling.tiles_x, tiling.tiles, tiling.tiles, 0)

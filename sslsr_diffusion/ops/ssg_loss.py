@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sslsr_diffusion.ops.edge_mask import apply_mask_stride, laplacian_edge_mask
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.settings import GraphSettings
 from sslsr_diffusion.ops.ssg import (
     as_bool,
     backend_module,
@@ -120,7 +120,7 @@ class SelfSimilarityLoss(nn.Module):
         if not torch.compiler.is_compiling() and sr.device.type == "cpu":  # a GPU would have to be waited for
             _warn_of_other_ranges(gt, mask)
         mask = apply_mask_stride(as_bool(mask), self.mask_stride)
-        settings = Settings(self.search_size, self.window_size, self.sigma, self.normalize)
+        settings = GraphSettings(self.search_size, self.window_size, self.sigma, self.normalize)
         run = choose_backend(self.backend, sr)
         refuse_forward_mode(run, sr)
         total, l1, kl = run.loss(sr, gt, mask, settings, (self.l1_weight, self.kl_weight), num_rows)

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.settings import GraphSettings
 
 ROW_EPS = 1e-10  # added to the row sum, which is at least 1
 CLAMP = 1e-10  # both graphs are clamped here before the logarithm; below it the KL term has no gradient
 
 
-def graph(image: Tensor, mask: Tensor, settings: Settings) -> Tensor:
+def graph(image: Tensor, mask: Tensor, settings: GraphSettings) -> Tensor:
     """T[n, d] = exp(-dist(n, d) / (C window^2 sigma)), divided by its row sum: [N, search_size^2].
 
     The search square around each masked pixel is cut out BEFORE the window slides over it, so window samples
-    outside the square count as 0 (published code; eq. 1.1 of the specification).
+    outside the square count as 0, as in the published code (Chen et al., ACM MM 2024).
     """
     channels = image.shape[1]
     search, reach, half = settings.search, settings.reach, settings.half
@@ -40,7 +40,7 @@ def loss(
     sr: Tensor,
     gt: Tensor,
     mask: Tensor,
-    settings: Settings,
+    settings: GraphSettings,
     weights: tuple[float, float],
     num_rows: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslsr_diffusion.ops import differentiable_operators
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.settings import GraphSettings
 from sslsr_diffusion.ops.ssg_reference import CLAMP, ROW_EPS
 
 LOG_CLAMP = math.log(CLAMP)
@@ -41,7 +41,7 @@ class _Band:
     first: int  # their first row in the graph
 
 
-def _bands(mask: Tensor, settings: Settings) -> Iterator[_Band]:
+def _bands(mask: Tensor, settings: GraphSettings) -> Iterator[_Band]:
     """Strips of rows small enough for the buffers; strips without a masked pixel are left out."""
     width = mask.shape[3]
     counts = mask.sum((1, 3)).tolist()  # [B][H]: the one synchronisation of a call
@@ -60,13 +60,13 @@ def _bands(mask: Tensor, settings: Settings) -> Iterator[_Band]:
             first, top = first + masked, bottom
 
 
-def _padded(image: Tensor, settings: Settings) -> Tensor:
+def _padded(image: Tensor, settings: GraphSettings) -> Tensor:
     """Reflected by reach, then zeros by half (never read into a sum): every shift of a band is a plain slice."""
     reach, half = settings.reach, settings.half
     return F.pad(F.pad(image, (reach,) * 4, mode="reflect"), (half,) * 4)
 
 
-def _unpad(grad: Tensor, settings: Settings) -> Tensor:
+def _unpad(grad: Tensor, settings: GraphSettings) -> Tensor:
     """The adjoint of `_padded`: folds the border back onto the pixels it was reflected from."""
     half, reach = settings.half, settings.reach
     grad = grad[..., half : grad.shape[-2] - half, half : grad.shape[-1] - half]
@@ -83,7 +83,7 @@ def _unpad(grad: Tensor, settings: Settings) -> Tensor:
 class _BandMaths:
     """Distances of one band of one padded image, and their adjoint."""
 
-    def __init__(self, padded: Tensor, band: _Band, width: int, settings: Settings):
+    def __init__(self, padded: Tensor, band: _Band, width: int, settings: GraphSettings):
         self.settings, self.band, self.width = settings, band, width
         self.grown = (band.height + 2 * settings.half, width + 2 * settings.half)  # the region the windows of the band cover
         self.area = padded[
@@ -217,7 +217,7 @@ class _BandMaths:
 
 @torch.library.custom_op("sslsr::graph_torch", mutates_args=())
 def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool) -> Tensor:
-    settings = Settings(search, window, sigma, normalize)
+    settings = GraphSettings(search, window, sigma, normalize)
     padded, kappa = _padded(image, settings), settings.kappa(image.shape[1])
     out = image.new_empty(int(mask.sum()), search**2)
     for band in _bands(mask, settings):
@@ -232,7 +232,7 @@ def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, 
 def _graph_backward(
     grad_out: Tensor, out: Tensor, image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool
 ) -> Tensor:
-    settings = Settings(search, window, sigma, normalize)
+    settings = GraphSettings(search, window, sigma, normalize)
     padded, kappa = _padded(image, settings), settings.kappa(image.shape[1])
     grad = torch.zeros_like(padded)
     for band in _bands(mask, settings):
@@ -250,7 +250,7 @@ def _loss(
     l1_weight: float, kl_weight: float, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """total, l1, kl and the gradient of total, formed while the distances are at hand: [] without with_gradient."""
-    settings, weights = Settings(search, window, sigma, normalize), (l1_weight, kl_weight)
+    settings, weights = GraphSettings(search, window, sigma, normalize), (l1_weight, kl_weight)
     padded_sr, padded_gt, kappa = _padded(sr, settings), _padded(gt, settings), settings.kappa(sr.shape[1])
     grad = torch.zeros_like(padded_sr) if with_gradient else None
     sums = sr.new_zeros(2, dtype=sr.dtype if sr.device.type == "mps" else torch.float64)
@@ -270,7 +270,7 @@ def _loss(
 differentiable_operators.complete(_graph, _graph_backward, _loss)
 
 
-def graph(image: Tensor, mask: Tensor, settings: Settings) -> Tensor:
+def graph(image: Tensor, mask: Tensor, settings: GraphSettings) -> Tensor:
     """The graph [N, search_size^2], differentiable in image; arguments as in `self_similarity_graph`, already checked."""
     return _graph(image, mask, *settings)
 
@@ -298,7 +298,7 @@ def loss(
     sr: Tensor,
     gt: Tensor,
     mask: Tensor,
-    settings: Settings,
+    settings: GraphSettings,
     weights: tuple[float, float],
     num_rows: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:

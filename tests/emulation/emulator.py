@@ -1,4 +1,4 @@
-"""Compiles `kernels/*.cu`, unchanged, as C++ over cuda_emulation.h and runs them on CPU tensors: a Launcher of ssg_cuda_plan."""
+"""Compiles `kernels/*.cu`, unchanged, as C++ over cuda_emulation.h and runs them on CPU tensors: a Launcher of ssg_cuda_launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The direct formulation on the GPU, as the published extension does it: the benchmark's baseline, not a backend.
+"""The direct formulation on the GPU, as the published extension does it: the baseline of benchmarks/ssg.py and a cross-check.
 
 It holds several [N, search^2] matrices per image, computes every product again for every entry and scatters with atomics.
 """
@@ -6,6 +6,7 @@ It holds several [N, search^2] matrices per image, computes every product again 
 from __future__ import annotations
 
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sslsr_diffusion.ops.cupy_loader import CupyLauncher, unavailable
-from sslsr_diffusion.ops.settings import Settings
+from sslsr_diffusion.ops.cupy_loader import CupyLauncher
+from sslsr_diffusion.ops.settings import GraphSettings
 from sslsr_diffusion.ops.ssg_cuda_launch import Argument, Launcher
 from sslsr_diffusion.ops.ssg_reference import CLAMP, ROW_EPS
 
-__all__ = ["direct_loss", "unavailable"]
-
+SOURCE = str(Path(__file__).with_suffix(".cu").resolve())
 PUBLISHED_BLOCK = 16  # threads of a block in the published extension; a full warp is 32
 
 
@@ -50,14 +50,14 @@ def _run(
     height, width = (side - search + 1 for side in padded.shape[2:])
     numbers = [np.int32(n) for n in (count, padded.shape[1], height, width, search, window)]
     if count:
-        launch("ssg_direct.cu", kernel, (), ceil(count * search**2 / block), block, 0, [*tensors, *numbers, out])
+        launch(SOURCE, kernel, (), ceil(count * search**2 / block), block, 0, [*tensors, *numbers, out])
 
 
 def direct_loss(
     sr: Tensor,
     gt: Tensor,
     mask: Tensor,
-    settings: Settings,
+    settings: GraphSettings,
     weights: tuple[float, float],
     num_rows: float | Tensor | None,
     *,

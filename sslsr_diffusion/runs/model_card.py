@@ -17,6 +17,7 @@ import yaml
 from sslsr_diffusion import __version__
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.summary import markdown_table
+from sslsr_diffusion.hub import is_hub_id
 from sslsr_diffusion.shipped_model import SMALL, shipped_folder
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -26,7 +27,6 @@ _USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 _PATH = re.compile(r"(?:file:/*|(?<![\w:/.~])(?:[A-Za-z]:[\\/]|\\\\|~[\w.-]*/|/(?=[\w.~-])))[^\s'\"`,;()\[\]{}<>|]*")
 _WHOLE_PATH = re.compile(r"(?:file:/|[A-Za-z]:[\\/]|\\\\|~|/(?!/)|\.\.[\\/])")
 _COMMON_NAMES = {"root", "user", "users", "home", "ubuntu", "admin", "nobody", "docker", "runner", "localhost"}
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LICENCES = {  # of known bases; the model is derived from its base
     SMALL: "apache-2.0",
     "sd2-community/": "openrail++",
@@ -57,7 +57,7 @@ def model_card(
     """
     from jinja2 import Environment, StrictUndefined
 
-    known_base = base if base and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
+    known_base = base if base and is_hub_id(base) else None
     shipped = base == SMALL and shipped_folder(SMALL) is not None
     licence = licence or _licence_of(base, SMALL if shipped else known_base)
     link = f"[{known_base}](https://huggingface.co/{known_base})" if known_base else "a local model"

@@ -11,12 +11,11 @@ from typing import Any
 
 from sslsr_diffusion.runs.recipe import Recipe, resolved
 from sslsr_diffusion.training.checkpoints import STATE
-from sslsr_diffusion.hub import is_hub_id
+from sslsr_diffusion.hub import Kind, commit_of, is_hub_id
 
 log = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-TIMEOUT_S = 10
 
 
 def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
@@ -40,7 +39,7 @@ def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
         commit = recorded.get("revision") if recorded.get("base" if kind == "model" else "path") == name else None
         if checkpoint is not None and not _COMMIT.fullmatch(str(commit)):
             continue  # nothing was recorded: the recipe must stay what it was
-        commit = commit or _commit(kind, name, revision)
+        commit = commit or commit_of(name, kind, revision)
         if commit is None:
             log.warning("%s: its commit cannot be found out now, so the run is not bound to it", name)
             continue
@@ -49,8 +48,8 @@ def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
     return _with_revisions(recipe, changes) if changes else recipe
 
 
-def _hub_ids(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
-    """(place in the recipe, "model" or "dataset", id, revision)."""
+def _hub_ids(recipe: Recipe) -> Iterator[tuple[str, Kind, str, str | None]]:
+    """(place in the recipe, kind, id, revision)."""
     source = recipe.family.source(recipe.model)
     if source is not None and is_hub_id(source):
         yield "model", "model", source, recipe.model.revision
@@ -76,21 +75,6 @@ def _at(tree: Any, place: str) -> Mapping[str, Any]:
         else:
             tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree if isinstance(tree, Mapping) else {}
-
-
-def _commit(kind: str, name: str, revision: str | None) -> str | None:
-    """Today's commit as the hub says, or that of the local cache where the hub does not answer."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        return str(HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=TIMEOUT_S).sha)
-    except Exception as error:  # every way in which a network can fail; what cannot be opened is reported by whoever opens it
-        log.debug("%s: %s", name, error)
-    try:
-        found = snapshot_download(name, revision=revision, repo_type=kind, local_files_only=True, allow_patterns=["*.json", "*.md"])
-    except Exception:
-        return None
-    return Path(found).name
 
 
 def _with_call_defaults(recipe: Recipe, before: Mapping[str, Any]) -> Recipe:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.runs.start import check_crop
 from sslsr_diffusion.data import TrainingLoader, open_training_data
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import Image, atomic_write, to_array, to_tensor, write_image
+from sslsr_diffusion.files import atomic_write
+from sslsr_diffusion.images import Image, to_array, to_tensor, write_image
 from sslsr_diffusion.inference.live import sample_latents
 from sslsr_diffusion.models import build_networks
 from sslsr_diffusion.runs.recipe import Recipe
+from sslsr_diffusion.runs.start import check_crop
 from sslsr_diffusion.tasks.objective import per_sample_noise, upsampled
 from sslsr_diffusion.types import Batch
 

@@ -17,17 +17,17 @@ from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
+from sslsr_diffusion.files import atomic_folder
+from sslsr_diffusion.inference.live import Upscaler, halve, sample_latents, save_pipeline
 from sslsr_diffusion.inference.reconstruction import Reconstruct
 from sslsr_diffusion.inference.sampling import spaced_timesteps
-from sslsr_diffusion.inference.live import Upscaler, halve, sample_latents, save_pipeline
 from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.models import Networks, build_autoencoder, build_networks
 from sslsr_diffusion.runs.recipe import Recipe, resolved
 from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.tasks.objective import AutoencoderObjective, DecoderObjective, DiffusionObjective, Objective
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.loop import Job, Publisher
-from sslsr_diffusion.tasks.objective import AutoencoderObjective, DecoderObjective, DiffusionObjective, Objective
-from sslsr_diffusion.training.run_folder import write_folder
 from sslsr_diffusion.training.state import give_trained, trained_parameters
 from sslsr_diffusion.training.validation import Pair, Validation
 
@@ -70,7 +70,8 @@ def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True, half
         if half:
             halve(folder)
 
-    write_folder(output, save)
+    with atomic_folder(output) as new:
+        save(new)
     return int(state["progress"]["step"])
 
 

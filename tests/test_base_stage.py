@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sslsr_diffusion.inference.live import save_pipeline
 from toys import wave_photos
 
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.inference.live import save_pipeline
 from sslsr_diffusion.inference.sampling import build_sampler, spaced_timesteps
 from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_autoencoder, build_networks, make_scheduler
 from sslsr_diffusion.runs.memory import describe_memory, describe_parameters

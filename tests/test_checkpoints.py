@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sslsr_diffusion import files
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training import checkpoints
+from sslsr_diffusion.files import atomic_folder, atomic_write, remove_leftovers, restore_folder
 from sslsr_diffusion.training import published as hub
 from sslsr_diffusion.training.checkpoints import (
     find_checkpoint,
@@ -23,10 +24,8 @@ from sslsr_diffusion.training.checkpoints import (
     prune_checkpoints,
     read_checkpoint,
     what_is_wrong,
-    write_atomically,
     write_checkpoint,
 )
-from sslsr_diffusion.training.run_folder import write_folder
 
 TENSORS = {"trained": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}, "rng": {"0/torch": torch.arange(5, dtype=torch.uint8)}}
 
@@ -129,7 +128,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_alone(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_sync", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(OSError, match="No space"):
         write_checkpoint(tmp_path / "checkpoint-2", TENSORS, {})
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
@@ -142,11 +141,11 @@ def test_writing_over_a_checkpoint_of_the_same_name(tmp_path):
     assert read_checkpoint(tmp_path / "checkpoint-1").state == {"value": 2}
 
 
-def test_write_atomically_keeps_the_old_file_on_failure(tmp_path, monkeypatch):
-    write_atomically(tmp_path / "a.json", b"old")
-    monkeypatch.setattr(checkpoints, "_sync", lambda path: (_ for _ in ()).throw(OSError("full")))
+def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, monkeypatch):
+    atomic_write(tmp_path / "a.json", b"old")
+    monkeypatch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        write_atomically(tmp_path / "a.json", b"new")
+        atomic_write(tmp_path / "a.json", b"new")
     assert (tmp_path / "a.json").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -189,9 +188,38 @@ def test_safetensors_without_room_is_an_error_of_the_disk(tmp_path):
     try:
         with pytest.raises(OSError, match="too large"):
             write_checkpoint(tmp_path / "checkpoint-1", tensors, {})
-        with pytest.raises(OSError, match="too large"):
-            write_folder(tmp_path / "pipeline", lambda folder: save_file(tensors["trained"], folder / "a.safetensors"))
+        with pytest.raises(OSError, match="too large"), atomic_folder(tmp_path / "pipeline") as folder:
+            save_file(tensors["trained"], folder / "a.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "checkpoint-1").exists()
     assert not (tmp_path / "pipeline").exists()
+
+
+@pytest.mark.parametrize("moment", ["filling", "between the renames"])
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, moment):
+    """Stopped while the new one is filled: the old one stands. Stopped between the renames: it gets its name back, or is written anew."""
+    folder = tmp_path / "result"
+    with atomic_folder(folder) as new:
+        (new / "part").mkdir()
+        (new / "part" / "a").write_text("old")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), atomic_folder(folder) as new:  # noqa: PT012
+        (new / "a").write_text("new")
+        if moment == "filling":
+            raise KeyboardInterrupt
+        rename = Path.rename
+
+        def stopped(self, target):
+            if self == new:
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        patch.setattr(Path, "rename", stopped)
+    assert folder.is_dir() is (moment == "filling")
+    restore_folder(folder)
+    assert (folder / "part" / "a").read_text() == "old"
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+    with atomic_folder(folder) as new:
+        (new / "a").write_text("newer")
+    assert [path.name for path in folder.iterdir()] == ["a"]

@@ -15,10 +15,10 @@ from PIL import Image as Pillow
 from PIL import ImageCms, ImageOps
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.files import atomic_write
 from sslsr_diffusion.images import (
     Image,
     UnreadableImage,
-    atomic_write,
     list_images,
     metadata,
     printable,

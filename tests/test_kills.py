@@ -109,23 +109,24 @@ def member(rank: int, port: int, folder: Path, options: dict, writing) -> None:
     """One of two processes on gloo; `writing` is set while rank 0 is in the middle of a checkpoint."""
     from accelerate.state import AcceleratorState
 
-    from sslsr_diffusion.training import checkpoints
+    from sslsr_diffusion import files
 
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()}, ACCELERATE_USE_CPU="1")
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
-    sync, seen = checkpoints._sync, []
+    sync, seen = files.sync, []
 
     def slowly(path):
-        seen.append(path)
+        if path.is_file():
+            seen.append(path)
         if len(seen) > 9:  # three files of the run folder, five of the first checkpoint: the second one is begun
             writing.set()
             time.sleep(0.2)
-        return sync(path)
+        sync(path)
 
     if writing is not None:
-        checkpoints._sync = slowly
+        files.sync = slowly
     try:
         fit(replace(toy_job(folder, dropout=0, **options), checkpoints=CheckpointSettings(every=2)))
     except UserError as error:

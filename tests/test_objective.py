@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sslsr_diffusion.tasks.objective import DiffusionObjective, apply_losses, choose_pixels
 from torch.nn import functional as F
 from toys import SIZE, smooth, toy_batch, toy_losses, toy_networks
 
 from sslsr_diffusion.tasks.decode_window import MARGIN, draw_windows
-from sslsr_diffusion.tasks.objective import DiffusionObjective, apply_losses, choose_pixels
 from sslsr_diffusion.types import Given
 
 

@@ -133,7 +133,7 @@ def test_bad_neighbours_are_named_and_the_good_are_done(tmp_path):
     assert reasons["empty.png"] == "the file is empty."
     assert "at least 2 x 2" in reasons["tiny.png"]
     assert b"caf\xe9.png" in os.listdir(os.fsencode(tmp_path / "out"))
-    assert not [p for p in os.listdir(tmp_path / "out") if p.endswith(".tmp")]
+    assert not [p for p in os.listdir(tmp_path / "out") if p.startswith(".tmp-")]
 
 
 def test_second_of_two_names_keeps_its_extension(tmp_path):
@@ -366,7 +366,7 @@ def test_two_hundred_hostile_pictures_lose_no_good_neighbour(tmp_path):
         assert reason.isprintable()
     assert {path: path.read_bytes() for path in before} == before
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
-    assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
+    assert not [name for name in os.listdir(out) if name.startswith(".tmp-")]
     again = run(source, out)
     assert again.done == []
     assert sorted(again.failed) == sorted(report.failed)

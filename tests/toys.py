@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image as Pillow
+from sslsr_diffusion.tasks.objective import DiffusionObjective
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +21,6 @@ from sslsr_diffusion.losses.diffusion import DiffusionSettings
 from sslsr_diffusion.losses.pixel import PixelL1Settings
 from sslsr_diffusion.losses.self_similarity import SelfSimilaritySettings
 from sslsr_diffusion.seeding import sample_generator
-from sslsr_diffusion.tasks.objective import DiffusionObjective
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.loop import Job
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings, ValidationSettings

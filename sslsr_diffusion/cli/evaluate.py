@@ -236,7 +236,7 @@ def _write(scores: Scores, pairing: Pairing, lacking: dict[str, str], output: Pa
     from sslsr_diffusion.evaluation.report import render_report
     from sslsr_diffusion.evaluation.statistics import LEAST
     from sslsr_diffusion.evaluation.summary import summarize, text_table, to_csv, to_json
-    from sslsr_diffusion.images import atomic_write
+    from sslsr_diffusion.files import atomic_write
 
     summary = summarize(scores, options=options, unavailable=lacking, problems=pairing.problems)
     atomic_write(output / "metrics.csv", to_csv(scores).encode())

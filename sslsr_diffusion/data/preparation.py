@@ -27,7 +27,8 @@ from sslsr_diffusion.data.degradation import Degradation, DegradationSettings
 from sslsr_diffusion.data.opencv import opencv
 from sslsr_diffusion.data.settings import MaskSettings
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import Image, atomic_write, printable, read_image, to_array, to_tensor, write_image
+from sslsr_diffusion.files import atomic_write
+from sslsr_diffusion.images import Image, printable, read_image, to_array, to_tensor, write_image
 from sslsr_diffusion.seeding import sample_generator
 
 PictureJob = Callable[[Path, Path], int]

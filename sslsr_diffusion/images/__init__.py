@@ -10,7 +10,7 @@ from sslsr_diffusion.images.files import IMAGE_SUFFIXES, list_images, printable
 from sslsr_diffusion.images.picture import Image, UnreadableImage
 from sslsr_diffusion.images.reader import MAX_PIXELS, format_of, read_image, size_of
 from sslsr_diffusion.images.tensors import resize_bicubic, to_array, to_tensor
-from sslsr_diffusion.images.writers import SUFFIXES, atomic_write, suffixes_of, write_image
+from sslsr_diffusion.images.writers import SUFFIXES, suffixes_of, write_image
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -18,7 +18,6 @@ __all__ = [
     "SUFFIXES",
     "Image",
     "UnreadableImage",
-    "atomic_write",
     "format_of",
     "list_images",
     "printable",

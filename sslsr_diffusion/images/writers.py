@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import io
-import os
-import secrets
 import struct
 import zlib
 from collections.abc import Callable
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.files import atomic_write
 from sslsr_diffusion.images.metadata import PNG_SIGNATURE, PREFIX, png_chunk, updated_exif
 
 if TYPE_CHECKING:
@@ -53,27 +52,6 @@ def write_image(path: Path | str, image: Image, *, format: str | None = None, qu
 def suffixes_of(format: str) -> tuple[str, ...]:
     """The suffixes under which a format of `SUFFIXES` may be written, lower case."""
     return (SUFFIXES[format], *_FURTHER.get(format, ()))
-
-
-def atomic_write(path: Path | str, data: bytes) -> None:
-    """Write under a hidden temporary name beside `path`, flush to the disk, rename: a crash leaves the old file or the new."""
-    path = Path(path)
-    temporary = path.parent / f".sslsr-{secrets.token_hex(8)}.tmp"
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _samples(image: Image) -> NDArray[Any]:

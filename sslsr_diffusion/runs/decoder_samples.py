@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sslsr_diffusion.data import TrainingLoader, open_training_data
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import Image, atomic_write, to_array, to_tensor, write_image
+from sslsr_diffusion.files import atomic_write
+from sslsr_diffusion.images import Image, to_array, to_tensor, write_image
 from sslsr_diffusion.inference.latents import sample_latents
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.runs.recipe import Recipe

@@ -1,26 +1,24 @@
-"""Folders that are either whole or not there: safetensors and JSON, a manifest written last, then a rename.
+"""Checkpoints: folders of safetensors and JSON that are whole or not there.
 
     checkpoint-N/   trained.safetensors  ema.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
 
-A process killed at any moment leaves a folder under a temporary name, or one whose manifest does not match: neither is ever picked.
+The manifest lists sizes and hashes. A folder under a temporary name, or whose manifest does not match, is never picked.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.files import atomic_folder, remove_folder, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +26,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
-_TEMPORARY = ".tmp-"
 
 
 class Checkpoint(NamedTuple):
@@ -39,30 +36,20 @@ class Checkpoint(NamedTuple):
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    """Write a whole checkpoint folder, or nothing: temporary name, fsync, manifest last, rename.
+    """Write a whole checkpoint folder, or nothing; its manifest last.
 
     Raises:
         OSError: it could not be written (for example a full disk); what was there before is untouched.
     """
     from safetensors.torch import save_file
 
-    temporary = folder.with_name(f"{_TEMPORARY}{folder.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        files = {}
+    with atomic_folder(folder) as new:
         for stem, group in tensors.items():
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}
-            with disk_errors():
-                save_file(plain, temporary / f"{stem}.safetensors", metadata={"format": "pt"})
-            files[f"{stem}.safetensors"] = _sync(temporary / f"{stem}.safetensors")
-        files[STATE] = _write(temporary / STATE, json.dumps(state, indent=1, allow_nan=True).encode())
-        _write(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
-        sync_folder(temporary)
-        replace_folder(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            save_file(plain, new / f"{stem}.safetensors", metadata={"format": "pt"})
+        (new / STATE).write_text(json.dumps(state, indent=1, allow_nan=True))
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(new.iterdir())}
+        (new / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -97,9 +84,8 @@ def what_is_wrong(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, its manifest says {size}"
-        with path.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-                return f"{name} is damaged (its hash differs from the manifest)"
+        if _sha256(path) != digest:
+            return f"{name} is damaged (its hash differs from the manifest)"
     return None
 
 
@@ -141,74 +127,9 @@ def prune_checkpoints(run: Path, keep: int, step: int) -> None:
     found = _numbered(run)
     kept = [folder for number, folder in found if number <= step][-keep:]
     for _, folder in reversed(found):
-        if folder in kept:
-            continue
-        doomed = folder.with_name(f"{_TEMPORARY}doomed-{folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)  # a deletion that is cut off must not leave half a checkpoint under a good name
-    clear_leftovers(run)
-
-
-def clear_leftovers(run: Path) -> None:
-    """Delete what writes that were cut off have left."""
-    for leftover in run.glob(f"{_TEMPORARY}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Put a whole folder in the place of an older one; `put_back` mends what a kill between the two renames leaves."""
-    old = _old(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    sync_folder(folder.parent)
-
-
-def put_back(folder: Path) -> None:
-    """Give the older folder its name again where its replacement was cut off."""
-    if not folder.exists() and _old(folder).is_dir():
-        _old(folder).rename(folder)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f"{_TEMPORARY}old-{folder.name}")
-
-
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """safetensors reports a full disk by an error of its own; here it is an OSError like everybody's."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """One file, whole or not there."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
-    try:
-        _write(temporary, data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names inside a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        if folder not in kept:
+            remove_folder(folder)
+    remove_leftovers(run)
 
 
 def _numbered(run: Path) -> list[tuple[int, Path]]:
@@ -218,13 +139,6 @@ def _numbered(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found)
 
 
-def _write(path: Path, data: bytes) -> dict[str, Any]:
-    path.write_bytes(data)
-    return _sync(path)
-
-
-def _sync(path: Path) -> dict[str, Any]:
-    """Force a file to the disk; its line in the manifest."""
-    with path.open("rb+") as stream:
-        os.fsync(stream.fileno())
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.files import TEMPORARY, atomic_folder, disk_errors
 from sslsr_diffusion.losses import Loss
 from sslsr_diffusion.tasks.task import Objective
 from sslsr_diffusion.training.checkpoints import (
@@ -29,7 +30,7 @@ from sslsr_diffusion.training.preflight import check_precision, check_trackers
 from sslsr_diffusion.training.process_failure import lost_process_explained
 from sslsr_diffusion.training.reporting import Reporter
 from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state
-from sslsr_diffusion.training.run_folder import RunFolder, write_folder
+from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings
 from sslsr_diffusion.training.state import give_trained, whole
@@ -221,9 +222,11 @@ def _keep_best(job: Job, session: Session, folder: RunFolder, value: float) -> b
     if session.gather(errors):
         return False
     if session.main and job.publisher is not None:
-        target = folder.path / ".tmp-publish"  # the publisher links the files, so the folder may go at once
+        target = folder.path / f"{TEMPORARY}publish"  # the publisher links the files, so the folder may go at once
         try:
-            write_folder(target, job.save_pipeline)
+            target.mkdir()
+            with disk_errors():
+                job.save_pipeline(target)
             job.publisher.publish(target, f"Best so far, step {step}", files=_card(job, folder, step))
         except OSError as error:
             logger.warning("the best weights are kept, but could not be prepared for the hub: %s", error)
@@ -270,8 +273,8 @@ def _finish(job: Job, session: Session, folder: RunFolder, watch: StopWatch) -> 
         if session.main and session.sharded:  # no process holds whole weights; a checkpoint does
             job.export(source, folder.pipeline)
         elif session.main:
-            with weights:
-                write_folder(folder.pipeline, job.save_pipeline)
+            with weights, atomic_folder(folder.pipeline) as new:
+                job.save_pipeline(new)
         if session.main:
             plot_losses(folder.history(), folder.path / "loss.png")
     except OSError as error:

@@ -7,9 +7,8 @@ import json
 import logging
 import os
 import platform
-import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from math import isfinite
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 import yaml
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training.checkpoints import clear_leftovers, disk_errors, latest_checkpoint, put_back, replace_folder, write_atomically
+from sslsr_diffusion.files import atomic_write, remove_leftovers, restore_folder
+from sslsr_diffusion.training.checkpoints import latest_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +63,12 @@ class RunFolder:
         try:
             self.pictures.mkdir(parents=True, exist_ok=True)
             for folder in (self.best, self.pipeline):
-                put_back(folder)
-            clear_leftovers(self.path)
-            write_atomically(self.recipe, yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).encode())
-            write_atomically(self.path / "versions.json", json.dumps(versions(), indent=1).encode())
+                restore_folder(folder)
+            remove_leftovers(self.path)
+            atomic_write(self.recipe, yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).encode())
+            atomic_write(self.path / "versions.json", json.dumps(versions(), indent=1).encode())
             kept = [row for row in self.history() if row["step"] <= step]
-            write_atomically(self.history_file, "".join(map(_line, kept)).encode())
+            atomic_write(self.history_file, "".join(map(_line, kept)).encode())
         except OSError as error:
             raise UserError(f"output.dir: {self.path} cannot be written ({error.strerror}); choose another folder.") from None
 
@@ -127,20 +127,6 @@ class _LogFile(logging.FileHandler):
     def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder under a temporary name, then put it in the old one's place."""
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        with disk_errors():
-            write(temporary)
-        replace_folder(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def versions() -> dict[str, Any]:

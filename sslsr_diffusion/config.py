@@ -7,13 +7,15 @@ dict; `recipe.py` assembles the schema. This file only knows how to read YAML, a
 from __future__ import annotations
 
 import difflib
+import functools
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
 
 from sslsr_diffusion.errors import UserError
 
@@ -35,6 +37,11 @@ class Settings(BaseModel):
         if info.context is not None:
             info.context.setdefault(id(given), set()).update(cls.model_fields)
         return handler(given)
+
+
+def one_of(kinds: Sequence[type[Settings]]) -> Any:
+    """The type of a section that is one of several settings classes, told apart by their `kind`."""
+    return Annotated[functools.reduce(operator.or_, kinds), Field(discriminator="kind")] if len(kinds) > 1 else kinds[0]
 
 
 class RecipeError(UserError):
@@ -215,6 +222,9 @@ def _without(raw: dict[str, Any], names: Any, source: str) -> dict[str, Any]:
 
 
 def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Key by key; but a section of another `kind` replaces the one below, whose keys mean nothing to it."""
+    if "kind" in below and "kind" in above and below["kind"] != above["kind"]:
+        return dict(above)
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)

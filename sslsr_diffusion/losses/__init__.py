@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Union  # noqa: F401 - Union is used where types are built
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
+from sslsr_diffusion.config import one_of
 from sslsr_diffusion.losses.base import Look, Loss, LossSettings, Means
 from sslsr_diffusion.losses.diffusion import DiffusionLoss
 from sslsr_diffusion.losses.latent_kl import LatentKLLoss
@@ -29,7 +28,7 @@ LOSSES: dict[str, Any] = {
 if TYPE_CHECKING:
     LossEntry = LossSettings
 else:
-    LossEntry = Annotated[tuple(loss.settings_class for loss in LOSSES.values()), Field(discriminator="kind")]
+    LossEntry = one_of([loss.settings_class for loss in LOSSES.values()])
 
 
 def build_losses(entries: Sequence[Any], means: Means | None = None) -> list[Loss]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from sslsr_diffusion.config import Settings, apply_overrides, find_recipe, parse, read_raw
+from sslsr_diffusion.config import Settings, apply_overrides, find_recipe, one_of, parse, read_raw
 from sslsr_diffusion.data import DataSettings
 from sslsr_diffusion.hub import has_id_shape
 from sslsr_diffusion.losses import LOSSES, LossEntry
@@ -26,12 +26,8 @@ if TYPE_CHECKING:
     ModelEntry = FamilySettings
     TaskEntry = TaskSettings
 else:
-
-    def _one_of(kinds):  # noqa: ANN001, ANN202 - the checker sees the base classes above
-        return Annotated[Union[tuple(kinds)], Field(discriminator="kind")] if len(kinds) > 1 else kinds[0]  # noqa: UP007
-
-    ModelEntry = _one_of([family.settings for family in FAMILIES.values()])
-    TaskEntry = _one_of([task.settings for task in TASKS.values()])
+    ModelEntry = one_of([family.settings for family in FAMILIES.values()])
+    TaskEntry = one_of([task.settings for task in TASKS.values()])
 
 
 class Recipe(Settings):

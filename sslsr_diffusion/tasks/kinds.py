@@ -17,7 +17,7 @@ class TaskKind(Task, Protocol):
     """One entry of the table: a Task's class, which a recipe's section builds."""
 
     settings: ClassVar[type[TaskSettings]]  # of the recipe's task section
-    gives: ClassVar[frozenset[str]]  # type: ignore[misc]  # the same for all tasks of a class
+
     makes_upscaler: ClassVar[bool]  # whether the result enlarges pictures; the others make parts for later runs
     reads_latents: ClassVar[bool]  # whether it can train on stored latents
 

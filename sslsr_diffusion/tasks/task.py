@@ -35,8 +35,14 @@ class Task(Protocol):
     """What trains, from what, and which losses can read it. The loop knows these attributes and nothing else of it."""
 
     module: nn.Module  # all trained parameters, one forward: what DDP, FSDP2 and DeepSpeed wrap
-    gives: frozenset[str]  # of "pred", "sr", "moments": what `run` computes; a loss is possible where its `reads` are among them
-    label: str  # of the restored pictures in the validation grid: "prediction", "reconstruction", ...
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """Of "pred", "sr", "moments": what `run` computes; a loss is possible where its `reads` are among them."""
+
+    @property
+    def label(self) -> str:
+        """Of the restored pictures in the validation grid: "prediction", "reconstruction", ..."""
 
     @property
     def networks(self) -> Networks:

@@ -17,7 +17,7 @@ import torch
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import TEMPORARY, atomic_folder, disk_errors
 from sslsr_diffusion.losses import Loss
-from sslsr_diffusion.tasks.task import Objective
+from sslsr_diffusion.tasks.task import Task as Objective
 from sslsr_diffusion.training.checkpoints import (
     find_checkpoint,
     latest_checkpoint,

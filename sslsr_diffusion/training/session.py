@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.losses import Loss
 from sslsr_diffusion.seeding import derive_seed
-from sslsr_diffusion.tasks.task import Objective, apply_losses
+from sslsr_diffusion.tasks.task import Task as Objective
+from sslsr_diffusion.tasks.task import apply_losses
 from sslsr_diffusion.training.checkpoints import Checkpoint
 from sslsr_diffusion.training.optimizers import OPTIMIZERS, averaged, build_ema, build_schedule
 from sslsr_diffusion.training.settings import TrainingSettings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 _HOME = {
     "DEGRADATIONS": "degradation",
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sslsr_diffusion.data.validation import ValidationPair, open_validation_pairs
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

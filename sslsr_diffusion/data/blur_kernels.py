@@ -5,16 +5,19 @@ q = x^T Sigma^-1 x on the integer grid around the centre, Sigma = R diag(sigma_x
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import j1
 
+from sslsr_diffusion.data.draws import Value
+
 Kernel = NDArray[np.float64]
 Family = Literal["iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso"]
-FAMILIES: tuple[Family, ...] = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 def gaussian_like_kernel(family: Family, size: int, sigma_x: float, sigma_y: float, theta: float, beta: float = 1.0) -> Kernel:
@@ -103,16 +106,17 @@ def gaussian_vector(size: int, sigma: float) -> NDArray[np.float64]:
     return weights / weights.sum()
 
 
-def kernel_from(values: dict[str, Any]) -> Kernel:
+def kernel_from(values: Mapping[str, Value]) -> Kernel:
     """The kernel that drawn values describe: {"family": ..., "size": ..., ...}; `sinc` and the BSRGAN kinds included."""
-    values = dict(values)
-    family = values.pop("family")
-    if family in _OTHERS:
-        return _OTHERS[family](**values)
-    return gaussian_like_kernel(family, **values)
+    return KERNELS[str(values["family"])](**{name: value for name, value in values.items() if name != "family"})
 
 
-_OTHERS: dict[str, Callable[..., Kernel]] = {"sinc": sinc_kernel, "variance": variance_kernel, "shifted": shifted_gaussian_kernel}
+KERNELS: dict[str, Callable[..., Kernel]] = {
+    **{family: partial(gaussian_like_kernel, family) for family in FAMILIES},
+    "sinc": sinc_kernel,
+    "variance": variance_kernel,
+    "shifted": shifted_gaussian_kernel,
+}
 
 
 def _normal(q: NDArray[np.float64]) -> Kernel:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sslsr_diffusion.config import Settings
-from sslsr_diffusion.data.draws import Frame, OddSizes, Op, Probability, RandomNumbers, within
+from sslsr_diffusion.data.draws import Frame, OddSizes, Op, Probability, RandomNumbers, Value, within
 
 _MODES = ("bilinear", "bicubic", "area_average")
 _LEAST_VARIANCE = 1e-3  # a variance of 0 has no inverse; a kernel this narrow is the unit pulse
@@ -72,7 +72,7 @@ class BsrganStep(Settings):
             size = max(1, int(reduced * start[0])), max(1, int(reduced * start[1]))
             return [Op("resize", {"mode": random.pick(_MODES), "size": size}), Op("clip")]
         sigma, width = random.uniform((0.1, 0.25 * factor)), random.odd(self.sizes)
-        kernel = {"family": "shifted", "size": width, "sigma": sigma, "shift": (factor - 1) / 2}
+        kernel: dict[str, Value] = {"family": "shifted", "size": width, "sigma": sigma, "shift": (factor - 1) / 2}
         return [Op("blur", kernel), Op("every", {"step": factor}), Op("clip")]
 
     def _noise(self, random: RandomNumbers) -> Op:

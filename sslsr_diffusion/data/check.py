@@ -7,9 +7,10 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from sslsr_diffusion.data.preparation import crop_places, process_pool
 from sslsr_diffusion.data.retries import patiently
 from sslsr_diffusion.data.rows import Columns, Item, load_rows, reason, row_item
 from sslsr_diffusion.data.samples import check_whole, read_latents
-from sslsr_diffusion.data.settings import DataSettings, FolderSource, MaskSettings, Source
+from sslsr_diffusion.data.settings import DataSettings, FolderSource, MaskSettings, RowSource, Source
 from sslsr_diffusion.data.sources import open_source
 from sslsr_diffusion.data.streams import is_stream
 from sslsr_diffusion.errors import UserError
@@ -81,7 +82,7 @@ class Looker:
         return Finding(item.name, image.size, image.format, image.bits, digest, density, count)
 
 
-def guess_source(path: str, *, kind: str | None = None, **columns: Any) -> Source:
+def guess_source(path: str, *, kind: str | None = None, **columns: str | None) -> Source:
     """The source that a path given without a recipe means: its kind by its suffix or by what lies in it."""
     kind = kind or _kind(path)
     more = {name: value for name, value in columns.items() if value is not None and kind in ("hub", "parquet", "webdataset")}
@@ -133,7 +134,7 @@ def _no_files(settings: Source) -> list[str]:
     return [f"{printable(path)}: {'a link to nothing' if path.is_symlink() else 'no file'}." for path in named if not path.is_file()]
 
 
-def _stream(settings: Any) -> Iterator[Item | Finding]:
+def _stream(settings: RowSource) -> Iterator[Item | Finding]:
     """A stream once from its start to its end, in its own order."""
     rows, lost = load_rows(settings, streaming=True)
     yield from (Finding(text, problem=text) for text in lost)
@@ -152,8 +153,8 @@ def look_all(items: Iterable[Item | Finding], looker: Looker, *, processes: int)
         yield from map(looker, items)
         return
     opencv()
-    with process_pool(processes, initializer=_start, initargs=(looker,)) as pool:
-        waiting: list[Any] = []
+    with process_pool(processes, partial(_start, looker)) as pool:
+        waiting: list[Future[Finding]] = []
         for item in items:  # not pool.map, which would fetch every picture before the first is looked at
             waiting.append(pool.submit(_look, item))
             if len(waiting) >= _AHEAD * processes:

@@ -4,126 +4,130 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sslsr_diffusion.config import Settings
 from sslsr_diffusion.data import operations
+from sslsr_diffusion.data.blur_kernels import Family
+from sslsr_diffusion.data.bsrgan import BsrganStep
 from sslsr_diffusion.data.draws import Frame, Op, Probability, RandomNumbers
 from sslsr_diffusion.data.resizing import matlab_bicubic
-from sslsr_diffusion.data.steps import Step
+from sslsr_diffusion.data.steps import (
+    BlurStep,
+    JpegStep,
+    NoiseStep,
+    QuantizeStep,
+    ReduceStep,
+    ResizeStep,
+    ShuffleStep,
+    SincStep,
+    Step,
+)
 from sslsr_diffusion.images import resize_bicubic
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PublishedDegradation:
     """Its steps, whether the target is sharpened first, and how often nothing is done."""
 
-    steps: tuple[dict[str, Any], ...]
+    steps: Sequence[Step]
     sharpen_target: bool = False
     no_degradation_prob: float = 0.0
     source: str = ""
 
 
 def _second_order(
-    sizes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]],
-    sigmas: tuple[tuple[float, float], tuple[float, float]],
-    resizes: tuple[dict[str, Any], dict[str, Any]],
-    noises: tuple[dict[str, Any], dict[str, Any]],
-    qualities: tuple[tuple[float, float], tuple[float, float]],
-    second_blur_prob: float,
-    final_sinc_prob: float,
-    quantize: bool,
-    **kernels: Any,
-) -> tuple[dict[str, Any], ...]:
+    blurs: tuple[BlurStep, BlurStep],
+    resizes: tuple[ResizeStep, ResizeStep],
+    noises: tuple[NoiseStep, NoiseStep],
+    jpegs: tuple[JpegStep, JpegStep],
+    sinc: SincStep,
+) -> list[Step]:
     """Real-ESRGAN's order: blur, resize, noise, JPEG; the same again; then the final sinc and JPEG in either order."""
-    last = [
-        [{"kind": "resize", "to": "target"}, {"kind": "sinc", "prob": final_sinc_prob, "sizes": sizes[2]}],
-        [{"kind": "jpeg", "quality": qualities[1]}],
-    ]
-    return (
-        {"kind": "blur", "sizes": sizes[0], "sigma": sigmas[0], **kernels},
-        {"kind": "resize", "to": "current", **resizes[0]},
-        {"kind": "noise", **noises[0]},
-        {"kind": "jpeg", "quality": qualities[0]},
-        {"kind": "blur", "prob": second_blur_prob, "sizes": sizes[1], "sigma": sigmas[1], **kernels},
-        {"kind": "resize", "to": "target", **resizes[1]},
-        {"kind": "noise", **noises[1]},
-        {"kind": "shuffle", "groups": last},
-        *([{"kind": "quantize"}] if quantize else []),
-    )
+    last = ShuffleStep(groups=[[ResizeStep(to="target"), sinc], [jpegs[1]]])
+    return [blurs[0], resizes[0], noises[0], jpegs[0], blurs[1], resizes[1], noises[1], last]
 
+
+_SSL_BETAS: dict[str, tuple[float, float]] = {"beta_generalized": (0.5, 2.0), "beta_plateau": (1.0, 1.5)}
+_MILD_FAMILIES: dict[Family, float] = {"iso": 0.7, "aniso": 0.3}
 
 DEGRADATIONS: dict[str, PublishedDegradation] = {
     "stablesr_ssl": PublishedDegradation(
         _second_order(
-            sizes=((3, 21), (3, 11), (3, 11)),
-            sigmas=((0.2, 1.5), (0.2, 1.0)),
-            resizes=(
-                {"up_prob": 0.2, "down_prob": 0.7, "factors": (0.3, 1.5)},
-                {"up_prob": 0.3, "down_prob": 0.4, "factors": (0.6, 1.2)},
+            (
+                BlurStep(sizes=(3, 21), sigma=(0.2, 1.5), **_SSL_BETAS),
+                BlurStep(prob=0.5, sizes=(3, 11), sigma=(0.2, 1.0), **_SSL_BETAS),
             ),
-            noises=({"sigma": (1, 15), "poisson_scale": (0.05, 2.0)}, {"sigma": (1, 12), "poisson_scale": (0.05, 1.0)}),
-            qualities=((60, 95), (60, 100)),
-            second_blur_prob=0.5,
-            final_sinc_prob=0.8,
-            quantize=False,
-            beta_generalized=(0.5, 2.0),
-            beta_plateau=(1.0, 1.5),
+            (
+                ResizeStep(up_prob=0.2, down_prob=0.7, factors=(0.3, 1.5)),
+                ResizeStep(to="target", up_prob=0.3, down_prob=0.4, factors=(0.6, 1.2)),
+            ),
+            (NoiseStep(sigma=(1, 15), poisson_scale=(0.05, 2.0)), NoiseStep(sigma=(1, 12), poisson_scale=(0.05, 1.0))),
+            (JpegStep(quality=(60, 95)), JpegStep(quality=(60, 100))),
+            SincStep(prob=0.8, sizes=(3, 11)),
         ),
         no_degradation_prob=0.01,
         source="StableSR with SSL, configs/SSL/base.yaml",
     ),
     "real_esrgan": PublishedDegradation(
-        _second_order(
-            sizes=((7, 21), (7, 21), (7, 21)),
-            sigmas=((0.2, 3.0), (0.2, 1.5)),
-            resizes=(
-                {"up_prob": 0.2, "down_prob": 0.7, "factors": (0.15, 1.5)},
-                {"up_prob": 0.3, "down_prob": 0.4, "factors": (0.3, 1.2)},
+        [
+            *_second_order(
+                (BlurStep(sizes=(7, 21), sigma=(0.2, 3.0)), BlurStep(prob=0.8, sizes=(7, 21), sigma=(0.2, 1.5))),
+                (
+                    ResizeStep(up_prob=0.2, down_prob=0.7, factors=(0.15, 1.5)),
+                    ResizeStep(to="target", up_prob=0.3, down_prob=0.4, factors=(0.3, 1.2)),
+                ),
+                (NoiseStep(sigma=(1, 30), poisson_scale=(0.05, 3.0)), NoiseStep(sigma=(1, 25), poisson_scale=(0.05, 2.5))),
+                (JpegStep(quality=(30, 95)), JpegStep(quality=(30, 95))),
+                SincStep(prob=0.8, sizes=(7, 21)),
             ),
-            noises=({"sigma": (1, 30), "poisson_scale": (0.05, 3.0)}, {"sigma": (1, 25), "poisson_scale": (0.05, 2.5)}),
-            qualities=((30, 95), (30, 95)),
-            second_blur_prob=0.8,
-            final_sinc_prob=0.8,
-            quantize=True,
-        ),
+            QuantizeStep(),
+        ],
         sharpen_target=True,
         source="Real-ESRGAN x4plus",
     ),
     "mild": PublishedDegradation(
-        _second_order(
-            sizes=((3, 7), (3, 5), (3, 5)),
-            sigmas=((0.1, 0.6), (0.1, 0.4)),
-            resizes=(
-                {"up_prob": 0.1, "down_prob": 0.85, "factors": (0.9, 1.1)},
-                {"up_prob": 0.1, "down_prob": 0.85, "factors": (0.9, 1.1)},
+        [
+            *_second_order(
+                (
+                    BlurStep(sizes=(3, 7), sigma=(0.1, 0.6), families=_MILD_FAMILIES, sinc_prob=0.01),
+                    BlurStep(prob=0.8, sizes=(3, 5), sigma=(0.1, 0.4), families=_MILD_FAMILIES, sinc_prob=0.01),
+                ),
+                (
+                    ResizeStep(up_prob=0.1, down_prob=0.85, factors=(0.9, 1.1)),
+                    ResizeStep(to="target", up_prob=0.1, down_prob=0.85, factors=(0.9, 1.1)),
+                ),
+                (
+                    NoiseStep(sigma=(1, 8), poisson_scale=(0.05, 0.5), gray_prob=0.2),
+                    NoiseStep(sigma=(0, 4), poisson_scale=(0, 0.3), gray_prob=0.2),
+                ),
+                (JpegStep(quality=(85, 95)), JpegStep(quality=(87, 95))),
+                SincStep(prob=0.1, sizes=(3, 5)),
             ),
-            noises=(
-                {"sigma": (1, 8), "poisson_scale": (0.05, 0.5), "gray_prob": 0.2},
-                {"sigma": (0, 4), "poisson_scale": (0, 0.3), "gray_prob": 0.2},
-            ),
-            qualities=((85, 95), (87, 95)),
-            second_blur_prob=0.8,
-            final_sinc_prob=0.1,
-            quantize=True,
-            families={"iso": 0.7, "aniso": 0.3},
-            sinc_prob=0.01,
-        ),
+            QuantizeStep(),
+        ],
         source="Real-ESRGAN with SSL",
     ),
-    "bicubic": PublishedDegradation(({"kind": "reduce"},), source="MATLAB imresize"),
-    "bsrgan": PublishedDegradation(({"kind": "bsrgan"}, {"kind": "quantize"}), source="BSRGAN, training numbers of the SSL fork"),
+    "bicubic": PublishedDegradation([ReduceStep()], source="MATLAB imresize"),
+    "bsrgan": PublishedDegradation([BsrganStep(), QuantizeStep()], source="BSRGAN, training numbers of the SSL fork"),
 }
+
+if TYPE_CHECKING:
+    DegradationName = str
+else:  # the table's keys, so that a new entry is all that a new degradation needs
+    DegradationName = Literal[tuple(DEGRADATIONS)]
 
 
 class DegradationSettings(Settings):
     """How low-resolution pictures are made from high-resolution crops."""
 
-    preset: Literal["stablesr_ssl", "real_esrgan", "mild", "bicubic", "bsrgan"] | None = Field(
+    preset: DegradationName | None = Field(
         None, description="A published degradation, which also gives the values that are left out below; stablesr_ssl without steps."
     )
     steps: list[Step] | None = Field(None, description="Your own steps, in order, instead of the preset's.", min_length=1)
@@ -146,7 +150,7 @@ class DegradationSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_preset_or_own_steps(cls, given: Any) -> Any:
+    def _a_preset_or_own_steps(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
         if given.get("preset") is not None and given.get("steps") is not None:
@@ -161,7 +165,7 @@ class Degradation:
     def __init__(self, settings: DegradationSettings, scale: int) -> None:
         preset = DEGRADATIONS[settings.preset] if settings.preset is not None else PublishedDegradation(())
         self.scale = scale
-        self.steps: Sequence[Step] = settings.steps if settings.steps is not None else _STEPS.validate_python(list(preset.steps))
+        self.steps = _first(settings.steps, preset.steps)
         self.sharpen_target = _first(settings.sharpen_target, preset.sharpen_target)
         self.no_degradation_prob = _first(settings.no_degradation_prob, preset.no_degradation_prob)
 
@@ -195,8 +199,5 @@ class Degradation:
         return lr.clamp(0, 1).contiguous()
 
 
-def _first(value: Any, otherwise: Any) -> Any:
+def _first(value: T | None, otherwise: T) -> T:
     return otherwise if value is None else value
-
-
-_STEPS: TypeAdapter[list[Step]] = TypeAdapter(list[Step])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from sslsr_diffusion.errors import UserError
 _LEAST_BLUR = 0.4  # pixels: no picture is sharper than its pixel grid
 
 
-def degradation_section(estimates: Sequence[Estimate], scale: int) -> dict[str, Any]:
+def degradation_section(estimates: Sequence[Estimate], scale: int) -> dict[str, object]:
     """The `degradation` section of a recipe: blur, reduction, noise and JPEG in the ranges that were found (10th to 90th percentile).
 
     Blur is measured in low-resolution pixels and happens before the reduction, hence times the scale.
@@ -25,7 +24,7 @@ def degradation_section(estimates: Sequence[Estimate], scale: int) -> dict[str, 
     """
     if not estimates:
         raise UserError("fit: expected at least one readable low-resolution picture, got none.")
-    steps: list[dict[str, Any]] = []
+    steps: list[dict[str, object]] = []
     blurs = [e.blur for e in estimates if e.blur > 0]
     if blurs:
         low, high = _range([max(0.2, np.sqrt(max(b**2 - _LEAST_BLUR**2, 0.0))) * scale for b in blurs], 2)
@@ -38,7 +37,7 @@ def degradation_section(estimates: Sequence[Estimate], scale: int) -> dict[str, 
     qualities = [float(e.quality) for e in estimates if e.quality is not None]
     if qualities:
         steps.append({"kind": "jpeg", "prob": round(len(qualities) / len(estimates), 2), "quality": _range(qualities, 0)})
-    section = {"preset": None, "steps": steps}  # the former against a preset of the recipe that this is laid over
+    section: dict[str, object] = {"preset": None, "steps": steps}  # the former against a preset of the recipe that this is laid over
     parse(DegradationSettings, section)
     return section
 

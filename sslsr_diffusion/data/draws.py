@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 from pydantic import AfterValidator, Field
 
 T = TypeVar("T")
+Value = str | float | tuple[int, int]  # of an operation
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -21,7 +22,7 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
 def within(least: float, most: float) -> AfterValidator:
     """For pairs [least, most] whose numbers both have to lie between two bounds."""
 
-    def check(pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    def check(pair: tuple[float, float]) -> tuple[float, float]:
         if not least <= pair[0] <= pair[1] <= most:
             raise ValueError(f"expected [least, most] with numbers from {least:g} to {most:g}, got {list(pair)}")
         return pair
@@ -45,7 +46,7 @@ class Op:
     """One drawn operation: the name of a function in OPERATIONS and the numbers that it gets."""
 
     name: str
-    values: dict[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Value] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sslsr_diffusion.data.noise_level import noise_level
 from sslsr_diffusion.data.opencv import opencv
-from sslsr_diffusion.images import printable, read_image
+from sslsr_diffusion.images import Pixels, printable, read_image
 
 Array = NDArray[np.float64]
 # Annex K luma table, as files carry it
@@ -135,7 +134,7 @@ def _gradient(image: Array) -> Array:
     return np.hypot(dy, dx)
 
 
-def _luma(rgb: NDArray[Any]) -> Array:
+def _luma(rgb: Pixels) -> Array:
     levels = rgb.astype(np.float64) / (257 if rgb.dtype == np.uint16 else 1)
     return levels @ np.array([0.299, 0.587, 0.114])
 

@@ -6,8 +6,9 @@ import logging
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import TypedDict, cast
 
 import torch
 
@@ -16,7 +17,7 @@ from sslsr_diffusion.data.sample_order import PairPool, SourceOrder
 from sslsr_diffusion.data.samples import Made, Request, Sample, SampleMaker
 from sslsr_diffusion.data.settings import DataSettings
 from sslsr_diffusion.data.sources import IndexedSource, open_source
-from sslsr_diffusion.data.streams import Stream, is_stream
+from sslsr_diffusion.data.streams import Stream, StreamState, is_stream
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.types import Batch
@@ -24,6 +25,13 @@ from sslsr_diffusion.types import Batch
 log = logging.getLogger(__name__)
 _HOPELESS = 50  # streams only: so many batches in a row without one usable picture
 _GRACE = 60  # seconds that a worker goes on after the first SIGTERM
+
+
+class LoaderState(TypedDict, total=False):
+    batch: int
+    lengths: list[int | None]
+    pool: list[int]
+    streams: dict[str, StreamState]
 
 
 class Requests:
@@ -44,7 +52,7 @@ class Requests:
         self._rank, self._world, self._size = place
         self.lost = [text for stream in streams.values() for text in stream.lost]
         self.batch = 0
-        self.marks: deque[dict[str, Any]] = deque()
+        self.marks: deque[LoaderState] = deque()
 
     def __iter__(self) -> Iterator[list[Request]]:
         while True:
@@ -62,15 +70,15 @@ class Requests:
         item = next(self._streams[source]) if source in self._streams else None
         return Request(index, index // self._size, source, ordinal, item)
 
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"batch": self.batch, "lengths": self._lengths}
+    def state_dict(self) -> LoaderState:
+        state: LoaderState = {"batch": self.batch, "lengths": self._lengths}
         if self._pool is not None:
             state["pool"] = list(self._pool.indices)
         if self._streams:
             state["streams"] = {str(k): stream.state_dict() for k, stream in self._streams.items()}
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: LoaderState) -> None:
         self.batch = int(state["batch"])
         if self._pool is not None:
             self._pool.indices = list(state.get("pool", []))
@@ -128,9 +136,9 @@ class TrainingLoader:
                 break
         return samples[:count], self.problems()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The position after the last batch handed out, as plain JSON values."""
-        return self._state
+        return {**self._state}
 
     def problems(self) -> list[str]:
         """The pictures that were replaced or padded so far, one sentence each, with how often it happened."""
@@ -150,9 +158,6 @@ class TrainingLoader:
     def _start(self) -> Iterator[Made | UserError]:
         opencv().setNumThreads(1)  # before any fork, whatever was set or started since
         workers = self._settings.workers
-        parallel: dict[str, Any] = {}
-        if workers:
-            parallel = {"prefetch_factor": self._settings.prefetch, "multiprocessing_context": self._settings.start_method}
         return iter(
             torch.utils.data.DataLoader(
                 self._maker,  # type: ignore[arg-type]  # it has __getitems__, all that a batch sampler needs
@@ -161,7 +166,8 @@ class TrainingLoader:
                 num_workers=workers,
                 worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # or starting the workers would advance the global stream, which a resume restores
-                **parallel,
+                prefetch_factor=self._settings.prefetch if workers else None,
+                multiprocessing_context=self._settings.start_method if workers else None,
             )
         )
 
@@ -199,7 +205,7 @@ def open_training_data(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-    state: dict[str, Any] | None = None,
+    state: Mapping[str, object] | None = None,
     device: torch.device | None = None,
 ) -> TrainingLoader:
     """Open the sources and return an endless loader of this process's micro-batches.
@@ -231,8 +237,8 @@ def open_training_data(
     exchange = PairPool(pool, derive_seed(seed, "pool", rank)) if pool else None
     requests = Requests(order, streams, exchange, (rank, world_size, batch_size), lengths)
     if state is not None:
-        _check_state(state, lengths)
-        requests.load_state_dict(state)
+        _check_state(cast(LoaderState, state), lengths)
+        requests.load_state_dict(cast(LoaderState, state))
     return TrainingLoader(
         SampleMaker(settings, sources, crop_size, scale, seed), requests, settings, _describe(settings, lengths, crop_size, scale), device
     )
@@ -245,7 +251,7 @@ def check_sizes(crop_size: int, scale: int) -> None:
         raise UserError(f"crop size: expected a multiple of the scale {scale}, got {crop_size}.")
 
 
-def _check_state(state: dict[str, Any], lengths: list[int | None]) -> None:
+def _check_state(state: LoaderState, lengths: list[int | None]) -> None:
     """Another number of pictures is another order: say it, and go on."""
     before = state.get("lengths")
     if before is not None and before != lengths:
@@ -283,7 +289,7 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, _linger)
 
 
-def _linger(number: int, frame: Any) -> None:
+def _linger(number: int, frame: FrameType | None) -> None:
     """Batches go on until the training process has taken its checkpoint, but not for ever; a second SIGTERM ends the worker at once.
 
     With exit code 0: any other interrupts the training process wherever it is, in the middle of a checkpoint for example.
@@ -294,7 +300,7 @@ def _linger(number: int, frame: Any) -> None:
         signal.alarm(_GRACE)
 
 
-def _end(number: int, frame: Any) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
     os._exit(0)
 
 

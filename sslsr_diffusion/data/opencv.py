@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from types import ModuleType
 
 
 @functools.cache
-def opencv() -> Any:
+def opencv() -> ModuleType:
     """The cv2 module, told to use one thread; the loader's parallelism is its workers."""
     import cv2
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sslsr_diffusion.data.blur_kernels import kernel_from
-from sslsr_diffusion.data.draws import Op
+from sslsr_diffusion.data.draws import Op, Value
 from sslsr_diffusion.data.filters import filter2d, unsharp_mask
 from sslsr_diffusion.data.jpeg import jpeg_codec, jpeg_model
 from sslsr_diffusion.data.noise import correlated_noise, gaussian_noise, poisson_noise
@@ -29,7 +28,7 @@ def run(image: Tensor, ops: Sequence[Op], generator: torch.Generator) -> Tensor:
     return image
 
 
-def blur(image: Tensor, generator: torch.Generator, **kernel: Any) -> Tensor:
+def blur(image: Tensor, generator: torch.Generator, **kernel: Value) -> Tensor:
     return filter2d(image, kernel_from(kernel))
 
 
@@ -89,13 +88,14 @@ def describe(ops: Sequence[Op]) -> str:
     return " · ".join(_words(op.name, op.values) for op in ops) or "none"
 
 
-def _words(name: str, values: dict[str, Any]) -> str:
+def _words(name: str, values: Mapping[str, Value]) -> str:
     if name == "blur":
         width = values.get("sigma_x", values.get("sigma"))
         detail = f"cut {values['cutoff']:.1f}" if "cutoff" in values else f"s{width:.1f}" if width is not None else "aniso"
         return f"{values['family']} {values['size']} {detail}"
     if name == "resize":
-        where = f"x{values['factor']:.2f}" if values.get("factor") is not None else "to {}x{}".format(*values["size"][::-1])
+        size = values.get("size")
+        where = f"to {size[1]}x{size[0]}" if isinstance(size, tuple) else f"x{values['factor']:.2f}"
         return f"{where} {values['mode']}"
     if name == "gaussian":
         return f"noise {values['sigma'] * 255:.1f}{' gray' if values['gray'] else ''}"

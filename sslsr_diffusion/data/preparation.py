@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from sslsr_diffusion.data.opencv import opencv
 from sslsr_diffusion.data.settings import MaskSettings
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import atomic_write
-from sslsr_diffusion.images import Image, printable, read_image, to_array, to_tensor, write_image
+from sslsr_diffusion.images import Image, Pixels, printable, read_image, to_array, to_tensor, write_image
 from sslsr_diffusion.seeding import sample_generator
 
 PictureJob = Callable[[Path, Path], int]
@@ -68,20 +67,20 @@ def run_jobs(job: PictureJob, paths: Sequence[Path], base: Path, processes: int)
         yield from (_one(job, path, name) for path, name in pairs)
         return
     opencv()  # one thread, before any fork
-    with process_pool(processes, initializer=_one_thread) as pool:
+    with process_pool(processes, _one_thread) as pool:
         for future in as_completed([pool.submit(_one, job, path, name) for path, name in pairs]):
             yield future.result()
 
 
 @contextmanager
-def process_pool(processes: int, **options: Any) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes.
+def process_pool(processes: int, start: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes, each of which calls `start` first.
 
     Raises:
         UserError: the system has ended one of them.
     """
     try:
-        with ProcessPoolExecutor(processes, **options) as pool:
+        with ProcessPoolExecutor(processes, initializer=start) as pool:
             yield pool
     except BrokenProcessPool:
         raise UserError(
@@ -185,10 +184,10 @@ def low_resolution(path: Path, name: Path, *, output: Path, degradation: Degrada
     return _write_new(targets["hr"], lambda: to_array(cut[0])) + _write_new(targets["lr"], lambda: to_array(lr[0]))
 
 
-_LABELS: dict[Any, tuple[str, ...]] = {multiscale: ("", "S", *(label for label, _ in _MULTI_SCALE))}
+_LABELS: dict[Callable[..., int], tuple[str, ...]] = {multiscale: ("", "S", *(label for label, _ in _MULTI_SCALE))}
 
 
-def job(function: Callable[..., int], **options: Any) -> partial[int]:
+def job(function: Callable[..., int], **options: object) -> partial[int]:
     """A picklable job with its options fixed."""
     return partial(function, **options)
 
@@ -222,7 +221,7 @@ def _beside(output: Path, name: Path, label: str, suffix: str) -> Path:
     return output / name.parent / f"{name.stem}{label}{suffix}"
 
 
-def _write_new(target: Path, make: Callable[[], NDArray[Any]], *, gray: bool = False) -> int:
+def _write_new(target: Path, make: Callable[[], NDArray[np.generic]], *, gray: bool = False) -> int:
     if target.exists():
         return 0
     _make_room(target)
@@ -234,5 +233,5 @@ def _make_room(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _eight_bits(image: Image) -> NDArray[np.uint8]:
+def _eight_bits(image: Image) -> Pixels:
     return image.rgb if image.bits == 8 else to_array(to_tensor(image.rgb))

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import glob
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
-from sslsr_diffusion.data.settings import HubSource, ParquetSource, WebdatasetSource
+from sslsr_diffusion.data.settings import HubSource, ParquetSource, RowSource
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import IMAGE_SUFFIXES, printable
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+class Encoded(TypedDict, total=False):
+    bytes: bytes | None
+    path: str | None
+
+
+Row = Mapping[str, Encoded | bytes | str | None]
 
 
 class Item(NamedTuple):
@@ -31,11 +42,11 @@ class Columns(NamedTuple):
     name: str | None = None
 
     @classmethod
-    def of(cls, settings: Any) -> Columns:
+    def of(cls, settings: RowSource) -> Columns:
         return cls(settings.column, settings.lr_column, getattr(settings, "name_column", None))
 
 
-def row_item(name: str, row: dict[str, Any], columns: Columns) -> Item:
+def row_item(name: str, row: Row, columns: Columns) -> Item:
     """The encoded picture (or pair) of one row."""
     hr, path = _encoded(row.get(columns.hr))
     given = row.get(columns.name) if columns.name else None
@@ -44,12 +55,11 @@ def row_item(name: str, row: dict[str, Any], columns: Columns) -> Item:
     return Item(label, hr, _encoded(row.get(columns.lr))[0] if columns.lr else None, file=file)
 
 
-def _encoded(cell: Any) -> tuple[Path | bytes, str]:
-    if isinstance(cell, bytes):
-        return cell, ""
-    cell = cell or {}
-    path = cell.get("path") or ""
-    return (cell["bytes"], path) if cell.get("bytes") is not None else (Path(path) if path else b"", path)
+def _encoded(cell: Encoded | bytes | str | None) -> tuple[Path | bytes, str]:
+    if not isinstance(cell, dict):
+        return cell if isinstance(cell, bytes) else b"", ""
+    data, path = cell.get("bytes"), cell.get("path") or ""
+    return data if data is not None else Path(path) if path else b"", path
 
 
 def local_files(path: str, suffix: str) -> list[Path]:
@@ -74,7 +84,7 @@ def pictures_in(shard: Path) -> tuple[list[tuple[int, int, str]], str]:
     return found, ""
 
 
-def load_rows(settings: HubSource | ParquetSource | WebdatasetSource, *, streaming: bool) -> tuple[Any, list[str]]:
+def load_rows(settings: RowSource, *, streaming: bool) -> tuple[Dataset | IterableDataset, list[str]]:
     """The data set behind the settings, its pictures left encoded, and what was left out of it, one sentence per file.
 
     Raises:
@@ -96,7 +106,7 @@ def load_rows(settings: HubSource | ParquetSource | WebdatasetSource, *, streami
         raise
     except Exception as error:  # datasets raises nearly everything: network, parsing, missing files
         raise UserError(f"{settings.kind} source {settings.path!r}: cannot be loaded ({reason(error)}).") from error
-    return _undecoded(rows, settings, datasets), lost
+    return _undecoded(rows, settings), lost
 
 
 def reason(error: BaseException) -> str:
@@ -127,8 +137,10 @@ def _parquet_problem(path: Path) -> str:
     return ""
 
 
-def _undecoded(rows: Any, settings: Any, datasets: Any) -> Any:
+def _undecoded(rows: Dataset | IterableDataset, settings: RowSource) -> Dataset | IterableDataset:
     """Bad pictures must not end an iteration, so `datasets` never decodes them."""
+    from datasets import Image
+
     columns = Columns.of(settings)
     wanted = [c for c in columns if c]
     names = list(rows.column_names or rows.resolve_column_names() if hasattr(rows, "resolve_column_names") else rows.column_names or [])
@@ -138,6 +150,6 @@ def _undecoded(rows: Any, settings: Any, datasets: Any) -> Any:
                 f"{settings.kind} source {settings.path!r}: expected a column {column!r}, found {', '.join(names)}; set column."
             )
         if column != columns.name:
-            rows = rows.cast_column(column, datasets.Image(decode=False))
+            rows = rows.cast_column(column, Image(decode=False))
     keep = [*wanted, *(["__key__"] if "__key__" in names else [])]
     return rows.select_columns(keep) if names else rows

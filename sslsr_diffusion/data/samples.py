@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -148,11 +147,11 @@ class SampleMaker:
         lr = self.degradation.apply(hr, ops, with_generator("noise"))
         return Sample(hr[0], lr[0], mask[0], request.index, item.name, ops)
 
-    def _read(self, item: Item, problems: list[str]) -> dict[str, NDArray[Any]]:
+    def _read(self, item: Item, problems: list[str]) -> dict[str, NDArray[np.generic]]:
         """The planes of an item at full size: hr, lr for real pairs, mask for mask files; padded where smaller than the crop."""
         hr = read_image(item.hr, name=item.name).rgb
         height, width = hr.shape[:2]
-        planes: dict[str, NDArray[Any]] = {"hr": hr}
+        planes: dict[str, NDArray[np.generic]] = {"hr": hr}
         if item.lr is not None:
             planes["lr"] = lr = read_image(item.lr, name=f"{item.name} (low-resolution partner)").rgb
             if (lr.shape[0] * self.scale, lr.shape[1] * self.scale) != (height, width):
@@ -171,7 +170,7 @@ class SampleMaker:
             planes = {name: _reflect(plane, self.crop_size // shrink[name], grid // shrink[name]) for name, plane in planes.items()}
         return planes
 
-    def _crop(self, planes: dict[str, NDArray[Any]], generator: torch.Generator, *, turn: bool) -> dict[str, NDArray[Any]]:
+    def _crop(self, planes: dict[str, NDArray[np.generic]], generator: torch.Generator, *, turn: bool) -> dict[str, NDArray[np.generic]]:
         """An aligned window of all planes, mirrored and transposed alike; in pairs it starts on a low-resolution pixel."""
         crop = self.settings.crop
         grid = self.scale if "lr" in planes else 1
@@ -188,11 +187,11 @@ class SampleMaker:
             key: _turn(plane, crop.hflip and turns[0], crop.rotate and turns[1], crop.rotate and turns[2]) for key, plane in cut.items()
         }
 
-    def _window(self, plane: NDArray[Any], window: tuple[int, int], shrink: int) -> NDArray[Any]:
+    def _window(self, plane: NDArray[np.generic], window: tuple[int, int], shrink: int) -> NDArray[np.generic]:
         y, x, size = window[0] // shrink, window[1] // shrink, self.crop_size // shrink
         return plane[y : y + size, x : x + size]
 
-    def _density(self, cut: dict[str, NDArray[Any]], generator: torch.Generator) -> float:
+    def _density(self, cut: dict[str, NDArray[np.generic]], generator: torch.Generator) -> float:
         if "mask" in cut:
             return float(cut["mask"].mean())
         return float(make_mask(to_tensor(cut["hr"])[None], self.settings.mask, generator).float().mean())
@@ -220,7 +219,7 @@ def permutation(length: int, seed: int) -> Tensor:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 
 
-def _reflect(plane: NDArray[Any], size: int, grid: int) -> NDArray[Any]:
+def _reflect(plane: NDArray[np.generic], size: int, grid: int) -> NDArray[np.generic]:
     """Grow both sides of the shorter axes to `size` by reflection, as often as it takes; at the start by a multiple of `grid`.
 
     With the scale as the grid of the large partner and 1 as that of the small one, the two of a pair stay aligned.
@@ -231,7 +230,7 @@ def _reflect(plane: NDArray[Any], size: int, grid: int) -> NDArray[Any]:
     return np.pad(plane, pads, mode="symmetric")
 
 
-def _turn(plane: NDArray[Any], hflip: bool, vflip: bool, transpose: bool) -> NDArray[Any]:
+def _turn(plane: NDArray[np.generic], hflip: bool, vflip: bool, transpose: bool) -> NDArray[np.generic]:
     plane = plane[:, ::-1] if hflip else plane
     plane = plane[::-1] if vflip else plane
     plane = plane.swapaxes(0, 1) if transpose else plane

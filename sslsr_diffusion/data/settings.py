@@ -93,6 +93,9 @@ Source = Annotated[
 ]
 
 
+RowSource = HubSource | ParquetSource | WebdatasetSource  # what the library `datasets` may read
+
+
 class MaskSettings(Settings):
     """Which pixels enter the self-similarity loss."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch.nn.functional as F
@@ -13,10 +13,13 @@ from sslsr_diffusion.data.operations import describe
 from sslsr_diffusion.data.samples import Sample
 from sslsr_diffusion.images import to_array
 
+if TYPE_CHECKING:
+    import PIL.Image
+
 _TEXT_LINES, _LINE, _GAP = 4, 14, 8
 
 
-def contact_sheet(samples: Sequence[Sample], *, cell: int = 192, columns: int = 2) -> Any:
+def contact_sheet(samples: Sequence[Sample], *, cell: int = 192, columns: int = 2) -> PIL.Image.Image:
     """HR, LR (enlarged without smoothing) and edge mask of every sample side by side, the drawn operations below; a Pillow image."""
     from PIL import Image, ImageDraw
 
@@ -36,7 +39,7 @@ def contact_sheet(samples: Sequence[Sample], *, cell: int = 192, columns: int = 
     return sheet
 
 
-def _pictures(sample: Sample) -> list[Any]:
+def _pictures(sample: Sample) -> list[PIL.Image.Image]:
     from PIL import Image
 
     assert sample.lr is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sslsr_diffusion.data.rows import Columns, Item, load_rows, local_files, pictures_in, row_item
 from sslsr_diffusion.data.settings import (
@@ -20,6 +20,9 @@ from sslsr_diffusion.data.settings import (
 )
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import list_images, printable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class IndexedSource(Protocol):
@@ -59,7 +62,7 @@ class Files:
 class Table:
     """Rows of a Hugging Face data set; pictures come as encoded bytes and are decoded by our own reader."""
 
-    def __init__(self, name: str, dataset: Any, columns: Columns, lost: Sequence[str]) -> None:
+    def __init__(self, name: str, dataset: Dataset, columns: Columns, lost: Sequence[str]) -> None:
         self.name, self._dataset, self._columns = name, dataset, columns
         self.lost = list(lost)
 
@@ -167,7 +170,7 @@ def _webdataset(settings: WebdatasetSource) -> Tar:
     return Tar(settings.path, local_files(settings.path, ".tar"))
 
 
-OPENERS: dict[str, Callable[[Any], IndexedSource]] = {
+OPENERS: dict[str, Callable[..., IndexedSource]] = {
     "folder": _folder,
     "files": _files,
     "pairs": _pairs,

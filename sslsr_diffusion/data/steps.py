@@ -6,14 +6,14 @@ Every step has `draw(random, frame) -> list[Op]`: numbers only, no picture, so t
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from sslsr_diffusion.config import Settings
 from sslsr_diffusion.data.blur_kernels import FAMILIES, Family
 from sslsr_diffusion.data.bsrgan import BsrganStep
-from sslsr_diffusion.data.draws import Frame, OddSizes, Op, Probability, RandomNumbers, Range, within
+from sslsr_diffusion.data.draws import Frame, OddSizes, Op, Probability, RandomNumbers, Range, Value, within
 
 Mode = Literal["area", "bilinear", "bicubic"]
 
@@ -49,7 +49,7 @@ class BlurStep(Settings):
         happens = random.shared.chance(self.prob)
         size = random.odd(self.sizes)
         if random.chance(self.sinc_prob):
-            kernel: dict[str, Any] = {
+            kernel: dict[str, Value] = {
                 "family": "sinc",
                 "size": size,
                 "cutoff": random.uniform((math.pi / (3 if size < 13 else 5), math.pi)),
@@ -58,10 +58,10 @@ class BlurStep(Settings):
             kernel = self._gaussian(random, size)
         return [Op("blur", kernel)] if happens else []
 
-    def _gaussian(self, random: RandomNumbers, size: int) -> dict[str, Any]:
+    def _gaussian(self, random: RandomNumbers, size: int) -> dict[str, Value]:
         names = [name for name in FAMILIES if name in self.families]
         family = random.pick(names, [self.families[name] for name in names])
-        kernel = {"family": family, "size": size, "sigma_x": random.uniform(self.sigma), "sigma_y": 0.0, "theta": 0.0}
+        kernel: dict[str, Value] = {"family": family, "size": size, "sigma_x": random.uniform(self.sigma), "sigma_y": 0.0, "theta": 0.0}
         if family.endswith("aniso"):
             kernel |= {"sigma_y": random.uniform(self.sigma), "theta": random.uniform((-math.pi, math.pi))}
         if family.startswith(("generalized", "plateau")):
@@ -81,7 +81,7 @@ class SincStep(Settings):
     )
 
     def draw(self, random: RandomNumbers, frame: Frame) -> list[Op]:
-        kernel = {"family": "sinc", "size": random.odd(self.sizes), "cutoff": random.uniform(self.cutoff)}
+        kernel: dict[str, Value] = {"family": "sinc", "size": random.odd(self.sizes), "cutoff": random.uniform(self.cutoff)}
         return [Op("blur", kernel)] if random.chance(self.prob) else []
 
 
@@ -107,7 +107,7 @@ class ResizeStep(Settings):
         random = random.shared
         way = random.pick(("up", "down", "keep"), (self.up_prob, self.down_prob, max(0.0, 1 - self.up_prob - self.down_prob)))
         factor = {"up": random.uniform((1.0, self.factors[1])), "down": random.uniform((self.factors[0], 1.0)), "keep": 1.0}[way]
-        where = {"factor": factor} if self.to == "current" else {"size": frame.target(factor)}
+        where: dict[str, Value] = {"factor": factor} if self.to == "current" else {"size": frame.target(factor)}
         return [Op("resize", {"mode": random.pick(self.modes), **where})]
 
 

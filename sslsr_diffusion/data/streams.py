@@ -11,20 +11,32 @@ import inspect
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, TypeGuard
 
 import torch
 
-from sslsr_diffusion.data.rows import Columns, Item, load_rows, reason, row_item
-from sslsr_diffusion.data.settings import Source
+from sslsr_diffusion.data.rows import Columns, Item, Row, load_rows, reason, row_item
+from sslsr_diffusion.data.settings import RowSource, Source
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 log = logging.getLogger(__name__)
 _PAUSES = (1.0, 5.0)  # seconds before the second and third attempt
 
 
-def is_stream(settings: Source) -> bool:
+class StreamState(TypedDict):
+    """Where a stream stands: its epoch, the rows before the window, those used of it, and the library's own state at its start."""
+
+    epoch: int
+    row: int
+    used: int
+    stream: dict[str, object] | None
+
+
+def is_stream(settings: Source) -> TypeGuard[RowSource]:
     return bool(getattr(settings, "streaming", False))
 
 
@@ -35,13 +47,14 @@ class Stream:
     so a resume reads one window again and goes on exactly there.
     """
 
-    def __init__(self, settings: Any, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, settings: RowSource, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self._settings, self._seed, self._place = settings, derive_seed(seed, "stream", settings.path), (rank, world_size)
         self._rows, self.lost = load_rows(settings, streaming=True)
-        self._epoch, self._start, self._used, self._seen = 0, None, 0, 0
+        self._epoch, self._used, self._seen = 0, 0, 0
+        self._start: dict[str, object] | None = None
         self._window: list[Item] = []
-        self._iterator: Iterator[dict[str, Any]] | None = None
-        self._dataset: Any = None
+        self._iterator: Iterator[Row] | None = None
+        self._dataset: IterableDataset = None
         self.name = settings.path
 
     def __iter__(self) -> Stream:
@@ -53,21 +66,21 @@ class Stream:
         self._used += 1
         return self._window[self._used - 1]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StreamState:
         return {"epoch": self._epoch, "row": self._seen, "used": self._used, "stream": self._start}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StreamState) -> None:
         self._open(state["epoch"], state["row"], state["stream"])
         self._window, self._used = [], 0
         if state["used"]:
             self._read_window()
             self._used = state["used"]
 
-    def _open(self, epoch: int, row: int, state: dict[str, Any] | None) -> None:
+    def _open(self, epoch: int, row: int, state: dict[str, object] | None) -> None:
         from datasets.distributed import split_dataset_by_node
 
         rank, world_size = self._place
-        options: dict[str, Any] = {"seed": derive_seed(self._seed, epoch) % 2**32, "buffer_size": 1}  # the order of shards alone
+        options = {"seed": derive_seed(self._seed, epoch) % 2**32, "buffer_size": 1}  # the order of shards alone
         if "max_buffer_input_shards" in inspect.signature(self._rows.shuffle).parameters:
             options["max_buffer_input_shards"] = 1  # newer releases else mix shards in threads, and sleep at the end of each epoch
         shuffled = self._rows.shuffle(**options)

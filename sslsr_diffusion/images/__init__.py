@@ -7,7 +7,7 @@ and TIFF files, and `writers.py` encodes them. What a file format or a conversio
 from __future__ import annotations
 
 from sslsr_diffusion.images.files import IMAGE_SUFFIXES, list_images, printable
-from sslsr_diffusion.images.picture import Image, UnreadableImage
+from sslsr_diffusion.images.picture import Image, Pixels, UnreadableImage
 from sslsr_diffusion.images.reader import MAX_PIXELS, format_of, read_image, size_of
 from sslsr_diffusion.images.tensors import resize_bicubic, to_array, to_tensor
 from sslsr_diffusion.images.writers import SUFFIXES, suffixes_of, write_image
@@ -17,6 +17,7 @@ __all__ = [
     "MAX_PIXELS",
     "SUFFIXES",
     "Image",
+    "Pixels",
     "UnreadableImage",
     "format_of",
     "list_images",

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sslsr_diffusion.errors import UserError
+
+Pixels = NDArray[np.uint8 | np.uint16]
 
 
 class UnreadableImage(UserError):
@@ -17,8 +18,8 @@ class UnreadableImage(UserError):
 class Image:
     """One picture, upright. Colour is not managed: the numbers are those of the file, and its profile travels with them."""
 
-    rgb: NDArray[Any]  # [H, W, 3] uint8 or uint16; three equal channels where `gray`
-    alpha: NDArray[Any] | None = None  # [H, W] of the same dtype, not premultiplied
+    rgb: Pixels  # [H, W, 3]; three equal channels where `gray`
+    alpha: Pixels | None = None  # [H, W] of the same dtype, not premultiplied
     icc_profile: bytes | None = None  # of colour space GRAY where `gray`, else RGB; None means sRGB
     exif: bytes | None = None  # the TIFF block without the "Exif\0\0" prefix, orientation reset to 1
     format: str = "PNG"  # what the bytes were ("PNG", "JPEG", "WEBP", "TIFF", "GIF", ...), whatever the file's name said

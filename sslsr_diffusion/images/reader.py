@@ -6,15 +6,19 @@ import stat
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sslsr_diffusion.images import metadata
 from sslsr_diffusion.images.files import printable
-from sslsr_diffusion.images.picture import Image, UnreadableImage
+from sslsr_diffusion.images.picture import Image, Pixels, UnreadableImage
 from sslsr_diffusion.images.writers import EXIF_TAGS_OF_TIFF
+
+if TYPE_CHECKING:
+    import PIL.Image
+    from PIL.ImageFile import ImageFile
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb: 0.5 GB of RGB
 _TOO_MANY = f"are more than the {MAX_PIXELS / 1e6:.0f} megapixels that are read; cut the picture into pieces"
@@ -105,7 +109,7 @@ def _read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _open(source: Any) -> Any:
+def _open(source: Path | BinaryIO) -> ImageFile:
     """Pillow's lazy image of a path or a binary file, of our formats alone."""
     from PIL import Image as Pillow
 
@@ -144,13 +148,13 @@ def _decode(data: bytes) -> Image:
     return replace(image, exif=exif, format=kind, notes=(*notes, *image.notes))
 
 
-def _notes(file: Any, kind: str) -> tuple[str, ...]:
+def _notes(file: ImageFile, kind: str) -> tuple[str, ...]:
     if kind == "JPEG" or not getattr(file, "is_animated", False):  # the further pictures of a JPEG are previews
         return ()
     return ("the first of several pages",) if kind == "TIFF" else ("the first frame of an animation",)
 
 
-def _exif(file: Any, kind: str) -> tuple[bytes | None, int]:
+def _exif(file: ImageFile, kind: str) -> tuple[bytes | None, int]:
     """The EXIF block without prefix, its orientation set to 1; and the orientation as it was."""
     if kind == "TIFF":
         raw, turn = _exif_of_tiff(file)
@@ -165,7 +169,7 @@ def _exif(file: Any, kind: str) -> tuple[bytes | None, int]:
     return metadata.updated_exif(raw, (height, width)), turn
 
 
-def _exif_of_tiff(file: Any) -> tuple[bytes, int]:
+def _exif_of_tiff(file: ImageFile) -> tuple[bytes, int]:
     """In TIFF the EXIF entries stand among those of the picture itself."""
     from PIL import Image as Pillow
 
@@ -177,7 +181,7 @@ def _exif_of_tiff(file: Any) -> tuple[bytes, int]:
     return (kept.tobytes().removeprefix(metadata.PREFIX) if len(kept) else b""), turn if turn in range(1, 9) else 1
 
 
-def _upright(array: NDArray[Any], turn: int) -> NDArray[Any]:
+def _upright(array: Pixels, turn: int) -> Pixels:
     """[H, W, ...] as EXIF orientation `turn` wants it shown."""
     if turn > 4:
         array = array.swapaxes(0, 1)
@@ -188,7 +192,7 @@ def _upright(array: NDArray[Any], turn: int) -> NDArray[Any]:
     return np.ascontiguousarray(array)
 
 
-def _bits(file: Any, kind: str, data: bytes) -> int:
+def _bits(file: ImageFile, kind: str, data: bytes) -> int:
     """Bits per value that the file holds: 8 also for fewer, 16 where OpenCV can decode them."""
     if kind == "PNG":
         return 16 if data[24] == 16 else 8
@@ -197,24 +201,32 @@ def _bits(file: Any, kind: str, data: bytes) -> int:
         return 16 if header and int(header[1]) == 65535 else 8
     if kind != "TIFF":
         return 8
-    bits, sample_format = file.tag_v2.get(258, (1,)), file.tag_v2.get(339, (1,))
+    tags = _tags(file)
+    bits, sample_format = tags.get(258, (1,)), tags.get(339, (1,))
     if max(bits) <= 8:
         return 8
     if set(bits) != {16} or set(sample_format) != {1}:
         what = {2: "signed", 3: "floating point"}.get(sample_format[0], "unsigned")
         raise _Refused(f"{bits[0]}-bit {what} values; expected 8 or 16 bits unsigned")
-    if file.tag_v2.get(262) not in (1, 2):
+    if tags.get(262) not in (1, 2):
         raise _Refused("16-bit TIFF of another kind than gray or RGB; save it as RGB or with 8 bits")
-    if file.tag_v2.get(284, 1) != 1:  # OpenCV would mix the planes up
+    if tags.get(284, 1) != 1:  # OpenCV would mix the planes up
         raise _Refused("16-bit TIFF with separate colour planes; save it interleaved")
     return 16
 
 
-def _sixteen_bits(data: bytes, file: Any, kind: str) -> Image:
+def _tags(file: ImageFile) -> ImageFileDirectory_v2:
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    assert isinstance(file, TiffImageFile)
+    return file.tag_v2
+
+
+def _sixteen_bits(data: bytes, file: ImageFile, kind: str) -> Image:
     """Pillow would halve the bits of colour; OpenCV keeps them, and knows nothing of metadata."""
     import cv2
 
-    transparent: Any = None
+    transparent = None
     if kind == "PNG":
         transparent = next((body for name, body in metadata.png_chunks(data) if name == b"tRNS"), None)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it would print every damaged file to the terminal; we report it
@@ -224,18 +236,18 @@ def _sixteen_bits(data: bytes, file: Any, kind: str) -> Image:
         raise _Refused("the pixels cannot be decoded; the file is cut off or damaged")
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    gray = (kind != "PPM" and (data[25] in (0, 4) if kind == "PNG" else file.tag_v2.get(262) == 1)) or pixels.shape[2] == 1
+    gray = (kind != "PPM" and (data[25] in (0, 4) if kind == "PNG" else _tags(file).get(262) == 1)) or pixels.shape[2] == 1
     rgb = pixels[..., [0, 0, 0]] if pixels.shape[2] < 3 else pixels[..., 2::-1]
     alpha = pixels[..., -1] if pixels.shape[2] in (2, 4) else None
     if transparent is not None:  # one colour stands for "transparent"
         key = np.frombuffer(transparent, ">u2").astype(np.uint16)
         alpha = np.where((rgb == key).all(axis=2), 0, 65535).astype(np.uint16)
-    if alpha is not None and kind == "TIFF" and tuple(file.tag_v2.get(338, ())) == (1,):  # premultiplied
+    if alpha is not None and kind == "TIFF" and tuple(_tags(file).get(338, ())) == (1,):  # premultiplied
         rgb = np.minimum(np.round(rgb * (65535.0 / np.maximum(alpha, 1))[..., None]), 65535).astype(np.uint16)
     return Image(np.ascontiguousarray(rgb), alpha, _profile(file), gray=gray)
 
 
-def _eight_bits(file: Any) -> Image:
+def _eight_bits(file: PIL.Image.Image) -> Image:
     mode = file.mode
     if mode in ("I", "F") or mode.startswith("I;"):
         raise _Refused(f"32-bit or unusual values (Pillow's mode {mode}); expected 8 or 16 bits unsigned")
@@ -253,11 +265,11 @@ def _eight_bits(file: Any) -> Image:
     return Image(np.ascontiguousarray(rgb), np.ascontiguousarray(pixels[..., -1]) if transparent else None, profile, gray=gray, notes=notes)
 
 
-def _profile(file: Any) -> bytes | None:
+def _profile(file: PIL.Image.Image) -> bytes | None:
     return file.info.get("icc_profile") or None
 
 
-def _to_srgb(file: Any, profile: bytes | None) -> tuple[Any, bytes | None, tuple[str, ...]]:
+def _to_srgb(file: PIL.Image.Image, profile: bytes | None) -> tuple[PIL.Image.Image, bytes | None, tuple[str, ...]]:
     """CMYK and Lab cannot stay: convert through the profile, and leave the picture untagged (sRGB)."""
     from PIL import ImageCms
 
@@ -266,12 +278,13 @@ def _to_srgb(file: Any, profile: bytes | None) -> tuple[Any, bytes | None, tuple
     srgb = ImageCms.createProfile("sRGB")
     try:
         if file.mode == "LAB":
-            source: Any = ImageCms.createProfile("LAB")
+            source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
         elif profile:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         else:
             return file.convert("RGB"), None, ("CMYK without a profile, converted to sRGB by formula",)
         converted = ImageCms.profileToProfile(file, source, srgb, renderingIntent=intent, outputMode="RGB", flags=flags)
+        assert converted is not None  # it is where the conversion is done in place
         return converted, None, (f"{file.mode} converted to sRGB",)
     except ImageCms.PyCMSError:
         return file.convert("RGB"), None, (f"{file.mode} with an unusable profile, converted to sRGB by formula",)

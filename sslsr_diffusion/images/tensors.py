@@ -1,15 +1,17 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from sslsr_diffusion.images.picture import Pixels
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def to_tensor(array: NDArray[Any]) -> Tensor:
+def to_tensor(array: NDArray[np.generic]) -> Tensor:
     """x / (2**bits - 1): whole numbers become float32 in [0, 1].
 
     Args:
@@ -25,10 +27,10 @@ def to_tensor(array: NDArray[Any]) -> Tensor:
         raise ValueError(f"expected [H, W] or [H, W, C] of uint8 or uint16, got {array.dtype} {list(array.shape)}")
     planes = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
     values = np.ascontiguousarray(planes, dtype=np.float32)
-    return torch.from_numpy(values / np.float32(np.iinfo(array.dtype).max))
+    return torch.from_numpy(values / np.float32(255 if array.dtype == np.uint8 else 65535))
 
 
-def to_array(tensor: Tensor, dtype: DTypeLike = np.uint8) -> NDArray[Any]:
+def to_array(tensor: Tensor, dtype: DTypeLike = np.uint8) -> Pixels:
     """round(clamp(x, 0, 1) * (2**bits - 1)).
 
     Args:

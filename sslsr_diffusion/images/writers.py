@@ -6,17 +6,19 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import atomic_write
 from sslsr_diffusion.images.metadata import PNG_SIGNATURE, PREFIX, png_chunk, updated_exif
 
 if TYPE_CHECKING:
-    from sslsr_diffusion.images.picture import Image
+    import PIL.Image
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    from sslsr_diffusion.images.picture import Image, Pixels
 
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # format -> suffix of a new file
 _FURTHER = {"JPEG": (".jpeg", ".jpe", ".jfif"), "TIFF": (".tiff",)}
@@ -54,24 +56,24 @@ def suffixes_of(format: str) -> tuple[str, ...]:
     return (SUFFIXES[format], *_FURTHER.get(format, ()))
 
 
-def _samples(image: Image) -> NDArray[Any]:
+def _samples(image: Image) -> Pixels:
     """[H, W, 1 to 4]: gray or colour, then alpha where there is one."""
     colour = image.rgb[..., :1] if image.gray else image.rgb
     return colour if image.alpha is None else np.concatenate([colour, image.alpha[..., None]], axis=2)
 
 
-def _pillow(samples: NDArray[Any]) -> Any:
+def _pillow(samples: Pixels) -> PIL.Image.Image:
     from PIL import Image as Pillow
 
     return Pillow.fromarray(np.ascontiguousarray(samples[..., 0] if samples.shape[2] == 1 else samples))
 
 
-def _metadata(image: Image) -> dict[str, Any]:
+def _metadata(image: Image) -> dict[str, bytes]:
     exif = updated_exif(image.exif, image.size) if image.exif else None
-    return {"icc_profile": image.icc_profile, **({"exif": PREFIX + exif} if exif else {})}
+    return ({"icc_profile": image.icc_profile} if image.icc_profile else {}) | ({"exif": PREFIX + exif} if exif else {})
 
 
-def _eight_bits(image: Image) -> tuple[NDArray[Any], tuple[str, ...]]:
+def _eight_bits(image: Image) -> tuple[Pixels, tuple[str, ...]]:
     samples = _samples(image)
     if image.bits == 8:
         return samples, ()
@@ -98,7 +100,7 @@ def _webp(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
     buffer, metadata = io.BytesIO(), _metadata(image)
     if image.gray:
         samples = np.concatenate([samples[..., :1].repeat(3, axis=2), samples[..., 1:]], axis=2)  # WebP has no gray
-        if metadata.pop("icc_profile"):
+        if metadata.pop("icc_profile", None):
             notes += ("the gray profile left out, WebP is always colour",)
     _pillow(samples).save(buffer, "WEBP", quality=quality, method=4, exact=True, **metadata)
     return buffer.getvalue(), notes
@@ -114,7 +116,7 @@ def _png(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     parts = [PNG_SIGNATURE, png_chunk(b"IHDR", header)]
     metadata = _metadata(image)
-    if metadata["icc_profile"]:
+    if "icc_profile" in metadata:
         parts.append(png_chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(metadata["icc_profile"])))
     if "exif" in metadata:
         parts.append(png_chunk(b"eXIf", metadata["exif"][len(PREFIX) :]))
@@ -122,7 +124,7 @@ def _png(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
     return b"".join([*parts, png_chunk(b"IEND", b"")]), ()
 
 
-def _filtered(samples: NDArray[Any]) -> bytes:
+def _filtered(samples: Pixels) -> bytes:
     """PNG scan lines through the Paeth filter, deflated: one IDAT chunk for every band of rows."""
     height, step = samples.shape[0], samples.shape[2] * 2
     rows = np.ascontiguousarray(samples, dtype=">u2").view(np.uint8).reshape(height, -1)
@@ -180,7 +182,7 @@ def _tiff(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
     return b"II*\0\x08\0\0\0" + directory.tobytes(8) + bytes(body), notes  # Pillow adds the directory's own length to 273
 
 
-def _tiff_exif(image: Image, directory: Any) -> None:
+def _tiff_exif(image: Image, directory: ImageFileDirectory_v2) -> None:
     from PIL import Image as Pillow
 
     exif = Pillow.Exif()

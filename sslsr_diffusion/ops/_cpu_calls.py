@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import Any
 
 import numba
 import numpy as np
+from numba.core.dispatcher import Dispatcher
 
 from sslsr_diffusion.ops import _cpu_pixels, _cpu_sums, _cpu_tiles, _simd
 from sslsr_diffusion.ops._cpu_pixels import weights
@@ -152,7 +152,7 @@ def _fold(parts, part, workers, out, lead, share, layout):
             target *= share
 
 
-def _compiled(stamp: str) -> tuple[Any, ...]:
+def _compiled(stamp: str) -> tuple[Dispatcher, ...]:
     """The entry points. numba's cache watches one file; the stamp in the closure makes it watch all that they are made of."""
 
     @numba.njit(nogil=True, cache=True)

@@ -11,11 +11,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # numba is imported at first use
+    from sslsr_diffusion.ops._cpu_tiles import Layout, Scratch
 
 _logger = logging.getLogger(__name__)
 _TILE_BYTES = 2_900_000  # of one graph of one tile: two for each thread keep a call on 512 pixels below 40 MB
@@ -30,7 +33,7 @@ _kept = threading.local()
 class Call(NamedTuple):
     """How one call is cut into tiles, and where in its memory things lie (in floats)."""
 
-    layout: Any
+    layout: Layout
     lead: int  # columns of zeros to the left of the padded image
     tiles: np.ndarray  # [T, 4] int64: first pixel in the padded image, first position, positions, dense?
     positions: np.ndarray
@@ -99,7 +102,7 @@ def lay_out(mask: Tensor, channels: int, search: int, window: int, normalize: bo
     return Call(layout, lead, tiles, positions, rows, min(workers, len(tiles)), batch * channels * plane, sizes)
 
 
-def _sizes(layout: Any, channels: int, window: int) -> dict[str, int]:
+def _sizes(layout: Layout, channels: int, window: int) -> dict[str, int]:
     """Floats of one thread's buffers, in the order of `Scratch`."""
     from sslsr_diffusion.ops._cpu_tiles import SLACK
 
@@ -159,7 +162,7 @@ class Memory:
     def gradient_of(self, worker: int) -> np.ndarray:
         return self.gradients()[worker * self.own : worker * self.own + self.gradient]
 
-    def scratch(self, worker: int) -> Any:
+    def scratch(self, worker: int) -> Scratch:
         from sslsr_diffusion.ops import _cpu_tiles as compiled
 
         at, parts = self.images * self.call.image + worker * self.own + self.gradient, {}

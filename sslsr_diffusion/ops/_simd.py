@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.base import BaseContext
+from numba.core.typing import Signature
 from numba.extending import intrinsic
 
 LANES = 16
@@ -168,14 +169,14 @@ def loop(
     return [Value(builder, phi) for phi in phis]
 
 
-def kernel(emit: Callable[..., None]) -> Any:
+def kernel(emit: Callable[..., None]) -> Callable[..., None]:
     """A numba intrinsic whose code is what emit(builder, *arguments) writes, once per combination of static integers."""
     names = list(inspect.signature(emit).parameters)[1:]
 
-    def typed(_context: Any, *arguments: types.Type) -> tuple[Any, Any]:
+    def typed(_context: object, *arguments: types.Type) -> tuple[Signature, Callable[..., ir.Value]]:
         static = [argument.count if isinstance(argument, types.UniTuple) else None for argument in arguments]
 
-        def lower(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> ir.Value:
+        def lower(context: BaseContext, builder: ir.IRBuilder, signature: Signature, values: Sequence[ir.Value]) -> ir.Value:
             passed = [
                 _lowered(context, builder, kind, value) for kind, value, fixed in zip(signature.args, values, static) if fixed is None
             ]
@@ -195,7 +196,7 @@ def kernel(emit: Callable[..., None]) -> Any:
     return intrinsic(typed)
 
 
-def _lowered(context: Any, builder: ir.IRBuilder, kind: types.Type, value: ir.Value) -> ir.Value:
+def _lowered(context: BaseContext, builder: ir.IRBuilder, kind: types.Type, value: ir.Value) -> ir.Value:
     if isinstance(kind, types.Array):
         return context.make_array(kind)(context, builder, value).data
     wide = types.float32 if isinstance(kind, types.Float) else types.int64
@@ -206,7 +207,7 @@ def _write(function: ir.Function, emit: Callable[..., None], static: Sequence[in
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     incoming = iter(function.args)
-    arguments: list[Any] = []
+    arguments: list[int | Pointer | Value] = []
     for fixed in static:
         if fixed is not None:
             arguments.append(fixed)

@@ -8,11 +8,16 @@ import re
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sslsr_diffusion.ops.ssg_cuda_launch import Argument
+
+if TYPE_CHECKING:
+    import cupy
 
 _log = logging.getLogger(__name__)
 
@@ -21,9 +26,9 @@ SOURCE_FOLDERS = (_PACKAGE / "_cuda", _PACKAGE.parent / "kernels")  # in a wheel
 
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 _lock = threading.Lock()
-_modules: dict[tuple[int, str, tuple[str, ...]], Any] = {}
+_modules: dict[tuple[int, str, tuple[str, ...]], cupy.RawModule] = {}
 _failures: dict[tuple[int, str, tuple[str, ...]], str] = {}
-_kernels: dict[tuple[int, str, tuple[str, ...], str], Any] = {}
+_kernels: dict[tuple[int, str, tuple[str, ...], str], cupy.RawKernel] = {}
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -92,22 +97,26 @@ class CupyLauncher:
     def __init__(self, device: torch.device):
         self.index = _index(device)
 
-    def __call__(self, file: str, kernel: str, defines: tuple[str, ...], grid: int, block: int, shared_bytes: int, args: list[Any]) -> None:
+    def __call__(
+        self, file: str, kernel: str, defines: tuple[str, ...], grid: int, block: int, shared_bytes: int, args: list[Argument]
+    ) -> None:
         import cupy
 
-        with cupy.cuda.Device(self.index), _stream(cupy, torch.cuda.current_stream(self.index), self.index):
+        with cupy.cuda.Device(self.index), _stream(torch.cuda.current_stream(self.index), self.index):
             function = _kernel(self.index, file, defines, kernel, shared_bytes)
             function((grid,), (block,), tuple(_argument(arg) for arg in args), shared_mem=shared_bytes)
 
 
-def _stream(cupy: Any, stream: torch.cuda.Stream, index: int) -> Any:
+def _stream(stream: torch.cuda.Stream, index: int) -> cupy.cuda.Stream:
     """torch's stream as CuPy's; ExternalStream is deprecated since CuPy 14, so it may be gone one day."""
+    import cupy
+
     if hasattr(cupy.cuda, "ExternalStream"):
         return cupy.cuda.ExternalStream(stream.cuda_stream, index)
     return cupy.cuda.Stream.from_external(stream)
 
 
-def _argument(arg: Tensor | np.generic) -> np.generic:
+def _argument(arg: Argument) -> np.generic:
     return np.uint64(arg.data_ptr()) if isinstance(arg, Tensor) else arg
 
 
@@ -115,7 +124,7 @@ def _index(device: torch.device) -> int:
     return device.index if device.index is not None else torch.cuda.current_device()
 
 
-def _kernel(index: int, file: str, defines: tuple[str, ...], name: str, shared_bytes: int) -> Any:
+def _kernel(index: int, file: str, defines: tuple[str, ...], name: str, shared_bytes: int) -> cupy.RawKernel:
     key = (index, file, defines, name)
     if key not in _kernels:
         with _lock:
@@ -126,7 +135,7 @@ def _kernel(index: int, file: str, defines: tuple[str, ...], name: str, shared_b
     return _kernels[key]
 
 
-def _module(index: int, file: str, defines: tuple[str, ...]) -> Any:
+def _module(index: int, file: str, defines: tuple[str, ...]) -> cupy.RawModule:
     """Compile once per device and set of constants; a build that failed is not tried again, its message is repeated at once."""
     import cupy
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Context(Protocol):
+    """What autograd hands from forward to backward, with what is set on it here."""
+
+    saved_tensors: tuple[Tensor, ...]
+    arguments: int
+    settings: list[float]  # search, window, sigma, normalize
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 @torch.library.custom_op("sslsr::scale_gradient", mutates_args=(), schema="(Tensor gradient, Tensor factor, Tensor image) -> Tensor")
@@ -19,21 +32,21 @@ def _(gradient: Tensor, factor: Tensor, image: Tensor) -> Tensor:
     return torch.empty_like(gradient)
 
 
-def no_second_derivative(*_: Any) -> NoReturn:
+def no_second_derivative(*_: object) -> NoReturn:
     raise RuntimeError('The self-similarity operator has no second derivative in its fast backends; backend="reference" has one.')
 
 
 scale_gradient.register_autograd(no_second_derivative)
 
 
-def save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_gradient(ctx: Context, inputs: Sequence[Tensor], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no image of zeros for the gradient of the gradient
     ctx.arguments = len(inputs)
     ctx.save_for_backward(output[-1], inputs[0])
 
 
-def backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def backward(ctx: Context, grad_total: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     """For an operator whose first argument alone is differentiable."""
     gradient, image = ctx.saved_tensors
     if grad_total is None:  # nobody asks for the total's gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -29,7 +29,11 @@ class GraphSettings(NamedTuple):
         """A distance falls by 1 / e per kappa."""
         return channels * self.window**2 * self.sigma
 
-    def per_entry(self, rows: float | Tensor) -> Any:
+    @overload
+    def per_entry(self, rows: float) -> float: ...
+    @overload
+    def per_entry(self, rows: Tensor) -> Tensor: ...
+    def per_entry(self, rows: float | Tensor) -> float | Tensor:
         """What sums over the rows' entries are multiplied with to become means, of the type of rows; 0 where there are no rows.
 
         NaN where `rows` is no number of rows, so that a failed reduction does not turn the loss off without a word.

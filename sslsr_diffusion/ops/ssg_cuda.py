@@ -7,8 +7,6 @@ waits for the GPU. The graph keeps its own output for backward.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -83,7 +81,7 @@ def _loss_op(
 
 
 @_loss_op.register_fake
-def _(sr: Tensor, gt: Tensor, mask: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(sr: Tensor, gt: Tensor, mask: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor]:
     with_gradient = settings[-1]
     wide = torch.float64
     return sr.new_empty((), dtype=wide), sr.new_empty(2, dtype=wide), sr.new_empty(sr.shape if with_gradient else (0,))
@@ -106,7 +104,7 @@ def _graph_op(image: Tensor, mask: Tensor, pixels: Tensor, search_size: int, win
 
 
 @_graph_op.register_fake
-def _(image: Tensor, mask: Tensor, pixels: Tensor, search_size: int, *_: Any) -> Tensor:
+def _(image: Tensor, mask: Tensor, pixels: Tensor, search_size: int, *_: object) -> Tensor:
     return image.new_empty(pixels.shape[0], search_size**2)
 
 
@@ -128,16 +126,16 @@ def _graph_backward_op(
 
 
 @_graph_backward_op.register_fake
-def _(image: Tensor, *_: Any) -> Tensor:
+def _(image: Tensor, *_: object) -> Tensor:
     return image.new_empty(image.shape)
 
 
-def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_rows(ctx: saved_gradient.Context, inputs: tuple[Tensor, Tensor, Tensor, int, int, float, bool], output: Tensor) -> None:
     image, mask, _, *ctx.settings = inputs
     ctx.save_for_backward(image, mask, output)
 
 
-def _graph_backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+def _graph_backward(ctx: saved_gradient.Context, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
     return _graph_backward_op(*ctx.saved_tensors, grad_rows, *ctx.settings), *(None,) * 6
 
 

@@ -67,9 +67,9 @@ def infer(
     call: dict[str, Any] = {"tile": _tile(tile), "color_fix": color_fix.value}
     named = {"num_inference_steps": steps, "detail": detail, "antiring": antiring}
     call |= {name: value for name, value in named.items() if value is not None}
-    from sslsr_diffusion.inference.memory import parse_bytes
+    from sslsr_diffusion.devices import find_device, parse_bytes
     from sslsr_diffusion.inference.open import default_model, find_model, load_pipeline
-    from sslsr_diffusion.inference.placement import check_tile_of, find_device
+    from sslsr_diffusion.inference.placement import check_tile_of
     from sslsr_diffusion.inference.runner import FORMATS, RunnerOptions, plan_files, run_plan
 
     where: dict[str, Any] = {"device": device, "dtype": dtype.value}

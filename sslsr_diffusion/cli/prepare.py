@@ -96,17 +96,17 @@ def cfw(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
     """Make the samples of stage 2: hr/, lr/ and the upscaler's latents/. The same command goes on where it was stopped."""
-    import torch
     from tqdm import tqdm
 
+    from sslsr_diffusion.devices import find_device
     from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.inference.open import find_model
     from sslsr_diffusion.runs.decoder_samples import make_cfw_data
     from sslsr_diffusion.runs.recipe import load_recipe
 
     recipe = load_recipe(config, set_ or [])
+    place = str(find_device(device))
     folder, fingerprint = find_model(model)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     options: dict[str, Any] = {"count": count, "steps": steps, "batch_size": batch_size, "device": place, "fingerprint": fingerprint}
     try:
         with tqdm(total=count, unit="sample", disable=None) as bar:

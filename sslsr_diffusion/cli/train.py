@@ -61,7 +61,7 @@ def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_chang
             build(recipe, publisher=publisher), resume=str(checkpoint) if checkpoint else None, allow_recipe_change=allow_recipe_change
         )
     except Exception as error:
-        from sslsr_diffusion.inference.memory import device_bytes, is_out_of_memory
+        from sslsr_diffusion.devices import device_bytes, is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

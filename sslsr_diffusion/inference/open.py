@@ -100,8 +100,9 @@ def load_pipeline(folder: Path, *, device: str = "auto", dtype: str = "auto", me
         UserError: the device is not there, or the folder's files are incomplete or damaged.
         NotEnoughMemory: nothing fits the budget.
     """
+    from sslsr_diffusion.devices import find_device
     from sslsr_diffusion.inference.pipeline import StableSRPipeline
-    from sslsr_diffusion.inference.placement import find_device, place
+    from sslsr_diffusion.inference.placement import place
 
     try:
         with _quiet_diffusers():

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back, is_out_of_memory, release_cached
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.hub import PIPELINE_FILES, fetch
 from sslsr_diffusion.images import resize_bicubic
@@ -18,14 +19,7 @@ from sslsr_diffusion.inference.antiring import antiring
 from sslsr_diffusion.inference.codec_tiles import TiledCodec
 from sslsr_diffusion.inference.color_fix import color_fix
 from sslsr_diffusion.inference.denoising import TiledDenoiser
-from sslsr_diffusion.inference.memory import (
-    MemoryModel,
-    Offload,
-    free_bytes,
-    hand_freed_blocks_back,
-    is_out_of_memory,
-    release_cached,
-)
+from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import Generators, ImageNoise, image_seeds
 from sslsr_diffusion.inference.open import forget_folder, refuse_code
 from sslsr_diffusion.inference.options import OnStepEnd, Options, StableSRPipelineOutput

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from sslsr_diffusion.devices import shown_bytes
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
-from sslsr_diffusion.inference.memory import MemoryModel, Offload, shown_bytes
+from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.tile_plan import Room, Tile, check_tile, make_plan
 from sslsr_diffusion.models.stablesr.text import count_text_encoder
 
@@ -26,25 +27,6 @@ class Placement:
     def __str__(self) -> str:
         waiting = {"none": "", "model": ", networks wait on the CPU", "sequential": ", layers wait on the CPU"}[self.offload]
         return f"{str(self.dtype).removeprefix('torch.')} on {self.device}{waiting}"
-
-
-def find_device(name: str) -> torch.device:
-    """A torch device that is there; "auto": the first GPU (CUDA, then Apple's), else the CPU.
-
-    Raises:
-        UserError: no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:1 or mps.") from None
-    backend: Any = getattr(torch, device.type, None)
-    there = device.type == "cpu" or (hasattr(backend, "is_available") and backend.is_available())
-    if not there or (device.index or 0) >= (backend.device_count() if hasattr(backend, "device_count") else 1):
-        raise UserError(f"--device {name}: torch sees no such device here; use --device cpu, or auto.")
-    return device
 
 
 def place(folder: Path, device: torch.device, dtype: str, budget: int | None = None, tile: Tile = "auto") -> Placement:

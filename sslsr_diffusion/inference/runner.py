@@ -247,7 +247,7 @@ def run_plan(pipe: Any, plan: Plan, *, progress: Progress | None = None) -> Runn
 def _reason(error: Exception, item: Item) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be written ({error.strerror})"
-    from sslsr_diffusion.inference.memory import is_out_of_memory
+    from sslsr_diffusion.devices import is_out_of_memory
 
     if is_out_of_memory(error):
         return "out of memory; lower the scale, close other programs, or use another device"

@@ -14,7 +14,8 @@ import time
 import torch
 
 from sslsr_diffusion import StableSRPipeline
-from sslsr_diffusion.models import ModelSettings, build_networks
+from sslsr_diffusion.models.stablesr.build import build_networks
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
 
 class Stopwatch:
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
-    parts = build_networks(ModelSettings(init="random", preset=arguments.preset)).components()
+    parts = build_networks(StableSRSettings(init="random", preset=arguments.preset)).components()
     pipe = StableSRPipeline(**parts).to(arguments.device)
     pipe.set_progress_bar_config(disable=True)
     watch = Stopwatch(pipe.unet, pipe.structural_encoder)

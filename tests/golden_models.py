@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from goldens import load_golden
 from torch import Tensor
 
-from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder, load_preset
+from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder
+from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.stablesr.convert import convert_structural_encoder, convert_unet, convert_vae, shapes
 from sslsr_diffusion.models.stablesr.convert.stablesr import TEXT
 

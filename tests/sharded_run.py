@@ -7,14 +7,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from sslsr_diffusion.models import Denoiser, ModelSettings, build_networks
+from sslsr_diffusion.models.stablesr.build import build_networks
+from sslsr_diffusion.models.stablesr.denoiser import Denoiser
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 from sslsr_diffusion.training.state import give_optimizer, give_trained, take_optimizer, trained_parameters, whole
 
 
 def make(shard: bool) -> tuple[Denoiser, torch.optim.Optimizer]:
     """The real denoiser at toy width, frozen parameters and all, divided block by block as configs/accelerate/fsdp2.yaml asks."""
     torch.manual_seed(0)
-    module = build_networks(ModelSettings(init="random", preset="tiny", train="sft")).denoiser
+    module = build_networks(StableSRSettings(init="random", preset="tiny"), train="sft").denoiser
     if shard:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         blocks = [part for part in module.modules() if type(part).__name__ == "BasicTransformerBlock"]

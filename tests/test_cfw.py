@@ -9,7 +9,9 @@ import torch
 from diffusers import AutoencoderKL
 from golden_models import golden_inputs, golden_outputs, golden_vae, random_like, relative_error
 
-from sslsr_diffusion.models import AutoencoderKLCFW, Codec, load_preset
+from sslsr_diffusion.models import AutoencoderKLCFW
+from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.stablesr.settings import load_preset
 
 TOLERANCE = 1e-4  # the README's
 

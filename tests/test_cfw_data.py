@@ -20,7 +20,8 @@ from sslsr_diffusion.data import open_training_data
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import read_image, to_tensor
 from sslsr_diffusion.inference import StableSRPipeline
-from sslsr_diffusion.models import ModelSettings, build_networks
+from sslsr_diffusion.models.stablesr.build import build_networks
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 from sslsr_diffusion.runs import start as building
 from sslsr_diffusion.runs.decoder_samples import _settings
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe
@@ -37,7 +38,7 @@ def world(tmp_path_factory) -> Path:
     (base / "photos").mkdir()
     for i in range(3):
         Image.fromarray(picture((SIZE + 9 * i, SIZE + 20 - 4 * i), i)).save(base / "photos" / f"p{i}.png")
-    networks = build_networks(ModelSettings(init="random", preset="tiny", train="all"), seed=1)
+    networks = build_networks(StableSRSettings(init="random", preset="tiny"), seed=1, train="all")
     StableSRPipeline(**networks.components()).save_pretrained(base / "model")
     (base / "recipe.yaml").write_text(json.dumps(values(base)))
     return base

@@ -17,10 +17,11 @@ from sslsr_diffusion.errors import UserError
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
     from sslsr_diffusion.inference import StableSRPipeline
-    from sslsr_diffusion.models import ModelSettings, build_networks
+    from sslsr_diffusion.models.stablesr.build import build_networks
+    from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
     folder = tmp_path_factory.mktemp("models") / "whole"
-    StableSRPipeline(**build_networks(ModelSettings(init="random", preset="tiny", train="all")).components()).save_pretrained(folder)
+    StableSRPipeline(**build_networks(StableSRSettings(init="random", preset="tiny"), train="all").components()).save_pretrained(folder)
     return folder
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_models import golden_inputs, golden_outputs, golden_vae, random_like, relative_error
 
-from sslsr_diffusion.models import Codec
+from sslsr_diffusion.models.codec import Codec
 
 TOLERANCE = 1e-4  # of the fixtures' README; float32 on another build
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models import AutoencoderKLCFW, Denoiser
+from sslsr_diffusion.models import AutoencoderKLCFW
+from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.convert import components_from_checkpoint, original_from_folder
 from sslsr_diffusion.models.stablesr.convert.folder import guess_variant
 

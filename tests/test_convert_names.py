@@ -11,7 +11,8 @@ from goldens import GOLDEN
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder, load_preset
+from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder
+from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.stablesr.convert import (
     convert_structural_encoder,
     convert_text_encoder,

@@ -6,7 +6,9 @@ import pytest
 import torch
 from golden_models import golden_encoder, golden_inputs, golden_outputs, golden_unet, random_like, relative_error
 
-from sslsr_diffusion.models import Denoiser, ModelSettings, build_networks
+from sslsr_diffusion.models.stablesr.build import build_networks
+from sslsr_diffusion.models.stablesr.denoiser import Denoiser
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
 
 @torch.no_grad()
@@ -19,7 +21,7 @@ def test_composition_is_the_originals(case: int) -> None:
 
 
 def tiny(train: str = "all") -> Denoiser:
-    return build_networks(ModelSettings(init="random", preset="tiny", train=train)).denoiser  # type: ignore[arg-type]
+    return build_networks(StableSRSettings(init="random", preset="tiny", train=train)).denoiser  # type: ignore[arg-type]
 
 
 def inputs(seed: int, size: tuple[int, int] = (8, 12)) -> tuple[torch.Tensor, ...]:

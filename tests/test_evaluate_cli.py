@@ -126,7 +126,7 @@ def test_a_model_upscales_first_and_is_not_asked_twice(tmp_path, call, monkeypat
         (("--restored", "x", "--dataset", "y", "--reference", "z"), "give either --dataset or --reference"),
         (("--restored", "x", "--dataset", "y", "--lr", "z"), "give either --dataset or --lr"),
         (("--restored", "x", "--seeds", 3), "--seeds and --steps are for --model"),
-        (("--restored", "x", "--device", "gpu"), "--device gpu: torch cannot use it here .*; use auto or cpu"),
+        (("--restored", "x", "--device", "gpu"), "--device gpu: expected auto, cpu, cuda, cuda:1 or mps"),
         (("--restored", "a/out", "--restored", "b/out", "--metrics", "niqe"), "a column named 'out' is there already. Write NAME=b/out"),
         (("--restored", "x", "--metrics", "pnsr"), "'pnsr' is not known; expected some of psnr, ssim"),
         (("--restored", "x", "--metrics", "psnr"), r"no metric can be computed: PSNR \(dB\) compares with a reference"),

@@ -312,11 +312,12 @@ import torch
 from huggingface_hub import constants
 from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.inference.open import find_model, load_pipeline
-from sslsr_diffusion.models import ModelSettings, build_networks
+from sslsr_diffusion.models.stablesr.build import build_networks
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 from sslsr_diffusion.training.publisher import HubPublisher
 
 root, endpoint = Path(sys.argv[1]), sys.argv[2]
-pipe = StableSRPipeline(**build_networks(ModelSettings(init="random", preset="tiny", train="all")).components())
+pipe = StableSRPipeline(**build_networks(StableSRSettings(init="random", preset="tiny"), train="all").components())
 pipe.save_pretrained(root / "pipeline")
 publisher = HubPublisher("someone/tiny", token="hf_writetoken")
 publisher.publish(root / "pipeline", "Step 1")

@@ -195,9 +195,10 @@ def test_help_is_quick_and_imports_nothing_heavy():
 def test_the_shipped_pictures_through_a_real_pipeline(tmp_path, monkeypatch):
     """Random weights: sizes, formats and metadata count here, not the look. Every kind of file that examples/lr holds."""
     from sslsr_diffusion import StableSRPipeline
-    from sslsr_diffusion.models import ModelSettings, build_networks
+    from sslsr_diffusion.models.stablesr.build import build_networks
+    from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
-    parts = build_networks(ModelSettings(init="random", preset="tiny", train="all")).components()
+    parts = build_networks(StableSRSettings(init="random", preset="tiny"), train="all").components()
     StableSRPipeline(**parts).save_pretrained(tmp_path / "runs" / "toy" / "pipeline")
     monkeypatch.chdir(tmp_path)
     pictures = ROOT / "examples" / "lr"

@@ -16,7 +16,8 @@ from test_pipeline import components, make_pipeline, photo, run, text_parts
 
 from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.inference.codec_tiles import TiledCodec
-from sslsr_diffusion.models import AutoencoderKLCFW, Codec
+from sslsr_diffusion.models import AutoencoderKLCFW
+from sslsr_diffusion.models.codec import Codec
 
 DEVICE = torch.device("cuda:0")
 PARTS = {"vae", "unet", "structural_encoder", "text_encoder"}

@@ -107,11 +107,12 @@ def test_what_a_recipe_leaves_to_its_base_is_what_the_run_began_with(tmp_path, n
 def base(hub, tmp_path, monkeypatch):
     """A tiny pipeline as someone/base, and an empty folder to work in."""
     from sslsr_diffusion.inference import StableSRPipeline
-    from sslsr_diffusion.models import ModelSettings, build_networks
+    from sslsr_diffusion.models.stablesr.build import build_networks
+    from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
     monkeypatch.chdir(tmp_path)
     AcceleratorState._reset_state()
-    StableSRPipeline(**build_networks(ModelSettings(init="random", preset="tiny", train="all")).components()).save_pretrained("made")
+    StableSRPipeline(**build_networks(StableSRSettings(init="random", preset="tiny"), train="all").components()).save_pretrained("made")
     files = {path.relative_to("made").as_posix(): path.read_bytes() for path in Path("made").rglob("*") if path.is_file()}
     commit(hub, "someone/base", FIRST, files)
     return files

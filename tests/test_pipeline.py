@@ -17,7 +17,9 @@ from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.antiring import antiring
-from sslsr_diffusion.models import AutoencoderKLCFW, ModelSettings, build_networks
+from sslsr_diffusion.models import AutoencoderKLCFW
+from sslsr_diffusion.models.stablesr.build import build_networks
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
 STEPS = 2
 # diffusers' schedulers convert their own tensors the way numpy 2 deprecates
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 @functools.cache
 def components() -> dict:
-    parts = build_networks(ModelSettings(init="random", preset="tiny", train="all")).components()
+    parts = build_networks(StableSRSettings(init="random", preset="tiny"), train="all").components()
     parts["unet"].register_to_config(sample_size=16)  # pictures are padded to 64 x 64 output pixels at least
     # a freshly made encoder is silent in its residual branches; all weights should speak here
     with torch.random.fork_rng():
@@ -279,7 +281,7 @@ def test_fidelity_is_the_weight_of_the_fusion_layers():
 
 
 def test_half_precision_runs_and_stays_near():
-    half = StableSRPipeline(**build_networks(ModelSettings(init="random", preset="tiny")).components()).to(torch.bfloat16)
+    half = StableSRPipeline(**build_networks(StableSRSettings(init="random", preset="tiny")).components()).to(torch.bfloat16)
     got = run(half, photo())
     assert got.dtype == torch.float32
     assert got.isfinite().all()
@@ -348,7 +350,7 @@ def test_saved_pipeline_loads_elsewhere_and_gives_the_same_picture(tmp_path):
 @pytest.mark.cuda
 def test_model_offload_moves_every_component_and_gives_the_same_picture():
     pipe = make_pipeline(
-        **build_networks(ModelSettings(init="random", preset="tiny")).components(), text_encoder=text_parts()["text_encoder"]
+        **build_networks(StableSRSettings(init="random", preset="tiny")).components(), text_encoder=text_parts()["text_encoder"]
     )
     want = run(pipe, photo())
     visited: set[str] = set()

@@ -14,7 +14,8 @@ from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.inference import codec_tiles
 from sslsr_diffusion.inference.codec_tiles import TiledCodec
 from sslsr_diffusion.inference.tiling import tile_offsets
-from sslsr_diffusion.models import Codec, SFTUNet2DConditionModel, StructuralEncoder
+from sslsr_diffusion.models import SFTUNet2DConditionModel, StructuralEncoder
+from sslsr_diffusion.models.codec import Codec
 
 
 class KeepingEncoder(StructuralEncoder):

@@ -7,7 +7,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from golden_models import golden_inputs, golden_outputs, random_like, relative_error
 
-from sslsr_diffusion.models import Schedule, load_preset, make_scheduler
+from sslsr_diffusion.models.process import Schedule, make_scheduler
+from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.process import truncated
 
 T = torch.tensor([0, 17, 500, 999])

@@ -16,7 +16,8 @@ from sslsr_diffusion.data.degradation import Degradation, DegradationSettings
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.images import resize_bicubic
-from sslsr_diffusion.models import ModelSettings, build_networks
+from sslsr_diffusion.models.stablesr.build import build_networks
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 from sslsr_diffusion.runs.check import dry_run
 from sslsr_diffusion.runs.recipe import load_recipe
 from sslsr_diffusion.shipped_model import FOLDER, SMALL, shipped_folder
@@ -47,7 +48,7 @@ def test_a_folder_of_the_same_name_goes_first(tmp_path: Path, monkeypatch: pytes
 
 
 def test_it_is_a_base_to_fine_tune() -> None:
-    networks = build_networks(ModelSettings(base=SMALL, train="all"))
+    networks = build_networks(StableSRSettings(base=SMALL), train="all")
     assert networks.base == SMALL
     assert networks.trained
     assert {parameter.dtype for parameter in networks.denoiser.parameters()} == {torch.float32}
@@ -55,7 +56,7 @@ def test_it_is_a_base_to_fine_tune() -> None:
 
 def test_an_earlier_ones_name_gets_a_sentence() -> None:
     with pytest.raises(UserError, match=rf"'small-v1' does not come with this version of the package, which has {SMALL}; use that one"):
-        build_networks(ModelSettings(base="small-v1"))
+        build_networks(StableSRSettings(base="small-v1"))
 
 
 def test_the_dry_run_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:

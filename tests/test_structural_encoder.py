@@ -8,7 +8,8 @@ import pytest
 import torch
 from golden_models import golden_encoder, golden_inputs, golden_outputs, random_like, relative_error
 
-from sslsr_diffusion.models import StructuralEncoder, load_preset
+from sslsr_diffusion.models import StructuralEncoder
+from sslsr_diffusion.models.stablesr.settings import load_preset
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from golden_models import golden_inputs, golden_outputs, golden_unet, original_state, random_like, relative_error
 from torch import Tensor
 
-from sslsr_diffusion.models import SFTUNet2DConditionModel, load_preset
+from sslsr_diffusion.models import SFTUNet2DConditionModel
+from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.stablesr.unet import Conditioning
 
 Inputs = tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]

@@ -84,10 +84,11 @@ def test_the_search_finds_what_it_is_for(line):
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
     from sslsr_diffusion.inference import StableSRPipeline
-    from sslsr_diffusion.models import ModelSettings, build_networks
+    from sslsr_diffusion.models.stablesr.build import build_networks
+    from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
     folder = tmp_path_factory.mktemp("models") / "whole"
-    networks = build_networks(ModelSettings(init="random", preset="tiny", train="all"))
+    networks = build_networks(StableSRSettings(init="random", preset="tiny"), train="all")
     StableSRPipeline(**networks.components()).save_pretrained(folder)
     return folder
 
@@ -105,7 +106,8 @@ class Runs:
 def test_pickled_weights_are_not_taken(pipeline, tmp_path):
     """Neither by the pipeline nor as a base for training, even where they are the only weights of a part."""
     from sslsr_diffusion import StableSRPipeline
-    from sslsr_diffusion.models import ModelSettings, build_networks
+    from sslsr_diffusion.models.stablesr.build import build_networks
+    from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
     folder, trap = tmp_path / "pickled", tmp_path / "trap"
     shutil.copytree(pipeline, folder)
@@ -116,9 +118,9 @@ def test_pickled_weights_are_not_taken(pipeline, tmp_path):
     with pytest.raises(OSError, match="safetensors"):
         StableSRPipeline.from_pretrained(folder)
     with pytest.raises(UserError, match=r"model\.base: unet of .* cannot be loaded"):
-        build_networks(ModelSettings(base=str(folder)))
+        build_networks(StableSRSettings(base=str(folder)))
     with pytest.raises(UserError, match="cannot be loaded"):
-        build_networks(ModelSettings(init="random", preset="tiny", vae=str(folder)))
+        build_networks(StableSRSettings(init="random", preset="tiny", vae=str(folder)))
     assert not trap.exists()
 
 

@@ -68,10 +68,12 @@ def evaluate(
         return _list_metrics()
     import numpy as np
 
+    from sslsr_diffusion.devices import find_device
+
     _check_arguments(restored, reference, model, dataset, lr)
     if not model and (seeds > 1 or steps is not None):
         raise UserError("--seeds and --steps are for --model, which upscales; results that are there already are taken as they are.")
-    device = _device(device)
+    device = str(find_device(device))
     chosen, lacking = _available(metrics, has_reference=bool(reference or dataset), strict=strict)
     columns = _columns(restored or [])
     if dataset:
@@ -106,20 +108,6 @@ def _check_arguments(restored: Any, reference: Path | None, model: Any, dataset:
         raise UserError("--dataset brings its own references; give either --dataset or --reference.")
     if dataset and lr:
         raise UserError("--dataset brings its own low-resolution inputs; give either --dataset or --lr.")
-
-
-def _device(name: str) -> str:
-    """A torch device that is there."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device {name}: torch cannot use it here ({reason[:160]}); use auto or cpu.") from None
-    return name
 
 
 def _available(names: str, *, has_reference: bool, strict: bool) -> tuple[list[str], dict[str, str]]:

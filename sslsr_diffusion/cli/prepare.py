@@ -98,9 +98,9 @@ def cfw(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
     """Make the samples of task decoder: hr/, lr/ and the upscaler's latents/. The same command goes on where it was stopped."""
-    import torch
     from tqdm import tqdm
 
+    from sslsr_diffusion.devices import find_device
     from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.inference.open import find_model
     from sslsr_diffusion.runs.decoder_samples import make_cfw_data
@@ -108,7 +108,7 @@ def cfw(
 
     recipe = load_recipe(config, set_ or [])
     found = find_model(model)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = str(find_device(device))
     options: dict[str, Any] = {"count": count, "steps": steps, "batch_size": batch_size, "device": place, "fingerprint": found.fingerprint}
     try:
         with tqdm(total=count, unit="sample", disable=None) as bar:

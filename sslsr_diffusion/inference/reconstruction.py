@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslsr_diffusion.devices import is_out_of_memory, release_cached
 from sslsr_diffusion.errors import NotEnoughMemory
 from sslsr_diffusion.inference.codec_tiles import TiledCodec
-from sslsr_diffusion.inference.memory import is_out_of_memory, release_cached
 from sslsr_diffusion.models.codec import Codec
 
 log = logging.getLogger(__name__)

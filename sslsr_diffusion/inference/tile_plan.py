@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from sslsr_diffusion.devices import shown_bytes
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
-from sslsr_diffusion.inference.memory import MemoryModel, Offload, shown_bytes
+from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.tiling import rounded_up
 from sslsr_diffusion.models.size import SizeRequirements
 

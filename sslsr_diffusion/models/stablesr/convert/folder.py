@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder, load_preset, make_scheduler
+from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder
+from sslsr_diffusion.models.process import make_scheduler
+from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.base import Base, find_base
 from sslsr_diffusion.models.stablesr.build import load_vae
 from sslsr_diffusion.models.stablesr.convert import shapes, stablesr

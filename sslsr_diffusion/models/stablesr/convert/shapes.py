@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models import load_preset
+from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET
 
 State = Mapping[str, Tensor]

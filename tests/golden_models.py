@@ -11,9 +11,9 @@ from goldens import load_golden
 from torch import Tensor
 
 from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder
-from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.stablesr.convert import convert_structural_encoder, convert_unet, convert_vae, shapes
 from sslsr_diffusion.models.stablesr.convert.stablesr import TEXT
+from sslsr_diffusion.models.stablesr.settings import load_preset
 
 HEAD_CHANNELS = 16  # num_head_channels of the fixtures' config
 

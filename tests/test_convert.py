@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models import AutoencoderKLCFW
-from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.convert import components_from_checkpoint, original_from_folder
 from sslsr_diffusion.models.stablesr.convert.folder import guess_variant
+from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 
 EXTRA = {"betas": torch.zeros(1000), "mask_stride": torch.zeros(2, 2), "model_ema.decay": torch.tensor(0.9)}
 

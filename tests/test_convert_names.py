@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder
-from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.stablesr.convert import (
     convert_structural_encoder,
     convert_text_encoder,
@@ -25,6 +24,7 @@ from sslsr_diffusion.models.stablesr.convert import (
     shapes,
 )
 from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET, VAE
+from sslsr_diffusion.models.stablesr.settings import load_preset
 
 
 def released() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden_models import golden_encoder, golden_inputs, golden_outputs, golden_unet, random_like, relative_error
 
+from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.stablesr.build import build_networks
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
@@ -16,17 +17,17 @@ from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 def test_composition_is_the_originals(case: int) -> None:
     inputs, want = golden_inputs("stablesr/composed"), golden_outputs("stablesr/composed")
     denoiser = Denoiser(golden_unet(), golden_encoder())
-    got = denoiser(inputs["x_t"], inputs[f"timesteps.{case}"], inputs["latent"], inputs["context"])
+    got = denoiser(inputs["x_t"], inputs[f"timesteps.{case}"], Condition(inputs["latent"], inputs["context"]))
     assert relative_error(got, want[f"case{case}.eps"]) < 1e-4  # the README's tolerance
 
 
 def tiny(train: str = "all") -> Denoiser:
-    return build_networks(StableSRSettings(init="random", preset="tiny", train=train)).denoiser  # type: ignore[arg-type]
+    return build_networks(StableSRSettings(init="random", preset="tiny"), train=train).denoiser
 
 
-def inputs(seed: int, size: tuple[int, int] = (8, 12)) -> tuple[torch.Tensor, ...]:
+def inputs(seed: int, size: tuple[int, int] = (8, 12)) -> tuple[torch.Tensor, torch.Tensor, Condition]:
     t = torch.tensor([3, 800])
-    return random_like((2, 8, *size), seed), t, random_like((2, 8, *size), seed + 1), random_like((1, 1, 32), seed + 2)
+    return random_like((2, 8, *size), seed), t, Condition(random_like((2, 8, *size), seed + 1), random_like((1, 1, 32), seed + 2))
 
 
 def test_sft_trains_the_encoder_and_the_spade_layers_by_name() -> None:
@@ -38,7 +39,7 @@ def test_sft_trains_the_encoder_and_the_spade_layers_by_name() -> None:
     assert any(n.endswith("spade.norm.weight") for n in trained)  # its affine trains too
     assert denoiser.set_trainable("all") == every
     with pytest.raises(ValueError, match="'sft' or 'all'"):
-        denoiser.set_trainable("spade")  # type: ignore[arg-type]
+        denoiser.set_trainable("spade")
 
 
 @pytest.mark.parametrize("train", ["sft", "all"])
@@ -60,6 +61,7 @@ def test_checkpointing_gives_the_same_gradients_after_another_forward(train: str
 
 def test_one_text_context_serves_the_batch() -> None:
     denoiser = tiny()
-    zt, t, z_lr, text = inputs(1)
+    zt, t, (z_lr, text) = inputs(1)
+    assert text is not None
     with torch.no_grad():
-        assert torch.equal(denoiser(zt, t, z_lr, text), denoiser(zt, t, z_lr, text.repeat(2, 1, 1)))
+        assert torch.equal(denoiser(zt, t, Condition(z_lr, text)), denoiser(zt, t, Condition(z_lr, text.repeat(2, 1, 1))))

@@ -4,15 +4,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn.functional import avg_pool2d, interpolate
 
-from sslsr_diffusion.models.stablesr.build import build_autoencoder
-from sslsr_diffusion.models.stablesr.settings import StableSRSettings
-from sslsr_diffusion.models.stablesr.build import load_preset
+from sslsr_diffusion.models.stablesr.build import build_autoencoder, load_preset
 from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identity
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
 
 def test_a_fresh_autoencoder_passes_colours_through_at_latent_resolution():
     """Colours of single pixels and of whole crops survive; 0.12 is what the norm's remaining dependence on the crop costs."""
-    codec = build_autoencoder(StableSRSettings(init="random", preset="tiny"), seed=3)
+    codec = build_autoencoder(StableSRSettings(init="random", preset="tiny"), seed=3).codec
     smooth = interpolate(torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), size=(64, 64), mode="bicubic").clamp(0, 1)
     flat = torch.tensor([0.9, 0.1, 0.2])[None, :, None, None].expand(1, 3, 64, 64)
     for picture in (smooth, flat):
@@ -25,7 +24,7 @@ def test_a_fresh_autoencoder_passes_colours_through_at_latent_resolution():
 
 def test_latent_pixels_leave_no_raster():
     """Noise in the latents comes back smooth: the borders of latent pixels hold about as much of the change as their insides."""
-    codec = build_autoencoder(StableSRSettings(init="random", preset="tiny"), seed=3)
+    codec = build_autoencoder(StableSRSettings(init="random", preset="tiny"), seed=3).codec
     latents = 0.2 * torch.randn(4, codec.vae.config.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         steps = codec.decode(latents).diff(dim=-1).abs().mean(dim=(0, 1, 2))[codec.scale - 1 :]
@@ -34,7 +33,7 @@ def test_latent_pixels_leave_no_raster():
 
 
 def test_two_seeds_differ_and_every_weight_still_learns():
-    first, second = (build_autoencoder(StableSRSettings(init="random", preset="tiny"), seed=s).vae for s in (1, 2))
+    first, second = (build_autoencoder(StableSRSettings(init="random", preset="tiny"), seed=s).codec.vae for s in (1, 2))
     assert not torch.equal(first.encoder.down_blocks[0].resnets[0].conv1.weight, second.encoder.down_blocks[0].resnets[0].conv1.weight)
     out = first(torch.rand(1, 3, 32, 32)).sample
     out.sub(0.3).abs().mean().backward()

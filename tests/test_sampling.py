@@ -6,11 +6,10 @@ import functools
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from goldens import load_golden
 from torch import Tensor
 
-from sslsr_diffusion import models
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.inference.denoising import TiledDenoiser
 from sslsr_diffusion.inference.sampling import (
@@ -19,26 +18,30 @@ from sslsr_diffusion.inference.sampling import (
     SpacedDDIM,
     SpacedDDPM,
     build_sampler,
-    clean_and_noise,
     kept_steps,
     sample,
     spaced_timesteps,
 )
 from sslsr_diffusion.inference.tiling import tile_boxes
 from sslsr_diffusion.models import SFTUNet2DConditionModel, StructuralEncoder
+from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.convert.shapes import encoder_config, unet_config
 from sslsr_diffusion.models.stablesr.convert.stablesr import convert_structural_encoder, convert_unet
+from sslsr_diffusion.models.stablesr.denoiser import Denoiser
+from sslsr_diffusion.models.stablesr.settings import load_preset
 
 # diffusers' schedulers convert their own tensors the way numpy 2 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-def make_scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
-    return models.make_scheduler({**models.load_preset("sd21")["scheduler"], "prediction_type": prediction_type})
+def ddpm(prediction_type: str = "epsilon") -> DDPM:
+    process = Process.of({**load_preset("sd21")["scheduler"], "prediction_type": prediction_type})
+    assert isinstance(process, DDPM)
+    return process
 
 
-def alphas() -> Tensor:
-    return make_scheduler().alphas_cumprod
+def make_scheduler() -> DDPMScheduler:
+    return ddpm().scheduler()
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -71,7 +74,7 @@ def run_golden(item: str, sampler, x: Tensor, *, tile: int | None = None, overla
     inputs, outputs, config = inputs_of(item)
     height, width = x.shape[-2:]
     predict = TiledDenoiser(
-        *golden_networks(),
+        Denoiser(*golden_networks()),
         inputs["lr_latent"],
         inputs["context"],
         tile_boxes(height, width, tile or max(height, width), overlap),
@@ -96,7 +99,7 @@ def test_schedules_golden(steps):
     _, outputs, _ = inputs_of("schedules")
     want = {name.split(".", 1)[1]: tensor for name, tensor in outputs.items() if name.startswith(f"spaced{steps}.")}
     assert spaced_timesteps(steps) == want["timesteps"].tolist()
-    sampler = SpacedDDPM(alphas(), "epsilon", steps)
+    sampler = SpacedDDPM(ddpm("epsilon"), steps)
     assert list(sampler.timesteps) == want["timesteps"].flip(0).tolist()
     coefficients = torch.tensor([sampler.coefficients(i) for i in range(steps)], dtype=torch.float64).flip(0)
     # 2e-5: the original keeps its betas in float32
@@ -107,7 +110,7 @@ def test_schedules_golden(steps):
 
 def test_ddpm_loop_golden():
     inputs, outputs, config = inputs_of("ddpm_loop")
-    sampler = SpacedDDPM(alphas(), "epsilon", config["steps"])
+    sampler = SpacedDDPM(ddpm("epsilon"), config["steps"])
     x = sampler.start(inputs["lr_latent"], inputs["start_noise"], from_lr=True)
     assert error(x, outputs["x_T"]) < 1e-6
     steps, final, _ = run_golden("ddpm_loop", sampler, x, batch_size=2)
@@ -118,14 +121,14 @@ def test_ddpm_loop_golden():
 
 def test_canvas_loop_golden():
     inputs, outputs, config = inputs_of("canvas_loop")
-    sampler = SpacedDDPM(alphas(), "epsilon", config["steps"])
+    sampler = SpacedDDPM(ddpm("epsilon"), config["steps"])
     _, final, _ = run_golden("canvas_loop", sampler, inputs["start_noise"], tile=64, overlap=32, batch_size=3)
     assert error(final, outputs["final"]) < 3e-4
 
 
 def test_canvas_cfg_v_loop_golden():
     inputs, outputs, config = inputs_of("canvas_cfg_v_loop")
-    sampler = SpacedDDPM(alphas(), "v_prediction", config["steps"])
+    sampler = SpacedDDPM(ddpm("v_prediction"), config["steps"])
     x = sampler.start(inputs["lr_latent"], inputs["start_noise"], from_lr=True)
     assert error(x, outputs["x_T"]) < 1e-6
     steps, final, _ = run_golden("canvas_cfg_v_loop", sampler, x, tile=24, overlap=8, batch_size=2)
@@ -136,7 +139,7 @@ def test_canvas_cfg_v_loop_golden():
 
 def test_ddim_golden_with_the_original_mismatch():
     inputs, outputs, config = inputs_of("ddim_cfg")
-    sampler = OriginalDDIM(alphas(), "v_prediction", config["steps"], eta=config["eta"])
+    sampler = OriginalDDIM(ddpm("v_prediction"), config["steps"], eta=config["eta"])
     assert list(sampler.timesteps) == outputs["model_timesteps"].flip(0).tolist()
     sigmas = torch.tensor([sampler.sigma(i) for i in range(config["steps"])], dtype=torch.float64).flip(0)
     assert error(sigmas, outputs["sigmas"]) < 2e-5
@@ -157,18 +160,19 @@ def test_spaced_timesteps_contain_both_ends():
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_clean_and_noise_invert_the_forward_process(prediction_type):
-    x0, noise = torch.randn(2, 4, 5, 7), torch.randn(2, 4, 5, 7)
-    alpha = 0.3
+    x0, noise, t = torch.randn(2, 4, 5, 7), torch.randn(2, 4, 5, 7), torch.tensor([500])
+    process = ddpm(prediction_type)
+    alpha = process.alphas_cumprod[500]
     x = alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise
     pred = {"epsilon": noise, "v_prediction": alpha**0.5 * noise - (1 - alpha) ** 0.5 * x0, "sample": x0}[prediction_type]
-    got_x0, got_noise = clean_and_noise(pred, x, alpha, prediction_type)
+    got_x0, got_noise = process.clean_and_noise(pred, x, t)
     torch.testing.assert_close(got_x0, x0, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got_noise, noise, atol=1e-5, rtol=1e-5)
 
 
 def oracle(x0: Tensor, prediction_type: str, sampler):
     """A perfect network: whatever x is, it answers with the epsilon or v that makes x0 the clean latent."""
-    full = alphas().double()
+    full = torch.tensor(ddpm().alphas_cumprod, dtype=torch.float64)
 
     def predict(x: Tensor, t: float) -> Tensor:
         a = full[round(t)].item()
@@ -186,7 +190,7 @@ def test_every_sampler_finds_the_clean_latent_of_a_perfect_network(name, strengt
     if strength < 1 and not from_lr:
         return  # the pipeline refuses it
     x0, noise = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
-    sampler = build_sampler(name, make_scheduler(prediction_type), 10, strength=strength, eta=0.5, seeds=[1, 2])
+    sampler = build_sampler(name, ddpm(prediction_type), 10, strength=strength, eta=0.5, seeds=[1, 2])
     x = sampler.start(torch.randn_like(x0), noise, from_lr=from_lr)
     assert len(sampler.timesteps) == (10 if strength == 1 else 4)
     got = sample(sampler, oracle(x0, prediction_type, sampler), x, lambda _: torch.randn_like(x0))
@@ -199,7 +203,7 @@ def test_named_samplers_begin_at_the_same_latent():
     for from_lr in (True, False):
         inputs = []
         for name in SAMPLERS:
-            sampler = build_sampler(name, make_scheduler(), 8, seeds=[0])
+            sampler = build_sampler(name, ddpm(), 8, seeds=[0])
             assert round(sampler.timesteps[0]) == 999
             inputs.append(sampler.model_input(sampler.start(z_lr, noise, from_lr=from_lr), 0))
         for other in inputs[1:]:
@@ -207,26 +211,57 @@ def test_named_samplers_begin_at_the_same_latent():
 
 
 def test_the_default_sampler_is_the_scheduler_s():
-    assert type(build_sampler(None, make_scheduler(), 4)) is SpacedDDPM
-    assert type(build_sampler(None, DDIMScheduler.from_config(make_scheduler().config), 4)) is SpacedDDIM
+    assert type(build_sampler(None, ddpm(), 4)) is SpacedDDPM
+    assert type(build_sampler(None, ddpm(), 4, scheduler=DDIMScheduler.from_config(make_scheduler().config))) is SpacedDDIM
     scheduler = UniPCMultistepScheduler.from_config(make_scheduler().config)
-    sampler = build_sampler(None, scheduler, 4, seeds=[0])
+    sampler = build_sampler(None, ddpm(), 4, scheduler=scheduler, seeds=[0])
     assert scheduler.num_inference_steps is None  # the pipeline's own object keeps no state of a run
     assert len(sampler.timesteps) == 4
-    assert build_sampler("EulerAncestralDiscreteScheduler", EulerDiscreteScheduler.from_config(make_scheduler().config), 4, seeds=[0])
+    euler = EulerDiscreteScheduler.from_config(make_scheduler().config)
+    assert build_sampler("EulerAncestralDiscreteScheduler", ddpm(), 4, scheduler=euler, seeds=[0])
 
 
 def test_ddim_without_noise_ends_clean_and_its_pairing_is_right():
-    sampler = SpacedDDIM(alphas(), "epsilon", 10)
-    full = alphas().double().tolist()
-    assert sampler._alphas == [full[int(t)] for t in reversed(sampler.timesteps)]
-    assert sampler._alphas_prev[0] == 1.0
+    sampler = SpacedDDIM(ddpm(), 10)
+    assert sampler._at == [int(t) for t in sampler.timesteps]
+    assert sampler._next(0) == ddpm().level(int(sampler.timesteps[1]))
+    assert sampler._next(9) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_straight_way_through_a_flow_is_diffusers_euler(shift):
+    """The same network, start and timesteps as FlowMatchEulerDiscreteScheduler: every step gives the same latent."""
+    flow = Process.of({"shift": shift}, "FlowMatchEulerDiscreteScheduler")
+    sampler = build_sampler(None, flow, 4)
+    assert type(sampler) is SpacedDDIM
+    noise, z_lr = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
+    x = sampler.start(z_lr, noise, from_lr=False)
+    reference = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    reference.set_timesteps(sigmas=[t / 1000 for t in sampler.timesteps])
+    torch.testing.assert_close(reference.timesteps.tolist(), list(sampler.timesteps), rtol=1e-5, atol=1e-4)
+    want = x
+    for index, t in enumerate(sampler.timesteps):
+        velocity = torch.tanh(x + t / 1000)
+        x = sampler.step(velocity, x, index, lambda _: noise)
+        want = reference.step(torch.tanh(want + t / 1000), reference.timesteps[index], want, return_dict=False)[0]
+        torch.testing.assert_close(x, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim-original", "dpm++", "euler", "DDIMScheduler"])
+def test_samplers_of_the_ddpm_family_refuse_a_flow(name):
+    with pytest.raises(UserError, match="is of the DDPM family and this model's process is a flow"):
+        build_sampler(name, Process.of({}, "FlowMatchEulerDiscreteScheduler"), 4)
+
+
+def test_a_flow_has_no_fresh_noise():
+    with pytest.raises(UserError, match="eta: expected 0 for a flow"):
+        build_sampler("ddim", Process.of({}, "FlowMatchEulerDiscreteScheduler"), 4, eta=0.5)
 
 
 @pytest.mark.parametrize(("strength", "kept"), [(1.0, 10), (0.55, 5), (0.3, 3), (0.001, 1)])
 def test_strength_keeps_the_last_steps(strength, kept):
     assert kept_steps(10, strength) == kept
-    assert list(SpacedDDPM(alphas(), "epsilon", 10, strength=strength).timesteps) == spaced_timesteps(10)[:kept][::-1]
+    assert list(SpacedDDPM(ddpm("epsilon"), 10, strength=strength).timesteps) == spaced_timesteps(10)[:kept][::-1]
 
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, 1.5])
@@ -238,7 +273,7 @@ def test_impossible_strength_is_refused(strength):
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
 def test_schedulers_of_other_families_are_refused(name):
     with pytest.raises(UserError, match=f"{name} is not of the DDPM family"):
-        build_sampler(name, make_scheduler(), 4)
+        build_sampler(name, ddpm(), 4)
 
 
 def test_a_scheduler_whose_package_is_missing_says_so(monkeypatch):
@@ -251,17 +286,17 @@ def test_a_scheduler_whose_package_is_missing_says_so(monkeypatch):
 
     monkeypatch.setattr(diffusers, "AbsentScheduler", Absent, raising=False)
     with pytest.raises(MissingDependency, match=r"sampler: AbsentScheduler needs .* pip install torchsde$"):
-        build_sampler("AbsentScheduler", make_scheduler(), 4)
+        build_sampler("AbsentScheduler", ddpm(), 4)
 
 
 @pytest.mark.parametrize("name", ["dpmm", "DPMUnknownScheduler", "DiffusionPipeline"])
 def test_unknown_sampler_is_refused(name):
     with pytest.raises(UserError, match="ddpm, ddim"):
-        build_sampler(name, make_scheduler(), 4)
+        build_sampler(name, ddpm(), 4)
 
 
 @pytest.mark.parametrize("name", [None, *SAMPLERS, "HeunDiscreteScheduler"])
 def test_one_step_starts_at_the_last_timestep(name):
-    scheduler = DDPMScheduler(num_train_timesteps=100, beta_start=0.00085, beta_end=0.002, prediction_type="v_prediction")
-    sampler = build_sampler(name, scheduler, 1, seeds=[0])
+    config = {"num_train_timesteps": 100, "beta_start": 0.00085, "beta_end": 0.002, "prediction_type": "v_prediction"}
+    sampler = build_sampler(name, Process.of(config, "DDPMScheduler"), 1, seeds=[0])
     assert [round(float(t)) for t in sampler.timesteps[:1]] == [99]

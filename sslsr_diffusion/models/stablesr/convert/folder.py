@@ -13,17 +13,18 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder
-from sslsr_diffusion.models.process import make_scheduler
-from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.base import Base, find_base
+from sslsr_diffusion.models.process import Process
 from sslsr_diffusion.models.stablesr.build import load_vae
 from sslsr_diffusion.models.stablesr.convert import shapes, stablesr
 from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET, VAE, Part, State
+from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.stablesr.text import load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.unpickle import read_checkpoint
 
 log = logging.getLogger(__name__)
 
+ORIGINAL_HEADS = load_preset("sd21")["structural_encoder"]["num_attention_heads"]
 FROM_BASE = ["vae/*", "text_encoder/*", "tokenizer/*"]
 
 Variant = Literal["512", "768v", "turbo", "face"]
@@ -111,7 +112,7 @@ def components_from_checkpoint(
     tokenizer = load_tokenizer(found_base) if found_base else None
     if text_encoder is not None and tokenizer is None:
         result.notes.append("no tokenizer: only the empty prompt works; give --base for prompts")
-    scheduler = make_scheduler({**load_preset("sd21")["scheduler"], "prediction_type": preset.prediction_type})
+    scheduler = Process.of({**load_preset("sd21")["scheduler"], "prediction_type": preset.prediction_type}).scheduler()
     result.components.update(
         vae=vae, unet=unet, structural_encoder=encoder, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
     )
@@ -177,12 +178,17 @@ def original_from_folder(folder: Path | str) -> tuple[dict[str, Tensor], dict[st
     """A pipeline folder's tensors under the original's names: the diffusion checkpoint, and the CFW file (empty without CFW).
 
     Raises:
-        UserError: the folder holds no StableSR pipeline.
+        UserError: the folder holds no StableSR pipeline, or one that the original's configuration cannot describe.
     """
     base = find_base(str(folder))
     unet, encoder, vae = base.config("unet"), base.config("structural_encoder"), base.config("vae")
     state = stablesr.restore_unet(_tensors(base, "unet"), unet["layers_per_block"])
     layers, heads = encoder["layers_per_block"], encoder["num_attention_heads"]
+    if heads != ORIGINAL_HEADS:  # the order of q, k, v in a tensor of the original follows the heads, which leave no trace in its shape
+        raise UserError(
+            f"{folder}: expected a structural encoder with {ORIGINAL_HEADS} attention heads, which the original's configuration has, got "
+            f"{heads}; its code would read the attention of this one in another order."
+        )
     state |= stablesr.restore_structural_encoder(_tensors(base, "structural_encoder"), layers, heads)
     autoencoder, levels = _tensors(base, "vae"), len(vae["block_out_channels"])
     plain = {name: tensor for name, tensor in autoencoder.items() if not name.startswith("fusion_layers.")}

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET
+from sslsr_diffusion.models.stablesr.settings import load_preset
 
 State = Mapping[str, Tensor]
 

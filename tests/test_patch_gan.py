@@ -27,12 +27,12 @@ def outputs(samples: int = 3) -> Outputs:
     hr = torch.stack([smooth(i) for i in range(samples)])
     sr = (hr + 0.3 * torch.stack([smooth(10 + i) for i in range(samples)])).requires_grad_()
     t = torch.tensor([10, 500, 900])[:samples]
-    return Outputs(t=t, snr=torch.ones(samples), sr=sr, hr=hr, decoded=torch.arange(samples))
+    return Outputs(t=t, noise_level=torch.ones(samples), sr=sr, hr=hr, decoded=torch.arange(samples))
 
 
 def part(given: Outputs, *places: int) -> Outputs:
     keep = list(places)
-    return Outputs(t=given.t[keep], snr=given.snr[keep], sr=given.sr[keep], hr=given.hr[keep], decoded=torch.arange(len(keep)))
+    return Outputs(t=given.t[keep], noise_level=given.noise_level[keep], sr=given.sr[keep], hr=given.hr[keep], decoded=torch.arange(len(keep)))
 
 
 def test_the_published_width_and_depth():

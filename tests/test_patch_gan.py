@@ -32,7 +32,9 @@ def outputs(samples: int = 3) -> Outputs:
 
 def part(given: Outputs, *places: int) -> Outputs:
     keep = list(places)
-    return Outputs(t=given.t[keep], noise_level=given.noise_level[keep], sr=given.sr[keep], hr=given.hr[keep], decoded=torch.arange(len(keep)))
+    return Outputs(
+        t=given.t[keep], noise_level=given.noise_level[keep], sr=given.sr[keep], hr=given.hr[keep], decoded=torch.arange(len(keep))
+    )
 
 
 def test_the_published_width_and_depth():

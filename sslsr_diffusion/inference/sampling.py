@@ -271,7 +271,7 @@ class SamplerCall:
     def ddpm(self, name: str) -> DDPM:
         """The process, where a sampler is made for the DDPM family alone."""
         if not isinstance(self.process, DDPM):
-            raise UserError(f"sampler: {name} is of the DDPM family and this model's process is a flow; use ddim.")
+            raise UserError(f"sampler: {name} is of the DDPM family and this model's process is {type(self.process).__name__}; use ddim.")
         return self.process
 
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from sslsr_diffusion.errors import UserError
 
 RENAMED = {"num_inference_steps": "steps", "vae_tile": "tile"}
 
 
-@contextlib.contextmanager
-def as_flags(*names: str, renamed: Mapping[str, str] = RENAMED) -> Iterator[None]:
-    """A UserError that begins with one of these keywords begins with the flag of that name instead.
+def flagged(text: str, *names: str) -> str:
+    """`model runs/x: no such folder` becomes `--model runs/x: no such folder` where `model` is among the names."""
+    found = re.match(r"(\w+)(?=[: ])", text)
+    name = RENAMED.get(found[1], found[1]) if found else None
+    return text if found is None or name not in names else f"--{name.replace('_', '-')}{text[found.end() :]}"
 
-    `model runs/x: no such folder` becomes `--model runs/x: no such folder`.
-    """
+
+@contextlib.contextmanager
+def as_flags(*names: str) -> Iterator[None]:
+    """A UserError that begins with one of these keywords begins with the flag of that name instead."""
     try:
         yield
     except UserError as error:
-        text = str(error)
-        found = re.match(r"(\w+)(?=[: ])", text)
-        name = renamed.get(found[1], found[1]) if found else None
-        if found is None or name not in names:
+        text = flagged(str(error), *names)
+        if text == str(error):
             raise
-        raise UserError(f"--{name.replace('_', '-')}{text[found.end() :]}") from error
+        raise UserError(text) from error

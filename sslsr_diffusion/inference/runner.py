@@ -72,7 +72,7 @@ class RunnerReport:
     failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     renamed: list[tuple[str, str]] = field(default_factory=list)  # name, output: another picture had taken its name
     replaced: list[str] = field(default_factory=list)  # of those to be made: a result, of other settings for example, is there already
-    notes: list[tuple[str, str]] = field(default_factory=list)  # name, what could not be kept
+    notes: list[tuple[str, str]] = field(default_factory=list)  # name ("": of every picture), what could not be kept or had no effect
 
 
 @dataclass
@@ -101,7 +101,8 @@ def upscale_files(
         inputs: file, folder or glob pattern, or several.
         progress: called before each picture and at the end.
     Raises:
-        UserError: nothing to read, nowhere to write, or the output folder is the input folder. One bad picture raises nothing.
+        UserError: nothing to read, nowhere to write, the output folder is the input folder, or the restorer refuses the options. One bad
+            picture raises nothing.
     """
     return run_work(restorer, find_work(inputs, output_dir, options), progress=progress)
 
@@ -227,13 +228,19 @@ def _obstacle(item: Picture, root: Path, originals: set[Path], work: Work) -> st
 
 
 def run_work(restorer: Restorer, work: Work, *, progress: Progress | None = None) -> RunnerReport:
-    """Make the pictures of some work, one after the other."""
+    """Make the pictures of some work, one after the other.
+
+    Raises:
+        UserError: the restorer refuses the options, whatever the picture.
+    """
     report, total = work.report, len(work.todo)
+    report.notes.extend(("", note) for note in restorer.check(**work.options.call))
+    options = replace(work.options, call={name: value for name, value in work.options.call.items() if name in restorer.options})
     for position, item in enumerate(work.todo):
         if progress:
             progress(position, total, item.name)
         try:
-            notes = _make(restorer, item, work)
+            notes = _make(restorer, item, work, options)
         except Exception as error:  # whatever a picture does to the libraries, its neighbours are done
             log.debug("%s failed", item.name, exc_info=True)
             report.failed.append((item.name, _reason(error, item)))
@@ -256,12 +263,12 @@ def _reason(error: Exception, item: Picture) -> str:
     return text.removeprefix(f"{printable(item.source.name)}: ")[:300]
 
 
-def _make(restorer: Restorer, item: Picture, work: Work) -> tuple[str, ...]:
+def _make(restorer: Restorer, item: Picture, work: Work, options: RunnerOptions) -> tuple[str, ...]:
     key, target, stat = item.target.as_posix(), work.output / item.target, item.source.stat()
     with item.source.open("rb") as file:
         input_hash = hashlib.file_digest(file, "sha256").hexdigest()  # before the work: the file may be replaced meanwhile
     image = read_image(item.source)
-    result = upscale_image(restorer, image, work.options)
+    result = upscale_image(restorer, image, options)
     work.record.begin(key, item.source)
     target.parent.mkdir(parents=True, exist_ok=True)
     notes = write_image(target, result, format=item.format, quality=work.options.quality)

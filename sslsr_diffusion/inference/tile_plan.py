@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
-from sslsr_diffusion.devices import shown_bytes
+import torch
+
+from sslsr_diffusion.devices import is_out_of_memory, release_cached, shown_bytes
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.tiling import rounded_up
@@ -15,6 +17,8 @@ from sslsr_diffusion.models.size import SizeRequirements
 
 log = logging.getLogger(__name__)
 
+P = TypeVar("P")
+R = TypeVar("R")
 Tile = int | Literal["auto"] | None
 Part = Literal["tile", "vae_tile"]  # whose tiles: the denoiser's or the autoencoder's
 
@@ -172,7 +176,7 @@ def _check_budget(
     fixed = [f"{part} {asked[part]}" for part in over if asked[part] is not None]
     advice = f"{' and '.join(fixed)} would take {needed}; 'auto' needs" if fixed else "the least is"
     raise NotEnoughMemory(
-        f"memory budget: {shown_bytes(room.bytes)} is too little for this model and picture size; {advice} {shown_bytes(least)}.", least
+        f"memory_budget: {shown_bytes(room.bytes)} is too little for this model and picture size; {advice} {shown_bytes(least)}.", least
     )
 
 
@@ -211,3 +215,19 @@ def _overlap(overlap: int, tile: int, default: bool, vae_scale: int) -> int:
     if not 0 <= overlap < tile or overlap % vae_scale:
         raise UserError(f"tile_overlap: expected a multiple of {vae_scale} pixels below the tile ({tile}), got {overlap}.")
     return overlap
+
+
+def within_memory(run: Callable[[P], R], plan: P, smaller: Callable[[P], P], device: torch.device) -> tuple[R, P]:
+    """Run by a plan, or by smaller and smaller ones while memory runs out; the result and the plan that did.
+
+    Args:
+        smaller: the plan to try next; raises NotEnoughMemory where there is none.
+    """
+    while True:
+        try:
+            return run(plan), plan
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release_cached(device)  # outside of the handler, where the traceback would keep the failed call's tensors
+        plan = smaller(plan)

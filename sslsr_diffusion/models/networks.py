@@ -76,6 +76,7 @@ class PixelNetworks(Networks):
     """Low-resolution pixels in, high-resolution pixels out, in one call."""
 
     scale: int  # enlargement
+    overlap: int = 16  # low-resolution pixels that neighbouring tiles share: four times as far as a pixel sees leaves no seam at all
 
     @abstractmethod
     def forward(self, lr: Tensor) -> Tensor:

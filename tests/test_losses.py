@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from toys import smooth
 
-from sslsr_diffusion.losses import LOSSES, build_losses
+from sslsr_diffusion.losses import LOSSES, Means, build_losses
 from sslsr_diffusion.losses.diffusion import DiffusionLoss, DiffusionSettings
 from sslsr_diffusion.losses.latent_kl import LatentKLLoss, LatentKLSettings
 from sslsr_diffusion.losses.pixel import PixelL1Loss, PixelL1Settings
@@ -18,7 +18,7 @@ from sslsr_diffusion.types import Given, Outputs
 
 
 def outputs(samples: int = 2, **values) -> Outputs:
-    defaults = {"t": torch.tensor([10, 900])[:samples], "snr": torch.tensor([50.0, 0.1])[:samples]}
+    defaults = {"t": torch.tensor([10, 900])[:samples], "noise_level": torch.tensor([50.0, 0.1])[:samples].rsqrt()}
     return Outputs(**{**defaults, **values})
 
 
@@ -29,10 +29,12 @@ def test_diffusion_is_the_mean_squared_error():
     assert value == pytest.approx(4.5)
 
 
-@pytest.mark.parametrize(("kind", "factors"), [("epsilon", (5 / 50, 1.0)), ("v_prediction", (5 / 51, 0.1 / 1.1))])
+@pytest.mark.parametrize(("kind", "factors"), [("epsilon", (5 / 50, 1.0)), ("v_prediction", (5 / 51, 0.1 / 1.1)), ("sample", (5.0, 0.1))])
 def test_min_snr_weights(kind, factors):
     pred, target = torch.ones(2, 3), torch.zeros(2, 3)
-    value, terms = DiffusionLoss(DiffusionSettings(min_snr_gamma=5.0), prediction_type=kind)(outputs(pred=pred, target=target))
+    snr = torch.tensor([50.0, 0.1])
+    gain = {"epsilon": snr.rsqrt(), "v_prediction": (1 + snr).rsqrt(), "sample": torch.ones(2)}[kind]  # Process.clean_gain
+    value, terms = DiffusionLoss(DiffusionSettings(min_snr_gamma=5.0))(outputs(pred=pred, target=target, clean_gain=gain))
     assert terms["diffusion"] == 1  # raw is what is plotted
     assert float(value) == pytest.approx(sum(factors) / 2)
 
@@ -67,16 +69,16 @@ def test_self_similarity_equals_the_operator_with_stride_and_weights():
 
 def test_self_similarity_counts_only_samples_behind_the_gate():
     mask = torch.ones(2, 1, 32, 32, dtype=torch.bool)
-    given = Given(t=torch.tensor([10, 900]), snr=torch.ones(2), decoded=torch.arange(2), mask=mask)
+    given = Given(t=torch.tensor([10, 900]), noise_level=torch.ones(2), decoded=torch.arange(2), mask=mask)
     loss = SelfSimilarityLoss(SelfSimilaritySettings(max_timestep=500, mask_stride=1))
     assert loss.count(given) == 32 * 32
 
 
 def test_stride_pattern_agrees_with_the_operator_and_is_anchored_at_the_crop():
     full = torch.ones(1, 1, 30, 30, dtype=torch.bool)
-    whole = stride_pattern(Given(t=torch.zeros(1), snr=torch.zeros(1), mask=full), 3)
+    whole = stride_pattern(Given(t=torch.zeros(1), noise_level=torch.zeros(1), mask=full), 3)
     assert torch.equal(whole, apply_mask_stride(full, 3))
-    window = Given(t=torch.zeros(1), snr=torch.zeros(1), mask=full[..., 4:20, 7:25], origin=torch.tensor([[4, 7]]))
+    window = Given(t=torch.zeros(1), noise_level=torch.zeros(1), mask=full[..., 4:20, 7:25], origin=torch.tensor([[4, 7]]))
     assert torch.equal(stride_pattern(window, 3), whole[..., 4:20, 7:25])
 
 
@@ -97,5 +99,19 @@ def test_a_missing_input_is_named():
 
 
 def test_every_kind_can_be_built_from_its_defaults():
-    built = build_losses([settings() for settings, _ in LOSSES.values()], distance=lambda sr, hr: (sr - hr).abs().mean(dim=(1, 2, 3)))
+    means = Means(distance=lambda sr, hr: (sr - hr).abs().mean(dim=(1, 2, 3)))
+    built = build_losses([loss.settings_class() for loss in LOSSES.values()], means)
     assert [loss.name for loss in built] == list(LOSSES)
+
+
+def test_a_loss_has_the_name_that_the_recipe_gives_it():
+    named = PixelL1Loss(PixelL1Settings(name="coarse"))
+    assert named.name == "coarse"
+    _, terms = named(outputs(sr=torch.zeros(2, 3, 4, 4), hr=torch.ones(2, 3, 4, 4), decoded=torch.arange(2)))
+    assert list(terms) == ["coarse"]
+    with pytest.raises(ValidationError, match="pattern"):
+        PixelL1Settings(name="../x")
+
+
+def test_an_optional_loss_without_its_means_is_left_out():
+    assert build_losses([LOSSES["lpips"].settings_class(optional=True)], Means()) == []

@@ -249,7 +249,7 @@ def test_the_straight_way_through_a_flow_is_diffusers_euler(shift):
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim-original", "dpm++", "euler", "DDIMScheduler"])
 def test_samplers_of_the_ddpm_family_refuse_a_flow(name):
-    with pytest.raises(UserError, match="is of the DDPM family and this model's process is a flow"):
+    with pytest.raises(UserError, match="is of the DDPM family and this model's process is Flow"):
         build_sampler(name, Process.of({}, "FlowMatchEulerDiscreteScheduler"), 4)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.seeding import sample_generator
+from sslsr_diffusion.tables import named
 
 Predict = Callable[[Tensor, float], Tensor]  # (x_t as the network wants it, t) -> prediction
 StepNoise = Callable[[int], Tensor]  # step index (0 is the first) -> standard normal like the latents
@@ -106,6 +107,10 @@ class SpacedDDPM(_Spaced):
 
     process: DDPM
 
+    @classmethod
+    def build(cls, call: SamplerCall) -> SpacedDDPM:
+        return cls(call.ddpm("ddpm"), call.num_steps, strength=call.strength)
+
     def coefficients(self, index: int) -> tuple[float, float, float]:
         """(c1, c2, log variance): x <- c1 x0 + c2 x + exp(log variance / 2) noise."""
         alphas = self.process.alphas_cumprod
@@ -134,6 +139,10 @@ class SpacedDDIM(_Spaced):
             raise UserError(f"eta: expected 0 for a flow, which has no fresh noise on its way, got {eta}.")
         self.eta = eta
 
+    @classmethod
+    def build(cls, call: SamplerCall) -> SpacedDDIM:
+        return cls(call.process, call.num_steps, strength=call.strength, eta=call.eta)
+
     def sigma(self, index: int) -> float:
         if not self.eta or not isinstance(self.process, DDPM):
             return 0.0
@@ -157,6 +166,10 @@ class OriginalDDIM(SpacedDDIM):
     The network sees the respaced timesteps (0 to 999), the noise levels come from 0, 1000//N, 2 (1000//N), ...: they do
     not match, and the last step ends at the noise level of timestep 0 instead of none.
     """
+
+    @classmethod
+    def build(cls, call: SamplerCall) -> OriginalDDIM:
+        return cls(call.ddpm("ddim-original"), call.num_steps, strength=call.strength, eta=call.eta)
 
     def _levels_at(self, steps: list[int]) -> list[int]:
         total = self.process.last + 1
@@ -235,11 +248,13 @@ def build_sampler(
     if name is None and scheduler is not None and type(scheduler).__name__ not in OWN:
         return DiffusersSampler(type(scheduler).from_config(scheduler.config), call)
     name = name or OWN.get(type(scheduler).__name__) or ("ddpm" if isinstance(process, DDPM) else "ddim")
-    if name in SAMPLERS:
-        return SAMPLERS[name](call)
-    if not name.endswith("Scheduler"):
+    where = SAMPLERS.get(name, f"diffusers:{name}")
+    if name not in SAMPLERS and not name.endswith("Scheduler"):
         raise UserError(f"sampler: {name!r} is unknown; expected one of {', '.join(SAMPLERS)} or the name of a diffusers scheduler class.")
-    return _by_class(name, call)
+    if where.startswith("diffusers:"):
+        return _by_class(where.removeprefix("diffusers:"), call)
+    made: Sampler = named(f"sslsr_diffusion.inference.{where}").build(call)
+    return made
 
 
 @dataclass(frozen=True)
@@ -256,7 +271,7 @@ class SamplerCall:
     def ddpm(self, name: str) -> DDPM:
         """The process, where a sampler is made for the DDPM family alone."""
         if not isinstance(self.process, DDPM):
-            raise UserError(f"sampler: {name} is of the DDPM family and this model's process is a flow; use ddim.")
+            raise UserError(f"sampler: {name} is of the DDPM family and this model's process is {type(self.process).__name__}; use ddim.")
         return self.process
 
 
@@ -278,11 +293,11 @@ def _by_class(name: str, call: SamplerCall) -> Sampler:
 
 
 OWN = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}  # schedulers that stand for samplers of ours
-SAMPLERS: dict[str, Callable[[SamplerCall], Sampler]] = {
-    "ddpm": lambda call: SpacedDDPM(call.ddpm("ddpm"), call.num_steps, strength=call.strength),
-    "ddim": lambda call: SpacedDDIM(call.process, call.num_steps, strength=call.strength, eta=call.eta),
-    "ddim-original": lambda call: OriginalDDIM(call.ddpm("ddim-original"), call.num_steps, strength=call.strength, eta=call.eta),
-    "dpm++": lambda call: _by_class("DPMSolverMultistepScheduler", call),
-    "unipc": lambda call: _by_class("UniPCMultistepScheduler", call),
-    "euler": lambda call: _by_class("EulerDiscreteScheduler", call),
+SAMPLERS: dict[str, str] = {
+    "ddpm": "sampling:SpacedDDPM",
+    "ddim": "sampling:SpacedDDIM",
+    "ddim-original": "sampling:OriginalDDIM",
+    "dpm++": "diffusers:DPMSolverMultistepScheduler",
+    "unipc": "diffusers:UniPCMultistepScheduler",
+    "euler": "diffusers:EulerDiscreteScheduler",
 }

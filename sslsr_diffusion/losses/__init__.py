@@ -7,22 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from sslsr_diffusion.config import one_of
 from sslsr_diffusion.losses.base import Look, Loss, LossSettings, Means
-from sslsr_diffusion.losses.diffusion import DiffusionLoss
-from sslsr_diffusion.losses.latent_kl import LatentKLLoss
-from sslsr_diffusion.losses.lpips import LpipsLoss
-from sslsr_diffusion.losses.patch_gan import PatchGANLoss
-from sslsr_diffusion.losses.pixel import PixelL1Loss
-from sslsr_diffusion.losses.self_similarity import SelfSimilarityLoss
+from sslsr_diffusion.tables import named
 
 __all__ = ["LOSSES", "Look", "Loss", "LossEntry", "Means", "build_losses"]
 
 LOSSES: dict[str, Any] = {
-    "diffusion": DiffusionLoss,
-    "pixel_l1": PixelL1Loss,
-    "self_similarity": SelfSimilarityLoss,
-    "latent_kl": LatentKLLoss,
-    "lpips": LpipsLoss,
-    "patch_gan": PatchGANLoss,
+    kind: named(f"sslsr_diffusion.losses.{where}")
+    for kind, where in {
+        "diffusion": "diffusion:DiffusionLoss",
+        "pixel_l1": "pixel:PixelL1Loss",
+        "self_similarity": "self_similarity:SelfSimilarityLoss",
+        "latent_kl": "latent_kl:LatentKLLoss",
+        "lpips": "lpips:LpipsLoss",
+        "patch_gan": "patch_gan:PatchGANLoss",
+    }.items()
 }
 
 if TYPE_CHECKING:

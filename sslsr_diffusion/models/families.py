@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from sslsr_diffusion.models.family import Family
-from sslsr_diffusion.models.stablesr.family import StableSR
+from sslsr_diffusion.tables import named
 
-FAMILIES: dict[str, Family] = {family.kind: family for family in (StableSR(),)}
+FAMILIES: dict[str, Family] = {
+    kind: named(f"sslsr_diffusion.models.{where}")()
+    for kind, where in {
+        "stablesr": "stablesr.family:StableSR",
+    }.items()
+}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.tables import named
 
 DDPM_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
 FLOW_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting")
@@ -50,9 +51,9 @@ class Process(nn.Module):
             UserError: a scheduler class, prediction type or setting that is not known here; nothing is guessed.
         """
         name = name or config.get("_class_name")
-        kind = PROCESSES.get(str(name))
-        if kind is None:
+        if name not in PROCESSES:
             raise UserError(f"scheduler: expected one of {', '.join(PROCESSES)}, got {name}; its noise process is not known here.")
+        kind: type[Process] = named(f"sslsr_diffusion.models.{PROCESSES[name]}")
         return kind.from_config({**config, "_class_name": name})
 
     @classmethod
@@ -262,8 +263,9 @@ _DDPM_SCHEDULERS = (
     "KDPM2AncestralDiscreteScheduler",
     "LCMScheduler",
 )
-PROCESSES: dict[str, type[Process]] = {
-    **dict.fromkeys(_DDPM_SCHEDULERS, DDPM),
-    "FlowMatchEulerDiscreteScheduler": Flow,
-    "FlowMatchHeunDiscreteScheduler": Flow,
+# scheduler class in a base's folder -> the process that it stands for
+PROCESSES: dict[str, str] = {
+    **dict.fromkeys(_DDPM_SCHEDULERS, "process:DDPM"),
+    "FlowMatchEulerDiscreteScheduler": "process:Flow",
+    "FlowMatchHeunDiscreteScheduler": "process:Flow",
 }

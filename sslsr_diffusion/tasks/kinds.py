@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Protocol
 
-from sslsr_diffusion.tasks.autoencoder import AutoencoderTask
-from sslsr_diffusion.tasks.base import BaseTask
-from sslsr_diffusion.tasks.decoder import DecoderTask
-from sslsr_diffusion.tasks.diffusion import DiffusionTask
+from sslsr_diffusion.tables import named
 from sslsr_diffusion.tasks.frame import Frame, TaskSettings
-from sslsr_diffusion.tasks.network import NetworkTask
 from sslsr_diffusion.tasks.task import Task
 
 
@@ -27,9 +23,12 @@ class TaskKind(Task, Protocol):
 
 
 TASKS: dict[str, type[TaskKind]] = {
-    "diffusion": DiffusionTask,
-    "base": BaseTask,
-    "autoencoder": AutoencoderTask,
-    "decoder": DecoderTask,
-    "network": NetworkTask,
+    kind: named(f"sslsr_diffusion.tasks.{where}")
+    for kind, where in {
+        "diffusion": "diffusion:DiffusionTask",
+        "base": "base:BaseTask",
+        "autoencoder": "autoencoder:AutoencoderTask",
+        "decoder": "decoder:DecoderTask",
+        "network": "network:NetworkTask",
+    }.items()
 }

@@ -302,7 +302,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 from sslsr_diffusion import StableSRPipeline
-from sslsr_diffusion.inference.open import find_model, load_pipeline
+from sslsr_diffusion.inference.open import find_model, open_model
 from sslsr_diffusion.models.stablesr.build import build_networks
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 from sslsr_diffusion.training.publisher import HubPublisher
@@ -317,9 +317,9 @@ back = StableSRPipeline.from_pretrained("someone/tiny")
 for name in ("unet", "vae", "structural_encoder"):
     for (key, one), (_, two) in zip(getattr(pipe, name).state_dict().items(), getattr(back, name).state_dict().items()):
         assert torch.equal(one, two), (name, key)
-folder, fingerprint = find_model("someone/tiny")
-assert fingerprint == "someone/tiny@" + publisher.published[0], fingerprint
-load_pipeline(folder, device="cpu")
+found = find_model("someone/tiny")
+assert found.fingerprint == "someone/tiny@" + publisher.published[0], found
+open_model(found, device="cpu")
 pipe.push_to_hub("someone/direct", token="hf_writetoken")
 print("same", constants.HF_HUB_DISABLE_XET)
 """

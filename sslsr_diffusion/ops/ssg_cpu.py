@@ -146,12 +146,7 @@ def graph(image: Tensor, mask: Tensor, settings: GraphSettings) -> Tensor:
 
 
 def loss(
-    sr: Tensor,
-    gt: Tensor,
-    mask: Tensor,
-    settings: GraphSettings,
-    weights: tuple[float, float],
-    num_rows: float | Tensor | None,
+    sr: Tensor, gt: Tensor, mask: Tensor, settings: GraphSettings, weights: tuple[float, float], num_rows: float | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, l1, kl) without ever holding a graph larger than a tile; total is differentiable in sr."""
     rows = mask.sum() if num_rows is None else torch.as_tensor(num_rows)

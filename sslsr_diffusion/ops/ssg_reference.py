@@ -37,12 +37,7 @@ def graph(image: Tensor, mask: Tensor, settings: GraphSettings) -> Tensor:
 
 
 def loss(
-    sr: Tensor,
-    gt: Tensor,
-    mask: Tensor,
-    settings: GraphSettings,
-    weights: tuple[float, float],
-    num_rows: float | Tensor | None,
+    sr: Tensor, gt: Tensor, mask: Tensor, settings: GraphSettings, weights: tuple[float, float], num_rows: float | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L1 = sum |T_sr - T_gt| / M, KL = sum b (ln b - ln a) / M with a, b the clamped graphs and M = num_rows * search_size^2."""
     graph_sr = graph(sr, mask, settings)

@@ -295,12 +295,7 @@ def _band_loss(
 
 
 def loss(
-    sr: Tensor,
-    gt: Tensor,
-    mask: Tensor,
-    settings: GraphSettings,
-    weights: tuple[float, float],
-    num_rows: float | Tensor | None,
+    sr: Tensor, gt: Tensor, mask: Tensor, settings: GraphSettings, weights: tuple[float, float], num_rows: float | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, l1, kl) without ever holding a graph larger than a band; total is differentiable in sr."""
     rows = mask.sum() if num_rows is None else torch.as_tensor(num_rows, device=sr.device)

@@ -29,7 +29,7 @@ class Metric:
     digits: int  # decimals in tables
     convention: str  # {channels}, {border}: as the options say
     default: bool = True  # computed when nothing is asked for by name
-    whole_set: bool = False  # one number for all images together (FID); fn then gives the features [B, D]
+    whole_set: Callable[..., float] | None = None  # one number for all images (FID) from both sets of features [N, D], which fn gives
     joint: Callable[..., dict[str, Tensor]] | None = None  # gives this and its sisters in one pass
 
 
@@ -94,7 +94,7 @@ METRICS: dict[str, Metric] = {
         "FID",
         2,
         "InceptionV3 (FID weights), pool3 2048, RGB -1..1, bilinear to 299, whole images (no border is cut)",
-        whole_set=True,
+        whole_set=learned.frechet_distance,
     ),
     "niqe": Metric(
         partial(niqe, convention="pyiqa"), False, False, "NIQE", 3, "full-range luma rounded to 8 bits (pyiqa's convention), " + _NIQE

@@ -249,14 +249,14 @@ def test_no_step_waits_for_the_upload(hub, publisher, tmp_path):
 
     from toys import toy_job
 
-    from sslsr_diffusion.training.loop import fit
+    from sslsr_diffusion.training.loop import train_job
     from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 
     hub.fault("", "slow:0.5", times=10**6)
     output = OutputSettings(dir=str(tmp_path / "run"), trackers=(), push_to_hub=True, push_state=True, hub_id=REPO)
     job = toy_job(tmp_path / "run", log_every=1)
     begin = time.monotonic()
-    fit(replace(job, publisher=publisher, output=output, checkpoints=CheckpointSettings(every=2)))
+    train_job(replace(job, publisher=publisher, output=output, checkpoints=CheckpointSettings(every=2)))
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     seconds = [row["train/seconds_per_step"] for row in rows]
     assert len(seconds) == 20
@@ -281,7 +281,7 @@ def test_a_run_survives_a_hub_that_wakes_up_late(hub, publisher, tmp_path):
     from toys import toy_job
 
     from sslsr_diffusion.runs.model_card import card_files
-    from sslsr_diffusion.training.loop import fit
+    from sslsr_diffusion.training.loop import train_job
     from sslsr_diffusion.training.settings import OutputSettings
 
     hub.fault("repos/create", 401, times=1)
@@ -292,11 +292,11 @@ def test_a_run_survives_a_hub_that_wakes_up_late(hub, publisher, tmp_path):
         return card_files(metrics, pictures, repo_id=REPO, recipe={**job.recipe, "where": str(run)})
 
     output = OutputSettings(dir=str(run), trackers=(), push_to_hub=True, push_state=True, hub_id=REPO)
-    result = fit(replace(job, publisher=publisher, output=output, card=card))
+    result = train_job(replace(job, publisher=publisher, output=output, card=card))
     assert result.step == 20
     files = hub.repositories[REPO].files
     assert publisher.failures == 1
-    assert {"README.md", MANIFEST, "weights.pt", "state/checkpoint-20/manifest.json"} <= set(files)
+    assert {"README.md", MANIFEST, "weights.safetensors", "state/checkpoint-20/manifest.json"} <= set(files)
     assert not any(path.startswith("state/checkpoint-10") for path in files)
     assert str(tmp_path).encode() not in files["README.md"].data
     found = resolve_checkpoint_from_hub(REPO, endpoint=hub.url, cache_dir=tmp_path / "cache")

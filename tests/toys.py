@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,21 +11,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image as Pillow
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sslsr_diffusion.images import resize_bicubic
-from sslsr_diffusion.losses import build_losses
+from sslsr_diffusion.losses import Loss, build_losses
 from sslsr_diffusion.losses.diffusion import DiffusionSettings
 from sslsr_diffusion.losses.pixel import PixelL1Settings
 from sslsr_diffusion.losses.self_similarity import SelfSimilaritySettings
 from sslsr_diffusion.seeding import sample_generator
-from sslsr_diffusion.tasks.objective import DiffusionObjective
+from sslsr_diffusion.tasks.decode_window import draw_windows
+from sslsr_diffusion.tasks.task import Draws, per_sample_noise
 from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.loop import Job
+from sslsr_diffusion.training.job import Job
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings, ValidationSettings
 from sslsr_diffusion.training.validation import Validation
-from sslsr_diffusion.types import Batch
+from sslsr_diffusion.types import Batch, Given, Outputs
 
 SIZE = 32
 
@@ -56,7 +58,7 @@ class ToyLoader:
         self.rank, self.world_size, self.batch_size, self.poison = rank, world_size, batch_size, poison
         self.position = 0 if state is None else state["batch"] * batch_size * world_size
 
-    def __iter__(self) -> ToyLoader:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
@@ -150,6 +152,66 @@ def toy_networks(dropout: float = 0.1) -> ToyNetworks:
         return ToyNetworks(ToyCodec(), ToyDenoiser(dropout), ToySchedule(), torch.zeros(1, 1, 4))
 
 
+class ToyTask:
+    """A latent-diffusion step over toy networks; `strength` is that of the noise in what it restores."""
+
+    gives, label = frozenset({"pred", "sr"}), "prediction"
+
+    def __init__(
+        self, networks: ToyNetworks, *, seed: int, decode_crop: int | None = None, strength: Callable[[], float] = lambda: 0.1
+    ) -> None:
+        self.networks, self.seed, self.decode_crop, self.strength = networks, seed, decode_crop, strength
+        self.module: nn.Module = networks.denoiser
+
+    def to(self, device: torch.device) -> None:
+        self.networks.to(device)
+
+    def draw(self, batch: Batch, losses: Sequence[Loss]) -> Draws:
+        indices, schedule = batch.index.tolist(), self.networks.schedule
+        t = torch.tensor([int(torch.randint(1000, (), generator=sample_generator(self.seed, i, "timestep"))) for i in indices])
+        given = Given(t=t, snr=schedule.snr(t))
+        shape = self.networks.codec.noise_shape(batch.hr)[1:]
+        noise = {name: per_sample_noise(self.seed, indices, name, shape) for name in ("posterior_hr", "posterior_lr", "noise")}
+        pixel_losses = [loss.active(given) for loss in losses if loss.name != "diffusion"]
+        if not pixel_losses:
+            return Draws(given, noise)
+        decoded = torch.stack(pixel_losses).any(dim=0).nonzero()[:, 0]
+        hr, mask, origin, windows = batch.hr[decoded], batch.mask[decoded], torch.zeros(len(decoded), 2, dtype=torch.int64), None
+        if self.decode_crop is not None and len(decoded):
+            windows = draw_windows(batch.index[decoded].tolist(), (shape[1], shape[2]), self.decode_crop, self.seed)
+            hr, mask, origin = windows.cut_pixels(hr, 4), windows.cut_pixels(mask, 4), windows.start * 4
+        return Draws(replace(given, decoded=decoded, hr=hr, mask=mask, origin=origin), noise, windows)
+
+    def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        nets, given, noise = self.networks, draws.given, draws.noise
+        with torch.no_grad():
+            z0 = nets.codec.encode(batch.hr, noise["posterior_hr"]).float()
+            enlarged = resize_bicubic(batch.lr, size=(batch.hr.shape[-2], batch.hr.shape[-1])).clamp(0, 1)
+            z_lr = nets.codec.encode(enlarged, noise["posterior_lr"]).float()
+        zt = nets.schedule.add_noise(z0, noise["noise"], given.t)
+        pred = module(zt, given.t, z_lr, nets.text).float()
+        sr = None if given.decoded is None else self._decode(nets.schedule.x0(pred, zt, given.t)[given.decoded], draws)
+        return Outputs(**vars(given), pred=pred, target=noise["noise"], sr=sr)
+
+    def _decode(self, z0: Tensor, draws: Draws) -> Tensor:
+        """[K, 3, H, W], or the windows of it; K may be 0."""
+        if not len(z0):
+            assert draws.given.hr is not None
+            return draws.given.hr + 0 * z0.sum()
+        codec, windows = self.networks.codec, draws.windows
+        return (codec.decode(z0) if windows is None else windows.cut_interior(codec.decode(windows.cut_latents(z0)), 4)).float()
+
+    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
+        return hr + self.strength() * torch.randn(hr.shape, generator=torch.Generator().manual_seed(seed))
+
+    def save(self, folder: Path) -> None:
+        save_file({name: value.detach().clone() for name, value in self.module.named_parameters()}, folder / "weights.safetensors")
+
+
+def toy_task(dropout: float = 0.1, **values: Any) -> ToyTask:
+    return ToyTask(toy_networks(dropout), seed=3, **values)
+
+
 def toy_losses(max_timestep: int | None = None, weight: Any = 1.0, auto_steps: int = 4) -> list[Any]:
     return build_losses(
         [
@@ -174,25 +236,20 @@ def toy_job(
     dropout: float = 0.1,
     losses: list[Any] | None = None,
     decode_crop: int | None = None,
+    strength: Callable[[], float] = lambda: 0.1,
     poison: range = range(0),
     **training: Any,
 ) -> Job:
     settings = TrainingSettings.model_validate(
         {"steps": 20, "batch_size": 2, "crop_size": SIZE, "log_every": 5, "optimizer": {"lr": 1e-2}, **training}
     )
-    objective = DiffusionObjective(toy_networks(dropout), seed=3, decode_crop=decode_crop)
-
-    def save_pipeline(folder: Path) -> None:
-        torch.save({}, folder / "weights.pt")
-
     return Job(
-        objective=objective,
+        task=toy_task(dropout, decode_crop=decode_crop, strength=strength),
         losses=losses if losses is not None else toy_losses(),
         training=settings,
         checkpoints=CheckpointSettings(every=10),
         output=OutputSettings(dir=str(run), trackers=()),
         open_data=lambda rank, world, state, device: ToyLoader(rank, world, state, batch_size=settings.batch_size, poison=poison),
-        save_pipeline=save_pipeline,
         export=lambda checkpoint, folder: None,
         recipe={"training": settings.model_dump(mode="json")},
         seed=3,
@@ -205,12 +262,10 @@ class PicturePair(NamedTuple):
     hr: Tensor
 
 
-def toy_validation(every: int = 10, strength: Callable[[], float] = lambda: 0.1, **values: Any) -> Validation:
-    """Three pictures, restored as the truth with noise of `strength`."""
-    pairs = [PicturePair(f"p{i}.png", F.avg_pool2d(smooth(i)[None], 4)[0], smooth(i)) for i in range(3)]
+def toy_validation(every: int = 10, **values: Any) -> Validation:
+    """Three pictures, measured by their mean square error."""
     return Validation(
-        pairs,
-        restore=lambda lr, hr, seed: hr + strength() * torch.randn(hr.shape, generator=torch.Generator().manual_seed(seed)),
+        pairs=[PicturePair(f"p{i}.png", F.avg_pool2d(smooth(i)[None], 4)[0], smooth(i)) for i in range(3)],
         metrics={"mse": lambda a, b: (a - b).square().mean(dim=(1, 2, 3))},
         settings=ValidationSettings(every=every, metrics=("mse",), best="mse", pictures=2, **values),
         higher_is_better={"mse": False},

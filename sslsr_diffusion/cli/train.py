@@ -40,7 +40,7 @@ def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_chang
     from sslsr_diffusion.runs.recipe import run_folder
     from sslsr_diffusion.runs.start import build
     from sslsr_diffusion.training.checkpoints import find_checkpoint
-    from sslsr_diffusion.training.loop import fit
+    from sslsr_diffusion.training.loop import train_job
     from sslsr_diffusion.training.run_folder import RunFolder
 
     main = int(os.environ.get("RANK", "0")) == 0
@@ -57,7 +57,7 @@ def _train(recipe: Any, resume: str | None, *, restart: bool, allow_recipe_chang
 
         publisher = HubPublisher(recipe.output.hub_id, private=recipe.output.private)
     try:
-        result = fit(
+        result = train_job(
             build(recipe, publisher=publisher), resume=str(checkpoint) if checkpoint else None, allow_recipe_change=allow_recipe_change
         )
     except Exception as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslsr_diffusion.config import Settings
 from sslsr_diffusion.types import Given, Outputs
@@ -31,6 +31,28 @@ class Loss(Protocol):
 
     def __call__(self, outputs: Outputs, count: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted scalar and the raw, detached terms; `count` None means the units of `outputs` alone."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A network that learns beside the trained one, on the same batches, with an optimizer of its own: a discriminator.
+
+    A loss that is one as well is found by its type. A checkpoint keeps `network`, `optimizer` and `step`.
+    """
+
+    name: str
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int  # the optimizer step that is going on, from 1
+
+    def to(self, device: torch.device) -> None:
+        """Move the network in place."""
+
+    def learn(self, outputs: Outputs, count: Tensor | None = None) -> dict[str, Tensor]:
+        """Add one micro-batch to the network's gradient, `count` as in a loss; the raw terms, detached."""
+
+    def update(self, *, sound: bool) -> None:
+        """End an optimizer step: move the network unless the step was not `sound`, forget the gradient, count on."""
 
 
 class NoiseGate(Settings):

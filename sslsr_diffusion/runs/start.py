@@ -27,8 +27,8 @@ from sslsr_diffusion.runs.recipe import Recipe, resolved
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.objective import AutoencoderObjective, DecoderObjective, DiffusionObjective, Objective
 from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.loop import Job, Publisher
-from sslsr_diffusion.training.state import give_trained, trained_parameters
+from sslsr_diffusion.training.job import Job, Publisher
+from sslsr_diffusion.training.state import load_trained, trained_parameters
 from sslsr_diffusion.training.validation import Pair, Validation
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True, half
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": base["revision"]})})
     job = build(recipe.model_copy(update={"losses": [], "validation": recipe.validation.model_copy(update={"limit": 0})}))
     weights = tensors.get("ema", tensors["trained"]) if averaged else tensors["trained"]
-    give_trained(trained_parameters(job.objective.module), weights, what=str(folder))
+    load_trained(trained_parameters(job.objective.module), weights, what=str(folder))
     job.objective.module.eval()
 
     def save(folder: Path) -> None:

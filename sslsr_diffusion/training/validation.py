@@ -15,6 +15,7 @@ from torch import Tensor
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
@@ -33,13 +34,11 @@ class Pair(Protocol):
 
 @dataclass(frozen=True)
 class Validation:
-    """What a pass needs; `restore(lr [1, 3, h, w], hr [1, 3, H, W], seed) -> [1, 3, H, W]` hides the sampler."""
+    """The pictures of a pass and what is measured on them."""
 
     pairs: Sequence[Pair]
-    restore: Callable[[Tensor, Tensor, int], Tensor]
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
     settings: ValidationSettings
-    label: str = "prediction"
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
     without: set[tuple[str, str]] = field(default_factory=set)  # metric and picture: has no number, and that was said
 
@@ -62,13 +61,14 @@ class ValidationResult:
 @torch.no_grad()
 def validate(
     validation: Validation,
+    task: Task,
     *,
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[Any], list[Any]] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> ValidationResult | None:
-    """Restore and measure this process's share of the pictures; every process returns the same means, None when stopped.
+    """Let the task restore this process's share of the pictures and measure them; every process returns the same means, None when stopped.
 
     A picture for which a metric has no number (too small, without edges) is named once and left out of that metric's means. A picture
     that does not fit into memory is left out with a warning; None when that holds for all of them.
@@ -82,8 +82,8 @@ def validate(
             return None
         pair = pairs[min(position, len(pairs) - 1)]
         try:
-            entry = _measure(validation, pair, position)
-        except NotEnoughMemory as error:  # a look is not worth the run
+            entry = _measure(validation, task, pair, position)
+        except NotEnoughMemory as error:  # measuring is not worth the run
             logger.warning("validation: %s is left out: %s", pair.name, error)
             continue
         if position < len(pairs):
@@ -101,18 +101,20 @@ def validate(
     return ValidationResult(mean[0], mean[1], [e[3] for e in shown], [e[4] for e in shown])
 
 
-def _measure(validation: Validation, pair: Pair, position: int) -> tuple[dict[str, float], dict[str, float], list[Tensor], list[str]]:
+def _measure(
+    validation: Validation, task: Task, pair: Pair, position: int
+) -> tuple[dict[str, float], dict[str, float], list[Tensor], list[str]]:
     settings = validation.settings
     lr, hr = pair.lr[None], pair.hr[None]
-    with torch.random.fork_rng(devices=[]):  # looking must not change what training draws next
-        restored = validation.restore(lr, hr, derive_seed(settings.seed, position)).float().cpu().clamp(0, 1)
+    with torch.random.fork_rng(devices=[]):  # measuring must not change what training draws next
+        restored = task.restore(lr, hr, derive_seed(settings.seed, position)).float().cpu().clamp(0, 1)
     bicubic = resize_bicubic(lr, size=(hr.shape[-2], hr.shape[-1])).clamp(0, 1)
     values, baseline = (_values(validation, pair.name, picture, hr) for picture in (restored, bicubic))
     if position >= settings.pictures:
         return values, baseline, [], []
     first = next(iter(values), None)
     notes = ["", ""] if first is None else [f" {first} {side[first]:.2f}" for side in (baseline, values)]
-    captions = [f"LR bicubic{notes[0]}", f"{validation.label}{notes[1]}", f"ground truth {PurePath(pair.name).name}"]
+    captions = [f"LR bicubic{notes[0]}", f"{task.label}{notes[1]}", f"ground truth {PurePath(pair.name).name}"]
     return values, baseline, [bicubic[0], restored[0], hr[0]], captions
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from sslsr_diffusion import __version__
-from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.summary import markdown_table
 from sslsr_diffusion.hub import is_hub_id
 from sslsr_diffusion.shipped_model import SMALL, shipped_folder

@@ -12,8 +12,9 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation import learned
 from sslsr_diffusion.evaluation.fidelity import psnr, ssim
 from sslsr_diffusion.evaluation.niqe import niqe
-from sslsr_diffusion.evaluation.ssg_distance import ssg_kl, ssg_l1, ssg_terms
+from sslsr_diffusion.evaluation.ssg_distance import ssg_terms
 from sslsr_diffusion.evaluation.weights import WEIGHTS, digest
+from sslsr_diffusion.tables import named
 
 __all__ = ["METRICS", "Metric", "convention", "psnr", "select", "ssim", "unavailable"]
 
@@ -119,16 +120,10 @@ METRICS: dict[str, Metric] = {
         "KonIQ-10k weights, RGB 0..1, multi-scale inside, {border}",
     ),
     "ssg_l1": Metric(
-        ssg_l1,
-        False,
-        True,
-        "SSG L1",
-        6,
-        "mean |T_sr - T_gt|" + _SSG,
-        joint=ssg_terms,
+        named("sslsr_diffusion.evaluation.ssg_distance:ssg_l1"), False, True, "SSG L1", 6, "mean |T_sr - T_gt|" + _SSG, joint=ssg_terms
     ),
     "ssg_kl": Metric(
-        ssg_kl,
+        named("sslsr_diffusion.evaluation.ssg_distance:ssg_kl"),
         False,
         True,
         "SSG KL",

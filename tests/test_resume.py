@@ -123,12 +123,13 @@ def test_an_allowed_change_of_settings_is_what_goes_on(tmp_path):
     ],
 )
 def test_best_is_kept_if_detail_and_antiring_are_the_same(tmp_path, caplog, before, now, kept):
-    state = {"recipe": {"validation": before}, "world_size": 1, "progress": {"best": 0.7, "step": 3}}
+    null_means = {"task.inference.detail": 1.0, "task.inference.antiring": 0.0}
+    state = {"recipe": {"task": {"inference": before}}, "world_size": 1, "progress": {"best": 0.7, "step": 3}}
     write_checkpoint(tmp_path / "best", {}, state)
     progress = Progress(best=0.5, best_step=1)
-    agree_on_best(progress, tmp_path / "best", {"validation": now})
+    agree_on_best(progress, tmp_path / "best", {"task": {"inference": now}}, null_means)
     assert (progress.best, progress.best_step) == ((0.7, 3) if kept else (None, None))
-    check_same_recipe(state, {"validation": now}, 1, allow=False)
+    check_same_recipe(state, {"task": {"inference": now}}, 1, allow=False, null_means=null_means)
     assert ("recipe changed" in caplog.text) is not kept
 
 

@@ -115,21 +115,18 @@ def test_an_allowed_change_of_settings_is_what_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("before", "now", "kept"),
     [
-        ({"detail": 1.0}, {"detail": 1.0, "antiring": 0.0}, True),  # from before there was antiring
-        ({"detail": 1.0}, {"detail": None, "antiring": None}, True),  # as a recipe of stages without them was written down once
-        ({"detail": 0.8}, {"detail": None}, False),
+        ({"detail": 1.0, "antiring": 0.0}, {"detail": 1.0, "antiring": 0.0}, True),
         ({"detail": 1.0, "antiring": 0.5}, {"detail": 1.0, "antiring": 0.0}, False),
         ({"detail": 1.0}, {"detail": 0.8}, False),
     ],
 )
 def test_best_is_kept_if_detail_and_antiring_are_the_same(tmp_path, caplog, before, now, kept):
-    null_means = {"task.inference.detail": 1.0, "task.inference.antiring": 0.0}
     state = {"recipe": {"task": {"inference": before}}, "world_size": 1, "progress": {"best": 0.7, "step": 3}}
     write_checkpoint(tmp_path / "best", {}, state)
     progress = Progress(best=0.5, best_step=1)
-    agree_on_best(progress, tmp_path / "best", {"task": {"inference": now}}, null_means)
+    agree_on_best(progress, tmp_path / "best", {"task": {"inference": now}})
     assert (progress.best, progress.best_step) == ((0.7, 3) if kept else (None, None))
-    check_same_recipe(state, {"task": {"inference": now}}, 1, allow=False, null_means=null_means)
+    check_same_recipe(state, {"task": {"inference": now}}, 1, allow=False)
     assert ("recipe changed" in caplog.text) is not kept
 
 

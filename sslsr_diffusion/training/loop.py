@@ -64,7 +64,7 @@ def _train(
         folder.start(job.recipe, progress.step)
     session.barrier()
     if checkpoint is not None:
-        agree_on_best(progress, folder.best, job.recipe, job.null_means)
+        agree_on_best(progress, folder.best, job.recipe)
     loader = job.open_data(session.rank, session.world_size, position, session.device)
     with StopRequest() as stop, Reporter(session, folder, job.training, resumed=checkpoint) as reporter:
         run = Run(job, session, folder, loader, stop, reporter, tell)
@@ -85,7 +85,7 @@ def _load(job: Job, session: Session, path: Path, allow_recipe_change: bool) -> 
     checkpoint = read_checkpoint(path)
     if "optimizer" not in checkpoint.state:
         raise UserError(f"--resume: {path} holds weights alone, no state to go on from; give a checkpoint-N folder or latest.")
-    check_same_recipe(checkpoint.state, job.recipe, session.world_size, allow=allow_recipe_change, null_means=job.null_means)
+    check_same_recipe(checkpoint.state, job.recipe, session.world_size, allow=allow_recipe_change)
     session.load_state_dict(checkpoint, what=str(path))
     check_same_step(session.gather([session.progress.step]))
     return data_state(checkpoint.state, session.rank, session.world_size, job.training.batch_size, allow=allow_recipe_change)

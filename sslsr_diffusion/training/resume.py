@@ -60,30 +60,13 @@ def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, A
     return {} if before == now else {path: (before, now)}
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], null_means: Mapping[str, Any] | None = None) -> dict[str, tuple[Any, Any]]:
-    """The differences between two recipes that mean something: a null at a key path of `null_means` stands for the value there."""
-    stands_for = null_means or {}
-    return {
-        key: pair
-        for key, pair in differences(before, now).items()
-        if key not in stands_for or any(value not in (None, stands_for[key]) for value in pair)
-    }
-
-
-def check_same_recipe(
-    state: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    world_size: int,
-    *,
-    allow: bool,
-    null_means: Mapping[str, Any] | None = None,
-) -> None:
+def check_same_recipe(state: Mapping[str, Any], recipe: Mapping[str, Any], world_size: int, *, allow: bool) -> None:
     """List what changed since the checkpoint and refuse what cannot be continued.
 
     Raises:
         UserError: a change would make the run something else than a continuation, and `allow` is False.
     """
-    found = changes(state["recipe"], recipe, null_means)
+    found = differences(state["recipe"], recipe)
     if _samples_per_step(state["recipe"], state["world_size"]) == _samples_per_step(recipe, world_size):
         found.pop("training.batch_size", None)
         found.pop("training.accumulate", None)
@@ -114,14 +97,14 @@ def check_same_step(steps: Sequence[int]) -> None:
         )
 
 
-def agree_on_best(progress: Progress, best: Path, recipe: Mapping[str, Any], null_means: Mapping[str, Any] | None = None) -> None:
+def agree_on_best(progress: Progress, best: Path, recipe: Mapping[str, Any]) -> None:
     """Let the record of the best value say what lies in best/, which may be newer than the checkpoint, damaged or measured otherwise."""
     if not best.exists():  # for example a run that goes on from the hub: what was published stays the best
         return
     try:
         state = read_checkpoint(best).state
         value, step = float(state["progress"]["best"]), int(state["progress"]["step"])
-        changed = [key for key in changes(state["recipe"], recipe, null_means) if _under(key, MEASURED_BY)]
+        changed = [key for key in differences(state["recipe"], recipe) if _under(key, MEASURED_BY)]
     except (UserError, KeyError, TypeError, ValueError) as error:
         logger.warning("the best weights so far cannot be used (%s); the next validation chooses anew", error)
         progress.best = progress.best_step = None

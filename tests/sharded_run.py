@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from sslsr_diffusion.models.stablesr.build import build_networks
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
-from sslsr_diffusion.training.state import give_optimizer, give_trained, take_optimizer, trained_parameters, whole
+from sslsr_diffusion.training.state import full_tensor, load_optimizer_state_dict, load_trained, optimizer_state_dict, trained_parameters
 
 
 def make(shard: bool) -> tuple[Denoiser, torch.optim.Optimizer]:
@@ -43,15 +43,15 @@ def main() -> None:
     first, first_optimizer = make(shard=True)
     train(first, first_optimizer, range(2))
     names = list(trained_parameters(first))
-    trained = {name: whole(p) for name, p in trained_parameters(first).items()}
-    tensors, rest = take_optimizer(first_optimizer, names)
+    trained = {name: full_tensor(p) for name, p in trained_parameters(first).items()}
+    tensors, rest = optimizer_state_dict(first_optimizer, names)
     assert all(tensors[f"{name}|exp_avg"].shape == trained[name].shape for name in names)
     second, second_optimizer = make(shard=True)
-    give_trained(trained_parameters(second), trained, what="test")
-    give_optimizer(second_optimizer, trained_parameters(second), tensors, rest)
+    load_trained(trained_parameters(second), trained, what="test")
+    load_optimizer_state_dict(second_optimizer, trained_parameters(second), tensors, rest)
     train(second, second_optimizer, range(2, 4))
     for name, parameter in trained_parameters(plain).items():
-        torch.testing.assert_close(whole(trained_parameters(second)[name]), parameter.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(full_tensor(trained_parameters(second)[name]), parameter.detach(), rtol=1e-5, atol=1e-6)
     if dist.get_rank() == 0:
         print("equal")
     dist.destroy_process_group()

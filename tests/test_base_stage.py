@@ -22,7 +22,7 @@ from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.start import build, export_checkpoint
-from sslsr_diffusion.training.loop import fit
+from sslsr_diffusion.training.loop import train_job
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def recipe(photos: Path, run: Path, **changes: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def base(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("base")
-    result = fit(build(parse(Recipe, recipe(photos, run))))
+    result = train_job(build(parse(Recipe, recipe(photos, run))))
     assert result.step == 2
     return run
 
@@ -66,7 +66,7 @@ def test_a_base_is_a_plain_unet_that_learned(base: Path) -> None:
 
 def test_the_upscaler_takes_the_base_and_leaves_it_frozen(photos: Path, base: Path, tmp_path: Path) -> None:
     model = {"base": str(base / "pipeline"), "preset": "tiny", "train": "sft"}
-    result = fit(build(parse(Recipe, recipe(photos, tmp_path, stage="diffusion", model=model))))
+    result = train_job(build(parse(Recipe, recipe(photos, tmp_path, stage="diffusion", model=model))))
     assert result.pipeline is not None
     before = load_file(base / "pipeline/unet/diffusion_pytorch_model.safetensors")
     after = load_file(result.pipeline / "unet/diffusion_pytorch_model.safetensors")
@@ -154,7 +154,7 @@ def test_a_one_step_model_trains_and_samples_from_the_same_start(photos: Path, t
     sampler = build_sampler(None, make_scheduler(job.objective.networks.scheduler_config), 1, device=torch.device("cpu"))
     assert seen["t"].tolist() == [99, 99] == [*sampler.timesteps] * 2
     torch.testing.assert_close(seen["zt"], sampler.start(seen["z_lr"], draws.noise["noise"], from_lr=True), rtol=0, atol=1e-4)
-    result = fit(job)
+    result = train_job(job)
     assert result.pipeline is not None
     again = build_networks(StableSRSettings(base=str(result.pipeline)))
     assert again.schedule.num_train_timesteps == 100
@@ -185,7 +185,7 @@ def test_a_start_of_its_own_is_for_one_step_models(photos: Path, tmp_path: Path,
 def test_an_autoencoder_leaves_a_posterior_or_its_mean(photos: Path, tmp_path: Path, latents: str) -> None:
     model = {"init": "random", "preset": "tiny", "latents": latents}
     losses = [{"kind": "pixel_l1"}, {"kind": "latent_kl", "weight": 1e-3}]
-    result = fit(build(parse(Recipe, recipe(photos, tmp_path, stage="autoencoder", model=model, losses=losses))))
+    result = train_job(build(parse(Recipe, recipe(photos, tmp_path, stage="autoencoder", model=model, losses=losses))))
     assert result.pipeline is not None
     codec = build_autoencoder(StableSRSettings(vae=str(result.pipeline)))
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -205,7 +205,7 @@ def test_stage_decoder_trains_the_decoder_alone(photos: Path, base: Path, tmp_pa
     training = {"steps": 2, "batch_size": 2, "crop_size": 32, "synthesis_steps": 2, "optimizer": {"lr": 1e-3}, "ema": {"decay": 0.5}}
     losses = [{"kind": "pixel_l1"}, {"kind": "self_similarity", "l1_weight": 10, "kl_weight": 10}]
     given = parse(Recipe, recipe(photos, tmp_path / "run", stage="decoder", model=model, losses=losses, training=training))
-    result = fit(build(given))
+    result = train_job(build(given))
     assert result.pipeline is not None
     for part in ("unet", "structural_encoder", "vae"):
         before, after = (

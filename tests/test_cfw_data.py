@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from data_samples import picture
 from PIL import Image
 from safetensors.torch import load_file
-from test_training_data import picture
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
@@ -26,7 +26,7 @@ from sslsr_diffusion.runs import start as building
 from sslsr_diffusion.runs.decoder_samples import _settings
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe
 from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.loop import fit
+from sslsr_diffusion.training.loop import train_job
 
 SIZE = 64
 
@@ -140,7 +140,7 @@ def test_training_reads_the_latents_instead_of_sampling(world, made, tmp_path, m
     batch = next(iter(job.open_data(0, 1, None, torch.device("cpu"))))
     index = int(Path(batch.names[0]).stem)
     assert torch.equal(batch.latents[0], latents(made, index))
-    result = fit(job)
+    result = train_job(job)
     assert result.step == 2
     assert result.pipeline is not None
     assert (result.pipeline / "vae" / "config.json").is_file()

@@ -13,7 +13,7 @@ from sslsr_diffusion.config import parse
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.start import build
 from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.loop import fit
+from sslsr_diffusion.training.loop import train_job
 
 STAGES = {
     "diffusion": [{"kind": "diffusion"}, {"kind": "pixel_l1"}],
@@ -44,9 +44,9 @@ def recipe(stage: str, photos: Path, run: Path, *, steps: int, channels_last: bo
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumes_to_the_same_bits_and_saves_plain_tensors(stage: str, photos: Path, tmp_path: Path) -> None:
-    fit(build(recipe(stage, photos, tmp_path / "whole", steps=4)))
-    fit(build(recipe(stage, photos, tmp_path / "parts", steps=2)))
-    fit(build(recipe(stage, photos, tmp_path / "parts", steps=4)), resume="latest")
+    train_job(build(recipe(stage, photos, tmp_path / "whole", steps=4)))
+    train_job(build(recipe(stage, photos, tmp_path / "parts", steps=2)))
+    train_job(build(recipe(stage, photos, tmp_path / "parts", steps=4)), resume="latest")
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint-4", tmp_path / "parts" / "checkpoint-4")
     tensors, _ = read_checkpoint(tmp_path / "whole" / "checkpoint-4")
     assert all(tensor.is_contiguous() for part in tensors.values() for tensor in part.values())
@@ -58,7 +58,7 @@ def test_the_numbers_stay_and_only_the_layout_changes(stage: str, photos: Path, 
     kernels = [next(p for p in job.objective.module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1) for job in jobs]
     assert [kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels] == [False, True]
     for job in jobs:
-        fit(job)
+        train_job(job)
     plain, last = (read_checkpoint(tmp_path / str(kind) / "checkpoint-1")[0]["optimizer"] for kind in (False, True))
     moments = [name for name in plain if name.endswith("|exp_avg")]
     assert moments

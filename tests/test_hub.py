@@ -10,12 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, quick_client
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
@@ -33,16 +32,8 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet"))
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "2")
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    waits = SimpleNamespace(**{name: getattr(time, name) for name in ("time", "monotonic", "perf_counter")})
-    waits.slept = []
-    waits.sleep = waits.slept.append  # the client's own backoff of up to 8 seconds between six attempts
-    monkeypatch.setattr(_http, "time", waits)
+    quick_client(monkeypatch)
     with HubServer() as server:
-        server.waits = waits
         yield server
 
 
@@ -250,14 +241,14 @@ def test_no_step_waits_for_the_upload(hub, publisher, tmp_path):
 
     from toys import toy_job
 
-    from sslsr_diffusion.training.loop import fit
+    from sslsr_diffusion.training.loop import train_job
     from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 
     hub.fault("", "slow:0.5", times=10**6)
     output = OutputSettings(dir=str(tmp_path / "run"), trackers=(), push_to_hub=True, push_state=True, hub_id=REPO)
     job = toy_job(tmp_path / "run", log_every=1)
     begin = time.monotonic()
-    fit(replace(job, publisher=publisher, output=output, checkpoints=CheckpointSettings(every=2)))
+    train_job(replace(job, publisher=publisher, output=output, checkpoints=CheckpointSettings(every=2)))
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     seconds = [row["train/seconds_per_step"] for row in rows]
     assert len(seconds) == 20
@@ -282,7 +273,7 @@ def test_a_run_survives_a_hub_that_wakes_up_late(hub, publisher, tmp_path):
     from toys import toy_job
 
     from sslsr_diffusion.runs.model_card import card_files
-    from sslsr_diffusion.training.loop import fit
+    from sslsr_diffusion.training.loop import train_job
     from sslsr_diffusion.training.settings import OutputSettings
 
     hub.fault("repos/create", 401, times=1)
@@ -293,11 +284,11 @@ def test_a_run_survives_a_hub_that_wakes_up_late(hub, publisher, tmp_path):
         return card_files(metrics, pictures, repo_id=REPO, recipe={**job.recipe, "where": str(run)})
 
     output = OutputSettings(dir=str(run), trackers=(), push_to_hub=True, push_state=True, hub_id=REPO)
-    result = fit(replace(job, publisher=publisher, output=output, card=card))
+    result = train_job(replace(job, publisher=publisher, output=output, card=card))
     assert result.step == 20
     files = hub.repositories[REPO].files
     assert publisher.failures == 1
-    assert {"README.md", MANIFEST, "weights.pt", "state/checkpoint-20/manifest.json"} <= set(files)
+    assert {"README.md", MANIFEST, "weights.safetensors", "state/checkpoint-20/manifest.json"} <= set(files)
     assert not any(path.startswith("state/checkpoint-10") for path in files)
     assert str(tmp_path).encode() not in files["README.md"].data
     found = resolve_checkpoint_from_hub(REPO, endpoint=hub.url, cache_dir=tmp_path / "cache")
@@ -311,7 +302,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 from sslsr_diffusion import StableSRPipeline
-from sslsr_diffusion.inference.open import find_model, load_pipeline
+from sslsr_diffusion.inference.open import find_model, open_model
 from sslsr_diffusion.models.stablesr.build import build_networks
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 from sslsr_diffusion.training.publisher import HubPublisher
@@ -326,9 +317,9 @@ back = StableSRPipeline.from_pretrained("someone/tiny")
 for name in ("unet", "vae", "structural_encoder"):
     for (key, one), (_, two) in zip(getattr(pipe, name).state_dict().items(), getattr(back, name).state_dict().items()):
         assert torch.equal(one, two), (name, key)
-folder, fingerprint = find_model("someone/tiny")
-assert fingerprint == "someone/tiny@" + publisher.published[0], fingerprint
-load_pipeline(folder, device="cpu")
+found = find_model("someone/tiny")
+assert found.fingerprint == "someone/tiny@" + publisher.published[0], found
+open_model(found, device="cpu")
 pipe.push_to_hub("someone/direct", token="hf_writetoken")
 print("same", constants.HF_HUB_DISABLE_XET)
 """

@@ -21,7 +21,7 @@ from toys import assert_same_checkpoint, toy_job, toy_validation
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint, what_is_wrong
-from sslsr_diffusion.training.loop import fit
+from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.settings import CheckpointSettings
 
 
@@ -74,14 +74,14 @@ def test_a_full_disk_spares_the_earlier_checkpoint(tmp_path, small_disk, policy,
 
         return replace(job, open_data=open_data)
 
-    fit(replace(toy_job(tmp_path / "whole", steps=30, log_every=1), validation=toy_validation(every=15)))
+    train_job(replace(toy_job(tmp_path / "whole", steps=30, log_every=1), validation=toy_validation(every=15)))
     run = small_disk / "run"
     with caplog.at_level(logging.WARNING, "sslsr_diffusion"):
         if policy == "stop":
             with pytest.raises(UserError, match=r"checkpoint at step 20 could not be written .*on_failure is stop"):
-                fit(crowded(run))
+                train_job(crowded(run))
         else:
-            fit(crowded(run))
+            train_job(crowded(run))
     assert "checkpoint at step 20 could not be written" in caplog.text
     assert "history or pictures could not be written" in caplog.text
     assert "the best weights could not be kept" in caplog.text
@@ -89,10 +89,10 @@ def test_a_full_disk_spares_the_earlier_checkpoint(tmp_path, small_disk, policy,
         assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-10"]
         assert what_is_wrong(run / "checkpoint-10") is None
         ballast.unlink()
-        fit(replace(crowded(run), open_data=toy_job(run, steps=30).open_data), resume="latest")
+        train_job(replace(crowded(run), open_data=toy_job(run, steps=30).open_data), resume="latest")
     assert_same_checkpoint(run / "checkpoint-30", tmp_path / "whole/checkpoint-30", apart=NEWER)
     assert json.loads((run / "history.jsonl").read_text().splitlines()[-1])["step"] == 30
-    assert (run / "pipeline/weights.pt").is_file()
+    assert (run / "pipeline/weights.safetensors").is_file()
 
 
 def fill(path: Path) -> None:
@@ -128,7 +128,7 @@ def member(rank: int, port: int, folder: Path, options: dict, writing) -> None:
     if writing is not None:
         files.sync = slowly
     try:
-        fit(replace(toy_job(folder, dropout=0, **options), checkpoints=CheckpointSettings(every=2)))
+        train_job(replace(toy_job(folder, dropout=0, **options), checkpoints=CheckpointSettings(every=2)))
     except UserError as error:
         folder.with_name(f"{folder.name}-{rank}.txt").write_text(str(error))
         os._exit(2)
@@ -167,8 +167,8 @@ def test_one_process_killed_ends_the_other_with_a_sentence_and_one_alone_goes_on
     assert f"--resume latest goes on from {latest.name}" in said
     steps = int(latest.name.partition("-")[2]) + 1
     alone = {**LINEAR, "steps": steps, "batch_size": 2}
-    fit(toy_job(tmp_path / "run", dropout=0, **alone), resume="latest")
-    fit(toy_job(tmp_path / "whole", dropout=0, **alone))
+    train_job(toy_job(tmp_path / "run", dropout=0, **alone), resume="latest")
+    train_job(toy_job(tmp_path / "whole", dropout=0, **alone))
     got, want = (read_checkpoint(tmp_path / name / f"checkpoint-{steps}").tensors["trained"] for name in ("run", "whole"))
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)  # float32 sums in another order
@@ -180,7 +180,7 @@ def test_all_processes_skip_a_step_that_went_wrong_on_one_and_the_log_has_its_na
     for process in company(tmp_path / "two", {**options, "poison": range(5, 6)}):
         process.join(180)
         assert process.exitcode == 0
-    fit(toy_job(tmp_path / "one", dropout=0, **{**options, "batch_size": 2}, poison=range(4, 5)))
+    train_job(toy_job(tmp_path / "one", dropout=0, **{**options, "batch_size": 2}, poison=range(4, 5)))
     two, one = (read_checkpoint(tmp_path / name / "checkpoint-6") for name in ("two", "one"))
     assert two.state["progress"]["skipped"] == one.state["progress"]["skipped"] == 1
     for name, value in one.tensors["trained"].items():

@@ -13,7 +13,7 @@ from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.losses.patch_gan import PatchGANLoss, PatchGANSettings
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.loop import fit
+from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.types import Outputs
 
 SMALL = {"start_step": 1, "width": 4, "layers": 1, "lr": 1e-2}
@@ -117,12 +117,12 @@ def losses() -> list:
 
 
 def test_a_run_that_stops_goes_on_bit_by_bit(tmp_path):
-    fit(toy_job(tmp_path / "whole", losses=losses(), accumulate=2, batch_size=1))
+    train_job(toy_job(tmp_path / "whole", losses=losses(), accumulate=2, batch_size=1))
     first = toy_job(tmp_path / "parts", losses=losses(), accumulate=2, batch_size=1)
-    fit(replace(first, training=first.training.model_copy(update={"steps": 10})))
+    train_job(replace(first, training=first.training.model_copy(update={"steps": 10})))
     half = read_checkpoint(tmp_path / "parts/checkpoint-10")
     assert half.state["patch_gan"]["step"] == 11
-    fit(toy_job(tmp_path / "parts", losses=losses(), accumulate=2, batch_size=1), resume="latest")
+    train_job(toy_job(tmp_path / "parts", losses=losses(), accumulate=2, batch_size=1), resume="latest")
     assert_same_checkpoint(tmp_path / "whole/checkpoint-20", tmp_path / "parts/checkpoint-20")
     end = read_checkpoint(tmp_path / "parts/checkpoint-20").tensors
     assert not all(torch.equal(value, half.tensors["patch_gan"][name]) for name, value in end["patch_gan"].items())

@@ -10,14 +10,15 @@ import torch
 from toys import assert_same_checkpoint, toy_job, toy_losses, toy_validation
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training import loop as fit_module
+from sslsr_diffusion.training import outputs
 from sslsr_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
-from sslsr_diffusion.training.loop import fit
+from sslsr_diffusion.training.loop import train_job
+from sslsr_diffusion.training.optimizers import OPTIMIZERS
 from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state, differences
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.session import Session
-from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
-from sslsr_diffusion.training.state import Progress, give_optimizer, take_optimizer
+from sslsr_diffusion.training.settings import CheckpointSettings, OptimizerSettings, OutputSettings
+from sslsr_diffusion.training.state import Progress, load_optimizer_state_dict, optimizer_state_dict
 
 VARIANTS = {
     "plain": {},
@@ -32,12 +33,12 @@ VARIANTS = {
 def test_twenty_steps_equal_ten_and_ten(tmp_path, variant):
     options = dict(VARIANTS[variant])
     losses = lambda: toy_losses(max_timestep=600, weight="auto", auto_steps=14)  # noqa: E731 - calibration crosses the resume
-    fit(toy_job(tmp_path / "whole", losses=losses(), **options))
+    train_job(toy_job(tmp_path / "whole", losses=losses(), **options))
     first = toy_job(tmp_path / "parts", losses=losses(), **options)
     whole_schedule = first.training
-    fit(replace(first, training=whole_schedule.model_copy(update={"steps": 10})) if "schedule" not in options else stop_at_ten(first))
+    train_job(replace(first, training=whole_schedule.model_copy(update={"steps": 10})) if "schedule" not in options else stop_at_ten(first))
     torch.rand(3)  # the global stream is somewhere else now
-    fit(toy_job(tmp_path / "parts", losses=losses(), **options), resume="latest")
+    train_job(toy_job(tmp_path / "parts", losses=losses(), **options), resume="latest")
     assert_same_checkpoint(tmp_path / "whole/checkpoint-20", tmp_path / "parts/checkpoint-20")
 
 
@@ -67,17 +68,17 @@ def stop_at_ten(job):
 def test_the_best_value_survives_a_resume(tmp_path):
     """Passes after the resume are worse: none takes the best one's place; history and tracker count on."""
     strengths = iter([0.2] * 3 + [0.1] * 3)
-    looking = toy_validation(every=5, strength=lambda: next(strengths))
-    first = replace(toy_job(tmp_path / "run", steps=10, log_every=1), validation=looking, checkpoints=CheckpointSettings(every=5))
+    job = toy_job(tmp_path / "run", steps=10, log_every=1, strength=lambda: next(strengths))
+    first = replace(job, validation=toy_validation(every=5), checkpoints=CheckpointSettings(every=5))
     tracked = OutputSettings(dir=str(tmp_path / "run"))
-    fit(replace(first, output=tracked))
-    worse = replace(toy_job(tmp_path / "run", log_every=1), validation=toy_validation(every=5, strength=lambda: 0.3))
+    train_job(replace(first, output=tracked))
+    worse = replace(toy_job(tmp_path / "run", log_every=1, strength=lambda: 0.3), validation=toy_validation(every=5))
     strengths = iter([0.2] * 3 + [0.3] * 9)  # the pass of step 5 is done again: its numbers are not there
-    again = toy_validation(every=5, strength=lambda: next(strengths))
-    elsewhere = replace(worse, validation=again, output=OutputSettings(dir=str(tmp_path / "elsewhere"), trackers=()))
-    result = fit(elsewhere, resume=str(tmp_path / "run/checkpoint-5"))  # without best/, as from the hub
+    again = toy_job(tmp_path / "run", log_every=1, strength=lambda: next(strengths)).task
+    elsewhere = replace(worse, task=again, output=OutputSettings(dir=str(tmp_path / "elsewhere"), trackers=()))
+    result = train_job(elsewhere, resume=str(tmp_path / "run/checkpoint-5"))  # without best/, as from the hub
     assert result.best == pytest.approx(0.04, rel=0.3)
-    result = fit(replace(worse, output=tracked), resume=str(tmp_path / "run/checkpoint-5"))
+    result = train_job(replace(worse, output=tracked), resume=str(tmp_path / "run/checkpoint-5"))
     assert result.best == pytest.approx(0.01, rel=0.3)
     assert read_checkpoint(tmp_path / "run/best").state["progress"] == {"step": 10, "best": result.best}
     assert read_checkpoint(tmp_path / "run/checkpoint-20").state["progress"]["best_step"] == 10
@@ -98,8 +99,8 @@ def test_an_allowed_change_of_settings_is_what_goes_on(tmp_path):
         schedule = {"kind": "linear", "warmup_steps": 0}
         return toy_job(tmp_path / "run", losses=losses, optimizer=optimizer, ema={"decay": decay, "warmup": False}, schedule=schedule)
 
-    fit(stop_at_ten(job(1e-2, 0.01, 0.9, 5)))
-    fit(job(1e-4, 0.5, 0.5, 50), resume="latest", allow_recipe_change=True)
+    train_job(stop_at_ten(job(1e-2, 0.01, 0.9, 5)))
+    train_job(job(1e-4, 0.5, 0.5, 50), resume="latest", allow_recipe_change=True)
     before, after = (read_checkpoint(tmp_path / f"run/checkpoint-{step}").state for step in (10, 20))
     group, ema = after["optimizer"]["groups"][0], after["ema"]
     assert (group["initial_lr"], group["weight_decay"], after["schedule"]["base_lrs"]) == (1e-4, 0.5, [1e-4])
@@ -114,26 +115,24 @@ def test_an_allowed_change_of_settings_is_what_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("before", "now", "kept"),
     [
-        ({"detail": 1.0}, {"detail": 1.0, "antiring": 0.0}, True),  # from before there was antiring
-        ({"detail": 1.0}, {"detail": None, "antiring": None}, True),  # as a recipe of stages without them was written down once
-        ({"detail": 0.8}, {"detail": None}, False),
+        ({"detail": 1.0, "antiring": 0.0}, {"detail": 1.0, "antiring": 0.0}, True),
         ({"detail": 1.0, "antiring": 0.5}, {"detail": 1.0, "antiring": 0.0}, False),
         ({"detail": 1.0}, {"detail": 0.8}, False),
     ],
 )
 def test_best_is_kept_if_detail_and_antiring_are_the_same(tmp_path, caplog, before, now, kept):
-    state = {"recipe": {"validation": before}, "world_size": 1, "progress": {"best": 0.7, "step": 3}}
+    state = {"recipe": {"task": {"inference": before}}, "world_size": 1, "progress": {"best": 0.7, "step": 3}}
     write_checkpoint(tmp_path / "best", {}, state)
     progress = Progress(best=0.5, best_step=1)
-    agree_on_best(progress, tmp_path / "best", {"validation": now})
+    agree_on_best(progress, tmp_path / "best", {"task": {"inference": now}})
     assert (progress.best, progress.best_step) == ((0.7, 3) if kept else (None, None))
-    check_same_recipe(state, {"validation": now}, 1, allow=False)
+    check_same_recipe(state, {"task": {"inference": now}}, 1, allow=False)
     assert ("recipe changed" in caplog.text) is not kept
 
 
 def test_what_lies_in_best_is_the_record(tmp_path, monkeypatch, caplog):
     """Its writing fails: nothing is recorded, and the next pass writes it. It is damaged, or measured otherwise: chosen anew."""
-    real, tried = fit_module.write_checkpoint, []
+    real, tried = outputs.write_checkpoint, []
 
     def failing(folder, *rest):
         tried.append(folder.name)
@@ -141,11 +140,11 @@ def test_what_lies_in_best_is_the_record(tmp_path, monkeypatch, caplog):
             raise OSError(28, "No space left on device")
         real(folder, *rest)
 
-    monkeypatch.setattr(fit_module, "write_checkpoint", failing)
+    monkeypatch.setattr(outputs, "write_checkpoint", failing)
     strengths = iter([0.1] * 3 + [0.2] * 3)
-    looking = toy_validation(every=10, strength=lambda: next(strengths))
-    job = replace(toy_job(tmp_path / "run"), validation=looking, recipe={"validation": {"best": "mse"}})
-    assert fit(job).best == pytest.approx(0.04, rel=0.3)  # the better first one is not there, so it is not claimed
+    job = toy_job(tmp_path / "run", strength=lambda: next(strengths))
+    job = replace(job, validation=toy_validation(every=10), recipe={"validation": {"best": "mse"}})
+    assert train_job(job).best == pytest.approx(0.04, rel=0.3)  # the better first one is not there, so it is not claimed
     assert "could not be kept" in caplog.text
     best, recipe = tmp_path / "run/best", job.recipe
     assert read_checkpoint(best).state["progress"]["step"] == 20
@@ -166,7 +165,7 @@ def test_what_lies_in_best_is_the_record(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("part", ["best", "pipeline"])
 def test_a_replacement_that_was_cut_off_is_put_back(tmp_path, part):
     """Killed between the two renames: the older folder has only its temporary name."""
-    fit(replace(toy_job(tmp_path / "run"), validation=toy_validation(every=20)))
+    train_job(replace(toy_job(tmp_path / "run"), validation=toy_validation(every=20)))
     (tmp_path / "run" / part).rename(tmp_path / f"run/.tmp-old-{part}")
     (tmp_path / "run/.tmp-versions.json-7").write_text("cut off")
     RunFolder(tmp_path / "run").start({}, 20)
@@ -185,23 +184,23 @@ def test_the_gradient_scaler_goes_on(tmp_path):
     job = toy_job(tmp_path)
 
     def session():
-        made = Session(job.objective, job.losses, job.training, seed=3, trackers=(), run=tmp_path)
+        made = Session(job.task, job.losses, job.training, seed=3, trackers=(), run=tmp_path)
         made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
         return made
 
     first, second = session(), session()
     first.accelerator.scaler.load_state_dict({**first.accelerator.scaler.state_dict(), "scale": 512.0, "_growth_tracker": 7})
-    write_checkpoint(tmp_path / "checkpoint-0", *first.take({}))
-    second.give(read_checkpoint(tmp_path / "checkpoint-0"), what="test")
+    write_checkpoint(tmp_path / "checkpoint-0", *first.state_dict({}))
+    second.load_state_dict(read_checkpoint(tmp_path / "checkpoint-0"), what="test")
     assert second.accelerator.scaler.state_dict() == first.accelerator.scaler.state_dict()
     assert second.accelerator.scaler.get_scale() == 512
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
-    fit(toy_job(tmp_path / "run"))
+    train_job(toy_job(tmp_path / "run"))
     newest = tmp_path / "run/checkpoint-20/trained.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    result = fit(toy_job(tmp_path / "run"), resume="latest")
+    result = train_job(toy_job(tmp_path / "run"), resume="latest")
     assert result.step == 20
     assert "checkpoint-20 is passed over" in caplog.text
     assert "resumed from" in (tmp_path / "run/log.txt").read_text()
@@ -209,7 +208,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
 
 def test_resume_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint"):
-        fit(toy_job(tmp_path / "run"), resume="latest")
+        train_job(toy_job(tmp_path / "run"), resume="latest")
 
 
 def test_differences_name_the_full_path():
@@ -274,12 +273,66 @@ def test_nested_optimizer_states_survive_a_checkpoint(tmp_path):
         return dict(layer.named_parameters()), optimizer
 
     (parameters, optimizer), (others, empty) = stepped(2), stepped(0)
-    tensors, plain = take_optimizer(optimizer, list(parameters))
+    tensors, plain = optimizer_state_dict(optimizer, list(parameters))
     assert set(tensors) == {f"{name}|{key}" for name in parameters for key in ("step", "packed|exp_avg", "packed|exp_avg_sq")}
     write_checkpoint(tmp_path / "checkpoint-2", {"optimizer": tensors}, plain)
     read = read_checkpoint(tmp_path / "checkpoint-2")
-    give_optimizer(empty, others, read.tensors["optimizer"], read.state)
+    load_optimizer_state_dict(empty, others, read.tensors["optimizer"], read.state)
     for name, parameter in parameters.items():
         before, after = optimizer.state[parameter], empty.state[others[name]]
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_states_nest_to_any_depth_and_need_not_be_tensors(tmp_path):
+    """As 8-bit optimizers have them: codes, maps, an int step, flags; a parameter that never stepped has no state at all."""
+
+    def make():
+        layer = torch.nn.Linear(3, 2)
+        return dict(layer.named_parameters()), torch.optim.SGD(layer.parameters())
+
+    (parameters, optimizer), (others, empty) = make(), make()
+    inner = {"absmax": torch.rand(4), "nested": {"offset": torch.rand(2), "blocksize": 256}}
+    optimizer.state[parameters["weight"]] = {"step": 3, "quant": {"map": torch.rand(8), "signed": True, "maximum": None, **inner}}
+    tensors, plain = optimizer_state_dict(optimizer, list(parameters))
+    write_checkpoint(tmp_path / "checkpoint-3", {"optimizer": tensors}, plain)
+    read = read_checkpoint(tmp_path / "checkpoint-3")
+    load_optimizer_state_dict(empty, others, read.tensors["optimizer"], read.state)
+    again, rest = optimizer_state_dict(empty, list(others))
+    assert rest == plain
+    torch.testing.assert_close(again, tensors, rtol=0, atol=0)
+    quant = empty.state[others["weight"]]["quant"]
+    assert (quant["nested"]["blocksize"], quant["signed"], quant["maximum"]) == (256, True, None)
+    assert not empty.state.get(others["bias"])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("stopped", [0, 2, 4])
+def test_an_optimizer_goes_on_where_it_stopped(tmp_path, kind, stopped):
+    """Before its first step, with a layer that has not stepped yet, and with all: the same bits as without the stop."""
+    if kind == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.ModuleList([torch.nn.Linear(70, 70), torch.nn.Linear(70, 70)])  # 8 bits from 4096 numbers on
+        return model, OPTIMIZERS[kind](list(model.parameters()), OptimizerSettings(kind=kind, lr=0.1))
+
+    def train(model, optimizer, steps):
+        for k in steps:
+            hidden = model[0](torch.randn(4, 70, generator=torch.Generator().manual_seed(k)))
+            (model[1](hidden) if k >= 3 else hidden).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, first, second = make(), make(), make()
+    train(*whole, range(6))
+    train(*first, range(stopped))
+    tensors, plain = optimizer_state_dict(first[1], [name for name, _ in first[0].named_parameters()])
+    write_checkpoint(tmp_path / "checkpoint", {"optimizer": tensors}, plain)
+    read = read_checkpoint(tmp_path / "checkpoint")
+    second[0].load_state_dict(first[0].state_dict())
+    load_optimizer_state_dict(second[1], dict(second[0].named_parameters()), read.tensors["optimizer"], read.state)
+    train(*second, range(stopped, 6))
+    for name, value in whole[0].state_dict().items():
+        assert torch.equal(second[0].state_dict()[name], value), name

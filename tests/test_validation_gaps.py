@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import toy_job, toy_validation
+from toys import toy_job, toy_task, toy_validation
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training import loop as fit_module
+from sslsr_diffusion.training import loop as loop_module
 from sslsr_diffusion.training.checkpoints import latest_checkpoint
-from sslsr_diffusion.training.loop import fit
+from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.validation import validate
 
 
@@ -31,13 +31,14 @@ def refusing(wrong):
 
 
 def test_a_picture_without_a_number_is_named_once_and_left_out(caplog):
-    looking = replace(toy_validation(), restore=lambda lr, hr, seed: hr + 0.1)
+    looking, task = toy_validation(), toy_task()
+    task.restore = lambda lr, hr, seed: hr + 0.1
     first = [pair.hr.flatten()[0] for pair in looking.pairs]
     names = [pair.name for pair in looking.pairs]
     looking = replace(looking, metrics={**looking.metrics, "odd": refusing(first[:2]), "none": refusing(first)})
     with caplog.at_level(logging.WARNING, "sslsr_diffusion"):
-        result, again = validate(looking), validate(looking)
-    alone = validate(replace(looking, pairs=looking.pairs[2:]))
+        result, again = validate(looking, task), validate(looking, task)
+    alone = validate(replace(looking, pairs=looking.pairs[2:]), task)
     assert result.values["odd"] == pytest.approx(alone.values["odd"])
     assert result.bicubic["odd"] == pytest.approx(alone.bicubic["odd"])
     assert math.isnan(result.values["none"])
@@ -50,7 +51,7 @@ def test_a_picture_without_a_number_is_named_once_and_left_out(caplog):
 def test_a_best_that_cannot_be_measured_is_said_and_history_stays_json(tmp_path, caplog):
     looking = toy_validation()
     looking = replace(looking, metrics={"mse": refusing([pair.hr.flatten()[0] for pair in looking.pairs])})
-    fit(replace(toy_job(tmp_path / "run"), validation=looking, recipe={"validation": {"best": "mse"}}))
+    train_job(replace(toy_job(tmp_path / "run"), validation=looking, recipe={"validation": {"best": "mse"}}))
     assert "validation.best: mse has no number for any held-out picture" in caplog.text
     assert not (tmp_path / "run/best").exists()
     text = (tmp_path / "run/history.jsonl").read_text()
@@ -62,17 +63,17 @@ def test_trouble_while_looking_costs_no_training_and_a_resume_looks_first(tmp_pa
     looking = toy_validation(every=10)
     job = replace(toy_job(tmp_path / "run"), validation=looking)
     plain = replace(job, output=job.output.model_copy(update={"dir": str(tmp_path / "plain")}))
-    undisturbed = fit(plain)
+    undisturbed = train_job(plain)
 
     def broken(*_, **__):
         raise RuntimeError("the metric's library fell over")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "validate", broken)
+        patch.setattr(loop_module, "validate", broken)
         with pytest.raises(RuntimeError, match="fell over"):
-            fit(job)
+            train_job(job)
     assert latest_checkpoint(tmp_path / "run").name == "checkpoint-10"
-    assert fit(job, resume="latest").best == undisturbed.best
+    assert train_job(job, resume="latest").best == undisturbed.best
     histories = [
         [
             (row["step"], row["validation/mse"])

@@ -17,7 +17,7 @@ from toys import namespace
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.training.checkpoints import Checkpoint, read_checkpoint
 from sslsr_diffusion.training.settings import TrainingSettings
-from sslsr_diffusion.training.zero2 import Zero2, deepspeed_plugin
+from sslsr_diffusion.training.zero2 import Zero2Engine, deepspeed_plugin
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs/accelerate/deepspeed_zero2.yaml"
@@ -93,12 +93,17 @@ def test_missing_or_old_deepspeed_is_named(monkeypatch):
 def test_a_loss_that_is_no_number_spoils_its_gradient():
     """An infinite loss may have a finite gradient; the engine looks at gradients only. A sound one stays exactly what it was."""
     calls: list[bool] = []
-    engine = namespace(
-        set_gradient_accumulation_boundary=calls.append, backward=lambda loss: loss.backward(), optimizer=namespace(optimizer=None)
+    wrapped = namespace(
+        set_gradient_accumulation_boundary=calls.append,
+        backward=lambda loss: loss.backward(),
+        optimizer=namespace(optimizer=None),
     )
+    module = torch.nn.Linear(1, 1)
+    accelerator = namespace(prepare=lambda *_: (wrapped, None), unwrap_model=lambda _: module, device=torch.device("cpu"))
+    engine = Zero2Engine(accelerator, module, None, TrainingSettings())
     sound, unsound = (torch.full((), 0.3, requires_grad=True) for _ in range(2))
-    Zero2(engine).backward(sound.exp(), last=False)
-    Zero2(engine).backward(unsound.exp() + float("inf"), last=True)
+    engine.backward(sound.exp(), last=False)
+    engine.backward(unsound.exp() + float("inf"), last=True)
     assert sound.grad is not None
     assert sound.grad.item() == sound.exp().item()
     assert unsound.grad is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 from toys import toy_job, toy_losses
 
 from sslsr_diffusion.losses.patch_gan import PatchGANLoss, PatchGANSettings
-from sslsr_diffusion.training.loop import fit
+from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.settings import CheckpointSettings
 
 
@@ -21,7 +21,7 @@ def main() -> None:
         losses.append(PatchGANLoss(PatchGANSettings(**options.pop("patch_gan"))))
     checkpoints = CheckpointSettings(**options.pop("checkpoints", {"every": 0}))
     job = toy_job(run, losses=losses, dropout=0, decode_crop=options.pop("decode_crop", None), **options)
-    fit(replace(job, checkpoints=checkpoints), resume="latest" if "--resume" in sys.argv else None)
+    train_job(replace(job, checkpoints=checkpoints), resume="latest" if "--resume" in sys.argv else None)
     print("threads:", *(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")))
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from PIL import Image as Pillow
-from sslsr_diffusion.tasks.objective import DiffusionObjective
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,9 +20,15 @@ from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.losses.diffusion import DiffusionSettings
 from sslsr_diffusion.losses.pixel import PixelL1Settings
 from sslsr_diffusion.losses.self_similarity import SelfSimilaritySettings
+from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.networks import LatentNetworks
+from sslsr_diffusion.models.process import DDPM
+from sslsr_diffusion.models.size import SizeRequirements
 from sslsr_diffusion.seeding import sample_generator
+from sslsr_diffusion.tasks.diffusion import DiffusionTask
 from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.loop import Job
+from sslsr_diffusion.training.job import Job
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings, ValidationSettings
 from sslsr_diffusion.training.validation import Validation
 from sslsr_diffusion.types import Batch
@@ -56,7 +62,7 @@ class ToyLoader:
         self.rank, self.world_size, self.batch_size, self.poison = rank, world_size, batch_size, poison
         self.position = 0 if state is None else state["batch"] * batch_size * world_size
 
-    def __iter__(self) -> ToyLoader:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
@@ -75,12 +81,13 @@ class ToyLoader:
         pass
 
 
-class ToyCodec:
+class ToyCodec(nn.Module):
     """Scale 4, three latent channels; linear, so gradients are exact enough to compare."""
 
-    scale, latent_channels = 4, 3
+    scale, latent_channels, has_fidelity = 4, 3, False
 
     def __init__(self) -> None:
+        super().__init__()
         self.vae = nn.ModuleDict({"enter": nn.Conv2d(3, 3, 4, 4), "leave": nn.ConvTranspose2d(3, 3, 4, 4)})
         self.vae.requires_grad_(False)
 
@@ -88,33 +95,12 @@ class ToyCodec:
         return (pixels.shape[0], 3, pixels.shape[-2] // 4, pixels.shape[-1] // 4)
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        return self.vae["enter"](pixels * 2 - 1) + 0.1 * noise
+        latents: Tensor = self.vae["enter"](pixels * 2 - 1) + 0.1 * noise
+        return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae["leave"](latents) / 2 + 0.5
-
-
-class ToySchedule:
-    num_train_timesteps, prediction_type = 1000, "epsilon"
-    alphas_cumprod = torch.linspace(0.999, 0.05, 1000)
-
-    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = self.alphas_cumprod[t][:, None, None, None]
-        return alpha.sqrt(), (1 - alpha).sqrt()
-
-    def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        signal, sigma = self._levels(t)
-        return signal * z0 + sigma * noise
-
-    def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return noise
-
-    def x0(self, pred: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        signal, sigma = self._levels(t)
-        return (zt - sigma * pred) / signal
-
-    def snr(self, t: Tensor) -> Tensor:
-        return self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t])
+        pixels: Tensor = self.vae["leave"](latents) / 2 + 0.5
+        return pixels
 
 
 class ToyDenoiser(nn.Module):
@@ -126,28 +112,53 @@ class ToyDenoiser(nn.Module):
         self.dropout = nn.Dropout(dropout)  # draws from the global stream: a resume must restore it
         self.frozen.requires_grad_(False)
 
-    def forward(self, zt: Tensor, t: Tensor, z_lr: Tensor, text: Tensor) -> Tensor:
-        h = self.frozen(torch.cat([zt, z_lr], dim=1)) + self.time(t[:, None].float() / 1000)[:, :, None, None]
-        return self.trained(self.dropout(torch.tanh(h)))
+    def forward(self, zt: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert condition.z_lr is not None
+        h = self.frozen(torch.cat([zt, condition.z_lr], dim=1)) + self.time(t[:, None].float() / 1000)[:, :, None, None]
+        pred: Tensor = self.trained(self.dropout(torch.tanh(h)))
+        return pred
 
 
-@dataclass
-class ToyNetworks:
-    codec: ToyCodec
-    denoiser: ToyDenoiser
-    schedule: ToySchedule
-    text: Tensor
+class ToyNetworks(LatentNetworks):
+    def __init__(self, dropout: float = 0.1) -> None:
+        process = DDPM(torch.linspace(0.999, 0.05, 1000), {"prediction_type": "epsilon"})
+        super().__init__(cast(Codec, ToyCodec()), ToyDenoiser(dropout), process, torch.zeros(1, 1, 4), base="toys")
 
-    def to(self, device: Any) -> ToyNetworks:
-        self.codec.vae.to(device)
-        self.denoiser.to(device)
-        return self
+    def size(self) -> SizeRequirements:
+        return SizeRequirements(multiple_of=4)
+
+    def components(self) -> dict[str, Any]:
+        return {"denoiser": self.denoiser, "codec": self.codec}
+
+    def set_trainable(self, which: str) -> list[str]:
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def save(self, folder: Path, **call: Any) -> None:
+        save_file({name: value.detach().clone() for name, value in self.denoiser.named_parameters()}, folder / "weights.safetensors")
 
 
 def toy_networks(dropout: float = 0.1) -> ToyNetworks:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        return ToyNetworks(ToyCodec(), ToyDenoiser(dropout), ToySchedule(), torch.zeros(1, 1, 4))
+        return ToyNetworks(dropout)
+
+
+class ToyTask(DiffusionTask):
+    """The real step over toy networks; what it restores is the truth with noise of `strength`."""
+
+    def __init__(self, networks: ToyNetworks, *, strength: Callable[[], float] = lambda: 0.1, **values: Any) -> None:
+        super().__init__(networks, **values)
+        self.strength = strength
+
+    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
+        return hr + self.strength() * torch.randn(hr.shape, generator=torch.Generator().manual_seed(seed))
+
+    def save(self, folder: Path) -> None:
+        self.networks.save(folder)
+
+
+def toy_task(dropout: float = 0.1, **values: Any) -> ToyTask:
+    return ToyTask(toy_networks(dropout), seed=3, **values)
 
 
 def toy_losses(max_timestep: int | None = None, weight: Any = 1.0, auto_steps: int = 4) -> list[Any]:
@@ -174,25 +185,20 @@ def toy_job(
     dropout: float = 0.1,
     losses: list[Any] | None = None,
     decode_crop: int | None = None,
+    strength: Callable[[], float] = lambda: 0.1,
     poison: range = range(0),
     **training: Any,
 ) -> Job:
     settings = TrainingSettings.model_validate(
         {"steps": 20, "batch_size": 2, "crop_size": SIZE, "log_every": 5, "optimizer": {"lr": 1e-2}, **training}
     )
-    objective = DiffusionObjective(toy_networks(dropout), seed=3, decode_crop=decode_crop)
-
-    def save_pipeline(folder: Path) -> None:
-        torch.save({}, folder / "weights.pt")
-
     return Job(
-        objective=objective,
+        task=toy_task(dropout, decode_crop=decode_crop, strength=strength),
         losses=losses if losses is not None else toy_losses(),
         training=settings,
         checkpoints=CheckpointSettings(every=10),
         output=OutputSettings(dir=str(run), trackers=()),
         open_data=lambda rank, world, state, device: ToyLoader(rank, world, state, batch_size=settings.batch_size, poison=poison),
-        save_pipeline=save_pipeline,
         export=lambda checkpoint, folder: None,
         recipe={"training": settings.model_dump(mode="json")},
         seed=3,
@@ -205,12 +211,10 @@ class PicturePair(NamedTuple):
     hr: Tensor
 
 
-def toy_validation(every: int = 10, strength: Callable[[], float] = lambda: 0.1, **values: Any) -> Validation:
-    """Three pictures, restored as the truth with noise of `strength`."""
-    pairs = [PicturePair(f"p{i}.png", F.avg_pool2d(smooth(i)[None], 4)[0], smooth(i)) for i in range(3)]
+def toy_validation(every: int = 10, **values: Any) -> Validation:
+    """Three pictures, measured by their mean square error."""
     return Validation(
-        pairs,
-        restore=lambda lr, hr, seed: hr + strength() * torch.randn(hr.shape, generator=torch.Generator().manual_seed(seed)),
+        pairs=[PicturePair(f"p{i}.png", F.avg_pool2d(smooth(i)[None], 4)[0], smooth(i)) for i in range(3)],
         metrics={"mse": lambda a, b: (a - b).square().mean(dim=(1, 2, 3))},
         settings=ValidationSettings(every=every, metrics=("mse",), best="mse", pictures=2, **values),
         higher_is_better={"mse": False},

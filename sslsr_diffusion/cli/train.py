@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from sslsr_diffusion.training.loop import FitResult
+    from sslsr_diffusion.training.job import TrainResult
 
 
 def train(
@@ -35,7 +35,7 @@ def train(
         _say(run(recipe, resume=resume, restart=restart, allow_recipe_change=allow_recipe_change))
 
 
-def _say(result: FitResult) -> None:
+def _say(result: TrainResult) -> None:
     """How the run ended, once for all processes."""
     if int(os.environ.get("RANK", "0")) != 0:
         return

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslsr_diffusion.config import Settings
 from sslsr_diffusion.types import Given, Outputs
@@ -106,6 +106,28 @@ class PixelLoss(LatentLoss):
     def play(self, sr: Tensor, hr: Tensor) -> Tensor:
         """A scalar through the same networks and about the same tensors, on shapes alone: what the memory estimate plays."""
         return (sr - hr).abs().mean()
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A network that learns beside the trained one, on the same batches, with an optimizer of its own: a discriminator.
+
+    A loss that is one as well is found by its type. A checkpoint keeps `network`, `optimizer` and `step`.
+    """
+
+    name: str
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int  # the optimizer step that is going on, from 1
+
+    def to(self, device: torch.device) -> None:
+        """Move the network in place."""
+
+    def learn(self, outputs: Outputs, count: Tensor | None = None) -> dict[str, Tensor]:
+        """Add one micro-batch to the network's gradient, `count` as in a loss; the raw terms, detached."""
+
+    def update(self, *, sound: bool) -> None:
+        """End an optimizer step: move the network unless the step was not `sound`, forget the gradient, count on."""
 
 
 class NoiseGate(LossSettings):

@@ -24,7 +24,9 @@ from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved, run_folde
 from sslsr_diffusion.runs.task import build_task
 from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import find_checkpoint
-from sslsr_diffusion.training.loop import FitResult, Job, OnEvent, Publisher, train_job
+from sslsr_diffusion.training.events import Event
+from sslsr_diffusion.training.job import Job, Publisher, TrainResult
+from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.validation import Pair, Validation
 
@@ -37,8 +39,8 @@ def train(
     resume: str | None = None,
     restart: bool = False,
     allow_recipe_change: bool = False,
-    on_event: OnEvent | None = None,
-) -> FitResult:
+    on_event: Callable[[Event], None] | None = None,
+) -> TrainResult:
     """Train as a recipe says, until its last step or until asked to stop (SIGINT, SIGTERM).
 
     Args:
@@ -64,9 +66,7 @@ def train(
     recipe = pinned(recipe, checkpoint)
     try:
         job = build_job(recipe, publisher=_publisher(recipe) if main else None)
-        return train_job(
-            job, resume=str(checkpoint) if checkpoint else None, allow_recipe_change=allow_recipe_change, on_event=on_event
-        )
+        return train_job(job, resume=str(checkpoint) if checkpoint else None, allow_recipe_change=allow_recipe_change, on_event=on_event)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -138,7 +138,7 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
         recipe=resolved(recipe),
         seed=recipe.seed,
         base=base,
-        validation=_validation(recipe, task),
+        validation=_validation(recipe),
         publisher=publisher if recipe.task_kind.makes_upscaler else None,
         card=_card(recipe, base, trained_with) if publisher is not None else None,
     )
@@ -153,7 +153,7 @@ def _with_defaults(recipe: Recipe, task: Task) -> Recipe:
     return recipe.model_copy(update={"task": recipe.task.model_copy(update={"inference": call.model_copy(update=own)})})
 
 
-def _validation(recipe: Recipe, task: Task) -> Validation | None:
+def _validation(recipe: Recipe) -> Validation | None:
     settings = recipe.validation
     pairs: Sequence[Pair] = ()
     if settings.limit:
@@ -162,7 +162,7 @@ def _validation(recipe: Recipe, task: Task) -> Validation | None:
         return None
     metrics = {name: validation_metric(name) for name in settings.metrics}
     higher = {name: METRICS[name].higher_is_better for name in settings.metrics}
-    return Validation(pairs, task.restore, metrics, settings, task.label, higher)
+    return Validation(pairs, metrics, settings, higher)
 
 
 def validation_metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:

@@ -46,8 +46,6 @@ class Reporter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self.session.accelerator.end_training()
         if self._bar is not None:
             self._bar.close()
             if error is not None:
@@ -56,15 +54,12 @@ class Reporter:
                 logging.getLogger("sslsr_diffusion").removeHandler(handler)
                 handler.close()
 
-    def step(self, report: StepReport, seconds: float) -> None:
+    def step(self, report: StepReport) -> None:
         """One optimizer step happened."""
         if self._bar is None:
             return
         if report.updated:
-            row = {f"loss/{name}": value for name, value in report.raw.items()}
-            self._rows.append(
-                {**row, "loss/total": report.loss, "train/grad_norm": report.grad_norm, "train/mask_density": report.mask_density}
-            )
+            self._rows.append(report.values())
         self._bar.update(1)
         step = self.session.progress.step
         if step % self.settings.log_every and step != self.settings.steps:
@@ -79,7 +74,7 @@ class Reporter:
         self._bar.set_postfix({**terms, "lr": f"{values['train/lr']:.1e}"}, refresh=False)
         logger.info("step %d  %s", step, "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
 
-    def looked(self, result: ValidationResult) -> None:
+    def validated(self, result: ValidationResult) -> None:
         """A validation pass is over: numbers and the grid to tracker, history and disk."""
         if self._bar is None:
             return

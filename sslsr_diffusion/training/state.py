@@ -1,9 +1,9 @@
-"""TrainState: everything a resume needs besides the frozen networks, taken from and given back to the live objects."""
+"""What a resume needs besides the frozen networks: counters, tensors and random streams, out of the live objects and back in."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -60,16 +60,16 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor on the CPU, contiguous; for a sharded one (FSDP2) every process must call this."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor on the CPU, contiguous; for a sharded one (FSDP2) every process must call this."""
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     return tensor.cpu().contiguous()
 
 
-def put(target: Tensor, value: Tensor) -> None:
-    """Copy a full tensor into a live one, which may be sharded."""
+def copy_full(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a live one, which may be sharded."""
     mesh = getattr(target, "device_mesh", None)
     if mesh is not None:
         from torch.distributed.tensor import distribute_tensor
@@ -78,83 +78,7 @@ def put(target: Tensor, value: Tensor) -> None:
     target.detach().copy_(value)
 
 
-def take_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors as `parameter|key` (bitsandbytes nests its 8-bit states: `parameter|key|inner`), and everything that is no tensor."""
-    raw = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for position, entry in raw["state"].items():
-        for key, value in entry.items():
-            if isinstance(value, Tensor):
-                tensors[f"{names[position]}|{key}"] = whole(value).clone()
-            elif isinstance(value, dict):
-                tensors |= {f"{names[position]}|{key}|{inner}": whole(tensor).clone() for inner, tensor in value.items()}
-            else:
-                plain[f"{names[position]}|{key}"] = value
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in raw["param_groups"]]
-    return tensors, {"state": plain, "groups": groups}
-
-
-def give_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], plain: dict[str, Any]
-) -> None:
-    """The inverse of `take_optimizer`, but for the settings: they are those of `optimizer`, which may have changed since."""
-    names = list(parameters)
-    position = {name: i for i, name in enumerate(names)}
-    state: dict[int, dict[str, Any]] = {}
-    for joined, value in [*tensors.items(), *plain["state"].items()]:
-        name, key, *inner = joined.split("|")
-        if inner:
-            state.setdefault(position[name], {}).setdefault(key, {})[inner[0]] = value
-            continue
-        if isinstance(value, Tensor) and key != "step" and value.shape == parameters[name].shape:  # sharded and laid out like its parameter
-            like = torch.zeros_like(parameters[name], dtype=value.dtype)
-            put(like, value)
-            value = like
-        state.setdefault(position[name], {})[key] = value
-    now = optimizer.state_dict()["param_groups"]
-    groups = [continued(saved, live) for saved, live in zip(plain["groups"], now)]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def continued(saved: dict[str, Any], live: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's group with the settings of now; a scheduled rate stays where it was on its way, in proportion to its initial one."""
-    group = {**{key: _tuple(value) for key, value in saved.items()}, **live}
-    if "initial_lr" in live:
-        same = live["initial_lr"] == saved["initial_lr"]
-        group["lr"] = saved["lr"] if same else saved["lr"] * live["initial_lr"] / saved["initial_lr"]
-    return group
-
-
-def take_rng(device: torch.device) -> dict[str, Tensor]:
-    """The state of every global random stream of this process."""
-    version, inner, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the global stream is what others draw from
-    streams = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *inner], dtype=torch.int64),
-        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*numpy_state["state"]["key"].tolist(), numpy_state["state"]["pos"], numpy_state["has_gauss"]]),
-        "numpy_gauss": torch.tensor([numpy_state["gauss"]], dtype=torch.float64),
-    }
-    if device.type == "cuda":
-        streams["cuda"] = torch.cuda.get_rng_state(device)
-    return streams
-
-
-def give_rng(streams: dict[str, Tensor], device: torch.device) -> None:
-    """The inverse of `take_rng`."""
-    torch.set_rng_state(streams["torch"])
-    version, *inner = streams["python"].tolist()
-    gauss = float(streams["python_gauss"])
-    random.setstate((version, tuple(inner), None if gauss != gauss else gauss))
-    *keys, position, has_gauss = streams["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(streams["numpy_gauss"])))  # noqa: NPY002
-    if device.type == "cuda" and "cuda" in streams:
-        torch.cuda.set_rng_state(streams["cuda"], device)
-
-
-def give_trained(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], *, what: str) -> None:
+def load_trained(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], *, what: str) -> None:
     """Copy saved tensors into the trained parameters.
 
     Raises:
@@ -170,8 +94,88 @@ def give_trained(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise UserError(f"{what}: {name} has shape {tuple(tensors[name].shape)}, this recipe builds {tuple(parameter.shape)}.")
-        put(parameter, tensors[name])
+        copy_full(parameter, tensors[name])
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def optimizer_state_dict(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Whole tensors as `parameter|key` (bitsandbytes nests its 8-bit states: `parameter|key|inner`), and everything that is no tensor.
+
+    torch.distributed.checkpoint.state_dict would do the same, but it steps an optimizer that has not stepped yet and refuses one that
+    has stepped some of its parameters: both would part from the undisturbed run.
+    """
+    raw = optimizer.state_dict()
+    values = {path: value for position, entry in raw["state"].items() for path, value in _flat(names[position], entry)}
+    tensors = {path: full_tensor(value).clone() for path, value in values.items() if isinstance(value, Tensor)}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in raw["param_groups"]]
+    return tensors, {"state": {path: value for path, value in values.items() if path not in tensors}, "groups": groups}
+
+
+def load_optimizer_state_dict(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], plain: dict[str, Any]
+) -> None:
+    """The inverse of `optimizer_state_dict`, but for the settings: they are those of `optimizer`, which may have changed since."""
+    position = {name: i for i, name in enumerate(parameters)}
+    state: dict[int, dict[str, Any]] = {}
+    for joined, value in [*tensors.items(), *plain["state"].items()]:
+        name, *path, key = joined.split("|")
+        if isinstance(value, Tensor) and not path and key != "step" and value.shape == parameters[name].shape:
+            like = torch.zeros_like(parameters[name], dtype=value.dtype)  # sharded and laid out like its parameter
+            copy_full(like, value)
+            value = like
+        entry = state.setdefault(position[name], {})
+        for part in path:
+            entry = entry.setdefault(part, {})
+        entry[key] = value
+    groups = [continued_group(saved, live) for saved, live in zip(plain["groups"], optimizer.state_dict()["param_groups"])]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _flat(prefix: str, entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}|{key}", value)
+        else:
+            yield f"{prefix}|{key}", value
+
+
+def continued_group(saved: dict[str, Any], live: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's group with the settings of now; a scheduled rate stays where it was on its way, in proportion to its initial one."""
+    if "initial_lr" not in live:
+        return live
+    same = live["initial_lr"] == saved["initial_lr"]
+    return {**live, "lr": saved["lr"] if same else saved["lr"] * live["initial_lr"] / saved["initial_lr"]}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global random stream of this process."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that draw from the global stream
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of every global random stream of this process."""
+    version, inner, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the global stream is what others draw from
+    streams = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *inner], dtype=torch.int64),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*numpy_state["state"]["key"].tolist(), numpy_state["state"]["pos"], numpy_state["has_gauss"]]),
+        "numpy_gauss": torch.tensor([numpy_state["gauss"]], dtype=torch.float64),
+    }
+    if device.type == "cuda":
+        streams["cuda"] = torch.cuda.get_rng_state(device)
+    return streams
+
+
+def set_rng_state(streams: dict[str, Tensor], device: torch.device) -> None:
+    """The inverse of `rng_state`."""
+    torch.set_rng_state(streams["torch"])
+    version, *inner = streams["python"].tolist()
+    gauss = float(streams["python_gauss"])
+    random.setstate((version, tuple(inner), None if gauss != gauss else gauss))
+    *keys, position, has_gauss = streams["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(streams["numpy_gauss"])))  # noqa: NPY002
+    if device.type == "cuda" and "cuda" in streams:
+        torch.cuda.set_rng_state(streams["cuda"], device)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
 from pathlib import PurePath
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
@@ -33,13 +34,11 @@ class Pair(Protocol):
 
 @dataclass(frozen=True)
 class Validation:
-    """What a pass needs; `restore(lr [1, 3, h, w], hr [1, 3, H, W], seed) -> [1, 3, H, W]` hides the sampler."""
+    """The pictures of a pass and what is measured on them."""
 
     pairs: Sequence[Pair]
-    restore: Callable[[Tensor, Tensor, int], Tensor]
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
     settings: ValidationSettings
-    label: str = "prediction"
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
     without: set[tuple[str, str]] = field(default_factory=set)  # metric and picture: has no number, and that was said
 
@@ -59,61 +58,71 @@ class ValidationResult:
     captions: list[list[str]]
 
 
+class _Measured(NamedTuple):
+    """One picture of a pass; `pictures` and `captions` are empty where the grid does not show it."""
+
+    position: int
+    values: dict[str, float]
+    bicubic: dict[str, float]
+    pictures: list[Tensor]
+    captions: list[str]
+
+
 @torch.no_grad()
 def validate(
     validation: Validation,
+    task: Task,
     *,
     rank: int = 0,
     world_size: int = 1,
-    gather: Callable[[Any], list[Any]] | None = None,
+    gather: Callable[[list[_Measured]], list[_Measured]] = lambda found: found,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> ValidationResult | None:
-    """Restore and measure this process's share of the pictures; every process returns the same means, None when stopped.
+    """Let the task restore this process's share of the pictures and measure them; every process returns the same means, None when stopped.
 
     A picture for which a metric has no number (too small, without edges) is named once and left out of that metric's means. A picture
     that does not fit into memory is left out with a warning; None when that holds for all of them.
     All processes restore the same number of pictures (sharded networks need everyone in every forward), so the last share
     may repeat a picture; repeats are not counted.
     """
-    pairs, found = validation.pairs, []
+    pairs = validation.pairs
+    found: list[_Measured] = []
     for turn in range(-(-len(pairs) // world_size)):
         position = turn * world_size + rank
         if should_stop() and world_size == 1:
             return None
         pair = pairs[min(position, len(pairs) - 1)]
         try:
-            entry = _measure(validation, pair, position)
-        except NotEnoughMemory as error:  # a look is not worth the run
+            measured = _measure(validation, task, pair, position)
+        except NotEnoughMemory as error:  # measuring is not worth the run
             logger.warning("validation: %s is left out: %s", pair.name, error)
             continue
         if position < len(pairs):
-            found.append((position, *entry))
-    everything = sorted((gather(found) if gather else found), key=lambda e: e[0])
+            found.append(measured)
+    everything = sorted(gather(found), key=lambda measured: measured.position)
     if not everything:
         return None
-    names = list(validation.metrics)
-    mean: list[dict[str, float]] = [{}, {}]
-    for name in names:
-        both = [(e[1][name], e[2][name]) for e in everything if not (isnan(e[1][name]) or isnan(e[2][name]))]
-        for side in (0, 1):
-            mean[side][name] = sum(pair[side] for pair in both) / len(both) if both else nan
-    shown = [e for e in everything if e[3]]
-    return ValidationResult(mean[0], mean[1], [e[3] for e in shown], [e[4] for e in shown])
+    values, bicubic = {}, {}
+    for name in validation.metrics:
+        both = [(m.values[name], m.bicubic[name]) for m in everything if not (isnan(m.values[name]) or isnan(m.bicubic[name]))]
+        values[name], bicubic[name] = (sum(side) / len(both) for side in zip(*both)) if both else (nan, nan)
+    shown = [measured for measured in everything if measured.pictures]
+    return ValidationResult(values, bicubic, [m.pictures for m in shown], [m.captions for m in shown])
 
 
-def _measure(validation: Validation, pair: Pair, position: int) -> tuple[dict[str, float], dict[str, float], list[Tensor], list[str]]:
+def _measure(validation: Validation, task: Task, pair: Pair, position: int) -> _Measured:
     settings = validation.settings
     lr, hr = pair.lr[None], pair.hr[None]
-    with torch.random.fork_rng(devices=[]):  # looking must not change what training draws next
-        restored = validation.restore(lr, hr, derive_seed(settings.seed, position)).float().cpu().clamp(0, 1)
+    with torch.random.fork_rng(devices=[]):  # measuring must not change what training draws next
+        restored = task.restore(lr, hr, derive_seed(settings.seed, position)).float().cpu().clamp(0, 1)
     bicubic = resize_bicubic(lr, size=(hr.shape[-2], hr.shape[-1])).clamp(0, 1)
     values, baseline = (_values(validation, pair.name, picture, hr) for picture in (restored, bicubic))
     if position >= settings.pictures:
-        return values, baseline, [], []
+        return _Measured(position, values, baseline, [], [])
     first = next(iter(values), None)
     notes = ["", ""] if first is None else [f" {first} {side[first]:.2f}" for side in (baseline, values)]
-    captions = [f"LR bicubic{notes[0]}", f"{validation.label}{notes[1]}", f"ground truth {PurePath(pair.name).name}"]
-    return values, baseline, [bicubic[0], restored[0], hr[0]], captions
+    captions = [f"LR bicubic{notes[0]}", f"{task.label}{notes[1]}", f"ground truth {PurePath(pair.name).name}"]
+    return _Measured(position, values, baseline, [bicubic[0], restored[0], hr[0]], captions)
 
 
 def _values(validation: Validation, name: str, picture: Tensor, hr: Tensor) -> dict[str, float]:

@@ -6,15 +6,21 @@ bf16 is torch's autocast, as without DeepSpeed, so a checkpoint is the same file
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Any
+from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.training.engines import Update
 from sslsr_diffusion.training.settings import TrainingSettings
-from sslsr_diffusion.training.state import continued
+from sslsr_diffusion.training.state import continued_group, trained_parameters
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 OLDEST = "0.19.8"  # earlier ones may apply a gradient that is not a number when parameters are float32
 BUCKET = 50_000_000  # numbers per exchange; DeepSpeed's own 500 million would take 2 GB per GPU
@@ -53,54 +59,59 @@ def deepspeed_plugin(settings: TrainingSettings) -> Any:
     return plugin
 
 
-class Zero2:
-    """The engine's part of an optimizer step, and its states as whole tensors. All processes call every method."""
+class Zero2Engine:
+    """DeepSpeed's own engine behind the methods of `Engine`."""
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.optimizer: torch.optim.Optimizer = engine.optimizer.optimizer  # over this process's part of all parameters, made flat
+    def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> None:
+        self.model, _ = accelerator.prepare(module, optimizer)
+        self.parameters = trained_parameters(accelerator.unwrap_model(self.model))
+        self.optimizer: torch.optim.Optimizer = self.model.optimizer.optimizer  # over this process's part of all parameters, made flat
+        self._device, self._bf16 = accelerator.device.type, settings.mixed_precision == "bf16"
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self._device, torch.bfloat16, enabled=self._bf16)  # accelerate leaves precision to DeepSpeed
+
+    def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of one micro-batch; a loss that is not a number makes them so, and `step` then changes nothing anywhere."""
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * (1 + 0 * loss.detach()))
+        """A loss that is not a number makes the gradients so: DeepSpeed looks at them alone, and then changes nothing anywhere."""
+        self.model.set_gradient_accumulation_boundary(last)
+        self.model.backward(loss * (1 + 0 * loss.detach()))
 
-    def step(self) -> float:
-        """Clip and update, unless a gradient is not a number; the norm before clipping (infinite when nothing was changed)."""
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+    def update(self, loss: float) -> Update:
+        self.model.step()
+        norm = float(self.model.get_global_grad_norm())  # infinite when nothing was changed
+        return Update(norm, isfinite(loss) and isfinite(norm))
 
-    def take_optimizer(self, parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `state.take_optimizer` returns for the same optimizer undivided."""
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `PlainEngine` returns for the same optimizer undivided."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         tensors: dict[str, Tensor] = {}
         own = self.optimizer.state[self._part()]
-        for name, parameter in parameters.items() if own else ():
+        for name, parameter in self.parameters.items() if own else ():
             for key in DIVIDED:
                 tensors[f"{name}|{key}"] = safe_get_full_optimizer_state(parameter, key).cpu()
             tensors[f"{name}|step"] = own["step"].clone().cpu()
-        return tensors, {
-            "state": {},
-            "groups": [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups],
-        }
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        return tensors, {"optimizer": {"state": {}, "groups": groups}, "scaler": None}
 
-    def give_optimizer(self, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        """The inverse of `take_optimizer`, after the parameters were put back."""
+    def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        self.engine.optimizer.refresh_fp32_params()  # the part that is updated is a copy
-        for group, saved in zip(self.optimizer.param_groups, plain["groups"]):
-            group.update(continued(saved, dict(group)))
+        self.model.optimizer.refresh_fp32_params()  # the part that is updated is a copy
+        for group, saved in zip(self.optimizer.param_groups, state["optimizer"]["groups"]):
+            group.update(continued_group(saved, dict(group)))
         if not tensors:
             return
         part = self._part()
         own = self.optimizer.state[part]
         if not own:  # AdamW makes its states in the first step
             own.update({key: torch.zeros_like(part) for key in DIVIDED})
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-        own["step"] = tensors[f"{next(iter(parameters))}|step"].clone()
-        for name, parameter in parameters.items():
+            self.model.optimizer._lazy_init_hp_params_optimizer_state()
+        own["step"] = tensors[f"{next(iter(self.parameters))}|step"].clone()
+        for name, parameter in self.parameters.items():
             for key in DIVIDED:
                 safe_set_full_optimizer_state(parameter, tensors[f"{name}|{key}"], key)
 

@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 from hub_server import HubServer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from toys import assert_same_checkpoint, toy_job, toy_losses, toy_validation
 
-from sslsr_diffusion.training import loop as fit_module
+from sslsr_diffusion.training import loop as loop_module
 from sslsr_diffusion.training import publisher as hub_module
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
-from sslsr_diffusion.training.loop import Job
+from sslsr_diffusion.training.job import Job
 from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 
@@ -82,18 +82,22 @@ class Marks:
 def toy(folder: Path, steps: int, publisher: Any) -> Job:
     """Networks of a few hundred numbers with everything that a resume must restore."""
     losses = toy_losses(max_timestep=600, weight="auto", auto_steps=9)
-    job = toy_job(folder, losses=losses, steps=steps, batch_size=1, accumulate=2, ema={"decay": 0.9}, log_every=1)
-    weights = dict(job.objective.module.named_parameters())
-
-    def save_pipeline(target: Path) -> None:
-        save_file({name: value.detach().clone() for name, value in weights.items()}, target / "weights.safetensors")
-
+    job = toy_job(
+        folder,
+        losses=losses,
+        steps=steps,
+        batch_size=1,
+        accumulate=2,
+        ema={"decay": 0.9},
+        log_every=1,
+        strength=lambda: float(weights["trained.weight"].detach().std()),
+    )
+    weights = dict(job.task.module.named_parameters())
     return replace(
         job,
         checkpoints=CheckpointSettings(every=3, keep=2),
         output=OutputSettings(dir=str(folder), trackers=(), pipeline="best", push_to_hub=True, hub_id=REPO, push_state=True),
-        save_pipeline=save_pipeline,
-        validation=toy_validation(every=4, strength=lambda: float(weights["trained.weight"].detach().std())),
+        validation=toy_validation(every=4),
         publisher=publisher,
     )
 
@@ -162,17 +166,17 @@ def live(make: MakeJob, folder: Path, steps: int, marks: Marks | None, endpoint:
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     if marks is not None:
-        fit_module._save = marks.around("checkpoint", fit_module._save)
-        fit_module._look = marks.around("validation", fit_module._look)
-        fit_module._keep_best = marks.around("best", fit_module._keep_best)
-        fit_module._finish = marks.around("end", fit_module._finish)
+        loop_module.save_checkpoint = marks.around("checkpoint", loop_module.save_checkpoint)
+        loop_module._validate = marks.around("validation", loop_module._validate)
+        loop_module.keep_best = marks.around("best", loop_module.keep_best)
+        loop_module.write_result = marks.around("end", loop_module.write_result)
         Session.step = marks.around("step", Session.step)
         hub_module.HubPublisher._commit = marks.around("upload", hub_module.HubPublisher._commit)
     publisher = hub_module.HubPublisher(REPO, token="hf_writetoken", endpoint=endpoint) if endpoint else None
     job = make(folder, steps, publisher)
     if every is not None:
         job = replace(job, checkpoints=CheckpointSettings(every=every, keep=10**6))
-    fit_module.fit(job, resume="latest" if latest_checkpoint(folder) else None)
+    loop_module.train_job(job, resume="latest" if latest_checkpoint(folder) else None)
 
 
 def start(*arguments: Any, **options: Any) -> Any:

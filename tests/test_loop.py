@@ -17,9 +17,11 @@ from test_two_processes import environment
 from toys import toy_job, toy_losses, toy_validation
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training import loop as fit_module
+from sslsr_diffusion.training import outputs
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
-from sslsr_diffusion.training.loop import fit
+from sslsr_diffusion.training.events import CheckpointWritten, Event, Finished, StepDone, Validated
+from sslsr_diffusion.training.loop import train_job
+from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 from sslsr_diffusion.training.state import AutoWeight
 
@@ -28,7 +30,7 @@ def test_a_run_folder_explains_itself(tmp_path):
     job = replace(
         toy_job(tmp_path / "run", ema={"decay": 0.9}), validation=toy_validation(), output=OutputSettings(dir=str(tmp_path / "run"))
     )
-    result = fit(job)
+    result = train_job(job)
     assert result.step == 20
     assert result.stopped is None
     names = {p.name for p in (tmp_path / "run").iterdir()}
@@ -51,14 +53,14 @@ def test_a_run_folder_explains_itself(tmp_path):
 
 def test_looking_does_not_change_training(tmp_path):
     averaged = {"ema": {"decay": 0.9}}  # swapped in for a look, and out again
-    fit(toy_job(tmp_path / "blind", **averaged))
-    fit(replace(toy_job(tmp_path / "seeing", **averaged), validation=toy_validation(every=3)))
+    train_job(toy_job(tmp_path / "blind", **averaged))
+    train_job(replace(toy_job(tmp_path / "seeing", **averaged), validation=toy_validation(every=3)))
     blind, seeing = (read_checkpoint(tmp_path / n / "checkpoint-20").tensors["trained"] for n in ("blind", "seeing"))
     assert all(torch.equal(blind[name], seeing[name]) for name in blind)
 
 
 def test_non_finite_steps_are_skipped_and_counted(tmp_path, caplog):
-    result = fit(toy_job(tmp_path / "run", poison=range(6, 10)))
+    result = train_job(toy_job(tmp_path / "run", poison=range(6, 10)))
     assert result.step == 20
     state = read_checkpoint(tmp_path / "run/checkpoint-20").state
     assert state["progress"]["skipped"] == 2
@@ -68,9 +70,9 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path, caplog):
 
 
 def test_too_many_in_a_row_stop_with_the_last_good_weights(tmp_path):
-    fit(toy_job(tmp_path / "good", steps=3))
+    train_job(toy_job(tmp_path / "good", steps=3))
     with pytest.raises(UserError, match=r"4 steps in a row .* not a number"):
-        fit(toy_job(tmp_path / "run", poison=range(6, 99), non_finite_limit=4))
+        train_job(toy_job(tmp_path / "run", poison=range(6, 99), non_finite_limit=4))
     stopped = read_checkpoint(tmp_path / "run/checkpoint-7")
     good = read_checkpoint(tmp_path / "good/checkpoint-3")
     assert all(torch.equal(stopped.tensors["trained"][name], value) for name, value in good.tensors["trained"].items())
@@ -88,14 +90,14 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, caplog):
         class Spoiling(loader.__class__):
             def __next__(self):
                 if self.position == 14 * self.batch_size:
-                    job.objective.module.trained.weight.data[0, 0, 0, 0] = float("inf")
+                    job.task.networks.denoiser.trained.weight.data[0, 0, 0, 0] = float("inf")
                 return super().__next__()
 
         loader.__class__ = Spoiling
         return loader
 
     with pytest.raises(UserError, match=r"last good step are in \S*checkpoint-10\."):
-        fit(replace(job, open_data=open_data, checkpoints=CheckpointSettings(every=5, keep=1)))
+        train_job(replace(job, open_data=open_data, checkpoints=CheckpointSettings(every=5, keep=1)))
     assert "no checkpoint at step 15: the weights are not finite any more (trained.weight)" in caplog.text
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-10"]
 
@@ -116,7 +118,7 @@ def test_a_spike_is_logged_with_the_names_of_its_batch(tmp_path, caplog):
         loader.__class__ = Spiking
         return loader
 
-    fit(replace(job, open_data=open_data))
+    train_job(replace(job, open_data=open_data))
     (said,) = [record.getMessage() for record in caplog.records if "running mean" in record.getMessage()]
     assert said.startswith("step 22: loss")
     assert said.endswith("batch: 42.png, 43.png")
@@ -126,31 +128,33 @@ def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path, monkeypatch):
     """On the CPU accelerate ignores its FSDP plugin without a word."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match=r"expected FSDP2 .* is not followed on this machine \(accelerate chose NO\)"):
-        fit(toy_job(tmp_path / "run"))
+        train_job(toy_job(tmp_path / "run"))
 
 
 def test_a_full_disk_costs_a_warning_or_the_run_by_policy(tmp_path, monkeypatch, caplog):
-    real = fit_module.write_checkpoint
+    real = outputs.write_checkpoint
 
     def full(folder, *rest):
         if folder.name == "checkpoint-20":
             raise OSError(28, "No space left on device")
         real(folder, *rest)
 
-    monkeypatch.setattr(fit_module, "write_checkpoint", full)
-    assert fit(toy_job(tmp_path / "a")).step == 20
+    monkeypatch.setattr(outputs, "write_checkpoint", full)
+    assert train_job(toy_job(tmp_path / "a")).step == 20
     assert "could not be written" in caplog.text
     assert latest_checkpoint(tmp_path / "a") == tmp_path / "a/checkpoint-10"
     with pytest.raises(UserError, match="on_failure is stop"):
-        fit(replace(toy_job(tmp_path / "b"), checkpoints=CheckpointSettings(every=10, on_failure="stop")))
+        train_job(replace(toy_job(tmp_path / "b"), checkpoints=CheckpointSettings(every=10, on_failure="stop")))
 
 
 def test_a_pipeline_that_cannot_be_written_names_the_checkpoint(tmp_path):
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
+    job = toy_job(tmp_path / "run")
+    job.task.save = full
     with pytest.raises(UserError, match=r"sslsr export \S*checkpoint-20"):
-        fit(replace(toy_job(tmp_path / "run"), save_pipeline=full))
+        train_job(job)
     assert latest_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-20"
 
 
@@ -163,7 +167,7 @@ def test_auto_weight_is_the_median_ratio_then_frozen(tmp_path):
     assert auto.value == 3.5
     auto.observe(1.0, [100.0])
     assert auto.value == 3.5
-    fit(toy_job(tmp_path / "run", losses=toy_losses(weight="auto", auto_steps=4)))
+    train_job(toy_job(tmp_path / "run", losses=toy_losses(weight="auto", auto_steps=4)))
     kept = read_checkpoint(tmp_path / "run/checkpoint-20").state["auto_weights"]["self_similarity"]
     assert kept["seen"] == 4
     assert len(kept["ratios"]) <= 4
@@ -181,7 +185,7 @@ def test_a_fixed_batch_is_learned(tmp_path):
         loader.__class__ = type("Fixed", (loader.__class__,), {"__next__": lambda self: batch})
         return loader
 
-    fit(replace(job, open_data=open_data))
+    train_job(replace(job, open_data=open_data))
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     for term in ("diffusion", "pixel_l1", "self_similarity/l1", "self_similarity/kl"):
         assert rows[-1][f"loss/{term}"] < rows[0][f"loss/{term}"], term
@@ -194,7 +198,7 @@ class Recorder:
         self.calls: list[str] = []
 
     def publish(self, folder, message, *, files=None):
-        assert (folder / "weights.pt").is_file()
+        assert (folder / "weights.safetensors").is_file()
         self.calls.append(f"publish {message} {sorted(files)}")
 
     def checkpoint(self, folder=None):
@@ -209,7 +213,7 @@ def test_best_and_end_are_published_and_every_checkpoint_tries_again(tmp_path):
     recorder = Recorder()
     output = OutputSettings(dir=str(tmp_path / "run"), trackers=(), push_to_hub=True, hub_id="a/b", push_state=True)
     card = lambda metrics, pictures: {"README.md": f"{metrics['validation/mse']}".encode(), **{p.name: p for p in pictures}}  # noqa: E731
-    fit(replace(toy_job(tmp_path / "run"), validation=toy_validation(), output=output, publisher=recorder, card=card))
+    train_job(replace(toy_job(tmp_path / "run"), validation=toy_validation(), output=output, publisher=recorder, card=card))
     files = "['README.md', 'step-0000{}.png']"
     assert recorder.calls == [
         "checkpoint checkpoint-10",
@@ -229,26 +233,58 @@ def test_the_card_of_the_best_weights_shows_their_numbers_and_pictures(tmp_path)
         shown.append((metrics["step"], [p.name for p in pictures]))
         return {}
 
-    fit(replace(toy_job(tmp_path / "run"), validation=toy_validation(), output=output, publisher=recorder, card=card))
+    train_job(replace(toy_job(tmp_path / "run"), validation=toy_validation(), output=output, publisher=recorder, card=card))
     assert recorder.calls[-2] == "publish Step 10 []"
     assert shown[-1] == (10, ["step-000010.png"])
 
 
 def test_divided_weights_are_not_validated_and_the_run_says_so(tmp_path, monkeypatch, caplog):
     """FSDP: the pipeline comes from the last checkpoint, because no process holds whole weights."""
-    own = fit_module.Session.__init__
+    own = Session.__init__
 
     def divided(self, *arguments, **options):
         own(self, *arguments, **options)
         self.sharded = True
 
-    monkeypatch.setattr(fit_module.Session, "__init__", divided)
+    monkeypatch.setattr(Session, "__init__", divided)
     exported = []
     job = replace(toy_job(tmp_path / "run"), validation=toy_validation(), export=lambda *folders: exported.append(folders))
-    result = fit(job)
+    result = train_job(job)
     assert result.best is None
     assert "validation is left out" in caplog.text
     assert exported == [(tmp_path / "run/checkpoint-20", tmp_path / "run/pipeline")]
+
+
+def test_whoever_started_the_run_hears_of_it(tmp_path):
+    heard: list[Event] = []
+    job = replace(toy_job(tmp_path / "run"), validation=toy_validation())
+    result = train_job(job, on_event=heard.append)
+    steps = [event for event in heard if isinstance(event, StepDone)]
+    assert [event.step for event in steps] == list(range(1, 21))
+    assert {"loss/total", "loss/diffusion", "train/lr", "train/grad_norm"} <= steps[0].values.keys()
+    assert {event.total for event in heard} == {20}
+    others = [event for event in heard if not isinstance(event, StepDone)]
+    assert [(type(event), event.step) for event in others] == [
+        (CheckpointWritten, 10),
+        (Validated, 10),
+        (CheckpointWritten, 20),
+        (Validated, 20),
+        (Finished, 20),
+    ]
+    assert others[2].folder == tmp_path / "run/checkpoint-20"
+    assert [event.best for event in others if isinstance(event, Validated)] == [True, False]  # the same number is not a better one
+    assert others[1].values["mse"] == result.best
+    assert (others[-1].stopped, others[-1].result) == (None, tmp_path / "run/pipeline")
+
+
+def test_what_a_listener_raises_comes_out(tmp_path):
+    def listener(event):
+        if event.step == 3:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        train_job(toy_job(tmp_path / "run"), on_event=listener)
+    assert "ended by KeyError" in (tmp_path / "run/log.txt").read_text()
 
 
 def start(folder: Path, *launcher: str) -> subprocess.Popen[bytes]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sslsr_diffusion.ops.cupy_loader import CupyLauncher
 from sslsr_diffusion.ops.settings import GraphSettings
 from sslsr_diffusion.ops.ssg_cuda_launch import Argument, Launcher
-from sslsr_diffusion.ops.ssg_reference import CLAMP, ROW_EPS
+from sslsr_diffusion.ops.ssg_reference import ROW_EPS, compare
 
 SOURCE = str(Path(__file__).with_suffix(".cu").resolve())
 PUBLISHED_BLOCK = 16  # threads of a block in the published extension; a full warp is 32
@@ -77,8 +77,4 @@ def direct_loss(
     graph_sr = graph(sr)
     with torch.no_grad():
         graph_gt = graph(gt)
-    share = settings.per_entry(len(pixels) if num_rows is None else num_rows)
-    l1 = (graph_sr - graph_gt).abs().sum() * share
-    target = graph_gt.clamp_min(CLAMP)
-    kl = (target * (target.log() - graph_sr.clamp_min(CLAMP).log())).sum() * share
-    return weights[0] * l1 + weights[1] * kl, l1.detach(), kl.detach()
+    return compare(graph_sr, graph_gt, weights, settings.per_entry(len(pixels) if num_rows is None else num_rows))

@@ -265,13 +265,14 @@ def _response(error: Exception) -> Any:
 
 
 def _told(error: Exception, token: str | None) -> str:
-    """The first line of what went wrong and the hub's own words, or the name of the error."""
+    """The first line of an answer and the hub's own words for it; without an answer, what kind of error the network had."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     lines = str(cause).strip().splitlines()
-    words = [lines[0].rstrip(" .") if lines else type(cause).__name__]
-    words += [line for line in str(getattr(cause, "server_message", None) or "").splitlines()[:1] if line not in words[0]]
+    words = [] if lines and _response(cause) is not None else [type(cause).__name__]
+    words += [lines[0].rstrip(" .:")] if lines else []
+    words += [line for line in str(getattr(cause, "server_message", None) or "").splitlines()[:1] if line not in words[-1]]
     return without_tokens(": ".join(words), token)[:200]
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -30,7 +31,7 @@ class Fault:
     """The next `times` requests whose "METHOD path" contains `match` fail in the way `kind` says."""
 
     match: str
-    kind: int | str  # an HTTP status, "cut" (closed in the answer), "drop" (in the upload), "slow:SECONDS" (then answered)
+    kind: int | str  # an HTTP status, "cut" (closed in the answer), "drop" (in the upload), "slow:SECONDS" (then answered), "page" (HTML)
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
     hit: int = 0
@@ -56,7 +57,7 @@ class HubServer:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
 
     def __enter__(self) -> HubServer:
         self.thread.start()
@@ -90,7 +91,13 @@ class HubServer:
         repository = self.repository(m["repo"])
         oid, files = repository.at(m.groupdict().get("revision") or "main")
         siblings = [{"rfilename": path, "size": file.size} for path, file in sorted(files.items())]
-        return 200, {}, {"id": m["repo"], "modelId": m["repo"], "sha": oid, "siblings": siblings, "private": repository.private, "tags": []}
+        known = {"id": m["repo"], "modelId": m["repo"], "sha": oid, "siblings": siblings, "tags": []}
+        return 200, {}, {**known, "private": repository.private, "gated": "manual" if repository.gated else False}
+
+    def auth_check(self, m: re.Match[str], body: bytes, headers: Any) -> Any:
+        if self.repository(m["repo"]).gated:
+            raise Refused(403, {"X-Error-Code": "GatedRepo"}, "You are not on the list")
+        return 200, {}, {}
 
     def tree(self, m: re.Match[str], body: bytes, headers: Any) -> Any:
         _, files = self.repository(m["repo"]).at(m["revision"])
@@ -207,6 +214,7 @@ class HubServer:
         return 200, {}, {"commitUrl": f"{self.url}/{m['repo']}/commit/{oid}", "commitOid": oid, "success": True}
 
     def resolve(self, m: re.Match[str], body: bytes, headers: Any) -> Any:
+        self.auth_check(m, body, headers)
         oid, files = self.repository(m["repo"]).at(m["revision"])
         file = files.get(unquote(m["path"]))
         if file is None:
@@ -251,6 +259,7 @@ _ROUTES: list[tuple[str, str, Callable[..., Any], bool]] = [  # method, path, ca
     ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(?P<folder>/.*)?", HubServer.tree, False),
     ("GET", rf"{_API}/xet-write-token/.*", HubServer.token, True),
     ("GET", rf"{_API}/xet-read-token/.*", HubServer.token, False),
+    ("GET", rf"{_API}/auth-check", HubServer.auth_check, False),
     ("GET", rf"{_API}", HubServer.info, False),
     ("POST", rf"{_API}/preupload/.*", HubServer.preupload, True),
     ("POST", rf"{_API}/commit/.*", HubServer.commit, True),
@@ -266,6 +275,18 @@ _ROUTES: list[tuple[str, str, Callable[..., Any], bool]] = [  # method, path, ca
     ("GET", r"/xet-data/(?P<hash>\w+)", HubServer.xet_data, False),
     ("GET", rf"/(?:datasets/)?{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", HubServer.resolve, False),
 ]
+
+
+def quick_client(monkeypatch: Any) -> SimpleNamespace:
+    """Let the client ask although the tests are offline, and note the pauses between its attempts (up to 8 seconds) instead of sleeping."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    waits = SimpleNamespace(**{name: getattr(time, name) for name in ("time", "monotonic", "perf_counter")}, slept=[])
+    waits.sleep = waits.slept.append
+    monkeypatch.setattr(_http, "time", waits)
+    return waits
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -290,6 +311,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
             self.close_connection = True
             self.connection.close()
+            return
+        if fault and fault.kind == "page":  # of a hotel's network, where the hub should be
+            self._send(200, {"Content-Type": "text/html"}, b"<html>Please log in.</html>")
             return
         if fault and isinstance(fault.kind, str):
             time.sleep(float(fault.kind.removeprefix("slow:")))

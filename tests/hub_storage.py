@@ -95,6 +95,7 @@ class Stored:
 @dataclass
 class Repository:
     private: bool = False
+    gated: bool = False  # everybody sees its files' names, nobody has accepted its terms
     commits: list[tuple[str, str, dict[str, Stored]]] = field(default_factory=list)  # id, message, files
 
     @property

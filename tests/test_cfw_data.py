@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from data_samples import picture
 from PIL import Image
 from safetensors.torch import load_file
-from test_training_data import picture
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app

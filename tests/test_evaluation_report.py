@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sslsr_diffusion.evaluation.pairing import pair_files
 from sslsr_diffusion.evaluation.report import render_report
 from sslsr_diffusion.evaluation.results import ResultStore
 from sslsr_diffusion.evaluation.scoring import Scores, score
+from sslsr_diffusion.evaluation.statistics import Mean
 from sslsr_diffusion.evaluation.summary import markdown_table, summarize, text_table, to_csv, to_json
 
 LACKING = {"lpips": "weights are missing"}
@@ -40,23 +42,23 @@ def summary(scores):
 
 
 def test_summary_has_means_best_columns_differences_and_spread(summary, scores):
-    psnr = summary["metrics"]["psnr"]
-    assert psnr["best"] == ["ours"]
-    assert psnr["columns"]["ours"]["mean"] == pytest.approx(scores.values["psnr"]["ours"].mean())
-    assert psnr["columns"]["ours"]["low"] < psnr["columns"]["ours"]["mean"] < psnr["columns"]["ours"]["high"]
-    change = summary["differences"]["ours"]["psnr"]
-    assert change["mean"] == pytest.approx(psnr["columns"]["ours"]["mean"] - psnr["columns"]["other"]["mean"])
-    assert (change["better"], change["count"]) == (5, 5)
-    spread = summary["spread"]["ours"]
-    assert spread["seeds"] == 2
-    assert spread["metrics"]["psnr"] == pytest.approx(scores.values["psnr"]["ours"].std(axis=1, ddof=1).mean())
-    assert "other" not in summary["spread"]
+    psnr = summary.metrics["psnr"]
+    assert psnr.best == ["ours"]
+    assert psnr.columns["ours"].mean == pytest.approx(scores.values["psnr"]["ours"].mean())
+    assert psnr.columns["ours"].low < psnr.columns["ours"].mean < psnr.columns["ours"].high
+    change = summary.differences["ours"]["psnr"]
+    assert change.mean == pytest.approx(psnr.columns["ours"].mean - psnr.columns["other"].mean)
+    assert (change.better, change.count) == (5, 5)
+    spread = summary.spread["ours"]
+    assert spread.seeds == 2
+    assert spread.metrics["psnr"] == pytest.approx(scores.values["psnr"]["ours"].std(axis=1, ddof=1).mean())
+    assert "other" not in summary.spread
 
 
 def test_json_is_strict(summary):
-    text = to_json({**summary, "a": math.nan, "b": [math.inf]})
+    text = to_json(replace(summary, options={"a": math.nan, "b": [math.inf]}))
     data = json.loads(text, parse_constant=lambda name: pytest.fail(name))
-    assert (data["a"], data["b"]) == (None, ["inf"])
+    assert (data["options"]["a"], data["options"]["b"]) == (None, ["inf"])
     assert data["unavailable"] == LACKING
 
 
@@ -76,7 +78,8 @@ def test_tables_mark_the_best(summary):
     assert re.search(r"PSNR \(dB\) ↑ +\d+\.\d{3}  \[.*\] +\d+\.\d{3}\* \[", text)
     assert "5 of 5" in text
     assert "ours, 2 seeds" in text
-    lines = markdown_table(summary).splitlines()
+    models = {column: {name: metric.columns[column].mean for name, metric in summary.metrics.items()} for column in summary.columns}
+    lines = markdown_table(models).splitlines()
     assert lines[0] == "| model | PSNR (dB) ↑ | SSIM ↑ |"
     assert re.fullmatch(r"\| ours \| \*\*\d+\.\d{3}\*\* \| \*\*0\.\d{4}\*\* \|", lines[3])
 
@@ -149,7 +152,7 @@ def test_names_cannot_break_the_page(tmp_path):
 
 
 def test_chart_leaves_out_what_is_not_finite_and_survives_one_value():
-    mean = {"mean": 1.0, "low": math.nan, "high": math.nan}
+    mean = Mean(1.0, math.nan, math.nan, 1)
     svg = distribution({"a": np.array([1.0, math.inf, math.nan])}, ["x", "y", "z"], {"a": mean}, 3)
     assert svg.count("<circle") == 1
     assert "nan" not in svg
@@ -159,7 +162,7 @@ def test_chart_leaves_out_what_is_not_finite_and_survives_one_value():
 
 def test_chart_of_many_images_draws_only_the_extremes():
     values = np.linspace(0, 1, 1000)
-    svg = distribution({"a": values}, [str(i) for i in range(1000)], {"a": {"mean": 0.5, "low": 0.4, "high": 0.6}}, 3)
+    svg = distribution({"a": values}, [str(i) for i in range(1000)], {"a": Mean(0.5, 0.4, 0.6, 1000)}, 3)
     assert svg.count("<circle") == 300
 
 

@@ -135,7 +135,7 @@ def test_features_of_a_whole_set_are_kept_and_compared(where, tmp_path, monkeypa
         return images.mean(dim=(2, 3))
 
     m = METRICS["fid"]
-    monkeypatch.setitem(METRICS, "fid", Metric(features, False, True, m.label, m.digits, m.convention, whole_set=True))
+    monkeypatch.setitem(METRICS, "fid", Metric(features, False, True, m.label, m.digits, m.convention, whole_set=m.whole_set))
     scores = run(where, tmp_path, ["fid"])
     assert len(calls) == 9  # three references once, not once per column
     assert scores.whole_set["fid"]["ours"].shape == (1,)

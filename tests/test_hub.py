@@ -10,12 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, quick_client
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
@@ -33,16 +32,8 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet"))
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "2")
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    waits = SimpleNamespace(**{name: getattr(time, name) for name in ("time", "monotonic", "perf_counter")})
-    waits.slept = []
-    waits.sleep = waits.slept.append  # the client's own backoff of up to 8 seconds between six attempts
-    monkeypatch.setattr(_http, "time", waits)
+    quick_client(monkeypatch)
     with HubServer() as server:
-        server.waits = waits
         yield server
 
 
@@ -311,7 +302,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 from sslsr_diffusion import StableSRPipeline
-from sslsr_diffusion.inference.open import find_model, load_pipeline
+from sslsr_diffusion.inference.open import find_model, open_model
 from sslsr_diffusion.models.stablesr.build import build_networks
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 from sslsr_diffusion.training.publisher import HubPublisher
@@ -326,9 +317,9 @@ back = StableSRPipeline.from_pretrained("someone/tiny")
 for name in ("unet", "vae", "structural_encoder"):
     for (key, one), (_, two) in zip(getattr(pipe, name).state_dict().items(), getattr(back, name).state_dict().items()):
         assert torch.equal(one, two), (name, key)
-folder, fingerprint = find_model("someone/tiny")
-assert fingerprint == "someone/tiny@" + publisher.published[0], fingerprint
-load_pipeline(folder, device="cpu")
+found = find_model("someone/tiny")
+assert found.fingerprint == "someone/tiny@" + publisher.published[0], found
+open_model(found, device="cpu")
 pipe.push_to_hub("someone/direct", token="hf_writetoken")
 print("same", constants.HF_HUB_DISABLE_XET)
 """

@@ -19,6 +19,7 @@ from toys import toy_job, toy_losses, toy_validation
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training import outputs
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
+from sslsr_diffusion.training.events import CheckpointWritten, Event, Finished, StepDone, Validated
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
@@ -252,6 +253,38 @@ def test_divided_weights_are_not_validated_and_the_run_says_so(tmp_path, monkeyp
     assert result.best is None
     assert "validation is left out" in caplog.text
     assert exported == [(tmp_path / "run/checkpoint-20", tmp_path / "run/pipeline")]
+
+
+def test_whoever_started_the_run_hears_of_it(tmp_path):
+    heard: list[Event] = []
+    job = replace(toy_job(tmp_path / "run"), validation=toy_validation())
+    result = train_job(job, on_event=heard.append)
+    steps = [event for event in heard if isinstance(event, StepDone)]
+    assert [event.step for event in steps] == list(range(1, 21))
+    assert {"loss/total", "loss/diffusion", "train/lr", "train/grad_norm"} <= steps[0].values.keys()
+    assert {event.total for event in heard} == {20}
+    others = [event for event in heard if not isinstance(event, StepDone)]
+    assert [(type(event), event.step) for event in others] == [
+        (CheckpointWritten, 10),
+        (Validated, 10),
+        (CheckpointWritten, 20),
+        (Validated, 20),
+        (Finished, 20),
+    ]
+    assert others[2].folder == tmp_path / "run/checkpoint-20"
+    assert [event.best for event in others if isinstance(event, Validated)] == [True, False]  # the same number is not a better one
+    assert others[1].values["mse"] == result.best
+    assert (others[-1].stopped, others[-1].result) == (None, tmp_path / "run/pipeline")
+
+
+def test_what_a_listener_raises_comes_out(tmp_path):
+    def listener(event):
+        if event.step == 3:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        train_job(toy_job(tmp_path / "run"), on_event=listener)
+    assert "ended by KeyError" in (tmp_path / "run/log.txt").read_text()
 
 
 def start(folder: Path, *launcher: str) -> subprocess.Popen[bytes]:

@@ -147,14 +147,14 @@ def test_validation_leaves_a_picture_out_and_goes_on(caplog):
         return hr
 
     metrics = {"error": lambda a, b: (a - b).abs().mean((1, 2, 3))}
-    settings = ValidationSettings(metrics=("error",), best="error")
+    settings, task = ValidationSettings(metrics=("error",), best="error"), SimpleNamespace(restore=restore, label="prediction")
     with caplog.at_level(logging.WARNING):
-        result = validate(Validation(pairs, restore, metrics, settings))
+        result = validate(Validation(pairs, metrics, settings), task)
     assert result is not None
     assert result.values == {"error": 0.0}
     assert len(result.rows) == 2
     assert "1.png is left out: out of memory even with tile 16" in caplog.text
-    assert validate(Validation(pairs[1:2], restore, metrics, settings)) is None
+    assert validate(Validation(pairs[1:2], metrics, settings), task) is None
 
 
 def test_the_autoencoder_of_a_run_is_validated_in_tiles_when_memory_is_short():

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_samples import picture
 from goldens import load_golden
 from PIL import Image
 from scipy.io import loadmat
-from test_training_data import picture
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app

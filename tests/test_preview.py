@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from data_samples import from_folder, open_small, picture
 from PIL import Image
-from test_training_data import from_folder, open_small, picture
 
 from sslsr_diffusion.data.loader import open_samples
 from sslsr_diffusion.data.sheet import contact_sheet

@@ -13,10 +13,11 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training import outputs
 from sslsr_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
 from sslsr_diffusion.training.loop import train_job
+from sslsr_diffusion.training.optimizers import OPTIMIZERS
 from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state, differences
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.session import Session
-from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
+from sslsr_diffusion.training.settings import CheckpointSettings, OptimizerSettings, OutputSettings
 from sslsr_diffusion.training.state import Progress, load_optimizer_state_dict, optimizer_state_dict
 
 VARIANTS = {
@@ -114,20 +115,18 @@ def test_an_allowed_change_of_settings_is_what_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("before", "now", "kept"),
     [
-        ({"detail": 1.0}, {"detail": 1.0, "antiring": 0.0}, True),  # from before there was antiring
-        ({"detail": 1.0}, {"detail": None, "antiring": None}, True),  # as a recipe of stages without them was written down once
-        ({"detail": 0.8}, {"detail": None}, False),
+        ({"detail": 1.0, "antiring": 0.0}, {"detail": 1.0, "antiring": 0.0}, True),
         ({"detail": 1.0, "antiring": 0.5}, {"detail": 1.0, "antiring": 0.0}, False),
         ({"detail": 1.0}, {"detail": 0.8}, False),
     ],
 )
 def test_best_is_kept_if_detail_and_antiring_are_the_same(tmp_path, caplog, before, now, kept):
-    state = {"recipe": {"validation": before}, "world_size": 1, "progress": {"best": 0.7, "step": 3}}
+    state = {"recipe": {"task": {"inference": before}}, "world_size": 1, "progress": {"best": 0.7, "step": 3}}
     write_checkpoint(tmp_path / "best", {}, state)
     progress = Progress(best=0.5, best_step=1)
-    agree_on_best(progress, tmp_path / "best", {"validation": now})
+    agree_on_best(progress, tmp_path / "best", {"task": {"inference": now}})
     assert (progress.best, progress.best_step) == ((0.7, 3) if kept else (None, None))
-    check_same_recipe(state, {"validation": now}, 1, allow=False)
+    check_same_recipe(state, {"task": {"inference": now}}, 1, allow=False)
     assert ("recipe changed" in caplog.text) is not kept
 
 
@@ -283,3 +282,57 @@ def test_nested_optimizer_states_survive_a_checkpoint(tmp_path):
         before, after = optimizer.state[parameter], empty.state[others[name]]
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_states_nest_to_any_depth_and_need_not_be_tensors(tmp_path):
+    """As 8-bit optimizers have them: codes, maps, an int step, flags; a parameter that never stepped has no state at all."""
+
+    def make():
+        layer = torch.nn.Linear(3, 2)
+        return dict(layer.named_parameters()), torch.optim.SGD(layer.parameters())
+
+    (parameters, optimizer), (others, empty) = make(), make()
+    inner = {"absmax": torch.rand(4), "nested": {"offset": torch.rand(2), "blocksize": 256}}
+    optimizer.state[parameters["weight"]] = {"step": 3, "quant": {"map": torch.rand(8), "signed": True, "maximum": None, **inner}}
+    tensors, plain = optimizer_state_dict(optimizer, list(parameters))
+    write_checkpoint(tmp_path / "checkpoint-3", {"optimizer": tensors}, plain)
+    read = read_checkpoint(tmp_path / "checkpoint-3")
+    load_optimizer_state_dict(empty, others, read.tensors["optimizer"], read.state)
+    again, rest = optimizer_state_dict(empty, list(others))
+    assert rest == plain
+    torch.testing.assert_close(again, tensors, rtol=0, atol=0)
+    quant = empty.state[others["weight"]]["quant"]
+    assert (quant["nested"]["blocksize"], quant["signed"], quant["maximum"]) == (256, True, None)
+    assert not empty.state.get(others["bias"])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("stopped", [0, 2, 4])
+def test_an_optimizer_goes_on_where_it_stopped(tmp_path, kind, stopped):
+    """Before its first step, with a layer that has not stepped yet, and with all: the same bits as without the stop."""
+    if kind == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.ModuleList([torch.nn.Linear(70, 70), torch.nn.Linear(70, 70)])  # 8 bits from 4096 numbers on
+        return model, OPTIMIZERS[kind](list(model.parameters()), OptimizerSettings(kind=kind, lr=0.1))
+
+    def train(model, optimizer, steps):
+        for k in steps:
+            hidden = model[0](torch.randn(4, 70, generator=torch.Generator().manual_seed(k)))
+            (model[1](hidden) if k >= 3 else hidden).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, first, second = make(), make(), make()
+    train(*whole, range(6))
+    train(*first, range(stopped))
+    tensors, plain = optimizer_state_dict(first[1], [name for name, _ in first[0].named_parameters()])
+    write_checkpoint(tmp_path / "checkpoint", {"optimizer": tensors}, plain)
+    read = read_checkpoint(tmp_path / "checkpoint")
+    second[0].load_state_dict(first[0].state_dict())
+    load_optimizer_state_dict(second[1], dict(second[0].named_parameters()), read.tensors["optimizer"], read.state)
+    train(*second, range(stopped, 6))
+    for name, value in whole[0].state_dict().items():
+        assert torch.equal(second[0].state_dict()[name], value), name

@@ -8,8 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
+from data_samples import from_folder, open_small, picture, same, take
 from PIL import Image
-from test_training_data import from_folder, open_small, picture, same, take
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import UnreadableImage

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_samples import open_small, picture, same, settings, take
 from PIL import Image
-from test_training_data import open_small, picture, same, settings, take
 
 from sslsr_diffusion.data.rows import Columns, Item, row_item
 from sslsr_diffusion.data.settings import ParquetSource

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+from data_samples import open_small, settings, take
 from test_sources import _png, _tar
-from test_training_data import open_small, settings, take
 
 from sslsr_diffusion.data import streams
 from sslsr_diffusion.data.settings import ParquetSource

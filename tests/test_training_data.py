@@ -1,4 +1,4 @@
-"""The training loader: the same samples for any number of workers and processes, exact resume, bad files, masks, crops."""
+"""The training loader: the same samples for any number of workers and processes, exact resume, bad files, crops."""
 
 from __future__ import annotations
 
@@ -13,32 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_samples import from_folder, open_small, picture, same, settings, take, write_photos
 from PIL import Image
 
 from sslsr_diffusion.config import RecipeError, parse
-from sslsr_diffusion.data import DataSettings, open_training_data, open_validation_pairs
+from sslsr_diffusion.data import DataSettings, open_validation_pairs
 from sslsr_diffusion.data.sample_order import PairPool, SourceOrder
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
-from sslsr_diffusion.types import Batch
-
-
-def picture(size: tuple[int, int], seed: int) -> np.ndarray:
-    """Smooth colours with a few hard edges; [H, W, 3] uint8."""
-    random = np.random.default_rng(seed)
-    small = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    pixels = np.asarray(small.resize(size[::-1], Image.Resampling.BICUBIC)).copy()
-    pixels[size[0] // 3 : size[0] // 2, size[1] // 4 : size[1] // 2] //= 3
-    return pixels
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    base = tmp_path_factory.mktemp("photos")
-    (base / "below").mkdir()
-    for i in range(7):
-        Image.fromarray(picture((70 + 3 * i, 90 - 2 * i), i)).save(base / ("below" if i % 2 else ".") / f"p{i}.png")
-    return base
+    return write_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture
@@ -50,30 +37,6 @@ def bad_folder(folder, tmp_path) -> Path:
     (tmp_path / "text.jpg").write_text("no picture")
     Image.fromarray(picture((20, 100), 9)).save(tmp_path / "small.png")
     return tmp_path
-
-
-def settings(*sources: dict, **more) -> DataSettings:
-    return parse(DataSettings, {"sources": list(sources), "workers": 0, **more})
-
-
-def from_folder(folder: Path, **more) -> DataSettings:
-    return settings({"kind": "folder", "path": str(folder)}, **more)
-
-
-def take(loader, count: int) -> list[Batch]:
-    return list(itertools.islice(loader, count))
-
-
-def open_small(data: DataSettings, **more):
-    return open_training_data(data, **{"crop_size": 64, "scale": 4, "seed": 5, "batch_size": 2, **more})
-
-
-def same(a: list[Batch], b: list[Batch]) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x.hr, y.hr) and torch.equal(x.lr, y.lr) and torch.equal(x.mask, y.mask) and torch.equal(x.index, y.index)
-        and x.names == y.names
-        for x, y in zip(a, b)
-    )  # fmt: skip
 
 
 def test_batches_have_the_promised_form(folder):
@@ -245,63 +208,6 @@ def test_edge_aware_crops_have_more_edges(tmp_path):
         batches = take(open_small(from_folder(tmp_path, crop={"kind": kind}, degradation={"preset": "bicubic"})), 30)
         share[kind] = sum(bool(m.any()) for b in batches for m in b.mask) / 60
     assert share["edge_aware"] > 2 * share["random"] > 0
-
-
-@pytest.mark.parametrize("kind", ["laplacian", "laplacian_abs", "sobel", "canny", "all", "random"])
-def test_mask_kinds_and_cap(folder, kind):
-    batch = next(open_small(from_folder(folder, mask={"kind": kind})))
-    assert batch.mask.any()
-    capped = next(open_small(from_folder(folder, mask={"kind": kind, "max_pixels": 25})))
-    assert capped.mask.sum(dim=(1, 2, 3)).max() <= 25
-    assert not (capped.mask & ~batch.mask).any()
-
-
-@pytest.mark.parametrize("suffix", [".mat", ".png", ".npy"])
-def test_mask_files_follow_crop_and_flip(folder, tmp_path, suffix):
-    from scipy.io import savemat
-
-    for path in folder.rglob("*.png"):
-        image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None]
-        mask = laplacian_edge_mask(image)[0, 0].numpy()
-        if suffix == ".mat":
-            savemat(tmp_path / f"{path.stem}.mat", {"mat": mask.astype(int)}, do_compression=True)
-        elif suffix == ".npy":
-            np.save(tmp_path / f"{path.stem}.npy", mask)
-        else:
-            Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / f"{path.stem}.png")
-    batches = take(open_small(from_folder(folder, mask={"kind": "files", "folder": str(tmp_path)})), 6)
-    for batch in batches:
-        inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))  # at the crop's border the file knows the neighbours
-        assert torch.equal(batch.mask[inner], laplacian_edge_mask(batch.hr)[inner])
-
-
-def test_masks_of_one_name_are_told_apart_by_their_folders(tmp_path):
-    for scene, value in (("a", 0), ("b", 255)):
-        (tmp_path / "photos" / scene).mkdir(parents=True)
-        (tmp_path / "masks" / "png" / scene).mkdir(parents=True)
-        Image.fromarray(picture((64, 64), 1)).save(tmp_path / "photos" / scene / "0001.png")
-        Image.fromarray(np.full((64, 64), value, np.uint8)).save(tmp_path / "masks" / "png" / scene / "0001.png")
-    data = from_folder(tmp_path / "photos", mask={"kind": "files", "folder": str(tmp_path / "masks")})
-    seen = {Path(name).parent.name: float(mask.float().mean()) for b in take(open_small(data), 4) for name, mask in zip(b.names, b.mask)}
-    assert seen == {"a": 0.0, "b": 1.0}
-    (tmp_path / "photos" / "0001.png").write_bytes((tmp_path / "photos" / "a" / "0001.png").read_bytes())
-    loader = open_small(data)
-    take(loader, 4)
-    assert any("several masks have its name" in text for text in loader.problems())
-
-
-def test_mask_files_that_do_not_fit_are_named(folder, tmp_path):
-    for path in list(folder.rglob("*.png")):
-        np.save(tmp_path / f"{path.stem}.npy", np.ones((5, 5)) if path.stem == "p1" else np.ones(Image.open(path).size[::-1]))
-    (tmp_path / "p2.npy").unlink()
-    (tmp_path / "p3.npy").write_bytes(b"damaged")
-    loader = open_small(from_folder(folder, mask={"kind": "files", "folder": str(tmp_path)}))
-    names = {Path(name).stem for batch in take(loader, 14) for name in batch.names}
-    assert names == {"p0", "p4", "p5", "p6"}
-    text = "\n".join(loader.problems())
-    assert "no mask named p2" in text
-    assert "its mask p1.npy has 5x5" in text
-    assert "p3.npy: cannot be read as a mask" in text
 
 
 def test_weights_and_exact_coverage():

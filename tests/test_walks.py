@@ -106,7 +106,7 @@ def test_a_loss(tmp_path):
 
 def test_a_family(tmp_path):
     copy = Copy(tmp_path, walk("A family of networks"))
-    ssl = "{kind: self_similarity, search_size: 9, window_size: 3, l1_weight: 10, kl_weight: 0}"
+    ssl = "{kind: self_similarity, search_size: 9, window_size: 3, l1_weight: 10, kl_weight: 0, backend: torch}"
     (tmp_path / "r.yaml").write_text(
         f"model: {{kind: shuffle}}\ntask: {{kind: network}}\nlosses: [{{kind: pixel_l1, weight: 1}}, {ssl}]" + RUN
     )
@@ -114,7 +114,8 @@ def test_a_family(tmp_path):
     assert re.search(r"body +0\.01 M +trained +0\.01 M", said)
     assert re.search(r"as it is +0\.\d\d GiB", said)
     assert "Done: 2 steps" in copy.sslsr("train", "--config", "r.yaml")
-    assert "resumed from" in copy.sslsr("train", "--config", "r.yaml", "--set", "training.steps=3", "--resume", "latest")
+    assert "Done: 3 steps" in copy.sslsr("train", "--config", "r.yaml", "--set", "training.steps=3", "--resume", "latest")
+    assert "resumed from runs/new/checkpoint-2 at step 2 of 3" in (tmp_path / "runs" / "new" / "log.txt").read_text()
     assert (tmp_path / "runs" / "new" / "checkpoint-3" / "manifest.json").is_file()
     copy.sslsr("export", "runs/new/checkpoint-3", "--output", "exported")
     code = (

@@ -250,12 +250,12 @@ def _write(scores: Scores, pairing: Pairing, lacking: dict[str, str], output: Pa
     atomic_write(output / "metrics.csv", to_csv(scores).encode())
     atomic_write(output / "summary.json", to_json(summary).encode())
     atomic_write(output / "report.html", render_report(summary, scores, examples=examples).encode("utf-8", "backslashreplace"))
-    intervals = "with 95 % bootstrap intervals" if summary["images"] >= LEAST else f"without intervals, which need {LEAST} images"
-    typer.echo(f"\n{summary['images']} images; means {intervals}, * best, ↑ higher is better, ↓ lower is better\n")
+    intervals = "with 95 % bootstrap intervals" if summary.images >= LEAST else f"without intervals, which need {LEAST} images"
+    typer.echo(f"\n{summary.images} images; means {intervals}, * best, ↑ higher is better, ↓ lower is better\n")
     typer.echo(text_table(summary))
     for name, reason in lacking.items():
         typer.echo(f"not computed: {METRICS[name].label} {reason}", err=True)
-    problems: list[str] = summary["problems"]
+    problems = summary.problems
     for problem in problems:
         typer.echo(f"remark: {problem}", err=True)
     typer.echo(f"\n{output / 'report.html'}, summary.json, metrics.csv")

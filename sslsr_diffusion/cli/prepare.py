@@ -69,7 +69,7 @@ def lr(
     output: Output,
     place: Place = None,
     source: Input = None,
-    preset: Annotated[str, typer.Option(help="stablesr_ssl, real_esrgan, mild, bicubic or bsrgan.")] = "stablesr_ssl",
+    preset: Annotated[str, typer.Option(help="A preset of data.degradation; an unknown name lists them all.")] = "stablesr_ssl",
     scale: Annotated[int, typer.Option(min=1, max=8, help="How many times smaller.")] = 4,
     seed: Annotated[int, typer.Option(help="The same seed and names give the same pictures.")] = 0,
     processes: Processes = 0,

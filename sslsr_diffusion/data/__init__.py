@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from sslsr_diffusion.tables import lazily
+
 _HOME = {
-    "DEGRADATIONS": "degradation",
-    "DataSettings": "settings",
-    "Degradation": "degradation",
-    "DegradationSettings": "degradation",
-    "TrainingLoader": "loader",
-    "ValidationPair": "validation",
-    "open_training_data": "loader",
-    "open_validation_pairs": "validation",
+    "DEGRADATIONS": "sslsr_diffusion.data.degradation",
+    "DataSettings": "sslsr_diffusion.data.settings",
+    "Degradation": "sslsr_diffusion.data.degradation",
+    "DegradationSettings": "sslsr_diffusion.data.degradation",
+    "TrainingLoader": "sslsr_diffusion.data.loader",
+    "ValidationPair": "sslsr_diffusion.data.validation",
+    "open_training_data": "sslsr_diffusion.data.loader",
+    "open_validation_pairs": "sslsr_diffusion.data.validation",
 }
 
 __all__ = [
@@ -33,10 +34,4 @@ if TYPE_CHECKING:
     from sslsr_diffusion.data.settings import DataSettings
     from sslsr_diffusion.data.validation import ValidationPair, open_validation_pairs
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazily(__name__, _HOME)

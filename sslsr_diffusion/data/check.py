@@ -20,7 +20,7 @@ from sslsr_diffusion.data.opencv import opencv
 from sslsr_diffusion.data.preparation import crop_places, process_pool
 from sslsr_diffusion.data.retries import patiently
 from sslsr_diffusion.data.rows import Columns, Item, load_rows, reason, row_item
-from sslsr_diffusion.data.samples import check_whole, read_latents
+from sslsr_diffusion.data.samples import check_pair, check_whole, read_latents
 from sslsr_diffusion.data.settings import DataSettings, FolderSource, MaskSettings, RowSource, Source
 from sslsr_diffusion.data.sources import open_source
 from sslsr_diffusion.data.streams import is_stream
@@ -64,10 +64,7 @@ class Looker:
         image = read_image(item.hr, name=item.name)
         height, width = image.size
         if item.lr is not None:
-            lr = read_image(item.lr, name=f"{item.name} (low-resolution partner)").size
-            if (lr[0] * self._scale, lr[1] * self._scale) != (height, width):
-                got = f"{width}x{height} and {lr[1]}x{lr[0]} pixels"
-                return Finding(item.name, problem=f"{item.name}: the sizes of the pair do not fit scale {self._scale}: {got}.")
+            check_pair(item.name, image.size, read_image(item.lr, name=f"{item.name} (low-resolution partner)").size, self._scale)
         if item.latents is not None:
             read_latents(item.latents)
             if self._settled:

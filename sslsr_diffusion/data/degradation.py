@@ -15,18 +15,9 @@ from sslsr_diffusion.data import operations
 from sslsr_diffusion.data.blur_kernels import Family
 from sslsr_diffusion.data.bsrgan import BsrganStep
 from sslsr_diffusion.data.draws import Frame, Op, Probability, RandomNumbers
+from sslsr_diffusion.data.filters import unsharp_mask
 from sslsr_diffusion.data.resizing import matlab_bicubic
-from sslsr_diffusion.data.steps import (
-    BlurStep,
-    JpegStep,
-    NoiseStep,
-    QuantizeStep,
-    ReduceStep,
-    ResizeStep,
-    ShuffleStep,
-    SincStep,
-    Step,
-)
+from sslsr_diffusion.data.steps import BlurStep, JpegStep, NoiseStep, QuantizeStep, ReduceStep, ResizeStep, ShuffleStep, SincStep, Step
 from sslsr_diffusion.images import resize_bicubic
 
 T = TypeVar("T")
@@ -178,7 +169,7 @@ class Degradation:
 
     def target(self, hr: Tensor) -> Tensor:
         """The high-resolution crop that training aims at: sharpened if the settings say so; [B, 3, H, W] in [0, 1]."""
-        return operations.sharpen(hr, torch.Generator(), weight=0.5, radius=50, threshold=10.0) if self.sharpen_target else hr
+        return unsharp_mask(hr, weight=0.5, radius=50, threshold=10.0) if self.sharpen_target else hr
 
     def apply(self, hr: Tensor, ops: Sequence[Op], generator: torch.Generator) -> Tensor:
         """Carry out what was drawn.

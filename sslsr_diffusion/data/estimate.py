@@ -9,25 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sslsr_diffusion.data.jpeg import LUMA, dct_matrix
 from sslsr_diffusion.data.noise_level import noise_level
 from sslsr_diffusion.data.opencv import opencv
 from sslsr_diffusion.images import Pixels, printable, read_image
 
 Array = NDArray[np.float64]
-# Annex K luma table, as files carry it
-_LUMA = np.array(
-    [
-        [16, 11, 10, 16, 24, 40, 51, 61],
-        [12, 12, 14, 19, 26, 58, 60, 55],
-        [14, 13, 16, 24, 40, 57, 69, 56],
-        [14, 17, 22, 29, 51, 87, 80, 62],
-        [18, 22, 37, 56, 68, 109, 103, 77],
-        [24, 35, 55, 64, 81, 104, 113, 92],
-        [49, 64, 78, 87, 103, 121, 120, 101],
-        [72, 92, 95, 98, 112, 100, 103, 99],
-    ],
-    dtype=np.float64,
-)
 # Luma is a weighted mean of three channels: independent colour noise of sigma leaves sigma * |(0.299, 0.587, 0.114)| in it
 LUMA_SHARE = float(np.linalg.norm([0.299, 0.587, 0.114]))
 _LEAST_COMB = 0.35  # mean cosine of coefficients on the multiples of a table: 0 by chance, near 1 for a compressed picture
@@ -67,7 +54,7 @@ def estimate(path: Path) -> Estimate:
 def scaled_table(quality: float) -> Array:
     """The luma table of the IJG encoder at a quality of 1 to 100."""
     factor = 5000 / quality if quality < 50 else 200 - 2 * quality
-    return np.clip(np.floor((_LUMA * factor + 50) / 100), 1, 255)
+    return np.clip(np.floor((np.array(LUMA) * factor + 50) / 100), 1, 255)
 
 
 def table_quality(table: Array) -> int:
@@ -123,9 +110,7 @@ def block_dct(luma: Array) -> Array:
     """Orthonormal DCT-II of the whole 8x8 blocks that start at the top-left corner: [n, 8, 8]."""
     height, width = (n // 8 * 8 for n in luma.shape)
     blocks = luma[:height, :width].reshape(height // 8, 8, width // 8, 8).swapaxes(1, 2).reshape(-1, 8, 8) - 128
-    n = np.arange(8)
-    dct = np.cos((2 * n[None] + 1) * n[:, None] * np.pi / 16) / 2
-    dct[0] /= np.sqrt(2)
+    dct = dct_matrix()
     return dct @ blocks @ dct.T
 
 

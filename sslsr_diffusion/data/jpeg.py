@@ -7,12 +7,13 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sslsr_diffusion.data.opencv import opencv
 
 # Annex K of the JPEG standard. The published model uses the luma table transposed; kept, because the pipelines were tuned with it.
-_LUMA = (
+LUMA = (
     (16, 11, 10, 16, 24, 40, 51, 61),
     (12, 12, 14, 19, 26, 58, 60, 55),
     (14, 13, 16, 24, 40, 57, 69, 56),
@@ -84,12 +85,17 @@ def _quantise(planes: Tensor, table: Tensor, dct: Tensor) -> Tensor:
     return torch.einsum("ui,bcyuxv,vj->bcyixj", dct, blocks, dct).reshape(batch, channels, height, width)
 
 
+def dct_matrix() -> NDArray[np.float64]:
+    """The orthonormal DCT-II [8, 8]: rows are frequencies."""
+    n = np.arange(8)
+    dct = np.cos((2 * n[None] + 1) * n[:, None] * np.pi / 16) / 2
+    dct[0] /= np.sqrt(2)
+    return dct
+
+
 @functools.cache
 def _matrices() -> tuple[Tensor, Tensor, Tensor]:
     """Luma and chroma table [8, 8] and the orthonormal DCT-II matrix [8, 8]."""
     chroma = np.full((8, 8), 99.0)
     chroma[:4, :4] = _CHROMA
-    n = np.arange(8)
-    dct = np.cos((2 * n[None] + 1) * n[:, None] * np.pi / 16) / 2
-    dct[0] /= np.sqrt(2)
-    return torch.tensor(_LUMA, dtype=torch.float64).T.contiguous(), torch.from_numpy(chroma), torch.from_numpy(dct)
+    return torch.tensor(LUMA, dtype=torch.float64).T.contiguous(), torch.from_numpy(chroma), torch.from_numpy(dct_matrix())

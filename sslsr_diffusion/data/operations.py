@@ -47,38 +47,6 @@ def reduce(image: Tensor, generator: torch.Generator, scale: int) -> Tensor:
     return matlab_bicubic(image, 1 / scale).clamp(0, 1) if scale > 1 else image.clamp(0, 1)
 
 
-def gaussian(image: Tensor, generator: torch.Generator, sigma: float, gray: bool) -> Tensor:
-    return gaussian_noise(image, generator, sigma, gray)
-
-
-def correlated(image: Tensor, generator: torch.Generator, level: float, seed: int) -> Tensor:
-    return correlated_noise(image, generator, level, seed)
-
-
-def poisson(image: Tensor, generator: torch.Generator, scale: float, gray: bool) -> Tensor:
-    return poisson_noise(image, generator, scale, gray)
-
-
-def jpeg(image: Tensor, generator: torch.Generator, quality: float) -> Tensor:
-    return jpeg_model(image.clamp(0, 1), quality)
-
-
-def real_jpeg(image: Tensor, generator: torch.Generator, quality: int) -> Tensor:
-    return jpeg_codec(image, quality)
-
-
-def sharpen(image: Tensor, generator: torch.Generator, weight: float, radius: int, threshold: float) -> Tensor:
-    return unsharp_mask(image, weight, radius, threshold)
-
-
-def every(image: Tensor, generator: torch.Generator, step: int) -> Tensor:
-    return image[:, :, ::step, ::step]
-
-
-def clip(image: Tensor, generator: torch.Generator) -> Tensor:
-    return image.clamp(0, 1)
-
-
 def quantize(image: Tensor, generator: torch.Generator) -> Tensor:
     return (image.clamp(0, 1) * 255).round() / 255
 
@@ -110,13 +78,13 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "blur": blur,
     "resize": resize,
     "reduce": reduce,
-    "gaussian": gaussian,
-    "correlated": correlated,
-    "poisson": poisson,
-    "jpeg": jpeg,
-    "jpeg_codec": real_jpeg,
-    "sharpen": sharpen,
-    "every": every,
-    "clip": clip,
+    "gaussian": gaussian_noise,
+    "correlated": correlated_noise,
+    "poisson": poisson_noise,
+    "jpeg": lambda image, generator, quality: jpeg_model(image.clamp(0, 1), quality),
+    "jpeg_codec": lambda image, generator, quality: jpeg_codec(image, quality),
+    "sharpen": lambda image, generator, **values: unsharp_mask(image, **values),
+    "every": lambda image, generator, step: image[:, :, ::step, ::step],
+    "clip": lambda image, generator: image.clamp(0, 1),
     "quantize": quantize,
 }

@@ -154,9 +154,7 @@ class SampleMaker:
         planes: dict[str, NDArray[np.generic]] = {"hr": hr}
         if item.lr is not None:
             planes["lr"] = lr = read_image(item.lr, name=f"{item.name} (low-resolution partner)").rgb
-            if (lr.shape[0] * self.scale, lr.shape[1] * self.scale) != (height, width):
-                got = f"{width}x{height} and {lr.shape[1]}x{lr.shape[0]} pixels"
-                raise Unusable(f"{item.name}: the sizes of the pair do not fit scale {self.scale}: {got}.")
+            check_pair(item.name, (height, width), lr.shape[:2], self.scale)
         check_whole(item, height, width, self.crop_size)
         if self._mask_files is not None:
             planes["mask"] = self._mask_files.read(item.name, item.file, (height, width))
@@ -195,6 +193,12 @@ class SampleMaker:
         if "mask" in cut:
             return float(cut["mask"].mean())
         return float(make_mask(to_tensor(cut["hr"])[None], self.settings.mask, generator).float().mean())
+
+
+def check_pair(name: str, hr: Sequence[int], lr: Sequence[int], scale: int) -> None:
+    """Raises Unusable unless the first picture, [H, W], is `scale` times as large as the second."""
+    if tuple(hr) != tuple(scale * side for side in lr):
+        raise Unusable(f"{name}: the sizes of the pair do not fit scale {scale}: {hr[1]}x{hr[0]} and {lr[1]}x{lr[0]} pixels.")
 
 
 def check_whole(item: Item, height: int, width: int, crop_size: int) -> None:

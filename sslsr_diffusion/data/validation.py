@@ -11,6 +11,7 @@ from torch import Tensor
 from sslsr_diffusion.data.degradation import Degradation
 from sslsr_diffusion.data.loader import check_sizes
 from sslsr_diffusion.data.retries import patiently
+from sslsr_diffusion.data.samples import check_pair
 from sslsr_diffusion.data.settings import DataSettings
 from sslsr_diffusion.data.sources import IndexedSource, open_source
 from sslsr_diffusion.errors import UserError
@@ -68,8 +69,6 @@ def _pair(source: IndexedSource, position: int, degradation: Degradation, crop_s
         ops = degradation.draw(height, width, sample_generator(seed, position, "validation"))
         return ValidationPair(item.name, degradation.apply(cut[None], ops, sample_generator(seed, position, "validation noise"))[0], cut)
     lr = to_tensor(read_image(item.lr, name=item.name).rgb)
-    if (lr.shape[1] * scale, lr.shape[2] * scale) != tuple(hr.shape[1:]):
-        got = f"{hr.shape[2]}x{hr.shape[1]} and {lr.shape[2]}x{lr.shape[1]} pixels"
-        raise UserError(f"{item.name}: the sizes of the pair do not fit scale {scale}: {got}.")
+    check_pair(item.name, hr.shape[1:], lr.shape[1:], scale)
     low = lr[:, top // scale : (top + height) // scale, left // scale : (left + width) // scale].contiguous()
     return ValidationPair(item.name, low, cut)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sslsr_diffusion.evaluation.statistics import Mean
+
+Array = NDArray[np.float64]
 WIDTH, ROW, LEFT, RIGHT, TOP = 400, 46, 8, 8, 6
 MOST_DOTS = 300  # per column; beyond that only the lowest and highest are drawn
 
 
-def distribution(
-    values: Mapping[str, NDArray[np.float64]], names: Sequence[str], means: Mapping[str, Mapping[str, Any]], digits: int
-) -> str:
+def distribution(values: Mapping[str, Array], names: Sequence[str], means: Mapping[str, Mean], digits: int) -> str:
     """SVG text: one row per column; `values[column]` is [images] and may hold nan and inf (left out), `means` as in the summary."""
     finite = {column: v[np.isfinite(v)] for column, v in values.items()}
     everything = np.concatenate(list(finite.values()))
@@ -39,7 +39,7 @@ def distribution(
     return "".join([*parts, "</svg>"])
 
 
-def _row(index: int, column: str, values: Any, names: Sequence[str], mean: Mapping[str, Any], x: Any, digits: int) -> list[str]:
+def _row(index: int, column: str, values: Array, names: Sequence[str], mean: Mean, x: Callable[[float], float], digits: int) -> list[str]:
     top = TOP + ROW * index
     middle = top + 29
     parts = [f'<g class="c{index % 6}"><text class="name" x="{LEFT}" y="{top + 12}">{escape(column)}</text>']
@@ -52,15 +52,15 @@ def _row(index: int, column: str, values: Any, names: Sequence[str], mean: Mappi
         offset = ((i * 0.618034) % 1 - 0.5) * 14  # spread the dots evenly, the same way every time
         title = f"{escape(names[i])}: {values[i]:.{digits}f}"
         parts.append(f'<circle cx="{x(values[i]):.1f}" cy="{middle + offset:.1f}" r="2.2"><title>{title}</title></circle>')
-    if math.isfinite(mean["mean"]):
-        if math.isfinite(mean.get("low", math.nan)):
-            parts.append(f'<line class="ci" x1="{x(mean["low"]):.1f}" x2="{x(mean["high"]):.1f}" y1="{middle}" y2="{middle}"/>')
-        at = x(mean["mean"])
+    if math.isfinite(mean.mean):
+        if math.isfinite(mean.low):
+            parts.append(f'<line class="ci" x1="{x(mean.low):.1f}" x2="{x(mean.high):.1f}" y1="{middle}" y2="{middle}"/>')
+        at = x(mean.mean)
         parts.append(f'<path class="mean" d="M{at - 5:.1f} {middle}L{at:.1f} {middle - 5}L{at + 5:.1f} {middle}L{at:.1f} {middle + 5}Z"/>')
     return [*parts, "</g>"]
 
 
-def _shown(values: Any) -> list[int]:
+def _shown(values: Array) -> list[int]:
     finite = [int(i) for i in np.flatnonzero(np.isfinite(values))]
     if len(finite) <= MOST_DOTS:
         return finite

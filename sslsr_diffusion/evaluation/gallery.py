@@ -6,10 +6,10 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -118,7 +118,7 @@ def _place(restored: Sequence[Tensor], reference: Tensor | None, side: int) -> t
     return best // sums.shape[1] * stride, best % sums.shape[1] * stride
 
 
-def _uri(pixels: Any, kind: str = "WEBP") -> str:
+def _uri(pixels: NDArray[np.generic], kind: str = "WEBP") -> str:
     """A data URI: lossless WebP for windows, one bit per pixel for masks, JPEG for the small overview."""
     from PIL import Image
 

@@ -12,10 +12,10 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation.fidelity import crop
@@ -79,7 +79,7 @@ def unavailable(name: str, *, download: bool = True) -> str | None:
 
 
 @functools.cache
-def _model(name: str, device: str, hub_folder: str) -> Any:
+def _model(name: str, device: str, hub_folder: str) -> nn.Module:
     reason = unavailable(name)
     if reason is not None:
         raise (MissingDependency if "pip install" in reason else UserError)(f"{name}: {reason}")
@@ -94,7 +94,7 @@ def _model(name: str, device: str, hub_folder: str) -> Any:
         if name == "fid":
             from pyiqa.archs.inception import InceptionV3
 
-            model: Any = InceptionV3().to(device).eval()
+            model: nn.Module = InceptionV3().to(device).eval()
         else:
             model = pyiqa.create_metric(name, device=torch.device(device))
     log.debug("%s", chatter.getvalue().strip())
@@ -126,8 +126,8 @@ def _import_clip() -> None:
         return
     import packaging.version
 
-    stand_in: Any = types.ModuleType("pkg_resources")
-    stand_in.packaging = packaging
+    stand_in = types.ModuleType("pkg_resources")
+    vars(stand_in)["packaging"] = packaging
     sys.modules["pkg_resources"] = stand_in
     try:
         importlib.import_module("clip")

@@ -12,8 +12,9 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation import learned
 from sslsr_diffusion.evaluation.fidelity import psnr, ssim
 from sslsr_diffusion.evaluation.niqe import niqe
-from sslsr_diffusion.evaluation.ssg_distance import ssg_kl, ssg_l1, ssg_terms
+from sslsr_diffusion.evaluation.ssg_distance import ssg_terms
 from sslsr_diffusion.evaluation.weights import WEIGHTS, digest
+from sslsr_diffusion.tables import named
 
 __all__ = ["METRICS", "Metric", "convention", "psnr", "select", "ssim", "unavailable"]
 
@@ -29,7 +30,7 @@ class Metric:
     digits: int  # decimals in tables
     convention: str  # {channels}, {border}: as the options say
     default: bool = True  # computed when nothing is asked for by name
-    whole_set: bool = False  # one number for all images together (FID); fn then gives the features [B, D]
+    whole_set: Callable[..., float] | None = None  # one number for all images (FID) from both sets of features [N, D], which fn gives
     joint: Callable[..., dict[str, Tensor]] | None = None  # gives this and its sisters in one pass
 
 
@@ -94,7 +95,7 @@ METRICS: dict[str, Metric] = {
         "FID",
         2,
         "InceptionV3 (FID weights), pool3 2048, RGB -1..1, bilinear to 299, whole images (no border is cut)",
-        whole_set=True,
+        whole_set=learned.frechet_distance,
     ),
     "niqe": Metric(
         partial(niqe, convention="pyiqa"), False, False, "NIQE", 3, "full-range luma rounded to 8 bits (pyiqa's convention), " + _NIQE
@@ -119,16 +120,10 @@ METRICS: dict[str, Metric] = {
         "KonIQ-10k weights, RGB 0..1, multi-scale inside, {border}",
     ),
     "ssg_l1": Metric(
-        ssg_l1,
-        False,
-        True,
-        "SSG L1",
-        6,
-        "mean |T_sr - T_gt|" + _SSG,
-        joint=ssg_terms,
+        named("sslsr_diffusion.evaluation.ssg_distance:ssg_l1"), False, True, "SSG L1", 6, "mean |T_sr - T_gt|" + _SSG, joint=ssg_terms
     ),
     "ssg_kl": Metric(
-        ssg_kl,
+        named("sslsr_diffusion.evaluation.ssg_distance:ssg_kl"),
         False,
         True,
         "SSG KL",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def _score(plane: np.ndarray, kernel: str) -> float:
 
 
 @functools.cache
-def _natural() -> tuple[Any, Any]:
+def _natural() -> tuple[np.ndarray, np.ndarray]:
     """The published mean [36] and covariance [36, 36] of natural photographs."""
     from scipy.io import loadmat
 
@@ -134,7 +134,7 @@ def _features(plane: np.ndarray, block: int) -> np.ndarray:
     return np.stack(found, axis=1)
 
 
-def _asymmetric_fit(blocks: np.ndarray) -> tuple[Any, Any, Any]:
+def _asymmetric_fit(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Moment fit of the asymmetric generalised Gaussian: shape, left and right scale of each block   (Lasmar et al. 2009)."""
     import numpy as np
 
@@ -151,14 +151,14 @@ def _asymmetric_fit(blocks: np.ndarray) -> tuple[Any, Any, Any]:
 
 
 @functools.cache
-def _shape_table() -> tuple[Any, Any]:
+def _shape_table() -> tuple[np.ndarray, np.ndarray]:
     import numpy as np
 
     shapes = np.arange(0.2, 10.001, 0.001)
     return shapes, np.square(_gamma(2 / shapes)) / (_gamma(1 / shapes) * _gamma(3 / shapes))
 
 
-def _gamma(x: Any) -> Any:
+def _gamma(x: np.ndarray) -> np.ndarray:
     from scipy.special import gamma
 
     return gamma(x)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from sslsr_diffusion.evaluation.charts import distribution
 from sslsr_diffusion.evaluation.gallery import cards, pick
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.scoring import Scores
 from sslsr_diffusion.evaluation.statistics import LEAST
-from sslsr_diffusion.evaluation.summary import arrow, interval, number
+from sslsr_diffusion.evaluation.summary import Summary, arrow, interval, number
 from sslsr_diffusion.images import printable
 
 TEMPLATE = "report.html.j2"
 
 
-def render_report(summary: Mapping[str, Any], scores: Scores, *, title: str = "Evaluation", examples: int = 2) -> str:
+def render_report(summary: Summary, scores: Scores, *, title: str = "Evaluation", examples: int = 2) -> str:
     """HTML with the summary table, a distribution plot per metric and the worst and best `examples` images of each."""
     import jinja2
 
@@ -31,7 +28,7 @@ def render_report(summary: Mapping[str, Any], scores: Scores, *, title: str = "E
     picks = pick(scores, examples)
     names = [printable(scene.name) for scene in scores.scenes]
     charts = {
-        name: distribution({c: v.mean(axis=1) for c, v in by.items()}, names, summary["metrics"][name]["columns"], METRICS[name].digits)
+        name: distribution({c: v.mean(axis=1) for c, v in by.items()}, names, summary.metrics[name].columns, METRICS[name].digits)
         for name, by in scores.values.items()
     }
     return environment.get_template(TEMPLATE).render(

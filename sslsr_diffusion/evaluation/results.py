@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sslsr_diffusion.errors import UserError
 
@@ -23,7 +23,7 @@ class ResultStore:
 
     def __init__(self, path: Path):
         self.path = path
-        self._known: dict[Key, tuple[Any, float]] = {}
+        self._known: dict[Key, tuple[float | str, float]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._read()
@@ -51,13 +51,13 @@ class ResultStore:
     def __contains__(self, key: Key) -> bool:
         return key in self._known
 
-    def value(self, key: Key) -> Any:
+    def value(self, key: Key) -> float | str:
         return self._known[key][0]
 
     def seconds(self, key: Key) -> float:
         return self._known[key][1]
 
-    def put(self, key: Key, value: Any, seconds: float) -> None:
+    def put(self, key: Key, value: float | str, seconds: float) -> None:
         self._known[key] = (value, seconds)
         self._file.write(json.dumps({**key._asdict(), "value": value, "seconds": round(seconds, 5)}) + "\n")
         self._file.flush()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sslsr_diffusion import __version__
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.evaluation.learned import frechet_distance
 from sslsr_diffusion.evaluation.metrics import METRICS, convention
 from sslsr_diffusion.evaluation.pairing import Scene
 from sslsr_diffusion.evaluation.results import Key, ResultStore
@@ -27,6 +26,7 @@ from sslsr_diffusion.images import printable, read_image, to_tensor
 log = logging.getLogger(__name__)
 PIXEL_STD = "pixel_std"  # per-pixel standard deviation over the seeds, on the 0..255 scale
 Array = NDArray[np.float64]
+Features = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def score(
     crop_border: int = 0,
     y_channel: bool = False,
     device: str = "cpu",
-    progress: Callable[[str], Any] = lambda name: None,
+    progress: Callable[[str], object] = lambda name: None,
 ) -> Scores:
     """Score the scenes; whatever `store` already knows for the same file contents and conventions is not computed again.
 
@@ -72,27 +72,32 @@ def score(
     conventions = {m: convention(m, crop_border=crop_border, y_channel=y_channel) for m in metrics}
     run = _Run(metrics, crop_border, y_channel, device, store, conventions)
     columns = tuple(scenes[0].restored)
-    rows: dict[str, dict[str, list[list[Any]]]] = {m: {c: [] for c in columns} for m in metrics}
     spreads: dict[str, list[float]] = {c: [] for c in columns if len(scenes[0].restored[c]) > 1}
     kept: list[Scene] = []
+    measured: list[dict[str, list[_Measured]]] = []
     timed: dict[str, list[float]] = {m: [] for m in metrics}
     for scene in scenes:
         try:
-            found = _score_scene(run, scene, timed)
+            measured.append(_score_scene(run, scene, timed))
         except UserError as error:
             run.problems.append(f"{printable(scene.name)} is left out: {error}")
         else:
             kept.append(scene)
-            for metric in metrics:
-                for column in columns:
-                    rows[metric][column].append([seed[metric] for seed in found[column]])
             for column in spreads:
                 spreads[column].append(_spread(run, scene, column))
         progress(scene.name)
     if not kept:
         raise UserError("no image could be scored: " + " ".join(run.problems[:3]))
-    per_image = {m: {c: np.array(v, dtype=np.float64) for c, v in by.items()} for m, by in rows.items() if not METRICS[m].whole_set}
-    whole = {m: {c: _set_distance(rows[m][c]) for c in columns} for m in metrics if METRICS[m].whole_set}
+    per_image = {
+        m: {c: np.array([[seed.numbers[m] for seed in found[c]] for found in measured], dtype=np.float64) for c in columns}
+        for m in metrics
+        if not METRICS[m].whole_set
+    }
+    whole = {
+        m: {c: _set_distance(distance, [[seed.features[m] for seed in found[c]] for found in measured]) for c in columns}
+        for m in metrics
+        if (distance := METRICS[m].whole_set)
+    }
     return Scores(
         columns,
         tuple(kept),
@@ -105,22 +110,27 @@ def score(
     )
 
 
-def _score_scene(run: _Run, scene: Scene, timed: dict[str, list[float]]) -> dict[str, list[dict[str, Any]]]:
-    """Column -> per seed: metric -> number (or, for metrics over the whole set, the features of restored and reference)."""
+class _Measured(NamedTuple):
+    """One image of one seed."""
+
+    numbers: dict[str, float]
+    features: dict[str, tuple[Features, Features]]  # of restored and reference, for metrics over the whole set
+
+
+def _score_scene(run: _Run, scene: Scene, timed: dict[str, list[float]]) -> dict[str, list[_Measured]]:
+    """Column -> what was measured of each seed."""
     reference = _File(scene.reference) if scene.reference else None
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[_Measured]] = {column: [] for column in scene.restored}
     for column, paths in scene.restored.items():
-        found[column] = []
         for path in paths:
-            file = _File(path)
-            values: dict[str, Any] = {}
+            file, measured = _File(path), _Measured({}, {})
             for metric in run.metrics:
                 if METRICS[metric].whole_set:
                     assert reference is not None
-                    values[metric] = (_features(run, metric, file, timed), _features(run, metric, reference, timed))
+                    measured.features[metric] = (_features(run, metric, file, timed), _features(run, metric, reference, timed))
                 else:
-                    values[metric] = _value(run, metric, file, reference, timed)
-            found[column].append(values)
+                    measured.numbers[metric] = _value(run, metric, file, reference, timed)
+            found[column].append(measured)
     return found
 
 
@@ -146,21 +156,21 @@ def _value(run: _Run, name: str, file: _File, reference: _File | None, timed: di
     return float(run.store.value(key))
 
 
-def _features(run: _Run, name: str, file: _File, timed: dict[str, list[float]]) -> NDArray[np.float32]:
+def _features(run: _Run, name: str, file: _File, timed: dict[str, list[float]]) -> Features:
     key = _key(run, name, file, None)
     if key not in run.store:
         started = time.perf_counter()
         features = METRICS[name].fn(file.tensor(run.device))[0].numpy().astype("<f4")
         run.store.put(key, base64.b64encode(features.tobytes()).decode(), time.perf_counter() - started)
     timed[name].append(run.store.seconds(key))
-    return np.frombuffer(base64.b64decode(run.store.value(key)), "<f4")
+    return np.frombuffer(base64.b64decode(str(run.store.value(key))), "<f4")
 
 
-def _set_distance(rows: list[list[Any]]) -> Array:
+def _set_distance(distance: Callable[[Features, Features], float], rows: list[list[tuple[Features, Features]]]) -> Array:
     """[images][seeds] of (restored, reference) features -> distance per seed; nan with fewer than two images."""
     if len(rows) < 2:
         return np.full(len(rows[0]), np.nan)
-    return np.array([frechet_distance(*(np.stack([row[seed][side] for row in rows]) for side in (0, 1))) for seed in range(len(rows[0]))])
+    return np.array([distance(*(np.stack([row[seed][side] for row in rows]) for side in (0, 1))) for seed in range(len(rows[0]))])
 
 
 def _spread(run: _Run, scene: Scene, column: str) -> float:

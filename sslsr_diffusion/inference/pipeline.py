@@ -63,7 +63,7 @@ class StableSRPipeline(DiffusionPipeline):
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
 
     # no annotations: diffusers checks components against them, and before 0.36 it fails on those that are not plain classes
-    def __init__(
+    def __init__(  # type: ignore[no-untyped-def]
         self,
         vae,
         unet,

@@ -6,19 +6,18 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from sslsr_diffusion.ops._simd import LANES, Pointer, Value, kernel, loop, splat, zeros
+from sslsr_diffusion.ops._simd import LANES, Pointer, Value, each, each_vector, kernel, loop, splat, zeros
 
 
 @kernel
 def take_block(builder: ir.IRBuilder, image: Pointer, at: Value, plane: Value, stride: Value, out: Pointer, rows: Value, c: int) -> None:
     """Sixteen columns of the image as out[row][channel][16]: read hundreds of times, so aligned and close together."""
 
-    def step(i: Value, _: list[Value]) -> list[Value]:
+    def step(i: Value) -> None:
         for ch in range(c):
             out.store((i * c + ch) * LANES, image.load(at + i * stride + plane * ch))
-        return []
 
-    loop(builder, rows, [], step)
+    each(builder, rows, step)
 
 
 @kernel
@@ -27,14 +26,10 @@ def copy_rows(
 ) -> None:
     """Rows of 16 * vectors floats, `stride` apart in source, side by side in out."""
 
-    def row(i: Value, _: list[Value]) -> list[Value]:
-        def step(j: Value, _: list[Value]) -> list[Value]:
-            out.store(at + (i * vectors + j) * LANES, source.load(start + i * stride + j * LANES))
-            return []
+    def step(i: Value, x: Value) -> None:
+        out.store(at + i * vectors * LANES + x, source.load(start + i * stride + x))
 
-        return loop(builder, vectors, [], step)
-
-    loop(builder, rows, [], row)
+    each_vector(builder, rows, vectors, step)
 
 
 @kernel
@@ -43,15 +38,11 @@ def add_rows(
 ) -> None:
     """The adjoint of `copy_rows`."""
 
-    def row(i: Value, _: list[Value]) -> list[Value]:
-        def step(j: Value, _: list[Value]) -> list[Value]:
-            place = start + i * stride + j * LANES
-            target.store(place, target.load(place) + values.load(at + (i * vectors + j) * LANES))
-            return []
+    def step(i: Value, x: Value) -> None:
+        place = start + i * stride + x
+        target.store(place, target.load(place) + values.load(at + i * vectors * LANES + x))
 
-        return loop(builder, vectors, [], step)
-
-    loop(builder, rows, [], row)
+    each_vector(builder, rows, vectors, step)
 
 
 @kernel
@@ -62,26 +53,24 @@ def exponents(
     """out = (distance + outside) * scale, the base-2 exponent of s; total += s. Below -100 it stays there: no denormals."""
     factor = splat(builder, scale)
 
-    def step(i: Value, _: list[Value]) -> list[Value]:
+    def step(i: Value) -> None:
         x = i * LANES
         exponent = ((distance.load(start + x) + outside.load(extra + x)) * factor).at_least(-100.0)
         out.store(at + x, exponent)
         total.store(x, total.load(x) + exponent.exp2())
-        return []
 
-    loop(builder, vectors, [], step)
+    each(builder, vectors, step)
 
 
 @kernel
 def weights(builder: ir.IRBuilder, exponent: Pointer, at: Value, log_total: Pointer, vectors: Value) -> None:
     """T = 2^(exponent - log_total), in place."""
 
-    def step(i: Value, _: list[Value]) -> list[Value]:
+    def step(i: Value) -> None:
         x = i * LANES
         exponent.store(at + x, (exponent.load(at + x) - log_total.load(x)).at_least(-120.0).exp2())
-        return []
 
-    loop(builder, vectors, [], step)
+    each(builder, vectors, step)
 
 
 _LOG2_CLAMP = -33.219280948873624  # log2(1e-10)
@@ -101,7 +90,7 @@ def compare(
     minus = splat(builder, -1.0)
     pull_l1, pull_kl = splat(builder, l1_weight), splat(builder, kl_weight)
 
-    def step(i: Value, _: list[Value]) -> list[Value]:
+    def step(i: Value) -> None:
         x = i * LANES
         raw_sr, raw_gt = sr.load(at + x), gt.load(at + x)
         log_sr = (raw_sr - pixels.load(x)).at_least(-120.0)
@@ -118,9 +107,8 @@ def compare(
             pixels.store(place, pixels.load(place) + term)
         sr.store(at + x, t_sr)
         gt.store(at + x, pull)
-        return []
 
-    loop(builder, vectors, [], step)
+    each(builder, vectors, step)
 
 
 @kernel
@@ -130,14 +118,13 @@ def adjoint(
 ) -> None:  # fmt: skip
     """out = (G T - q T) * factor = 2 dL/d dist of one offset; total[row ..] += out."""
 
-    def step(i: Value, _: list[Value]) -> list[Value]:
+    def step(i: Value) -> None:
         x = i * LANES
         value = (pull.load(at + x) - mean.load(x) * weight.load(at + x)) * factor.load(x)
         out.store(x, value)
         total.store(row + x, total.load(row + x) + value)
-        return []
 
-    loop(builder, vectors, [], step)
+    each(builder, vectors, step)
 
 
 @kernel
@@ -153,7 +140,7 @@ def interact(
     """
     reach, half = search.halved(), window.halved()
 
-    def pair(i: Value, _: list[Value]) -> list[Value]:
+    def pair(i: Value) -> None:
         y = i * 2
         here = [[blocks.load(base + ((y + r) * c + ch) * LANES) for ch in range(c)] for r in range(2)]
         first = (reach - half - y).where(">", 1, reach + reach - half - y, (reach - y).at_least(0))
@@ -178,9 +165,8 @@ def interact(
             for ch in range(c):
                 target = at + (y + r) * stride + plane * ch
                 gradient.store(target, gradient.load(target) - sums[2 * ch + r])
-        return []
 
-    loop(builder, rows.halved(), [], pair)
+    each(builder, rows.halved(), pair)
 
 
 @kernel
@@ -189,14 +175,13 @@ def hand_over(
 ) -> None:
     """Adds the partners' column block to the image gradient and clears it."""
 
-    def step(i: Value, _: list[Value]) -> list[Value]:
+    def step(i: Value) -> None:
         for ch in range(c):
             place, target = (i * c + ch) * LANES, at + i * stride + plane * ch
             image_gradient.store(target, image_gradient.load(target) + partner.load(place))
             partner.store(place, splat(builder, 0.0))
-        return []
 
-    loop(builder, rows, [], step)
+    each(builder, rows, step)
 
 
 @kernel
@@ -206,18 +191,14 @@ def energies(
 ) -> None:  # fmt: skip
     """out = sum_c image^2."""
 
-    def row(i: Value, _: list[Value]) -> list[Value]:
-        def step(j: Value, _: list[Value]) -> list[Value]:
-            total = splat(builder, 0.0)
-            for ch in range(c):
-                pixel = image.load(base + i * stride + j * LANES + plane * ch)
-                total = pixel.fma(pixel, total)
-            out.store(i * out_stride + j * LANES, total)
-            return []
+    def step(i: Value, x: Value) -> None:
+        total = splat(builder, 0.0)
+        for ch in range(c):
+            pixel = image.load(base + i * stride + x + plane * ch)
+            total = pixel.fma(pixel, total)
+        out.store(i * out_stride + x, total)
 
-        return loop(builder, vectors, [], step)
-
-    loop(builder, rows, [], row)
+    each_vector(builder, rows, vectors, step)
 
 
 @kernel
@@ -227,14 +208,10 @@ def settle(
 ) -> None:  # fmt: skip
     """gradient += P e: the pull of the window samples outside the search square."""
 
-    def row(i: Value, _: list[Value]) -> list[Value]:
-        def step(j: Value, _: list[Value]) -> list[Value]:
-            pull = spread.load(i * spread_stride + j * LANES)
-            for ch in range(c):
-                target = base + i * stride + j * LANES + plane * ch
-                gradient.store(target, image.load(target).fma(pull, gradient.load(target)))
-            return []
+    def step(i: Value, x: Value) -> None:
+        pull = spread.load(i * spread_stride + x)
+        for ch in range(c):
+            target = base + i * stride + x + plane * ch
+            gradient.store(target, image.load(target).fma(pull, gradient.load(target)))
 
-        return loop(builder, vectors, [], step)
-
-    loop(builder, rows, [], row)
+    each_vector(builder, rows, vectors, step)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from sslsr_diffusion.ops._simd import LANES, Pointer, Value, kernel, loop, number, splat, window, zeros
+from sslsr_diffusion.ops._simd import LANES, Pointer, Value, each, each_vector, kernel, loop, number, splat, window, zeros
 
 _ROWS = 8  # rows per step of the vertical sums
 
@@ -149,14 +149,12 @@ def horizontal_sums(
     """out[at + x] = source[start + x] + ... + source[start + x + count - 1] along `rows` rows of 16 * vectors floats."""
 
     def variant(possible: int) -> None:
-        loop(
-            builder, rows, [], lambda row, _: _sum_row(builder, source, start + row * stride, out, at + row * out_stride, vectors, possible)
-        )
+        each(builder, rows, lambda row: _sum_row(builder, source, start + row * stride, out, at + row * out_stride, vectors, possible))
 
     _for_each_count(builder, w, count, variant)
 
 
-def _sum_row(builder: ir.IRBuilder, source: Pointer, start: Value, out: Pointer, at: Value, vectors: Value, count: int) -> list[Value]:
+def _sum_row(builder: ir.IRBuilder, source: Pointer, start: Value, out: Pointer, at: Value, vectors: Value, count: int) -> None:
     """From right to left, so that each vector's right-hand neighbours are already there, at every doubling level."""
     parts = _parts(count)
     reach = [0] * count.bit_length()  # neighbouring vectors needed per level
@@ -185,7 +183,6 @@ def _sum_row(builder: ir.IRBuilder, source: Pointer, start: Value, out: Pointer,
         return [value for values, depth in zip(levels, reach) for value in values[:depth]]
 
     loop(builder, vectors, zeros(builder, sum(reach)), step)
-    return []
 
 
 def _lost(values: list[Value]) -> tuple[list[Value], Value]:
@@ -210,18 +207,14 @@ def _sums_from(values: list[Value]) -> list[Value]:
 def lost_columns(builder: ir.IRBuilder, values: Pointer, whole: Pointer, length: Value, vectors: Value, w: int) -> None:
     """[w][w][length], in place: each row of window columns becomes, for each horizontal cut, what it loses; whole [w][length]: all."""
 
-    def row(uy: Value, _: list[Value]) -> list[Value]:
-        def step(i: Value, _: list[Value]) -> list[Value]:
-            x = uy * length * w + i * LANES
-            lost, everything = _lost([values.load(x + length * ux) for ux in range(w)])
-            for cut, part in enumerate(lost):
-                values.store(x + length * cut, part)
-            whole.store(uy * length + i * LANES, everything)
-            return []
+    def step(uy: Value, x: Value) -> None:
+        first = uy * length * w + x
+        lost, everything = _lost([values.load(first + length * ux) for ux in range(w)])
+        for cut, part in enumerate(lost):
+            values.store(first + length * cut, part)
+        whole.store(uy * length + x, everything)
 
-        return loop(builder, vectors, [], step)
-
-    loop(builder, number(builder, w), [], row)
+    each_vector(builder, number(builder, w), vectors, step)
 
 
 @kernel
@@ -229,17 +222,13 @@ def lost_rows(builder: ir.IRBuilder, values: Pointer, whole: Pointer, length: Va
     """After `lost_columns`, in place: for each vertical cut, the lost columns of the rows it keeps and the whole of those it loses."""
     half = w // 2
 
-    def column(cut_x: Value, _: list[Value]) -> list[Value]:
-        def step(i: Value, _: list[Value]) -> list[Value]:
-            x = cut_x * length + i * LANES
-            part = [values.load(x + length * (uy * w)) for uy in range(w)]
-            lost = _lost([whole.load(i * LANES + length * uy) for uy in range(w)])[0]
-            top, end = _sums_from(part), _sums_from(part[::-1])
-            for cut in range(-half, half + 1):
-                kept = top[w - cut] if cut >= 0 else end[w + cut]
-                values.store(x + length * ((cut + half) * w), kept + lost[cut + half])
-            return []
+    def step(cut_x: Value, x: Value) -> None:
+        first = cut_x * length + x
+        part = [values.load(first + length * (uy * w)) for uy in range(w)]
+        lost = _lost([whole.load(x + length * uy) for uy in range(w)])[0]
+        top, end = _sums_from(part), _sums_from(part[::-1])
+        for cut in range(-half, half + 1):
+            kept = top[w - cut] if cut >= 0 else end[w + cut]
+            values.store(first + length * ((cut + half) * w), kept + lost[cut + half])
 
-        return loop(builder, vectors, [], step)
-
-    loop(builder, number(builder, w), [], column)
+    each_vector(builder, number(builder, w), vectors, step)

@@ -169,6 +169,21 @@ def loop(
     return [Value(builder, phi) for phi in phis]
 
 
+def each(builder: ir.IRBuilder, count: Value, body: Callable[[Value], None]) -> None:
+    """for i in range(count): body(i)."""
+
+    def once(i: Value, _: list[Value]) -> list[Value]:
+        body(i)
+        return []
+
+    loop(builder, count, [], once)
+
+
+def each_vector(builder: ir.IRBuilder, rows: Value, vectors: Value, body: Callable[[Value, Value], None]) -> None:
+    """body(row, x) for all rows, and x the places 0, 16, 32, ... of a row's vectors."""
+    each(builder, rows, lambda row: each(builder, vectors, lambda j: body(row, j * LANES)))
+
+
 def kernel(emit: Callable[..., None]) -> Callable[..., None]:
     """A numba intrinsic whose code is what emit(builder, *arguments) writes, once per combination of static integers."""
     names = list(inspect.signature(emit).parameters)[1:]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sslsr_diffusion.ops import saved_gradient
+from sslsr_diffusion.ops.settings import GraphSettings
 
 if TYPE_CHECKING:
     from torch.library import CustomOpDef
 
 
-def complete(graph: CustomOpDef, graph_backward: CustomOpDef, loss: CustomOpDef) -> None:
-    """Register fakes and derivatives of three custom operators.
+def complete(
+    graph: CustomOpDef, graph_backward: CustomOpDef, loss: CustomOpDef
+) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    """Register fakes and derivatives of three custom operators; returns the backend's `graph` and `loss`, which call them.
 
     Args:
         graph: (image, mask, search, window, sigma, normalize) -> rows [N, search^2].
@@ -46,3 +50,18 @@ def complete(graph: CustomOpDef, graph_backward: CustomOpDef, loss: CustomOpDef)
     graph.register_autograd(backward, setup_context=keep)
     graph_backward.register_autograd(saved_gradient.no_second_derivative)
     loss.register_autograd(saved_gradient.backward, setup_context=saved_gradient.save_gradient)
+
+    def run_graph(image: Tensor, mask: Tensor, settings: GraphSettings) -> Tensor:
+        """The graph [N, search_size^2], differentiable in image; arguments as in `self_similarity_graph`, already checked."""
+        return graph(image, mask, *settings)
+
+    def run_loss(
+        sr: Tensor, gt: Tensor, mask: Tensor, settings: GraphSettings, weights: tuple[float, float], num_rows: float | Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(total, l1, kl) without ever holding the graph; total is differentiable in sr, once."""
+        rows = mask.sum() if num_rows is None else torch.as_tensor(num_rows, device=sr.device)
+        with_gradient = sr.requires_grad and torch.is_grad_enabled()
+        total, l1, kl, _ = loss(sr, gt, mask, rows, *settings, *weights, with_gradient)
+        return total, l1.detach(), kl.detach()
+
+    return run_graph, run_loss

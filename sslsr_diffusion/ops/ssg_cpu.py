@@ -137,24 +137,4 @@ def _loss(
     return sr.new_tensor(total), sr.new_tensor(l1), sr.new_tensor(kl), gradient
 
 
-differentiable_operators.complete(_graph, _graph_backward, _loss)
-
-
-def graph(image: Tensor, mask: Tensor, settings: GraphSettings) -> Tensor:
-    """The graph [N, search_size^2], differentiable in image; arguments as in `self_similarity_graph`, already checked."""
-    return _graph(image, mask, *settings)
-
-
-def loss(
-    sr: Tensor,
-    gt: Tensor,
-    mask: Tensor,
-    settings: GraphSettings,
-    weights: tuple[float, float],
-    num_rows: float | Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, l1, kl) without ever holding a graph larger than a tile; total is differentiable in sr."""
-    rows = mask.sum() if num_rows is None else torch.as_tensor(num_rows)
-    with_gradient = sr.requires_grad and torch.is_grad_enabled()
-    total, l1, kl, _ = _loss(sr, gt, mask, rows, *settings, *weights, with_gradient)
-    return total, l1.detach(), kl.detach()
+graph, loss = differentiable_operators.complete(_graph, _graph_backward, _loss)

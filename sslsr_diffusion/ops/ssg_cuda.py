@@ -25,12 +25,7 @@ def graph(image: Tensor, mask: Tensor, settings: GraphSettings) -> Tensor:
 
 
 def loss(
-    sr: Tensor,
-    gt: Tensor,
-    mask: Tensor,
-    settings: GraphSettings,
-    weights: tuple[float, float],
-    num_rows: float | Tensor | None,
+    sr: Tensor, gt: Tensor, mask: Tensor, settings: GraphSettings, weights: tuple[float, float], num_rows: float | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, l1, kl) without ever holding the graph or waiting for the GPU; total is differentiable in sr, once."""
     with_gradient = sr.requires_grad and torch.is_grad_enabled()

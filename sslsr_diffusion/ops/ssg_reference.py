@@ -37,12 +37,7 @@ def graph(image: Tensor, mask: Tensor, settings: GraphSettings) -> Tensor:
 
 
 def loss(
-    sr: Tensor,
-    gt: Tensor,
-    mask: Tensor,
-    settings: GraphSettings,
-    weights: tuple[float, float],
-    num_rows: float | Tensor | None,
+    sr: Tensor, gt: Tensor, mask: Tensor, settings: GraphSettings, weights: tuple[float, float], num_rows: float | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L1 = sum |T_sr - T_gt| / M, KL = sum b (ln b - ln a) / M with a, b the clamped graphs and M = num_rows * search_size^2."""
     graph_sr = graph(sr, mask, settings)
@@ -51,7 +46,11 @@ def loss(
     if len(graph_sr) == 0:
         zero = sr.flatten()[:0].sum()  # zero with a graph, whatever sr holds
         return zero, zero.detach(), zero.detach()
-    share = settings.per_entry(len(graph_sr) if num_rows is None else num_rows)
+    return compare(graph_sr, graph_gt, weights, settings.per_entry(len(graph_sr) if num_rows is None else num_rows))
+
+
+def compare(graph_sr: Tensor, graph_gt: Tensor, weights: tuple[float, float], share: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, l1, kl) of two graphs [N, search_size^2]; share = 1 / M."""
     l1 = (graph_sr - graph_gt).abs().sum() * share
     target = graph_gt.clamp_min(CLAMP)
     kl = (target * (target.log() - graph_sr.clamp_min(CLAMP).log())).sum() * share

@@ -267,12 +267,7 @@ def _loss(
     return l1_weight * l1 + kl_weight * kl, l1.clone(), kl.clone(), gradient
 
 
-differentiable_operators.complete(_graph, _graph_backward, _loss)
-
-
-def graph(image: Tensor, mask: Tensor, settings: GraphSettings) -> Tensor:
-    """The graph [N, search_size^2], differentiable in image; arguments as in `self_similarity_graph`, already checked."""
-    return _graph(image, mask, *settings)
+graph, loss = differentiable_operators.complete(_graph, _graph_backward, _loss)
 
 
 def _band_loss(
@@ -292,21 +287,6 @@ def _band_loss(
     if normalize:
         pull = torch.addcmul(pull, graph_sr, pull.sum(0), value=-1)
     return terms, pull
-
-
-def loss(
-    sr: Tensor,
-    gt: Tensor,
-    mask: Tensor,
-    settings: GraphSettings,
-    weights: tuple[float, float],
-    num_rows: float | Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, l1, kl) without ever holding a graph larger than a band; total is differentiable in sr."""
-    rows = mask.sum() if num_rows is None else torch.as_tensor(num_rows, device=sr.device)
-    with_gradient = sr.requires_grad and torch.is_grad_enabled()
-    total, l1, kl, _ = _loss(sr, gt, mask, rows, *settings, *weights, with_gradient)
-    return total, l1.detach(), kl.detach()
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -92,7 +92,12 @@ def _settings(recipe: Recipe, steps: int, fingerprint: str) -> dict[str, Any]:
     """What a sample depends on."""
     chosen_by = {"sources", "degradation", "crop", "small_images"} | ({"mask"} if recipe.data.crop.kind == "edge_aware" else set())
     data = recipe.data.model_dump(mode="json", include=chosen_by)
-    own = {"seed": recipe.seed, "scale": recipe.scale, "crop_size": recipe.training.crop_size, "prompt": getattr(recipe.model, "prompt", "")}
+    own = {
+        "seed": recipe.seed,
+        "scale": recipe.scale,
+        "crop_size": recipe.training.crop_size,
+        "prompt": getattr(recipe.model, "prompt", ""),
+    }
     return {"model": fingerprint, "steps": steps, **own, **data}
 
 

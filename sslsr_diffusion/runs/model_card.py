@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from sslsr_diffusion import __version__
-from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.summary import markdown_table
 from sslsr_diffusion.hub import is_hub_id
 from sslsr_diffusion.shipped_model import SMALL, shipped_folder
@@ -74,7 +73,7 @@ def model_card(
         base_revision=base_revision if base_revision and re.fullmatch(r"[\w.-]+", base_revision) else None,
         loss_names=_loss_names(recipe),
         scale=recipe.get("scale", 4),
-        table=markdown_table(_summary(({"bicubic": bicubic} if bicubic else {}) | {"this model": values})) if values else None,
+        table=markdown_table(({"bicubic": bicubic} if bicubic else {}) | {"this model": values}) if values else None,
         step=(metrics or {}).get("step"),
         pictures=[{"alt": Path(path).stem, "path": path.replace(" ", "%20")} for path in pictures],
         recipe=yaml.safe_dump(scrub({k: v for k, v in recipe.items() if k != "output"}), sort_keys=False, allow_unicode=True).replace(
@@ -108,24 +107,6 @@ def _metrics(row: Mapping[str, Any], prefix: str = "validation/") -> dict[str, f
     chosen = {str(name).removeprefix(prefix): value for name, value in row.items() if str(name).startswith(prefix) and name != "step"}
     numbers = {name: float(value) for name, value in chosen.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
-
-
-def _summary(columns: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Rows of the card's table by model, in the form that the tables of `evaluation` take; a value that is missing is nan."""
-    metrics: dict[str, Any] = {}
-    for name, metric in METRICS.items():
-        means = {column: row[name] for column, row in columns.items() if name in row}
-        if not means:
-            continue
-        best = (max if metric.higher_is_better else min)(means.values())
-        metrics[name] = {
-            "label": metric.label,
-            "higher_is_better": metric.higher_is_better,
-            "digits": metric.digits,
-            "columns": {column: {"mean": means.get(column, math.nan)} for column in columns},
-            "best": [column for column, mean in means.items() if mean == best] if len(columns) > 1 else [],
-        }
-    return {"columns": list(columns), "metrics": metrics}
 
 
 def _metadata(repo_id: str, base: str | None, licence: str, metrics: Mapping[str, float]) -> dict[str, Any]:

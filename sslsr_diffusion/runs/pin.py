@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sslsr_diffusion.hub import Kind, commit_of, is_hub_id
 from sslsr_diffusion.runs.recipe import Recipe, resolved
 from sslsr_diffusion.training.checkpoints import STATE
-from sslsr_diffusion.hub import Kind, commit_of, is_hub_id
 
 log = logging.getLogger(__name__)
 

@@ -35,7 +35,9 @@ class Recipe(Settings):
 
     seed: int = Field(42, ge=0, lt=2**63, description="Everything random follows from it and the global sample index.")
     scale: int = Field(4, ge=1, le=8, description="Enlargement: HR side / LR side.")
-    model: ModelEntry = Field(default_factory=FAMILIES["stablesr"].settings, description="The family of networks, and where they come from.")
+    model: ModelEntry = Field(
+        default_factory=FAMILIES["stablesr"].settings, description="The family of networks, and where they come from."
+    )
     task: TaskEntry = Field(default_factory=DiffusionTaskSettings, description="What trains, and from what.")
     data: DataSettings = Field(description="Training pictures, degradation, edge mask, held-out pictures.")
     losses: list[LossEntry] = Field(min_length=1, description="Terms of the objective; each name once.")

@@ -66,9 +66,7 @@ def train(
     recipe = pinned(recipe, checkpoint)
     try:
         job = build_job(recipe, publisher=_publisher(recipe) if main else None)
-        return train_job(
-            job, resume=str(checkpoint) if checkpoint else None, allow_recipe_change=allow_recipe_change, on_event=on_event
-        )
+        return train_job(job, resume=str(checkpoint) if checkpoint else None, allow_recipe_change=allow_recipe_change, on_event=on_event)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

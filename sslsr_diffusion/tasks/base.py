@@ -30,9 +30,8 @@ class BaseTask(DiffusionTask):
 
     settings: ClassVar[type[TaskSettings]] = BaseTaskSettings
     makes_upscaler: ClassVar[bool] = False
-    reads_latents: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"pred"})
-    label = "denoised"
+    label: ClassVar[str] = "denoised"
 
     def __init__(self, networks: LatentNetworks, *, seed: int, sampling_steps: int = 20) -> None:
         super().__init__(networks, seed=seed)

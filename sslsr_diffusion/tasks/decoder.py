@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,10 +17,10 @@ from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.seeding import derive_seed
-from sslsr_diffusion.tasks.diffusion import call_defaults, restored
+from sslsr_diffusion.tasks.diffusion import call_defaults
 from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
 from sslsr_diffusion.tasks.pixels import all_pixels, upsampled
-from sslsr_diffusion.tasks.task import Draws, per_sample_noise
+from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise
 from sslsr_diffusion.types import Batch, Outputs
 
 
@@ -38,14 +37,13 @@ class DecoderTaskSettings(TaskSettings):
     inference: CallSettings = Field(CallSettings(), description="How the upscaler is called in validation and by default.")
 
 
-class DecoderTask:
+class DecoderTask(TaskBase):
     """sr = decode(latents);  `fused` (StableSR stage 2): sr = decode(latents, features(bicubic(lr))), and only the fusion layers learn"""
 
+    networks: StableSRNetworks
     settings: ClassVar[type[TaskSettings]] = DecoderTaskSettings
-    makes_upscaler: ClassVar[bool] = True
     reads_latents: ClassVar[bool] = True
     gives: ClassVar[frozenset[str]] = frozenset({"sr"})
-    label = "prediction"
 
     def __init__(
         self,
@@ -78,9 +76,6 @@ class DecoderTask:
         restorer = restorer_of(networks, frame.family, scale=frame.scale, **call_defaults(settings.inference))
         return cls(networks, seed=frame.seed, synthesize=synthesize, fused=fused, restorer=restorer)
 
-    def to(self, device: torch.device) -> None:
-        self.networks.to(device)
-
     def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
         noise = per_sample_noise(self.seed, batch.index.tolist(), "posterior_lr", self.networks.codec.noise_shape(batch.hr)[1:])
         return Draws(all_pixels(batch), {"posterior_lr": noise.to(batch.hr.device)})
@@ -99,14 +94,6 @@ class DecoderTask:
                 "make them again with `sslsr prepare cfw` and the model that is trained."
             )
         return Outputs(**vars(draws.given), sr=module(latents, features).float())
-
-    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
-        assert self.restorer is not None
-        return restored(self.restorer, lr, seed)
-
-    def save(self, folder: Path) -> None:
-        assert self.restorer is not None
-        self.restorer.save(folder)
 
 
 def _check_upscaler(networks: StableSRNetworks, settings: DecoderTaskSettings, fused: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -19,7 +18,7 @@ from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.seeding import sample_generator
 from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
 from sslsr_diffusion.tasks.pixels import choose_pixels, upsampled
-from sslsr_diffusion.tasks.task import Draws, per_sample_noise
+from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise
 from sslsr_diffusion.types import Batch, Given, Outputs
 
 
@@ -65,7 +64,7 @@ class DiffusionTaskSettings(TaskSettings):
         return crop_size if self.decode_crop is None else min(crop_size, self.decode_crop * 4)
 
 
-class DiffusionTask:
+class DiffusionTask(TaskBase):
     """z0, z_lr = encode(hr), encode(bicubic(lr));  zt = add_noise(z0, n, t)
     pred = denoiser(zt, t, (z_lr, text));  sr = decode(x0 of pred)
 
@@ -73,11 +72,9 @@ class DiffusionTask:
     zt = add_noise(z_lr, n, t), and the noise that would lead there from z0 takes n's place in the target.
     """
 
+    networks: LatentNetworks
     settings: ClassVar[type[TaskSettings]] = DiffusionTaskSettings
-    makes_upscaler: ClassVar[bool] = True
-    reads_latents: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr"})
-    label = "prediction"
 
     def __init__(
         self,
@@ -133,9 +130,6 @@ class DiffusionTask:
             restorer=restorer_of(networks, frame.family, scale=frame.scale, **call_defaults(settings.inference)),
         )
 
-    def to(self, device: torch.device) -> None:
-        self.networks.to(device)
-
     def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
         indices, device = batch.index.tolist(), batch.hr.device
         process, codec = self.networks.process, self.networks.codec
@@ -174,22 +168,8 @@ class DiffusionTask:
             return self.networks.codec.decode(z0).float()
         return draws.windows.cut_interior(self.networks.codec.decode(draws.windows.cut_latents(z0)).float(), self.networks.codec.scale)
 
-    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
-        assert self.restorer is not None
-        return restored(self.restorer, lr, seed)
-
-    def save(self, folder: Path) -> None:
-        assert self.restorer is not None
-        self.restorer.save(folder)
-
 
 def call_defaults(settings: CallSettings) -> dict[str, Any]:
     """What the restorer takes where a call names nothing; a None is left to the base."""
     named = {"num_inference_steps": settings.steps, "detail": settings.detail, "antiring": settings.antiring}
     return {name: value for name, value in named.items() if value is not None}
-
-
-def restored(restorer: Restorer, lr: Tensor, seed: int) -> Tensor:
-    """[1, 3, h, w] in [0, 1] -> [1, 3, H, W] in [0, 1]; smaller tiles take over where memory runs out."""
-    images: Tensor = restorer(lr, generator=torch.Generator().manual_seed(seed), output_type="pt").images
-    return images

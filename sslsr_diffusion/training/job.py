@@ -48,7 +48,7 @@ class Job:
     checkpoints: CheckpointSettings
     output: OutputSettings
     open_data: Callable[[int, int, dict[str, Any] | None, torch.device], Loader]  # rank, world_size, state, device
-    export: Callable[[Path, Path], Any]  # checkpoint folder, result folder: what `task.save` writes, from a checkpoint, on a CPU
+    export: Callable[[Path, Path], object]  # checkpoint folder, result folder: what `task.save` writes, from a checkpoint, on a CPU
     recipe: dict[str, Any]  # resolved, kept in the run folder and in every checkpoint
     seed: int = 0
     base: dict[str, Any] = field(default_factory=dict)  # id and revision of what was fine-tuned

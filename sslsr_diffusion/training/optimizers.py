@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from sslsr_diffusion.errors import MissingDependency
 from sslsr_diffusion.training.settings import EMASettings, OptimizerSettings, ScheduleSettings
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 
 def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -27,7 +31,7 @@ def _adamw8bit(parameters: list[nn.Parameter], settings: OptimizerSettings) -> t
     return AdamW8bit(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, eps=settings.eps)
 
 
-def build_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+def build_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
     """diffusers' schedule of that name over the whole run."""
     from diffusers.optimization import get_scheduler
 
@@ -35,7 +39,7 @@ def build_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer,
     return get_scheduler(kind, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=steps)
 
 
-def build_ema(settings: EMASettings | None, parameters: Iterable[nn.Parameter]) -> Any:
+def build_ema(settings: EMASettings | None, parameters: Iterable[nn.Parameter]) -> EMAModel | None:
     """diffusers' EMAModel over the trained parameters, or None."""
     if settings is None:
         return None
@@ -46,7 +50,7 @@ def build_ema(settings: EMASettings | None, parameters: Iterable[nn.Parameter]) 
 
 
 @contextmanager
-def averaged(ema: Any, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def averaged(ema: EMAModel | None, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inside, the parameters hold their moving average; afterwards what they held before, bit for bit."""
     if ema is None:
         yield

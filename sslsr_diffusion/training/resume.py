@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.state import Progress
 
@@ -24,6 +23,7 @@ CHANGEABLE = (
     "training.tf32",
     "training.gradient_checkpointing",
     "training.channels_last",
+    "task.inference",
     "validation",
     "checkpoints",
     "output",
@@ -36,11 +36,9 @@ CHANGEABLE = (
 
 # Changing these makes another number of the metric that chooses best/.
 MEASURED_BY = (
+    "task.inference",
     "validation.best",
     "validation.size",
-    "validation.steps",
-    "validation.detail",
-    "validation.antiring",
     "validation.limit",
     "validation.seed",
     "data.validation",
@@ -62,23 +60,13 @@ def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, A
     return {} if before == now else {path: (before, now)}
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The differences between two recipes that mean something: a `detail` or `antiring` left out is the one that pipelines have."""
-    found = differences(before, now)
-    for key, default in CALL_DEFAULTS.items():
-        pair = found.get(f"validation.{key}", ())
-        if pair and all(value in (None, default) for value in pair):
-            del found[f"validation.{key}"]
-    return found
-
-
 def check_same_recipe(state: Mapping[str, Any], recipe: Mapping[str, Any], world_size: int, *, allow: bool) -> None:
     """List what changed since the checkpoint and refuse what cannot be continued.
 
     Raises:
         UserError: a change would make the run something else than a continuation, and `allow` is False.
     """
-    found = changes(state["recipe"], recipe)
+    found = differences(state["recipe"], recipe)
     if _samples_per_step(state["recipe"], state["world_size"]) == _samples_per_step(recipe, world_size):
         found.pop("training.batch_size", None)
         found.pop("training.accumulate", None)
@@ -116,7 +104,7 @@ def agree_on_best(progress: Progress, best: Path, recipe: Mapping[str, Any]) -> 
     try:
         state = read_checkpoint(best).state
         value, step = float(state["progress"]["best"]), int(state["progress"]["step"])
-        changed = [key for key in changes(state["recipe"], recipe) if _under(key, MEASURED_BY)]
+        changed = [key for key in differences(state["recipe"], recipe) if _under(key, MEASURED_BY)]
     except (UserError, KeyError, TypeError, ValueError) as error:
         logger.warning("the best weights so far cannot be used (%s); the next validation chooses anew", error)
         progress.best = progress.best_step = None

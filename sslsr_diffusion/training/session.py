@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from sslsr_diffusion.training.zero2 import Zero2Engine
 from sslsr_diffusion.types import Batch
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SPIKE_AFTER = 20  # steps before the running mean of the loss means anything
 
@@ -171,7 +172,7 @@ class Session:
         """Inside, the networks hold the weights that are validated and published."""
         return averaged(self.ema, self.parameters.values())
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Sequence[T]) -> list[T]:
         """Lists of all processes, joined."""
         if self.world_size == 1:
             return list(value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._reason: str | None = None
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
         self._parent = _PARENT_AT_START if any(name in os.environ for name in _LAUNCHED) else None
 
     def __enter__(self) -> StopRequest:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
 from pathlib import PurePath
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,16 @@ class ValidationResult:
     captions: list[list[str]]
 
 
+class _Measured(NamedTuple):
+    """One picture of a pass; `pictures` and `captions` are empty where the grid does not show it."""
+
+    position: int
+    values: dict[str, float]
+    bicubic: dict[str, float]
+    pictures: list[Tensor]
+    captions: list[str]
+
+
 @torch.no_grad()
 def validate(
     validation: Validation,
@@ -65,7 +75,7 @@ def validate(
     *,
     rank: int = 0,
     world_size: int = 1,
-    gather: Callable[[Any], list[Any]] | None = None,
+    gather: Callable[[list[_Measured]], list[_Measured]] = lambda found: found,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> ValidationResult | None:
     """Let the task restore this process's share of the pictures and measure them; every process returns the same means, None when stopped.
@@ -75,35 +85,32 @@ def validate(
     All processes restore the same number of pictures (sharded networks need everyone in every forward), so the last share
     may repeat a picture; repeats are not counted.
     """
-    pairs, found = validation.pairs, []
+    pairs = validation.pairs
+    found: list[_Measured] = []
     for turn in range(-(-len(pairs) // world_size)):
         position = turn * world_size + rank
         if should_stop() and world_size == 1:
             return None
         pair = pairs[min(position, len(pairs) - 1)]
         try:
-            entry = _measure(validation, task, pair, position)
+            measured = _measure(validation, task, pair, position)
         except NotEnoughMemory as error:  # measuring is not worth the run
             logger.warning("validation: %s is left out: %s", pair.name, error)
             continue
         if position < len(pairs):
-            found.append((position, *entry))
-    everything = sorted((gather(found) if gather else found), key=lambda e: e[0])
+            found.append(measured)
+    everything = sorted(gather(found), key=lambda measured: measured.position)
     if not everything:
         return None
-    names = list(validation.metrics)
-    mean: list[dict[str, float]] = [{}, {}]
-    for name in names:
-        both = [(e[1][name], e[2][name]) for e in everything if not (isnan(e[1][name]) or isnan(e[2][name]))]
-        for side in (0, 1):
-            mean[side][name] = sum(pair[side] for pair in both) / len(both) if both else nan
-    shown = [e for e in everything if e[3]]
-    return ValidationResult(mean[0], mean[1], [e[3] for e in shown], [e[4] for e in shown])
+    values, bicubic = {}, {}
+    for name in validation.metrics:
+        both = [(m.values[name], m.bicubic[name]) for m in everything if not (isnan(m.values[name]) or isnan(m.bicubic[name]))]
+        values[name], bicubic[name] = (sum(side) / len(both) for side in zip(*both)) if both else (nan, nan)
+    shown = [measured for measured in everything if measured.pictures]
+    return ValidationResult(values, bicubic, [m.pictures for m in shown], [m.captions for m in shown])
 
 
-def _measure(
-    validation: Validation, task: Task, pair: Pair, position: int
-) -> tuple[dict[str, float], dict[str, float], list[Tensor], list[str]]:
+def _measure(validation: Validation, task: Task, pair: Pair, position: int) -> _Measured:
     settings = validation.settings
     lr, hr = pair.lr[None], pair.hr[None]
     with torch.random.fork_rng(devices=[]):  # measuring must not change what training draws next
@@ -111,11 +118,11 @@ def _measure(
     bicubic = resize_bicubic(lr, size=(hr.shape[-2], hr.shape[-1])).clamp(0, 1)
     values, baseline = (_values(validation, pair.name, picture, hr) for picture in (restored, bicubic))
     if position >= settings.pictures:
-        return values, baseline, [], []
+        return _Measured(position, values, baseline, [], [])
     first = next(iter(values), None)
     notes = ["", ""] if first is None else [f" {first} {side[first]:.2f}" for side in (baseline, values)]
     captions = [f"LR bicubic{notes[0]}", f"{task.label}{notes[1]}", f"ground truth {PurePath(pair.name).name}"]
-    return values, baseline, [bicubic[0], restored[0], hr[0]], captions
+    return _Measured(position, values, baseline, [bicubic[0], restored[0], hr[0]], captions)
 
 
 def _values(validation: Validation, name: str, picture: Tensor, hr: Tensor) -> dict[str, float]:

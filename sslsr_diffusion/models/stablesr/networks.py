@@ -175,4 +175,4 @@ class AutoencoderNetworks(Networks):
 def _on_meta(network: Any) -> Any:
     network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
     with torch.device("meta"):
-        return type(network).from_config(network.config).to(network.dtype)
+        return nn.Module.to(type(network).from_config(network.config), network.dtype)  # not diffusers' own to(), which warns

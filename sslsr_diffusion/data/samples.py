@@ -16,9 +16,8 @@ from sslsr_diffusion.data.degradation import Degradation
 from sslsr_diffusion.data.draws import Op
 from sslsr_diffusion.data.masks import MaskFiles, cap, make_mask
 from sslsr_diffusion.data.retries import BadPictures, patiently
-from sslsr_diffusion.data.rows import Item
 from sslsr_diffusion.data.settings import DataSettings
-from sslsr_diffusion.data.sources import IndexedSource
+from sslsr_diffusion.data.sources import IndexedSource, Item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import printable, read_image, to_tensor
 from sslsr_diffusion.seeding import derive_seed, sample_generator

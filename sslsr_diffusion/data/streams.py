@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TypedDict, TypeGuard
 
 import torch
 
-from sslsr_diffusion.data.rows import Columns, Item, Row, load_rows, reason, row_item
 from sslsr_diffusion.data.settings import RowSource, Source
+from sslsr_diffusion.data.sources import Columns, Item, Row, load_rows, reason, row_item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.seeding import derive_seed
 

@@ -12,7 +12,7 @@ from typing import TypedDict, cast
 
 import torch
 
-from sslsr_diffusion.data.opencv import opencv
+from sslsr_diffusion.data.filters import opencv
 from sslsr_diffusion.data.sample_order import PairPool, SourceOrder
 from sslsr_diffusion.data.samples import Made, Request, Sample, SampleMaker
 from sslsr_diffusion.data.settings import DataSettings

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sslsr_diffusion.data.degradation import Degradation
 from sslsr_diffusion.data.loader import check_sizes
-from sslsr_diffusion.data.retries import patiently
-from sslsr_diffusion.data.samples import check_pair
+from sslsr_diffusion.data.samples import check_pair, patiently
 from sslsr_diffusion.data.settings import DataSettings
 from sslsr_diffusion.data.sources import IndexedSource, open_source
 from sslsr_diffusion.errors import UserError

@@ -11,9 +11,9 @@ _HOME = {
     "Degradation": "degradation",
     "DegradationSettings": "degradation",
     "TrainingLoader": "loader",
-    "ValidationPair": "validation",
+    "ValidationPair": "loader",
     "open_training_data": "loader",
-    "open_validation_pairs": "validation",
+    "open_validation_pairs": "loader",
 }
 
 __all__ = [
@@ -29,9 +29,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sslsr_diffusion.data.degradation import DEGRADATIONS, Degradation, DegradationSettings
-    from sslsr_diffusion.data.loader import TrainingLoader, open_training_data
+    from sslsr_diffusion.data.loader import TrainingLoader, ValidationPair, open_training_data, open_validation_pairs
     from sslsr_diffusion.data.settings import DataSettings
-    from sslsr_diffusion.data.validation import ValidationPair, open_validation_pairs
 
 
 def __getattr__(name: str) -> object:

@@ -103,11 +103,11 @@ class SampleMaker:
         What ends the training is returned, not raised: DataLoader would put the worker's traceback into its sentence.
         """
         try:
-            return self._batch(requests)
+            return self.batch(requests)
         except UserError as error:
             return error
 
-    def _batch(self, requests: Sequence[Request]) -> Made:
+    def batch(self, requests: Sequence[Request]) -> Made:
         """A stream cannot be asked again, so its bad items are replaced by others of the same batch, cropped anew."""
         problems: list[str] = []
         samples = [self._from_index(r, problems) if r.item is None else self._from_item(r, r.item, problems) for r in requests]

@@ -1,4 +1,4 @@
-"""Where pictures come from. An indexed source knows its length and reads any item; `streams.py` has those that only go forward.
+"""Where pictures come from. An indexed source knows its length and reads any item; `sample_order.py` has streams, which only go forward.
 
 Of hub, parquet and webdataset sources what is sound is opened, pictures stay encoded, and names stay with them.
 """

@@ -129,10 +129,6 @@ class StableSRNetworks(LatentNetworks):
         self.codec.requires_grad_(False)
         return self.denoiser.set_trainable(which)
 
-    def fuse_decoder(self, codec: Codec) -> None:
-        """Put a CFW autoencoder in the plain one's place."""
-        self.codec = codec
-
     def check_fit(self) -> None:
         """Raises UserError unless denoiser, structural encoder and autoencoder belong together."""
         unet, encoder = self.denoiser.unet, self.denoiser.structural_encoder

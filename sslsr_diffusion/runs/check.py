@@ -185,7 +185,7 @@ def _metrics(recipe: Recipe) -> Check | None:
 
 
 def _trackers(recipe: Recipe) -> Check | None:
-    from sslsr_diffusion.training.preflight import check_trackers
+    from sslsr_diffusion.training.processes import check_trackers
 
     try:
         check_trackers(recipe.output.trackers)
@@ -239,7 +239,7 @@ def _one_line(error: UserError) -> str:
 
 def _published_state(where: str) -> Check:
     """Whether a repository of the hub holds the state of a run; nothing is downloaded."""
-    from sslsr_diffusion.training.published import published_step
+    from sslsr_diffusion.training.checkpoints import published_step
 
     name, revision = hub.split_id(where)
     try:

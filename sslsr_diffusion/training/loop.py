@@ -1,7 +1,5 @@
 """The training loop: build everything, load, then step, report, save, validate, until done or asked to stop."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable
@@ -11,16 +9,13 @@ from typing import Any
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training.checkpoints import find_checkpoint, latest_checkpoint, read_checkpoint
-from sslsr_diffusion.training.events import Event, Finished, StepDone, Validated
-from sslsr_diffusion.training.job import Job, Run, TrainResult
+from sslsr_diffusion.training.job import Event, Finished, Job, Run, StepDone, TrainResult, Validated
 from sslsr_diffusion.training.outputs import keep_best, save_checkpoint, write_result
-from sslsr_diffusion.training.preflight import check_precision, check_trackers
-from sslsr_diffusion.training.process_failure import lost_process_explained
+from sslsr_diffusion.training.processes import StopRequest, check_precision, check_trackers, lost_process_explained
 from sslsr_diffusion.training.reporting import Reporter
 from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.session import Session, StepReport
-from sslsr_diffusion.training.stop import StopRequest
 from sslsr_diffusion.training.validation import Validation, validate
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,5 @@
 """What a run leaves behind: checkpoints, the best weights, the result. All processes call; the main one writes."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import shutil
@@ -12,9 +10,8 @@ import torch
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import TEMPORARY, atomic_folder, disk_errors
 from sslsr_diffusion.training.checkpoints import MANIFEST, prune_checkpoints, read_checkpoint, write_checkpoint
-from sslsr_diffusion.training.events import CheckpointWritten
-from sslsr_diffusion.training.job import Run
-from sslsr_diffusion.training.plots import plot_losses
+from sslsr_diffusion.training.job import CheckpointWritten, Run
+from sslsr_diffusion.training.reporting import plot_losses
 from sslsr_diffusion.training.state import full_tensor, load_trained
 
 logger = logging.getLogger(__name__)

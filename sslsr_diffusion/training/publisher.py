@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sslsr_diffusion.hub import Repository, without_tokens
-from sslsr_diffusion.training.published import MANIFEST, STATE
+from sslsr_diffusion.hub import STATE, Repository, without_tokens
 
 log = logging.getLogger(__name__)
+
+MANIFEST = "sslsr.json"  # which files of a repository are ours, so that only ours are ever deleted
 
 
 @dataclass

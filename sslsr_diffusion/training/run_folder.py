@@ -1,7 +1,5 @@
 """A run folder that explains itself: resolved recipe, versions, log, history, checkpoints, pictures, pipeline."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

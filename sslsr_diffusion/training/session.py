@@ -1,7 +1,5 @@
 """The live objects of a run: accelerator, engine, schedule, average, counters. All processes call every method."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Sequence
@@ -16,10 +14,9 @@ from sslsr_diffusion.losses import Loss
 from sslsr_diffusion.losses.base import Learner
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.task import Draws, Task, apply_losses
-from sslsr_diffusion.training.accelerator import distribution, make_accelerator
 from sslsr_diffusion.training.checkpoints import Checkpoint
-from sslsr_diffusion.training.engines import Engine, PlainEngine
-from sslsr_diffusion.training.optimizers import OPTIMIZERS, averaged, build_ema, build_schedule
+from sslsr_diffusion.training.engines import Engine, Zero2Engine, distribution, make_accelerator
+from sslsr_diffusion.training.optimizers import averaged, build_ema, build_optimizer, build_schedule
 from sslsr_diffusion.training.settings import TrainingSettings
 from sslsr_diffusion.training.state import (
     AutoWeight,
@@ -33,7 +30,6 @@ from sslsr_diffusion.training.state import (
     set_rng_state,
     trained_parameters,
 )
-from sslsr_diffusion.training.zero2 import Zero2Engine
 from sslsr_diffusion.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -76,9 +72,9 @@ class Session:
         seed_everything(derive_seed(seed, "global", self.rank))
         task.to(self.device)
         task.module.train()
-        optimizer = OPTIMIZERS[settings.optimizer.kind](list(trained_parameters(task.module).values()), settings.optimizer)
-        engine = Zero2Engine if kind == "DEEPSPEED" else PlainEngine
-        self.engine: Engine = engine(self.accelerator, task.module, optimizer, settings)
+        optimizer = build_optimizer(settings.optimizer, trained_parameters(task.module).values())
+        engine = Zero2Engine if kind == "DEEPSPEED" else Engine
+        self.engine = engine(self.accelerator, task.module, optimizer, settings)
         self.parameters = self.engine.parameters
         self.schedule = build_schedule(settings.schedule, self.engine.optimizer, settings.steps)
         self.ema = build_ema(settings.ema, self.parameters.values())

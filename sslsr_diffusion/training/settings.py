@@ -1,7 +1,5 @@
 """The sections of a recipe that belong to the loop: training, validation, checkpoints, output."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field

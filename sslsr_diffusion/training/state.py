@@ -1,7 +1,5 @@
 """What a resume needs besides the frozen networks: counters, tensors and random streams, out of the live objects and back in."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field

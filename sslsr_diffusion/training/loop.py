@@ -31,8 +31,7 @@ def train_job(
         on_event: gets what happens as it happens, on the main process; what it raises ends the run and comes out here.
 
     Raises:
-        UserError: the checkpoint does not fit, the numbers went wrong too often (a checkpoint is left behind), or another
-            process of the run is gone.
+        UserError: the checkpoint does not fit, the numbers went wrong too often (a checkpoint is left behind), or a process is gone.
     """
     settings, folder = job.training, RunFolder(Path(job.output.dir))
     check_trackers(job.output.trackers)
@@ -126,7 +125,7 @@ def _catch_up(run: Run) -> None:
     step = run.session.progress.step
     if step >= run.job.training.steps and run.session.main and run.job.publisher is not None and run.job.output.push_state:
         run.job.publisher.checkpoint(run.folder.path / f"checkpoint-{step}")
-    if any(run.session.gather([run.session.main and not run.folder.validated(step)])):
+    if any(run.session.gather([run.session.main and all(row["step"] != step for row in run.folder.validations())])):
         _validate_if_due(run)
 
 

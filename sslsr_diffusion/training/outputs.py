@@ -108,6 +108,6 @@ def _card(run: Run, step: int) -> dict[str, Path | bytes]:
     """The model card, with the numbers and sample pictures of the newest validation pass up to the published step."""
     if run.job.card is None:
         return {}
-    measured = [row for row in run.folder.history() if row["step"] <= step and any(key.startswith("validation/") for key in row)]
+    measured = [row for row in run.folder.validations() if row["step"] <= step]
     pictures = [picture for picture in sorted(run.folder.pictures.glob("step-*.png")) if int(picture.stem.removeprefix("step-")) <= step]
     return run.job.card(measured[-1] if measured else {}, pictures[-1:])

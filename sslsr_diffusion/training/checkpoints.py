@@ -97,11 +97,11 @@ def find_checkpoint(where: str, run: Path) -> Path:
     if where != "latest" and (folder / MANIFEST).is_file():
         return folder
     found = latest_checkpoint(folder)
-    if found is None and hub.is_hub_id(where, revision=True):
+    if found is not None:
+        return found
+    if hub.is_hub_id(where, revision=True):
         return resolve_checkpoint_from_hub(where)
-    if found is None:
-        raise UserError(f"--resume {where}: no whole checkpoint in {folder}; leave --resume out to start from the beginning.")
-    return found
+    raise UserError(f"--resume {where}: no whole checkpoint in {folder}; leave --resume out to start from the beginning.")
 
 
 def published_step(files: Iterable[str]) -> int | None:

@@ -20,13 +20,7 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.training.settings import TrainingSettings
-from sslsr_diffusion.training.state import (
-    continued_group,
-    full_tensor,
-    load_optimizer_state_dict,
-    optimizer_state_dict,
-    trained_parameters,
-)
+from sslsr_diffusion.training.state import continued_group, full_tensor, load_optimizer_state_dict, optimizer_state_dict, trained_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -19,9 +19,8 @@ from sslsr_diffusion.runs.start import validation_metric
 from sslsr_diffusion.runs.task import build_task
 from sslsr_diffusion.shipped_model import local_folder
 from sslsr_diffusion.tasks.task import Task
-from sslsr_diffusion.training.checkpoints import find_checkpoint
-from sslsr_diffusion.training.preflight import check_trackers
-from sslsr_diffusion.training.published import published_step
+from sslsr_diffusion.training.checkpoints import find_checkpoint, published_step
+from sslsr_diffusion.training.processes import check_trackers
 from sslsr_diffusion.training.resume import check_same_recipe
 from sslsr_diffusion.training.run_folder import RunFolder
 

@@ -1,7 +1,5 @@
 """What a run leaves behind: checkpoints, the best weights, the result. All processes call; the main one writes."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import shutil
@@ -12,9 +10,8 @@ import torch
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import TEMPORARY, atomic_folder, disk_errors
 from sslsr_diffusion.training.checkpoints import MANIFEST, prune_checkpoints, read_checkpoint, write_checkpoint
-from sslsr_diffusion.training.events import CheckpointWritten
-from sslsr_diffusion.training.job import Run
-from sslsr_diffusion.training.plots import plot_losses
+from sslsr_diffusion.training.job import CheckpointWritten, Run
+from sslsr_diffusion.training.reporting import plot_losses
 from sslsr_diffusion.training.state import full_tensor, load_trained
 
 logger = logging.getLogger(__name__)
@@ -111,6 +108,6 @@ def _card(run: Run, step: int) -> dict[str, Path | bytes]:
     """The model card, with the numbers and sample pictures of the newest validation pass up to the published step."""
     if run.job.card is None:
         return {}
-    measured = [row for row in run.folder.history() if row["step"] <= step and any(key.startswith("validation/") for key in row)]
+    measured = [row for row in run.folder.validations() if row["step"] <= step]
     pictures = [picture for picture in sorted(run.folder.pictures.glob("step-*.png")) if int(picture.stem.removeprefix("step-")) <= step]
     return run.job.card(measured[-1] if measured else {}, pictures[-1:])

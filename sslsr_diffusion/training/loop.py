@@ -13,7 +13,7 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training.checkpoints import find_checkpoint, latest_checkpoint, read_checkpoint
 from sslsr_diffusion.training.events import Event, Finished, StepDone, Validated
 from sslsr_diffusion.training.job import Job, Run, TrainResult
-from sslsr_diffusion.training.outputs import keep_best, save_checkpoint, write_result
+from sslsr_diffusion.training.outputs import keep_best, publish_best, save_checkpoint, write_result
 from sslsr_diffusion.training.preflight import check_precision, check_trackers
 from sslsr_diffusion.training.process_failure import lost_process_explained
 from sslsr_diffusion.training.reporting import Reporter
@@ -165,12 +165,14 @@ def _validate(run: Run, validation: Validation) -> None:
             should_stop=lambda: run.stop.reason() is not None,
         )
         if result is not None:
-            run.reporter.validated(result)
             value = result.values.get(name)
             if value is not None and isnan(value):
                 logger.warning("validation.best: %s has no number for any held-out picture, so these weights cannot become the best", name)
             best = value is not None and validation.better(value, progress.best) and keep_best(run, value)
             if best:
                 progress.best, progress.best_step = value, progress.step  # only now: the record never names weights that are not there
+            run.reporter.validated(result)  # after best/: what is in the history is not done again when the run goes on
+            if best:
+                publish_best(run)
             run.tell(Validated(progress.step, job.training.steps, result.values, result.bicubic, best))
     job.task.module.train()

@@ -10,7 +10,7 @@ from typing import Any
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training.checkpoints import find_checkpoint, latest_checkpoint, read_checkpoint
 from sslsr_diffusion.training.job import Event, Finished, Job, Run, StepDone, TrainResult, Validated
-from sslsr_diffusion.training.outputs import keep_best, save_checkpoint, write_result
+from sslsr_diffusion.training.outputs import keep_best, publish_best, save_checkpoint, write_result
 from sslsr_diffusion.training.processes import StopRequest, check_precision, check_trackers, lost_process_explained
 from sslsr_diffusion.training.reporting import Reporter
 from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state
@@ -159,12 +159,14 @@ def _validate(run: Run, validation: Validation) -> None:
             should_stop=lambda: run.stop.reason() is not None,
         )
         if result is not None:
-            run.reporter.validated(result)
             value = result.values.get(name)
             if value is not None and isnan(value):
                 logger.warning("validation.best: %s has no number for any held-out picture, so these weights cannot become the best", name)
             best = value is not None and validation.better(value, progress.best) and keep_best(run, value)
             if best:
                 progress.best, progress.best_step = value, progress.step  # only now: the record never names weights that are not there
+            run.reporter.validated(result)  # after best/: what is in the history is not done again when the run goes on
+            if best:
+                publish_best(run)
             run.tell(Validated(progress.step, job.training.steps, result.values, result.bicubic, best))
     job.task.module.train()

@@ -45,7 +45,7 @@ def save_checkpoint(run: Run) -> None:
 
 
 def keep_best(run: Run, value: float) -> bool:
-    """Write best/ and offer it to the hub; whether it is on disk, the same answer on all processes."""
+    """Write best/; whether it is on disk, the same answer on all processes."""
     job, session, folder = run.job, run.session, run.folder
     tensors = {name: full_tensor(parameter) for name, parameter in session.parameters.items()}
     step, errors = session.progress.step, []
@@ -56,9 +56,13 @@ def keep_best(run: Run, value: float) -> bool:
         except OSError as error:
             logger.warning("the best weights could not be kept: %s", error)
             errors.append(str(error))
-    if session.gather(errors):
-        return False
-    if session.main and job.publisher is not None:
+    return not session.gather(errors)
+
+
+def publish_best(run: Run) -> None:
+    """Offer the weights that have just become the best to the hub, with what validation says of them."""
+    job, folder, step = run.job, run.folder, run.session.progress.step
+    if run.session.main and job.publisher is not None:
         target = folder.path / f"{TEMPORARY}publish"  # the publisher links the files, so the folder may go at once
         try:
             target.mkdir()
@@ -68,7 +72,6 @@ def keep_best(run: Run, value: float) -> bool:
         except OSError as error:
             logger.warning("the best weights are kept, but could not be prepared for the hub: %s", error)
         shutil.rmtree(target, ignore_errors=True)
-    return True
 
 
 def write_result(run: Run) -> Path:

@@ -55,23 +55,6 @@ class TrainingSettings(Settings):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations of UNet and VAE decoder in the backward pass.")
     channels_last: bool = Field(False, description="Keep pictures and kernels pixel by pixel in memory: faster bf16 and fp16 convolutions.")
-    decode_crop: int | None = Field(
-        None, ge=4, description="Side in latent pixels of the random window that pixel losses decode; null: the whole crop."
-    )
-    sampler_steps: int | None = Field(
-        None,
-        ge=1,
-        le=1000,
-        description="Train only the timesteps above 0 that a sampler of so many steps visits (few-step models); null: all.",
-    )
-    start_timestep: int | None = Field(
-        None,
-        ge=1,
-        le=999,
-        description="One-step models (sampler_steps: 1): start at this timestep instead of the last, from the noised latents of the "
-        "low-resolution picture, in training as in sampling; null: train on the noised ground truth, as published.",
-    )
-    synthesis_steps: int = Field(20, ge=1, description="Stages cfw and decoder: sampling steps of the frozen upscaler per training sample.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm; null: never.")
     optimizer: OptimizerSettings = Field(OptimizerSettings(), description="The optimizer.")
     schedule: ScheduleSettings = Field(ScheduleSettings(), description="The learning-rate schedule.")
@@ -91,21 +74,6 @@ class ValidationSettings(Settings):
     every: int = Field(1000, ge=0, description="Optimizer steps between two validation passes; 0: only at the end.")
     limit: int = Field(8, ge=0, description="Held-out pictures per pass; 0: no validation at all.")
     size: int = Field(512, ge=16, description="Side of the held-out HR crop in pixels.")
-    steps: int = Field(20, ge=1, description="Sampling steps of the upscaler; the pipeline keeps the number as its default.")
-    detail: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Share of the model's picture in the result, the rest is bicubic; the pipeline keeps it as its default. "
-        "null: the base's default, or 1; on --resume what the run had.",
-    )
-    antiring: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="How much is taken back of what leaves the range of the low-resolution pixels nearby; the pipeline keeps it as its "
-        "default. null: the base's default, or 0; on --resume what the run had.",
-    )
     metrics: tuple[str, ...] = Field(("psnr", "ssim"), description="Names of metrics over the restored pictures.")
     best: str = Field("psnr", description="The metric that decides which weights are the best.")
     pictures: int = Field(4, ge=0, description="Rows of the picture grid.")

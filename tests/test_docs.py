@@ -231,10 +231,7 @@ def test_which_loss_goes_with_which_task():
         assert set(re.findall(r"`(\w+)`", cells[3])) == set(TASKS[kind].gives), kind
 
 
-WIDE = "architecture.md"  # holds whole files of code
-
-
-@pytest.mark.parametrize("page", [page for page in [*PAGES, "CHANGELOG.md"] if page != WIDE])
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
 def test_lines_fit_a_screen(page):
     """At most 120 columns outside tables, blocks of code and addresses."""
     text = PAGES.get(page) or (ROOT / page).read_text(encoding="utf-8")

@@ -16,10 +16,9 @@ import torch
 from data_samples import open_small, picture, same, settings, take
 from PIL import Image
 
-from sslsr_diffusion.data.rows import Columns, Item, row_item
+from sslsr_diffusion.data.sample_order import Stream
 from sslsr_diffusion.data.settings import ParquetSource
-from sslsr_diffusion.data.sources import open_source
-from sslsr_diffusion.data.streams import Stream
+from sslsr_diffusion.data.sources import Columns, Item, open_source, row_item
 from sslsr_diffusion.errors import UserError
 
 

@@ -187,8 +187,7 @@ def fit(
     """Estimate noise, JPEG quality and blur of your pictures, and write a degradation section for a recipe."""
     import yaml
 
-    from sslsr_diffusion.data.degradation_fit import degradation_section
-    from sslsr_diffusion.data.estimate import estimate
+    from sslsr_diffusion.data.estimate import degradation_section, estimate
     from sslsr_diffusion.errors import UserError
 
     paths = _listed(_input(place, lr_folder, "--lr-folder"))

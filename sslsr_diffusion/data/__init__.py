@@ -12,9 +12,9 @@ _HOME = {
     "Degradation": "sslsr_diffusion.data.degradation",
     "DegradationSettings": "sslsr_diffusion.data.degradation",
     "TrainingLoader": "sslsr_diffusion.data.loader",
-    "ValidationPair": "sslsr_diffusion.data.validation",
+    "ValidationPair": "sslsr_diffusion.data.loader",
     "open_training_data": "sslsr_diffusion.data.loader",
-    "open_validation_pairs": "sslsr_diffusion.data.validation",
+    "open_validation_pairs": "sslsr_diffusion.data.loader",
 }
 
 __all__ = [
@@ -30,8 +30,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sslsr_diffusion.data.degradation import DEGRADATIONS, Degradation, DegradationSettings
-    from sslsr_diffusion.data.loader import TrainingLoader, open_training_data
+    from sslsr_diffusion.data.loader import TrainingLoader, ValidationPair, open_training_data, open_validation_pairs
     from sslsr_diffusion.data.settings import DataSettings
-    from sslsr_diffusion.data.validation import ValidationPair, open_validation_pairs
 
 __getattr__, __dir__ = lazily(__name__, _HOME)

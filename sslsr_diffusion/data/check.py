@@ -15,15 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from sslsr_diffusion.config import parse
+from sslsr_diffusion.data.filters import opencv
 from sslsr_diffusion.data.masks import MaskFiles, make_mask
-from sslsr_diffusion.data.opencv import opencv
 from sslsr_diffusion.data.preparation import crop_places, process_pool
-from sslsr_diffusion.data.retries import patiently
-from sslsr_diffusion.data.rows import Columns, Item, load_rows, reason, row_item
-from sslsr_diffusion.data.samples import check_pair, check_whole, read_latents
+from sslsr_diffusion.data.sample_order import is_stream
+from sslsr_diffusion.data.samples import check_pair, check_whole, patiently, read_latents
 from sslsr_diffusion.data.settings import DataSettings, FolderSource, MaskSettings, RowSource, Source
-from sslsr_diffusion.data.sources import open_source
-from sslsr_diffusion.data.streams import is_stream
+from sslsr_diffusion.data.sources import Columns, Item, load_rows, open_source, reason, row_item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import IMAGE_SUFFIXES, list_images, printable, read_image, to_tensor
 from sslsr_diffusion.seeding import sample_generator

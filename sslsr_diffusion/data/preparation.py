@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from sslsr_diffusion.config import Settings
 from sslsr_diffusion.data.degradation import Degradation, DegradationSettings
-from sslsr_diffusion.data.opencv import opencv
+from sslsr_diffusion.data.filters import opencv
 from sslsr_diffusion.data.settings import MaskSettings
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import atomic_write

@@ -24,8 +24,7 @@ from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved, run_folde
 from sslsr_diffusion.runs.task import build_task
 from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import find_checkpoint
-from sslsr_diffusion.training.events import Event
-from sslsr_diffusion.training.job import Job, Publisher, TrainResult
+from sslsr_diffusion.training.job import Event, Job, Publisher, TrainResult
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.validation import Pair, Validation

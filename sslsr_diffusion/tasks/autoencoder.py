@@ -1,10 +1,8 @@
 """Task `autoencoder`: a VAE from scratch; no diffusion in it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -43,17 +41,13 @@ class AutoencoderTask(TaskBase):
     label: ClassVar[str] = "reconstruction"
 
     def __init__(self, networks: AutoencoderNetworks, *, seed: int, mean: bool = False, frame: Frame | None = None) -> None:
-        """
-        Args:
-            mean: save an encoder that gives the posterior's mean.
-            frame: gives the crops for the calibration.
-        """
+        """`mean`: save an encoder that gives the posterior's mean; `frame` gives the crops for the calibration."""
         self.networks, self.seed, self._mean, self._frame = networks, seed, mean, frame
         self.module: nn.Module = Autoencoder(networks.codec)
         self._reconstruct = Reconstruct(networks.codec)
 
     @classmethod
-    def build(cls, settings: AutoencoderTaskSettings, frame: Frame) -> AutoencoderTask:
+    def build(cls, settings: AutoencoderTaskSettings, frame: Frame) -> Self:
         networks = frame.build("autoencoder")
         assert isinstance(networks, AutoencoderNetworks)
         if settings.latents == "mean" and networks.codec.vae.quant_conv is None:

@@ -1,9 +1,7 @@
 """Task `decoder`: a decoder learns on what the frozen upscaler makes of lr, stored or sampled on the fly."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -61,13 +59,17 @@ class DecoderTask(TaskBase):
         self.seed, self.synthesize, self.fused = seed, synthesize, fused
 
     @classmethod
-    def build(cls, settings: DecoderTaskSettings, frame: Frame) -> DecoderTask:
+    def build(cls, settings: DecoderTaskSettings, frame: Frame) -> Self:
         networks = frame.build()
         assert isinstance(networks, StableSRNetworks)
         fused = settings.part == "fusion"
         _check_upscaler(networks, settings, fused)
         if fused and not networks.codec.has_fidelity:
-            networks.fuse_decoder(_fused(networks.codec, frame))
+            from sslsr_diffusion.models import AutoencoderKLCFW
+
+            with torch.random.fork_rng(devices=[]), torch.device("meta" if frame.meta else "cpu"):
+                torch.manual_seed(derive_seed(frame.seed, "cfw"))
+                networks.codec = Codec(AutoencoderKLCFW.from_autoencoder(networks.codec.vae))
             networks.economize(gradient_checkpointing=frame.gradient_checkpointing, channels_last=frame.channels_last)
 
         def synthesize(z_lr: Tensor, indices: list[int]) -> Tensor:
@@ -81,12 +83,9 @@ class DecoderTask(TaskBase):
         return Draws(all_pixels(batch), {"posterior_lr": noise.to(batch.hr.device)})
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
-        codec, noise, features = self.networks.codec, draws.noise["posterior_lr"], None
+        codec, seen = self.networks.codec, (upsampled(batch), draws.noise["posterior_lr"])
         with torch.no_grad():
-            if self.fused:
-                z_lr, features = codec.encode_with_features(upsampled(batch), noise)
-            else:
-                z_lr = codec.encode(upsampled(batch), noise)
+            z_lr, features = codec.encode_with_features(*seen) if self.fused else (codec.encode(*seen), None)
             latents = self.synthesize(z_lr.float(), batch.index.tolist()) if batch.latents is None else batch.latents
         if latents.shape != z_lr.shape:
             raise UserError(
@@ -108,14 +107,6 @@ def _check_upscaler(networks: StableSRNetworks, settings: DecoderTaskSettings, f
     for key, steps in (("task.synthesis_steps", settings.synthesis_steps), ("task.inference.steps", settings.inference.steps)):
         if steps != 1:
             raise UserError(f"{key}: {networks.base} is a one-step model; expected 1, got {steps}.")
-
-
-def _fused(codec: Codec, frame: Frame) -> Codec:
-    from sslsr_diffusion.models import AutoencoderKLCFW
-
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if frame.meta else "cpu"):
-        torch.manual_seed(derive_seed(frame.seed, "cfw"))
-        return Codec(AutoencoderKLCFW.from_autoencoder(codec.vae))
 
 
 class TrainedDecoder(nn.Module):

@@ -1,7 +1,5 @@
 """Task `diffusion`: a denoiser that is steered by the low-resolution picture, with pixel losses on its decoded x0."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -86,11 +84,7 @@ class DiffusionTask(TaskBase):
         from_lr: bool = False,
         restorer: Restorer | None = None,
     ) -> None:
-        """
-        Args:
-            timesteps: the noise levels to train, each drawn equally often; None: all.
-            restorer: around the same networks; what is validated and saved.
-        """
+        """`timesteps`: the noise levels to train, each drawn equally often; None: all."""
         self.networks = networks
         self.module: nn.Module = networks.denoiser
         self.seed, self.decode_crop, self.from_lr = seed, decode_crop, from_lr
@@ -98,12 +92,7 @@ class DiffusionTask(TaskBase):
         self.restorer = restorer
 
     @classmethod
-    def build(cls, settings: DiffusionTaskSettings, frame: Frame) -> DiffusionTask:
-        """The task of a recipe.
-
-        Raises:
-            UserError: its networks cannot be built, or do not go with the settings.
-        """
+    def build(cls, settings: DiffusionTaskSettings, frame: Frame) -> Self:
         networks = frame.build(train=settings.train)
         assert isinstance(networks, LatentNetworks)
         start = settings.start_timestep
@@ -164,9 +153,10 @@ class DiffusionTask(TaskBase):
             assert draws.given.hr is not None
             return draws.given.hr + 0 * z0.sum()
         z0 = z0[draws.given.decoded]
-        if draws.windows is None:
-            return self.networks.codec.decode(z0).float()
-        return draws.windows.cut_interior(self.networks.codec.decode(draws.windows.cut_latents(z0)).float(), self.networks.codec.scale)
+        codec, windows = self.networks.codec, draws.windows
+        if windows is None:
+            return codec.decode(z0).float()
+        return windows.cut_interior(codec.decode(windows.cut_latents(z0)).float(), codec.scale)
 
 
 def call_defaults(settings: CallSettings) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """Task `network`: a plain super-resolution network learns to enlarge pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 from torch import nn
@@ -38,7 +36,7 @@ class NetworkTask(TaskBase):
         self.module: nn.Module = networks
 
     @classmethod
-    def build(cls, settings: NetworkTaskSettings, frame: Frame) -> NetworkTask:
+    def build(cls, settings: NetworkTaskSettings, frame: Frame) -> Self:
         networks = frame.build(train=settings.train)
         assert isinstance(networks, PixelNetworks)
         check_scale(frame.scale, networks)

@@ -1,11 +1,9 @@
 """What a task is to the loop: one trained module, what is drawn, one forward, one picture restored, one result saved."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ class Draws:
     noise: dict[str, Tensor] = field(default_factory=dict)
     windows: Windows | None = None
 
-    def to(self, device: torch.device | str) -> Draws:
+    def to(self, device: torch.device | str) -> Self:
         """The tensors on a device; windows are read on the CPU."""
         return replace(self, given=self.given.to(device), noise={name: value.to(device) for name, value in self.noise.items()})
 

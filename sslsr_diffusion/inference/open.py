@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,13 @@ def open_model(
     try:
         placement = place(found.family, found.path, find_device(device, field="device"), dtype, memory_budget, tile)
         restorer: Restorer = restorer_class(found.family).open(found.family, found.path, placement)
-    except UserError:
-        raise
     except Exception as error:  # diffusers and safetensors raise many kinds on incomplete folders
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model {found.name}: cannot be loaded ({reason[:200]}).") from error
+        text = str(error).strip() or type(error).__name__
+        key = re.match(r"model\.\w+: ", text)  # of a recipe, where this file would be a base
+        if isinstance(error, UserError) and key is None:
+            raise
+        reason = text[key.end() if key else 0 :].splitlines()[0][:200].rstrip(".")
+        raise UserError(f"model {found.name}: cannot be loaded ({reason}).") from error
     log.info("%s", placement)
     return restorer
 

@@ -151,9 +151,9 @@ def _verdict(error: hub.HubError) -> Verdict:
 def _losses(recipe: Recipe) -> Check | None:
     for loss in recipe.losses:
         if loss.kind == "lpips":
-            from sslsr_diffusion.evaluation.perceptual import unavailable
+            from sslsr_diffusion.evaluation.learned import unavailable
 
-            reason, optional = unavailable(download=False), getattr(loss, "optional", False)
+            reason, optional = unavailable("lpips-vgg", download=False), getattr(loss, "optional", False)
             if reason is None:
                 return Check("losses", "ok", "lpips and its weights")
             return Check("losses", "ok" if optional else "missing", f"lpips {'(optional) ' if optional else ''}{reason}")

@@ -144,9 +144,9 @@ def _on_hub(name: str, revision: str | None, kind: hub.Kind) -> str:
 def _losses(recipe: Recipe) -> str | None:
     for loss in recipe.losses:
         if loss.kind == "lpips":
-            from sslsr_diffusion.evaluation.perceptual import unavailable  # imports torchvision
+            from sslsr_diffusion.evaluation.learned import unavailable  # imports torchvision
 
-            reason = unavailable(download=False)
+            reason = unavailable("lpips-vgg", download=False)
             if reason and not getattr(loss, "optional", False):
                 raise UserError(f"lpips {reason}")
             return f"lpips (optional) {reason}" if reason else "lpips and its weights"

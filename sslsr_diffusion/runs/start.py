@@ -14,8 +14,8 @@ from torch import Tensor
 from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.devices import device_bytes, is_out_of_memory
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.evaluation.learned import load_perceptual_distance
 from sslsr_diffusion.evaluation.metrics import METRICS
-from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Means, build_losses
 from sslsr_diffusion.runs.export import export_checkpoint

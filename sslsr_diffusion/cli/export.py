@@ -1,7 +1,5 @@
 """`sslsr export`: a complete pipeline folder from a checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

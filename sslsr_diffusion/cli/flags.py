@@ -1,7 +1,5 @@
 """Messages carry the name of a keyword; on the command line it is a flag."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator

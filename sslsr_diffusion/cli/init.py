@@ -1,7 +1,5 @@
 """`sslsr init`: copy a shipped recipe to edit it."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

@@ -1,13 +1,9 @@
-from __future__ import annotations
-
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from functools import partial
 
 app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.")
 

@@ -1,7 +1,5 @@
 """The pipeline and its parts; names are resolved at first use, because diffusers takes seconds to import."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from sslsr_diffusion.tables import lazily

@@ -1,7 +1,5 @@
 """Encoding and decoding of large pictures in overlapping tiles."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The denoiser as the samplers see it: one prediction for the whole latent, from tiles, with guidance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,12 +1,10 @@
 """Pictures by networks that enlarge pixels in one call: whole, or in tiles of the low-resolution picture where memory is short."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +47,7 @@ class DirectRestorer:
         self._floats: float | None = None
 
     @classmethod
-    def open(cls, family: Family, path: Path, placement: Placement) -> DirectRestorer:
+    def open(cls, family: Family, path: Path, placement: Placement) -> Self:
         """A model's files as a restorer on a device."""
         networks = cast(PixelNetworks, family.read(path).to(placement.device, placement.dtype))
         return cls(networks, defaults=placement.defaults)

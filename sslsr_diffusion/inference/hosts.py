@@ -1,7 +1,5 @@
 """Where networks live while they are called: on their device, or wherever a diffusers pipeline's hooks take them."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator

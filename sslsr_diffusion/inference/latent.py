@@ -1,7 +1,5 @@
 """Pictures by a latent diffusion model of any family: the restorer around its networks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

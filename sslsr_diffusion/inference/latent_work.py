@@ -1,7 +1,5 @@
 """A batch of pictures through latent networks, within memory: encode, read the prompts, denoise in tiles, decode."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar

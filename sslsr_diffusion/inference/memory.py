@@ -1,7 +1,5 @@
 """How much memory the networks take, found by running them on shapes alone."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 from collections.abc import Callable, Iterable
@@ -116,7 +114,7 @@ class MemoryModel:
         self._counts["text"] = text_parameters
         self._largest = max(p.numel() for p in (*denoiser.parameters(), *codec.parameters()))
 
-    def at(self, dtype: torch.dtype) -> MemoryModel:
+    def at(self, dtype: torch.dtype) -> "MemoryModel":
         """The same networks in another precision."""
         other = copy.copy(self)
         other._widths = {"denoiser": dtype.itemsize, "codec": dtype.itemsize}

@@ -1,7 +1,5 @@
 """Every random number of a picture from one seed of its own, so that no picture depends on the batch it was in."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

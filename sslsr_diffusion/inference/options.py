@@ -1,7 +1,5 @@
 """What one call of a restorer asks for: the fields are the keywords of the call, the same for all its pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 

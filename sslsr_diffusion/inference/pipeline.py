@@ -1,7 +1,5 @@
 """StableSRPipeline: a low-resolution picture in, a picture of exactly round(scale * size) pixels out."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A picture through an autoencoder and back, in tiles where memory is short: how an autoencoder alone is judged."""
 
-from __future__ import annotations
-
 import logging
 
 import torch

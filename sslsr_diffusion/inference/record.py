@@ -1,7 +1,5 @@
 """What an output folder remembers of how its pictures were made: one JSON line per event, so a crash costs at most the last."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

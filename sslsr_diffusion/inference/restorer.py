@@ -1,7 +1,5 @@
 """Picture in, picture out: what every model is to whoever asks (command line, validation, evaluation, page, Python)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

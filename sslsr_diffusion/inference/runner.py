@@ -1,7 +1,5 @@
 """Upscale files, folders and patterns: every good picture is done, every bad one named, nothing else touched."""
 
-from __future__ import annotations
-
 import glob as globbing
 import hashlib
 import logging

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from sslsr_diffusion.errors import UserError
+
 
 def init(
     name: Annotated[str | None, typer.Argument(help="A shipped recipe; without it they are listed.")] = None,
@@ -16,7 +18,6 @@ def init(
 ) -> None:
     """Copy a shipped recipe (and what it extends) into the current folder."""
     from sslsr_diffusion.config import find_recipe, read_family, shipped_recipes
-    from sslsr_diffusion.errors import UserError
 
     shipped = shipped_recipes()
     if name is None:

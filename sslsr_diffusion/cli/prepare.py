@@ -1,9 +1,10 @@
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from sslsr_diffusion.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.")
 
@@ -11,6 +12,7 @@ Place = Annotated[str | None, typer.Argument(metavar="INPUT", help="A folder, a 
 Input = Annotated[str | None, typer.Option("--input", help="The same by name.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", help="Folder for the results; what is there already is kept.")]
 Processes = Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe (repeatable).")]
 
 
 @app.command()
@@ -22,9 +24,7 @@ def multiscale(
     processes: Processes = 0,
 ) -> None:
     """Copies at 0.75, 0.6, 1/3 and with the shorter side exactly --shortest-edge, as in the published preparation."""
-    from sslsr_diffusion.data import preparation
-
-    _run(preparation.job(preparation.multiscale, output=output, shortest_edge=shortest_edge), _input(place, source), output, processes)
+    _run("multiscale", place, source, output, processes, shortest_edge=shortest_edge)
 
 
 @app.command()
@@ -37,9 +37,7 @@ def crops(
     processes: Processes = 0,
 ) -> None:
     """Cut pictures into overlapping sub-images; pictures that are too small are named, never lost."""
-    from sslsr_diffusion.data import preparation
-
-    _run(preparation.job(preparation.crops, output=output, size=size, step=step), _input(place, source), output, processes)
+    _run("crops", place, source, output, processes, size=size, step=step)
 
 
 @app.command()
@@ -53,11 +51,10 @@ def masks(
 ) -> None:
     """Write edge masks as mat/NAME.mat and png/NAME.png, in the layout of the published script."""
     from sslsr_diffusion.config import parse
-    from sslsr_diffusion.data import preparation
     from sslsr_diffusion.data.settings import MaskSettings
 
     settings = parse(MaskSettings, {"kind": kind, "threshold": threshold})
-    _run(preparation.job(preparation.masks, output=output, settings=settings), _input(place, source), output, processes)
+    _run("masks", place, source, output, processes, settings=settings)
 
 
 @app.command()
@@ -72,12 +69,10 @@ def lr(
 ) -> None:
     """Make a test set: hr/ cut to a multiple of the scale and lr/ degraded by preset and seed."""
     from sslsr_diffusion.config import parse
-    from sslsr_diffusion.data import preparation
     from sslsr_diffusion.data.degradation import DegradationSettings
 
     settings = parse(DegradationSettings, {"preset": preset})
-    job = preparation.job(preparation.low_resolution, output=output, degradation=settings, scale=scale, seed=seed)
-    _run(job, _input(place, source), output, processes)
+    _run("low_resolution", place, source, output, processes, degradation=settings, scale=scale, seed=seed)
 
 
 @app.command()
@@ -90,14 +85,13 @@ def cfw(
     count: Annotated[int, typer.Option(min=1, help="Samples in all (StableSR: about 5000).")] = 5000,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps (StableSR: 200).")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 1,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe (repeatable).")] = None,
+    set_: Overrides = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
     """Make the samples of task decoder: hr/, lr/ and the upscaler's latents/. The same command goes on where it was stopped."""
     from tqdm import tqdm
 
     from sslsr_diffusion.devices import find_device
-    from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.inference.open import find_model
     from sslsr_diffusion.runs.decoder_samples import make_cfw_data
     from sslsr_diffusion.runs.recipe import load_recipe
@@ -127,7 +121,7 @@ def check(
     config: Annotated[
         str | None, typer.Option("--config", "-c", help="Instead: everything that this recipe reads, as it reads it.")
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe (repeatable).")] = None,
+    set_: Overrides = None,
     kind: Annotated[
         str | None,
         typer.Option(help="folder, files, pairs, cfw, hub, parquet or webdataset; default: by what is there.", show_default=False),
@@ -145,7 +139,6 @@ def check(
     from sslsr_diffusion.data import check as checking
     from sslsr_diffusion.data.preparation import default_processes
     from sslsr_diffusion.data.settings import MaskSettings
-    from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.runs.recipe import load_recipe
 
     mask, size = MaskSettings(), crop_size or 512
@@ -184,7 +177,6 @@ def fit(
     import yaml
 
     from sslsr_diffusion.data.estimate import degradation_section, estimate
-    from sslsr_diffusion.errors import UserError
 
     paths = _listed(_input(place, lr_folder, "--lr-folder"))
     estimates = []
@@ -217,8 +209,6 @@ def fit(
 
 
 def _input(place: str | None, source: str | None, option: str = "--input") -> str:
-    from sslsr_diffusion.errors import UserError
-
     if (place is None) == (source is None):
         raise UserError(
             f"expected one folder, picture or pattern, as the argument or as {option}, got {'none' if place is None else 'both'}."
@@ -227,7 +217,6 @@ def _input(place: str | None, source: str | None, option: str = "--input") -> st
 
 
 def _listed(source: str) -> list[Path]:
-    from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.images import list_images
 
     paths = list_images(source)
@@ -236,16 +225,19 @@ def _listed(source: str) -> list[Path]:
     return paths
 
 
-def _run(job: partial[int], source: str, output: Path, processes: int) -> None:
+def _run(work: str, place: str | None, given: str | None, output: Path, processes: int, **settings: Any) -> None:
+    """The function of `preparation` of that name, with its settings, for every picture."""
     import os
 
-    from sslsr_diffusion.data.preparation import check_settings, default_processes, run_jobs
+    from sslsr_diffusion.data import preparation
 
+    job = preparation.job(getattr(preparation, work), output=output, **settings)
+    source = _input(place, given)
     paths = _listed(source)
-    check_settings(job)
+    preparation.check_settings(job)
     base = Path(source).expanduser()
     base = base if base.is_dir() else Path(os.path.commonpath([path.parent for path in paths]))
-    outcomes = list(_progress(run_jobs(job, paths, base, processes or default_processes()), len(paths)))
+    outcomes = list(_progress(preparation.run_jobs(job, paths, base, processes or preparation.default_processes()), len(paths)))
     bad = sorted((o for o in outcomes if o.problem), key=lambda o: o.name)
     for outcome in bad:
         typer.echo(f"not done: {outcome.problem}", err=True)

@@ -4,10 +4,7 @@ from typing import TYPE_CHECKING
 
 from sslsr_diffusion.tables import lazily
 
-_HOME = {
-    "StableSRPipeline": "sslsr_diffusion.inference.pipeline",
-    "StableSRPipelineOutput": "sslsr_diffusion.inference.pipeline",
-}
+_HOME = {"StableSRPipeline": "sslsr_diffusion.inference.pipeline", "StableSRPipelineOutput": "sslsr_diffusion.inference.pipeline"}
 
 __all__ = ["StableSRPipeline", "StableSRPipelineOutput"]
 

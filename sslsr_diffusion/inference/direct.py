@@ -34,11 +34,7 @@ class DirectRestorer:
     """A restorer around PixelNetworks, which may still be training. Whole pictures stay where they are; tiles go to the networks."""
 
     def __init__(self, networks: PixelNetworks, *, scale: float | None = None, defaults: Mapping[str, Any] | None = None) -> None:
-        """
-        Args:
-            scale: the enlargement of a call that names none; None: the networks' own.
-            defaults: of options that a call does not name; the networks' own ones come second.
-        """
+        """`scale` and `defaults` are those of calls that name none; the networks' own ones come second."""
         self.networks = networks
         own = {"scale": networks.scale, "color_fix": "none", **networks.call_defaults, **(defaults or {})}
         self.scale: float = own["scale"] if scale is None else scale

@@ -32,11 +32,7 @@ class ImageNoise:
     """Standard normal latents, one independent stream per (picture, purpose); drawn on the CPU, so that every device sees the same."""
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str) -> None:
-        """
-        Args:
-            seeds: one per picture.
-            shape: [C, h, w] of one picture's latent.
-        """
+        """One seed per picture; `shape` [C, h, w] of one picture's latent."""
         self._seeds, self._shape, self._device = seeds, tuple(shape), device
 
     def __call__(self, *purpose: int | str) -> Tensor:

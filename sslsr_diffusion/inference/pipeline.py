@@ -76,12 +76,7 @@ class StableSRPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(
-            vae=vae,
-            unet=unet,
-            structural_encoder=structural_encoder,
-            scheduler=scheduler,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
+            vae=vae, unet=unet, structural_encoder=structural_encoder, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
         self.register_to_config(
             default_num_inference_steps=default_num_inference_steps,

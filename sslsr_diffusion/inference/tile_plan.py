@@ -218,8 +218,7 @@ def _overlap(overlap: int, tile: int, default: bool, vae_scale: int) -> int:
 def within_memory(run: Callable[[P], R], plan: P, smaller: Callable[[P], P], device: torch.device) -> tuple[R, P]:
     """Run by a plan, or by smaller and smaller ones while memory runs out; the result and the plan that did.
 
-    Args:
-        smaller: the plan to try next; raises NotEnoughMemory where there is none.
+    `smaller` gives the plan to try next, or raises NotEnoughMemory where there is none.
     """
     while True:
         try:

@@ -1,34 +1,19 @@
 """Where networks live while they are called: on their device, or wherever a diffusers pipeline's hooks take them."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from sslsr_diffusion.inference.memory import Offload
-from sslsr_diffusion.models.networks import LatentNetworks
 
 
-class Host(Protocol):
-    """Who moves the networks and shows the steps."""
+class Host:
+    """Networks that stay on their device, and no bar for the steps."""
 
-    @property
-    def device(self) -> torch.device: ...
-    def offload(self) -> Offload: ...
-    def release(self) -> None:
-        """Send networks that wait on the CPU back there."""
-
-    def progress(self, total: int) -> contextlib.AbstractContextManager[Any]: ...
-
-
-class Resident:
-    """Networks that stay on their device."""
-
-    def __init__(self, networks: LatentNetworks) -> None:
+    def __init__(self, networks: Any) -> None:
         self._networks = networks
 
     @property
@@ -39,33 +24,30 @@ class Resident:
         return "none"
 
     def release(self) -> None:
-        pass
+        """Send networks that wait on the CPU back there."""
 
-    def progress(self, total: int) -> contextlib.AbstractContextManager[None]:
+    def progress(self, total: int) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
 
-class PipelineHost:
-    """diffusers' hooks move the networks, its progress bar shows the steps."""
-
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
+class PipelineHost(Host):
+    """diffusers' hooks move the networks of a pipeline, its progress bar shows the steps."""
 
     @property
     def device(self) -> torch.device:
-        return self._pipe._execution_device
+        return self._networks._execution_device
 
     def offload(self) -> Offload:
-        if getattr(self._pipe, "_all_hooks", None):
+        if getattr(self._networks, "_all_hooks", None):
             return "model"
-        parts = (part for part in self._pipe.components.values() if isinstance(part, torch.nn.Module))
+        parts = (part for part in self._networks.components.values() if isinstance(part, torch.nn.Module))
         return "sequential" if any(hasattr(part, "_hf_hook") for part in parts) else "none"
 
     def release(self) -> None:
-        self._pipe.maybe_free_model_hooks()
+        self._networks.maybe_free_model_hooks()
 
     def progress(self, total: int) -> contextlib.AbstractContextManager[Any]:
-        return self._pipe.progress_bar(total=total)
+        return self._networks.progress_bar(total=total)
 
 
 @contextlib.contextmanager

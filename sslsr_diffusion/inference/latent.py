@@ -1,7 +1,5 @@
 """Pictures by a latent diffusion model of any family: the restorer around its networks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.inference.hosts import Host, Resident, quiet_diffusers
+from sslsr_diffusion.inference.hosts import Host, quiet_diffusers
 from sslsr_diffusion.inference.latent_work import LatentWork
 from sslsr_diffusion.inference.memory import MemoryModel
 from sslsr_diffusion.inference.noise import Generators, image_seeds
@@ -29,10 +27,7 @@ _PROMPTED = frozenset({"prompt", "negative_prompt", "guidance_scale"})
 
 @dataclass
 class LatentOutput(Output):
-    """
-    Args:
-        plans: how each picture was cut into tiles (sides in output pixels), in the order of `images`.
-    """
+    """`plans`: how each picture was cut into tiles (sides in output pixels), in the order of `images`."""
 
     plans: list[TilePlan] = field(default_factory=list)
 
@@ -51,8 +46,7 @@ class LatentRestorer:
     ) -> None:
         """
         Args:
-            scale: the enlargement of a call that names none; None: the model's own.
-            defaults: of options that a call does not name, for example num_inference_steps; the networks' own ones come second.
+            scale, defaults: of calls that name none; the networks' own ones come second.
             host: moves the networks; None: they stay where they are.
             scheduler: a diffusers scheduler that chooses the sampler of a call that names none.
         """
@@ -60,7 +54,7 @@ class LatentRestorer:
         own = {"scale": SCALE, "num_inference_steps": STEPS, **networks.call_defaults, **(defaults or {})}
         self.scale: float = own["scale"] if scale is None else scale
         self.defaults: dict[str, Any] = {name: value for name, value in own.items() if name in self.options}
-        self._host = host or Resident(networks)
+        self._host = host or Host(networks)
         self._work = LatentWork(networks, self._host, scheduler)
 
     @classmethod

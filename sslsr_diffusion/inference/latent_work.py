@@ -1,7 +1,5 @@
 """A batch of pictures through latent networks, within memory: encode, read the prompts, denoise in tiles, decode."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -31,10 +29,7 @@ class LatentWork:
     """What was found out about memory holds for later pictures, too."""
 
     def __init__(self, networks: LatentNetworks, host: Host, scheduler: Any = None) -> None:
-        """
-        Args:
-            scheduler: a diffusers scheduler that chooses the sampler where the options name none.
-        """
+        """`scheduler`: a diffusers scheduler that chooses the sampler where the options name none."""
         self._networks, self._host, self._scheduler = networks, host, scheduler
         self._memory: dict[Any, MemoryModel] = {}
         self._limits: dict[str, int] = {}  # sides above which memory ran out
@@ -50,10 +45,7 @@ class LatentWork:
     ) -> tuple[Tensor, TilePlan]:
         """Enlarged pictures [B, 3, H, W] in [0, 1] -> restored ones, about [0, 1], not clamped; and the tiles that they were cut into.
 
-        No phase needs the others' networks on the device.
-
-        Args:
-            notes: gets a sentence for each time that memory ran out.
+        No phase needs the others' networks on the device. `notes` gets a sentence for each time that memory ran out.
         """
         height, width = upsampled.shape[-2:]
         codec, plan = self._networks.codec, self._plan(height, width, len(seeds), options)

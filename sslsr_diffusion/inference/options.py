@@ -1,7 +1,5 @@
 """What one call of a restorer asks for: the fields are the keywords of the call, the same for all its pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -55,9 +53,7 @@ class CallOptions:
     def finish(self, restored: Tensor, enlarged: Tensor | None, low: Tensor) -> Tensor:
         """[B, 3, H, W]: colours of the enlarged picture, seams taken back, mixed with the enlarged one; both are changed in place.
 
-        Args:
-            enlarged: [B, 3, H, W]; may be None unless `looks_back`.
-            low: [B, 3, h, w].
+        `enlarged` [B, 3, H, W] may be None unless `looks_back`; `low` is [B, 3, h, w].
         """
         if enlarged is not None:
             restored = color_fix(self.color_fix, restored, enlarged)

@@ -1,7 +1,5 @@
 """StableSRPipeline: a low-resolution picture in, a picture of exactly round(scale * size) pixels out."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 from pathlib import Path
@@ -78,12 +76,7 @@ class StableSRPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(
-            vae=vae,
-            unet=unet,
-            structural_encoder=structural_encoder,
-            scheduler=scheduler,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
+            vae=vae, unet=unet, structural_encoder=structural_encoder, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
         self.register_to_config(
             default_num_inference_steps=default_num_inference_steps,

@@ -1,7 +1,5 @@
 """Where a pipeline's networks go: device, precision, and whether they wait on the CPU, from what is there or from a memory budget."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A picture through an autoencoder and back, in tiles where memory is short: how an autoencoder alone is judged."""
 
-from __future__ import annotations
-
 import logging
 
 import torch
@@ -29,8 +27,7 @@ class Reconstruct:
     def __call__(self, picture: Tensor, seed: int) -> Tensor:
         """[1, 3, H, W] in [0, 1] of any size -> the same size, about [0, 1]; the posterior's noise is drawn from `seed`.
 
-        Raises:
-            NotEnoughMemory: the smallest tiles are too large.
+        Raises NotEnoughMemory where the smallest tiles are too large.
         """
         device = next(self._codec.vae.parameters()).device
         return within_memory(lambda tile: self._run(picture.to(device), seed, tile), self._tile, self._smaller, device)[0]

@@ -1,7 +1,5 @@
 """How a picture is padded and cut: whole where it fits, else the largest tiles that do; and what to try when memory runs out."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,7 +52,7 @@ class TilePlan:
     def side(self, part: Part) -> int:
         return (self.tile if part == "tile" else self.vae_tile) or max(self.height, self.width)
 
-    def smaller(self, part: Part) -> TilePlan | None:
+    def smaller(self, part: Part) -> "TilePlan | None":
         """The next thing to try when `part` ran out of memory: one sample per call, then smaller tiles; None: nothing is left."""
         if self.batch > 1:
             return replace(self, batch=1)
@@ -220,8 +218,7 @@ def _overlap(overlap: int, tile: int, default: bool, vae_scale: int) -> int:
 def within_memory(run: Callable[[P], R], plan: P, smaller: Callable[[P], P], device: torch.device) -> tuple[R, P]:
     """Run by a plan, or by smaller and smaller ones while memory runs out; the result and the plan that did.
 
-    Args:
-        smaller: the plan to try next; raises NotEnoughMemory where there is none.
+    `smaller` gives the plan to try next, or raises NotEnoughMemory where there is none.
     """
     while True:
         try:

@@ -1,7 +1,5 @@
 """Overlapping tiles: where they lie, how they are weighed, how their results become one picture."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -21,7 +19,7 @@ class Box(NamedTuple):
     height: int
     width: int
 
-    def scaled(self, factor: int) -> Box:
+    def scaled(self, factor: int) -> "Box":
         return Box(*(factor * side for side in self))
 
     def of(self, image: Tensor) -> Tensor:

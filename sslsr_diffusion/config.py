@@ -1,7 +1,7 @@
-"""Closed settings models, and one clear sentence for everything that can be wrong in a recipe.
+"""Closed settings models, and the reading of recipes.
 
 A part of the project declares its settings class beside its code (a subclass of `Settings`) and enters both into its
-dict; `recipe.py` assembles the schema. This file only knows how to read YAML, apply overrides and explain mistakes.
+dict; `recipe.py` assembles the schema. This file only knows how to read YAML and apply overrides.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.mistakes import explain, shorten
 
 S = TypeVar("S", bound="Settings")
 LARGEST_RECIPE, DEEPEST_RECIPE = 20_000, 50  # values, levels
@@ -60,7 +61,7 @@ def find_recipe(name: str) -> Path:
             return path
         kind = "a folder" if path.is_dir() else "no regular file" if path.exists() else None
     except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, holds a zero byte, or ~user of nobody
-        raise RecipeError(f"recipe: {_short(name)} cannot be a file ({getattr(error, 'strerror', None) or error}).") from None
+        raise RecipeError(f"recipe: {shorten(name)} cannot be a file ({getattr(error, 'strerror', None) or error}).") from None
     if kind is not None:
         raise RecipeError(f"recipe: {name!r} is {kind}; give a recipe file, or the name of a shipped recipe.")
     shipped, asked = shipped_recipes(), name.removesuffix(".yaml")
@@ -181,7 +182,7 @@ def read_family(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         if parent is None:
             return list(family.items())
         if not isinstance(parent, str) or not os.path.isfile(path.parent / parent):  # unlike Path.is_file, False for any odd name
-            raise RecipeError(f"{path.name}: extends: expected a file as seen from the folder of {path.name}, got {_short(parent)}.")
+            raise RecipeError(f"{path.name}: extends: expected a file as seen from the folder of {path.name}, got {shorten(parent)}.")
         path = (path.parent / parent).resolve()
         if path in family:
             circle = " -> ".join(os.path.relpath(file, next(iter(family)).parent) for file in (*family, path))
@@ -201,7 +202,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     if raw is None:
         raise RecipeError(f"{path.name}: is empty; `sslsr init` copies a recipe to start from.")
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path.name}: expected `key: value` lines at the top level, found {_short(raw)}.")
+        raise RecipeError(f"{path.name}: expected `key: value` lines at the top level, found {shorten(raw)}.")
     odd = next((key for key in raw if not isinstance(key, str)), None)
     if odd is not None or None in raw:
         raise RecipeError(f"{path.name}: expected a word as the key at the top level, found {odd!r}.")
@@ -211,7 +212,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _without(raw: dict[str, Any], names: Any, source: str) -> dict[str, Any]:
     """The recipe less the losses whose name, or kind where they have no name, is among `names`."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise RecipeError(f"{source}: without: expected a list of words, for example [self_similarity], got {_short(names)}.")
+        raise RecipeError(f"{source}: without: expected a list of words, for example [self_similarity], got {shorten(names)}.")
     losses = raw["losses"] if isinstance(raw.get("losses"), list) else []
     named = [str(loss.get("name") or loss.get("kind")) if isinstance(loss, dict) else "?" for loss in losses]
     absent = [name for name in names if name not in named]
@@ -264,69 +265,5 @@ def parse(model: type[S], raw: Any) -> S:
     try:
         return model.model_validate(raw, context=keys)
     except ValidationError as error:
-        lines = [_explain(raw, keys, detail) for detail in error.errors(include_url=False)]
+        lines = [explain(model, raw, keys, detail) for detail in error.errors(include_url=False)]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
-
-
-def _explain(raw: Any, keys: dict[int, set[str]], detail: Any) -> str:
-    """One mistake: the key's full path, what it got, what is allowed, and the nearest key or value that exists."""
-    path, holder = _locate(raw, detail["loc"], detail["type"])
-    kind, ctx, got = detail["type"], detail.get("ctx", {}), detail.get("input")
-    if kind == "extra_forbidden":
-        allowed = sorted(keys.get(id(holder), ()))
-        parent, name = ".".join(path[:-1]), path[-1]
-        near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {'.'.join([*path[:-1], near[0]])}?"
-            if near
-            else f"allowed {'in ' + parent if parent else 'here'}: {', '.join(allowed)}."
-        )
-        return f"{'.'.join(path)}: unknown key (value {_short(got)}); {hint}"
-    where = ".".join(path) or "recipe"
-    if kind == "missing":
-        return f"{where}: missing; this key must be given."
-    if kind in ("literal_error", "enum", "union_tag_invalid"):
-        expected = str(ctx.get("expected") or ctx.get("expected_tags", "")).replace(" or ", ", ")
-        options = [option.strip(" '\"") for option in expected.split(",")]
-        value = ctx.get("tag", got)
-        if kind == "union_tag_invalid":
-            where = f"{where}.{str(ctx.get('discriminator', 'kind')).strip(chr(39))}"
-        near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        return f"{where}: {_short(value)} is not allowed; expected one of {', '.join(options)}{hint}"
-    if kind == "union_tag_not_found":
-        return f"{where}: the key {ctx.get('discriminator', 'kind')} is missing; it says which kind of entry this is."
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{where}: expected a section of `key: value` lines; got {_short(got)}."
-    message = (
-        str(ctx["error"]) if kind == "value_error" and "error" in ctx else detail["msg"].replace("Input should be", "expected").rstrip(".")
-    )
-    if kind == "value_error":
-        return f"{where}: {message}" if path else message  # a rule over several sections names its keys itself
-    return f"{where}: {message.rstrip('.')}; got {_short(got)}."
-
-
-def _locate(raw: Any, loc: Sequence[int | str], kind: str) -> tuple[list[str], Any]:
-    """The path as the user writes it, and the section of the raw data that holds its last key.
-
-    pydantic puts words of its own between the keys: the tag of a union's member, `float` of `float | None`, `[key]`. They are
-    told by the raw data, which has no such key at that place. A tag that is a key there too is told by the section's `kind`.
-    """
-    path: list[str] = []
-    node = holder = raw
-    tag = None
-    for position, key in enumerate(loc):
-        last = position == len(loc) - 1
-        if isinstance(node, dict) and tag is None and key == node.get("kind") and not last:
-            tag = key
-        elif key in node if isinstance(node, dict) else isinstance(node, list | tuple) and isinstance(key, int) and key < len(node):
-            path.append(str(key))
-            holder, node, tag = node, node[key], None
-        elif last and kind in ("missing", "invalid_key", "extra_forbidden"):  # a key, though not as it stands there: None is 'None'
-            path.append(str(key))
-    return path, holder
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

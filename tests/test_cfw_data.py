@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from data_samples import picture
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_runs import base_model, drawn, save_upscaler
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
@@ -19,12 +20,11 @@ from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.data import open_training_data
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import read_image, to_tensor
-from sslsr_diffusion.inference import StableSRPipeline
-from sslsr_diffusion.models.stablesr.build import build_networks
-from sslsr_diffusion.models.stablesr.settings import StableSRSettings
-from sslsr_diffusion.runs import start as building
 from sslsr_diffusion.runs.decoder_samples import _settings
+from sslsr_diffusion.runs.export import export_checkpoint
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe
+from sslsr_diffusion.runs.start import build_job
+from sslsr_diffusion.tasks import decoder
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.loop import train_job
 
@@ -38,24 +38,23 @@ def world(tmp_path_factory) -> Path:
     (base / "photos").mkdir()
     for i in range(3):
         Image.fromarray(picture((SIZE + 9 * i, SIZE + 20 - 4 * i), i)).save(base / "photos" / f"p{i}.png")
-    networks = build_networks(StableSRSettings(init="random", preset="tiny"), seed=1, train="all")
-    StableSRPipeline(**networks.components()).save_pretrained(base / "model")
+    save_upscaler(base / "model", drawn(seed=1, train="all"))
     (base / "recipe.yaml").write_text(json.dumps(values(base)))
     return base
 
 
 def values(world: Path, **more) -> dict:
     return {
-        "stage": "cfw",
+        "task": {"kind": "decoder", "part": "fusion", "synthesis_steps": 2},
         "seed": 5,
-        "model": {"base": str(world / "model"), "preset": "tiny"},
+        "model": base_model(world / "model"),
         "data": {
             "sources": [{"kind": "folder", "path": str(world / "photos")}],
             "degradation": {"preset": "mild", "no_degradation_prob": 0},  # rounds to 8 bits, so that a PNG file is exact
             "workers": 0,
         },
         "losses": [{"kind": "pixel_l1", "weight": 1.0}],
-        "training": {"steps": 2, "crop_size": SIZE, "synthesis_steps": 2, "log_every": 1},
+        "training": {"steps": 2, "crop_size": SIZE, "log_every": 1},
         "validation": {"limit": 0},
         "checkpoints": {"every": 1},
         **more,
@@ -80,15 +79,15 @@ def latents(folder: Path, index: int) -> torch.Tensor:
 
 
 def test_samples_are_those_of_training_on_the_fly(world, made):
-    """Index for index the crops, degradations and latents that stage cfw would make itself."""
-    job = building.build(parse(Recipe, values(world)))
+    """Index for index the crops, degradations and latents that the task would make itself."""
+    job = build_job(parse(Recipe, values(world)))
     loader = job.open_data(0, 1, None, torch.device("cpu"))
     for index, batch in zip(range(3), loader):
-        draws = job.objective.draw(batch, job.losses)
+        draws = job.task.draw(batch, job.losses)
         upscaled = torch.nn.functional.interpolate(batch.lr, scale_factor=4, mode="bicubic").clamp(0, 1)
         with torch.no_grad():
-            z_lr, _ = job.objective.networks.codec.encode_with_features(upscaled, draws.noise["posterior_lr"])
-        want = job.objective.synthesize(z_lr, [index])[0]
+            z_lr, _ = job.task.networks.codec.encode_with_features(upscaled, draws.noise["posterior_lr"])
+        want = job.task.synthesize(z_lr, [index])[0]
         assert torch.allclose(latents(made, index), want, atol=1e-5)
         for side in ("hr", "lr"):
             stored = to_tensor(read_image(made / side / f"{index:06d}.png").rgb)
@@ -133,10 +132,10 @@ def test_training_reads_the_latents_instead_of_sampling(world, made, tmp_path, m
     def never(*args, **kwargs):
         raise AssertionError("the upscaler ran")
 
-    monkeypatch.setattr(building, "sample_latents", never)
+    monkeypatch.setattr(decoder, "sample_latents", never)
     losses = [{"kind": "pixel_l1"}, {"kind": "patch_gan", "start_step": 2, "width": 4}]
     recipe = stored_recipe(world, made, output={"dir": str(tmp_path / "run"), "trackers": []}, losses=losses)
-    job = building.build(parse(Recipe, recipe))
+    job = build_job(parse(Recipe, recipe))
     batch = next(iter(job.open_data(0, 1, None, torch.device("cpu"))))
     index = int(Path(batch.names[0]).stem)
     assert torch.equal(batch.latents[0], latents(made, index))
@@ -145,7 +144,7 @@ def test_training_reads_the_latents_instead_of_sampling(world, made, tmp_path, m
     assert result.pipeline is not None
     assert (result.pipeline / "vae" / "config.json").is_file()
     assert read_checkpoint(tmp_path / "run" / "checkpoint-2").state["patch_gan"]["step"] == 3
-    assert building.export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "exported") == 2
+    assert export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "exported") == 2
 
 
 def test_samples_that_cannot_be_used_are_named(world, made, tmp_path):
@@ -199,18 +198,20 @@ def test_a_stored_target_is_not_sharpened_again(world, tmp_path):
 
 
 def test_latents_of_another_autoencoder_are_refused(world, made):
-    job = building.build(parse(Recipe, stored_recipe(world, made)))
+    job = build_job(parse(Recipe, stored_recipe(world, made)))
     batch = next(iter(job.open_data(0, 1, None, torch.device("cpu"))))
     small = type(batch)(**{**vars(batch), "latents": batch.latents[:, :, :4]})
     with pytest.raises(UserError, match="make them again with `sslsr prepare cfw`"):
-        job.objective.run(job.objective.module, small, job.objective.draw(batch, job.losses))
+        job.task.run(job.task.module, small, job.task.draw(batch, job.losses))
 
 
-def test_the_kind_belongs_to_its_stage(world, made):
-    with pytest.raises(RecipeError, match="cfw is for stages cfw and decoder only"):
-        parse(Recipe, {**stored_recipe(world, made), "stage": "autoencoder"})
+def test_the_kind_belongs_to_its_task(world, made):
+    message = r"data\.sources\.0\.kind: cfw has stored latents, which task autoencoder does not read; use pairs"
+    with pytest.raises(RecipeError, match=message):
+        parse(Recipe, {**stored_recipe(world, made), "task": {"kind": "autoencoder"}})
+    parse(Recipe, {**stored_recipe(world, made), "task": {"kind": "decoder"}})
     mixed = stored_recipe(world, made)
     mixed["data"]["sources"].append({"kind": "folder", "path": str(world / "photos")})
     with pytest.raises(RecipeError, match="cannot be mixed"):
         parse(Recipe, mixed)
-    assert load_recipe("cfw_ssl").stage == "cfw"
+    assert load_recipe("cfw_ssl").task_kind.reads_latents

@@ -19,7 +19,7 @@ from toys import toy_job, toy_losses, toy_validation
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training import outputs
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
-from sslsr_diffusion.training.events import CheckpointWritten, Event, Finished, StepDone, Validated
+from sslsr_diffusion.training.job import CheckpointWritten, Event, Finished, StepDone, Validated
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings

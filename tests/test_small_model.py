@@ -50,7 +50,7 @@ def test_a_folder_of_the_same_name_goes_first(tmp_path: Path, monkeypatch: pytes
 def test_it_is_a_base_to_fine_tune() -> None:
     networks = build_networks(StableSRSettings(base=SMALL), train="all")
     assert networks.base == SMALL
-    assert networks.trained
+    assert all(parameter.requires_grad for parameter in networks.denoiser.parameters())
     assert {parameter.dtype for parameter in networks.denoiser.parameters()} == {torch.float32}
 
 
@@ -111,6 +111,6 @@ def test_its_defaults_are_its_recipes() -> None:
     index = json.loads((FOLDER / SMALL / "model_index.json").read_text(encoding="utf-8"))
     scheduler = json.loads((FOLDER / SMALL / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     recipe = load_recipe("small_sharp")
-    assert index["default_num_inference_steps"] == recipe.training.sampler_steps
-    assert (index.get("default_detail", 1), index.get("default_antiring", 0)) == (1, recipe.validation.antiring)
-    assert scheduler["num_train_timesteps"] - 1 == recipe.training.start_timestep
+    assert index["default_num_inference_steps"] == recipe.task.sampler_steps
+    assert (index.get("default_detail", 1), index.get("default_antiring", 0)) == (1, recipe.task.inference.antiring)
+    assert scheduler["num_train_timesteps"] - 1 == recipe.task.start_timestep

@@ -1,7 +1,5 @@
 """The console command `sslsr`. One file per verb; heavy imports happen inside the commands, so `--help` answers at once."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import sys

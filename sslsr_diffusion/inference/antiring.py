@@ -1,7 +1,5 @@
 """Anti-ringing: the bright and dark seams that a restored picture has beside its edges, and the low-resolution one has not."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 

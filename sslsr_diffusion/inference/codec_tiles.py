@@ -1,7 +1,5 @@
 """Encoding and decoding of large pictures in overlapping tiles."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,11 +14,7 @@ class TiledCodec:
     """A Codec for pictures of any size; with `tile` None, or pictures no larger, it is the Codec itself."""
 
     def __init__(self, codec: Codec, tile: int | None = None, overlap: int = 0, batch_size: int = 1) -> None:
-        """
-        Args:
-            tile, overlap: in latent pixels.
-            batch_size: tiles, or whole pictures, per call of the network.
-        """
+        """Tile and overlap in latent pixels; `batch_size` tiles, or whole pictures, per call of the network."""
         self.codec, self.tile, self.overlap, self.batch_size = codec, tile, overlap, batch_size
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:

@@ -3,8 +3,6 @@
 Both are linear enough to run on float32 pictures of any size: no float64 copy of a whole picture is ever made.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

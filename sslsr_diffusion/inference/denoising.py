@@ -1,8 +1,7 @@
 """The denoiser as the samplers see it: one prediction for the whole latent, from tiles, with guidance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +37,13 @@ class TiledDenoiser:
             text: [1 or B, L, D] context; `negative_text` likewise, None: no guidance.
             boxes: tiles of equal size that cover h x w.
             batch_size: tiles per network call (twice as many samples with guidance).
-            overlap: latent pixels that neighbouring tiles share.
-            weights: see `tile_weights`.
+            overlap: latent pixels that neighbouring tiles share; `weights`: see `tile_weights`.
         """
-        self._denoiser, self._dtype = denoiser, next(denoiser.parameters()).dtype
-        self._z_lr, self._boxes, self._batch_size = z_lr, boxes, batch_size
-        self._overlap, self._weights = overlap, weights
-        self._text, self._negative = text.expand(len(z_lr), -1, -1), negative_text
-        if negative_text is not None:
-            self._negative = negative_text.expand(len(z_lr), -1, -1)
+        self._denoiser, self._dtype, self._z_lr = denoiser, next(denoiser.parameters()).dtype, z_lr
+        self._text = text.expand(len(z_lr), -1, -1)
+        self._negative = None if negative_text is None else negative_text.expand(len(z_lr), -1, -1)
         self._guidance_scale = guidance_scale
+        self._blend = partial(blend, boxes=boxes, batch_size=batch_size, overlap=overlap, weights=weights)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         kind = torch.long if float(t).is_integer() else torch.float32
@@ -56,7 +52,7 @@ class TiledDenoiser:
         def run(tiles: list[Tensor], samples: list[int]) -> Tensor:
             return self._predict(tiles[0], tiles[1], timestep, samples)
 
-        return blend(run, [x, self._z_lr], self._boxes, batch_size=self._batch_size, overlap=self._overlap, weights=self._weights)
+        return self._blend(run, [x, self._z_lr])
 
     def _predict(self, x: Tensor, z_lr: Tensor, timestep: Tensor, samples: list[int]) -> Tensor:
         x, z_lr, text = x.to(self._dtype), z_lr.to(self._dtype), self._text[samples]

@@ -1,7 +1,5 @@
 """Latents sampled for training: what a denoiser makes of a low-resolution picture, or of a noised one."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """What a caller may hand in as an image, as float32 tensors in [0, 1]; and the way back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,16 +1,14 @@
 """Where a pipeline's networks go: device, precision, and whether they wait on the CPU, from what is there or from a memory budget."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from sslsr_diffusion.devices import shown_bytes
-from sslsr_diffusion.errors import NotEnoughMemory, UserError
+from sslsr_diffusion.errors import NotEnoughMemory
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
-from sslsr_diffusion.inference.tile_plan import Room, Tile, TilePlan, check_tile, plan_tiles
+from sslsr_diffusion.inference.tile_plan import Room, Tile, TilePlan, plan_tiles
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import LatentNetworks
 
@@ -22,6 +20,12 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
     offload: Offload = "none"
+    memory_budget: int | None = None  # bytes for weights and work of a call that names no other
+
+    @property
+    def defaults(self) -> dict[str, int]:
+        """What a call takes where it names nothing."""
+        return {} if self.memory_budget is None else {"memory_budget": self.memory_budget}
 
     def __str__(self) -> str:
         waiting = {"none": "", "model": ", networks wait on the CPU", "sequential": ", layers wait on the CPU"}[self.offload]
@@ -43,11 +47,11 @@ def place(family: Family, path: Path, device: torch.device, dtype: str, budget: 
     """
     chosen = None if dtype == "auto" else getattr(torch, dtype)
     if device.type == "cpu":
-        choices = [Placement(device, kind) for kind in ([chosen] if chosen else [torch.float32, torch.bfloat16])]
+        choices = [Placement(device, kind, memory_budget=budget) for kind in ([chosen] if chosen else [torch.float32, torch.bfloat16])]
     else:
         stays = device.type == "mps" or family.restorer != "stablesr"  # unified memory; hooks are a diffusers pipeline's
         waiting: tuple[Offload, ...] = ("none",) if stays else ("none", "model", "sequential")
-        choices = [Placement(device, chosen or torch.float16, offload) for offload in waiting]
+        choices = [Placement(device, chosen or torch.float16, offload, budget) for offload in waiting]
     if budget is None:
         return choices[0]
     networks = family.read(path, meta=True)
@@ -75,14 +79,3 @@ def _plan_at_training_size(networks: LatentNetworks, memory: MemoryModel, room: 
     return plan_tiles(
         1, 1, size=networks.size(), vae_scale=memory.zoom, memory=lambda: memory, room=room, tile=tile, overlap=None, vae_tile="auto"
     )
-
-
-def check_tile_of(family: Family, path: Path, tile: Tile) -> None:
-    """Raises UserError for a tile that this model cannot halve as often as it does; says nothing about incomplete models."""
-    if not isinstance(tile, int):
-        return
-    try:
-        size = family.read(path, meta=True).size()
-    except UserError:
-        return
-    check_tile(tile, size.multiple_of, "tile")

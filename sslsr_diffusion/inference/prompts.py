@@ -1,7 +1,5 @@
 """Texts of a call, one per picture."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from sslsr_diffusion.errors import UserError

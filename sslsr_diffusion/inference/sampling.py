@@ -4,13 +4,11 @@ A sampler knows its model timesteps (descending), how the start is made, and one
 All latents are scaled [B, 4, h, w] float32; noise comes in as an argument.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -74,6 +72,24 @@ def spaced_timesteps(num_steps: int, num_train_timesteps: int = 1000) -> list[in
     return sorted(steps)
 
 
+@dataclass(frozen=True)
+class SamplerCall:
+    """What a sampler is made from."""
+
+    process: Process
+    num_steps: int
+    strength: float
+    eta: float
+    seeds: Sequence[int]
+    device: torch.device
+
+    def ddpm(self, name: str) -> DDPM:
+        """The process, where a sampler is made for the DDPM family alone."""
+        if not isinstance(self.process, DDPM):
+            raise UserError(f"sampler: {name} is of the DDPM family and this model's process is {type(self.process).__name__}; use ddim.")
+        return self.process
+
+
 class _Spaced:
     """Respaced timesteps of a process and their noise levels; strength keeps the last part of them."""
 
@@ -108,7 +124,7 @@ class SpacedDDPM(_Spaced):
     process: DDPM
 
     @classmethod
-    def build(cls, call: SamplerCall) -> SpacedDDPM:
+    def build(cls, call: SamplerCall) -> Self:
         return cls(call.ddpm("ddpm"), call.num_steps, strength=call.strength)
 
     def coefficients(self, index: int) -> tuple[float, float, float]:
@@ -140,7 +156,7 @@ class SpacedDDIM(_Spaced):
         self.eta = eta
 
     @classmethod
-    def build(cls, call: SamplerCall) -> SpacedDDIM:
+    def build(cls, call: SamplerCall) -> Self:
         return cls(call.process, call.num_steps, strength=call.strength, eta=call.eta)
 
     def sigma(self, index: int) -> float:
@@ -168,7 +184,7 @@ class OriginalDDIM(SpacedDDIM):
     """
 
     @classmethod
-    def build(cls, call: SamplerCall) -> OriginalDDIM:
+    def build(cls, call: SamplerCall) -> Self:
         return cls(call.ddpm("ddim-original"), call.num_steps, strength=call.strength, eta=call.eta)
 
     def _levels_at(self, steps: list[int]) -> list[int]:
@@ -255,24 +271,6 @@ def build_sampler(
         return _by_class(where.removeprefix("diffusers:"), call)
     made: Sampler = named(f"sslsr_diffusion.inference.{where}").build(call)
     return made
-
-
-@dataclass(frozen=True)
-class SamplerCall:
-    """What a sampler is made from."""
-
-    process: Process
-    num_steps: int
-    strength: float
-    eta: float
-    seeds: Sequence[int]
-    device: torch.device
-
-    def ddpm(self, name: str) -> DDPM:
-        """The process, where a sampler is made for the DDPM family alone."""
-        if not isinstance(self.process, DDPM):
-            raise UserError(f"sampler: {name} is of the DDPM family and this model's process is {type(self.process).__name__}; use ddim.")
-        return self.process
 
 
 def _by_class(name: str, call: SamplerCall) -> Sampler:

@@ -5,8 +5,6 @@ A first pass over all tiles records the statistics of every GroupNorm, a second 
 computes the same function, and two tiles agree wherever the overlap exceeds the convolutions' reach.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,13 +1,13 @@
 """How a picture is padded and cut: whole where it fits, else the largest tiles that do; and what to try when memory runs out."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
-from sslsr_diffusion.devices import shown_bytes
+import torch
+
+from sslsr_diffusion.devices import is_out_of_memory, release_cached, shown_bytes
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.tiling import rounded_up
@@ -15,6 +15,8 @@ from sslsr_diffusion.models.size import SizeRequirements
 
 log = logging.getLogger(__name__)
 
+P = TypeVar("P")
+R = TypeVar("R")
 Tile = int | Literal["auto"] | None
 Part = Literal["tile", "vae_tile"]  # whose tiles: the denoiser's or the autoencoder's
 
@@ -50,7 +52,7 @@ class TilePlan:
     def side(self, part: Part) -> int:
         return (self.tile if part == "tile" else self.vae_tile) or max(self.height, self.width)
 
-    def smaller(self, part: Part) -> TilePlan | None:
+    def smaller(self, part: Part) -> "TilePlan | None":
         """The next thing to try when `part` ran out of memory: one sample per call, then smaller tiles; None: nothing is left."""
         if self.batch > 1:
             return replace(self, batch=1)
@@ -172,7 +174,7 @@ def _check_budget(
     fixed = [f"{part} {asked[part]}" for part in over if asked[part] is not None]
     advice = f"{' and '.join(fixed)} would take {needed}; 'auto' needs" if fixed else "the least is"
     raise NotEnoughMemory(
-        f"memory budget: {shown_bytes(room.bytes)} is too little for this model and picture size; {advice} {shown_bytes(least)}.", least
+        f"memory_budget: {shown_bytes(room.bytes)} is too little for this model and picture size; {advice} {shown_bytes(least)}.", least
     )
 
 
@@ -211,3 +213,18 @@ def _overlap(overlap: int, tile: int, default: bool, vae_scale: int) -> int:
     if not 0 <= overlap < tile or overlap % vae_scale:
         raise UserError(f"tile_overlap: expected a multiple of {vae_scale} pixels below the tile ({tile}), got {overlap}.")
     return overlap
+
+
+def within_memory(run: Callable[[P], R], plan: P, smaller: Callable[[P], P], device: torch.device) -> tuple[R, P]:
+    """Run by a plan, or by smaller and smaller ones while memory runs out; the result and the plan that did.
+
+    `smaller` gives the plan to try next, or raises NotEnoughMemory where there is none.
+    """
+    while True:
+        try:
+            return run(plan), plan
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release_cached(device)  # outside of the handler, where the traceback would keep the failed call's tensors
+        plan = smaller(plan)

@@ -28,27 +28,20 @@ class Process(nn.Module):
     spread: Tensor  # [T] float32
 
     def __init__(self, signal: Tensor, spread: Tensor, scheduler_config: Mapping[str, Any]) -> None:
-        """
-        Args:
-            signal, spread: [T] float64 factors of z_0 and of the noise.
-            scheduler_config: of the diffusers scheduler that stands for this process in a saved pipeline.
-        """
+        """`signal`, `spread`: [T] float64; `scheduler_config`: of the diffusers scheduler that a saved pipeline gets."""
         super().__init__()
         self.scheduler_config = dict(scheduler_config)
         self.register_buffer("signal", signal.float(), persistent=False)
         self.register_buffer("spread", spread.float(), persistent=False)
         self._levels = list(zip(signal.tolist(), spread.tolist()))
-        self._starts_from_lr = bool(signal[-1] ** 2 > spread[-1] ** 2)
+        # whether the last timestep still shows the picture: sampling then starts from the low-resolution one, not from next to nothing
+        self.starts_from_lr = bool(signal[-1] ** 2 > spread[-1] ** 2)
 
     @classmethod
     def of(cls, config: Mapping[str, Any], name: str | None = None) -> Process:
-        """The process that a scheduler config stands for.
+        """The process that scheduler_config.json's content stands for; `name`: the scheduler's class, None: what the config says.
 
-        Args:
-            config: scheduler_config.json's content.
-            name: the scheduler's class; None: what the config says.
-        Raises:
-            UserError: a scheduler class, prediction type or setting that is not known here; nothing is guessed.
+        UserError for a scheduler class, prediction type or setting that is not known here; nothing is guessed.
         """
         name = name or config.get("_class_name")
         if name not in PROCESSES:
@@ -64,11 +57,6 @@ class Process(nn.Module):
     def last(self) -> int:
         """The last timestep: the most noise."""
         return len(self.signal) - 1
-
-    @property
-    def starts_from_lr(self) -> bool:
-        """Whether the last timestep still shows the picture: sampling then starts from the low-resolution one, not from next to nothing."""
-        return self._starts_from_lr
 
     def level(self, t: int) -> tuple[float, float]:
         """signal_t and spread_t as plain numbers."""
@@ -96,12 +84,12 @@ class Process(nn.Module):
         return self.spread[t] / self.signal[t]
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network is told for timestep index t, [B]."""
-        raise NotImplementedError
+        """What the network is told for timestep index t, [B]: t itself, unless a process says otherwise."""
+        return t
 
     def timestep_of(self, t: int) -> float:
         """The same for one plain number."""
-        raise NotImplementedError
+        return t
 
     def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should say."""
@@ -116,11 +104,7 @@ class Process(nn.Module):
         raise NotImplementedError
 
     def until(self, last: int) -> Self:
-        """The same process with the timesteps 0 .. `last` only; timesteps keep their meaning.
-
-        Raises:
-            UserError: it ends before.
-        """
+        """The same process with the timesteps 0 .. `last` only; timesteps keep their meaning. UserError where it ends before."""
         raise NotImplementedError
 
     def scheduler(self) -> Any:
@@ -151,12 +135,6 @@ class DDPM(Process):
             )
         kept = {key: config[key] for key in DDPM_KEYS if key in config}
         return cls(_ddpm_scheduler(kept).alphas_cumprod, kept)
-
-    def timestep(self, t: Tensor) -> Tensor:
-        return t
-
-    def timestep_of(self, t: int) -> float:
-        return t
 
     def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """n for epsilon, v = sqrt(abar_t) n - sqrt(1 - abar_t) z_0 for v_prediction, z_0 for sample."""
@@ -247,25 +225,13 @@ def _ddpm_scheduler(kept: Mapping[str, Any]) -> Any:
     return DDPMScheduler(**kept, clip_sample=False, variance_type="fixed_small")
 
 
-_DDPM_SCHEDULERS = (
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "LCMScheduler",
+_OF_DDPM = (
+    "DDPM DDIM PNDM EulerDiscrete EulerAncestralDiscrete DPMSolverMultistep DPMSolverSinglestep UniPCMultistep DEISMultistep "
+    "HeunDiscrete LMSDiscrete KDPM2Discrete KDPM2AncestralDiscrete LCM"
 )
 # scheduler class in a base's folder -> the process that it stands for
 PROCESSES: dict[str, str] = {
-    **dict.fromkeys(_DDPM_SCHEDULERS, "process:DDPM"),
+    **{f"{name}Scheduler": "process:DDPM" for name in _OF_DDPM.split()},
     "FlowMatchEulerDiscreteScheduler": "process:Flow",
     "FlowMatchHeunDiscreteScheduler": "process:Flow",
 }

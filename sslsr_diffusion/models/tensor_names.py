@@ -1,7 +1,5 @@
 """Whether a folder of safetensors holds what a network needs: names and shapes from the files' headers, no weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -15,10 +13,8 @@ FILES = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' nam
 def check_tensors(folder: Path, network: nn.Module, what: str) -> None:
     """Compare the headers of a component's weights with a network, which may be on the meta device.
 
-    Args:
-        what: how messages call the component, for example "unet of owner/name".
-    Raises:
-        UserError: there are no safetensors (what lies there instead is named), a file is damaged, or a tensor is missing or misshapen.
+    UserError where there are no safetensors, a file is damaged, or a tensor is missing or misshapen; `what` is how messages call
+    the component, for example "unet of owner/name".
     """
     found = _shapes(folder, what)
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -37,7 +33,7 @@ def _shapes(folder: Path, what: str) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _files(folder, what):
+    for path in weight_files(folder, what):
         try:
             with safe_open(path, framework="pt") as stream:
                 shapes |= {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118 - no mapping
@@ -46,7 +42,8 @@ def _shapes(folder: Path, what: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _files(folder: Path, what: str) -> list[Path]:
+def weight_files(folder: Path, what: str) -> list[Path]:
+    """The safetensors of a component; UserError, which names what lies there, where there are none."""
     for stem in FILES:
         if (folder / f"{stem}.safetensors").is_file():
             return [folder / f"{stem}.safetensors"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointError
 
-from sslsr_diffusion.evaluation.perceptual import PerceptualDistance
+from sslsr_diffusion.evaluation.learned import PerceptualDistance
 from sslsr_diffusion.inference.memory import LivePeak
 from sslsr_diffusion.losses import LOSSES, Loss, Means, build_losses
 from sslsr_diffusion.losses.base import PixelLoss

@@ -14,8 +14,8 @@ from torch import Tensor
 from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.devices import device_bytes, is_out_of_memory
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.evaluation.learned import load_perceptual_distance
 from sslsr_diffusion.evaluation.metrics import METRICS
-from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Means, build_losses
 from sslsr_diffusion.runs.export import export_checkpoint
@@ -24,8 +24,7 @@ from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved, run_folde
 from sslsr_diffusion.runs.task import build_task
 from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import find_checkpoint
-from sslsr_diffusion.training.events import Event
-from sslsr_diffusion.training.job import Job, Publisher, TrainResult
+from sslsr_diffusion.training.job import Event, Job, Publisher, TrainResult
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.validation import Pair, Validation

@@ -1,7 +1,5 @@
 """Decode only a window of the latent: the window plus a margin is decoded, the losses see the interior."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -23,23 +21,21 @@ class Windows:
 
     def cut_latents(self, latents: Tensor) -> Tensor:
         """[K, c, h, w] -> [K, c, patch_h, patch_w]"""
-        return torch.stack([_cut(z, top, left, self.patch) for z, (top, left) in zip(latents, self.patch_start.tolist())])
+        return _cut(latents, self.patch_start, self.patch)
 
     def cut_interior(self, decoded: Tensor, scale: int) -> Tensor:
         """[K, 3, patch_h * scale, patch_w * scale] -> [K, 3, size_h * scale, size_w * scale]"""
-        inside = ((self.start - self.patch_start) * scale).tolist()
-        return torch.stack([_cut(x, top, left, self._pixels(scale)) for x, (top, left) in zip(decoded, inside)])
+        return _cut(decoded, self.start - self.patch_start, self.size, scale)
 
     def cut_pixels(self, pixels: Tensor, scale: int) -> Tensor:
         """The same window of a full crop [K, C, H, W]."""
-        return torch.stack([_cut(x, top, left, self._pixels(scale)) for x, (top, left) in zip(pixels, (self.start * scale).tolist())])
-
-    def _pixels(self, scale: int) -> tuple[int, int]:
-        return self.size[0] * scale, self.size[1] * scale
+        return _cut(pixels, self.start, self.size, scale)
 
 
-def _cut(x: Tensor, top: int, left: int, size: tuple[int, int]) -> Tensor:
-    return x[..., top : top + size[0], left : left + size[1]]
+def _cut(pictures: Tensor, corners: Tensor, size: tuple[int, int], scale: int = 1) -> Tensor:
+    """One window per picture; corners and size in latent pixels, of `scale` pixels each."""
+    height, width = size[0] * scale, size[1] * scale
+    return torch.stack([x[..., top : top + height, left : left + width] for x, (top, left) in zip(pictures, (corners * scale).tolist())])
 
 
 def draw_windows(indices: list[int], latent_size: tuple[int, int], side: int, seed: int) -> Windows:

@@ -1,8 +1,7 @@
 """Which pixels of a batch the losses of a step look at."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,10 +34,7 @@ def choose_pixels(
 ) -> tuple[Given, Windows | None]:
     """Add to `given` the pixels that some loss looks at: gated-out samples and everything outside the windows are never decoded.
 
-    Args:
-        given: timesteps and noise levels.
-        scale: pixels per latent pixel.
-        decode_crop: side of the window in latent pixels; None: the whole crop.
+    `scale` is in pixels per latent pixel, `decode_crop` the side of the window in latent pixels (None: the whole crop).
     """
     wanted = [loss.active(given) for loss in losses if "sr" in loss.reads]
     if not wanted:
@@ -50,4 +46,4 @@ def choose_pixels(
     if decode_crop is not None and decode_crop < max(latent) and len(decoded):
         windows = draw_windows(batch.index[decoded.cpu()].tolist(), latent, decode_crop, seed)
         hr, mask, origin = windows.cut_pixels(hr, scale), windows.cut_pixels(mask, scale), windows.start * scale
-    return Given(t=given.t, noise_level=given.noise_level, decoded=decoded, hr=hr, mask=mask, origin=origin), windows
+    return replace(given, decoded=decoded, hr=hr, mask=mask, origin=origin), windows

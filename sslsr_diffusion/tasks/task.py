@@ -1,11 +1,9 @@
 """What a task is to the loop: one trained module, what is drawn, one forward, one picture restored, one result saved."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ class Draws:
     noise: dict[str, Tensor] = field(default_factory=dict)
     windows: Windows | None = None
 
-    def to(self, device: torch.device | str) -> Draws:
+    def to(self, device: torch.device | str) -> Self:
         """The tensors on a device; windows are read on the CPU."""
         return replace(self, given=self.given.to(device), noise={name: value.to(device) for name, value in self.noise.items()})
 
@@ -66,6 +64,29 @@ class Task(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the result with the present weights: what the family's own world loads."""
+
+
+class TaskBase:
+    """What tasks have in common: networks that move, a result that is the whole upscaler."""
+
+    makes_upscaler: ClassVar[bool] = True
+    reads_latents: ClassVar[bool] = False
+    label: ClassVar[str] = "prediction"
+    networks: Networks
+    restorer: Restorer | None = None
+
+    def to(self, device: torch.device) -> None:
+        self.networks.to(device)
+
+    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
+        """By the restorer, which takes smaller tiles where memory runs out."""
+        assert self.restorer is not None
+        images: Tensor = self.restorer(lr, generator=torch.Generator().manual_seed(seed), output_type="pt").images
+        return images
+
+    def save(self, folder: Path) -> None:
+        assert self.restorer is not None
+        self.restorer.save(folder)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ class Restorer(Protocol):
     def check(self, **call: Any) -> list[str]:
         """What there is to say about a call with these options, for example that one of them has no effect; no picture is made.
 
-        Raises:
-            UserError: the call would be refused whatever the picture.
+        Raises UserError where the call would be refused whatever the picture.
         """
 
     def __call__(

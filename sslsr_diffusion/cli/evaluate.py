@@ -86,8 +86,10 @@ def evaluate(
         for line in pairs.left_out:
             typer.echo(f"left out: {line}", err=True)
         reference, lr = pairs.hr, pairs.lr
-        for name, path in (_named(text) for text in model or []):
-            columns[_free(name, columns)] = _upscale(path, pairs, output / "images" / name, range(seed, seed + seeds), steps, device)
+        for name, path in map(_named, model or []):
+            if name in columns:
+                raise UserError(f"--model {name}: a column of that name is there already; choose another with NAME=PATH.")
+            columns[name] = _upscale(path, pairs, output / "images" / name, range(seed, seed + seeds), steps, device)
     from sslsr_diffusion.evaluation.pairing import pair_files
 
     pairing = pair_files(columns, reference, lr, suffix=suffix)
@@ -154,12 +156,6 @@ def _named(text: str) -> tuple[str, str]:
     return (folder.parent.name if folder.name == "pipeline" else folder.name) or text, text
 
 
-def _free(name: str, columns: dict[str, list[Path]]) -> str:
-    if name in columns:
-        raise UserError(f"--model {name}: a column of that name is there already; choose another with NAME=PATH.")
-    return name
-
-
 def _upscale(path: str, pairs: "Dataset", folder: Path, seeds: range, steps: int | None, device: str) -> list[Path]:
     """One folder of results per seed, made by the same runner as `sslsr infer`; what is done is skipped."""
     from sslsr_diffusion.evaluation.dataset import scale_of
@@ -219,11 +215,10 @@ def _write(
     typer.echo(text_table(summary))
     for name, reason in lacking.items():
         typer.echo(f"not computed: {METRICS[name].label} {reason}", err=True)
-    problems = summary.problems
-    for problem in problems:
+    for problem in summary.problems:
         typer.echo(f"remark: {problem}", err=True)
     typer.echo(f"\n{output / 'report.html'}, summary.json, metrics.csv")
-    return problems
+    return summary.problems
 
 
 def _list_metrics() -> None:

@@ -1,6 +1,8 @@
 """Pictures by a latent diffusion model of any family: the restorer around its networks."""
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -8,14 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.inference.hosts import Host, quiet_diffusers
-from sslsr_diffusion.inference.latent_work import LatentWork
+from sslsr_diffusion.inference.latent_work import Host, LatentWork
 from sslsr_diffusion.inference.memory import MemoryModel
 from sslsr_diffusion.inference.noise import Generators, image_seeds
-from sslsr_diffusion.inference.options import STEPS, LatentOptions
+from sslsr_diffusion.inference.options import STEPS, LatentOptions, per_picture
 from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
-from sslsr_diffusion.inference.prompts import per_picture
 from sslsr_diffusion.inference.restorer import Output, Restorer, by_size, check_call, enlarged, settled
 from sslsr_diffusion.inference.tile_plan import TilePlan
 from sslsr_diffusion.models.family import Family
@@ -30,6 +30,24 @@ class LatentOutput(Output):
     """`plans`: how each picture was cut into tiles (sides in output pixels), in the order of `images`."""
 
     plans: list[TilePlan] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """No bar for a pipeline's components, and no advice to load in half precision by an argument that its versions name differently."""
+    from diffusers.utils import logging
+
+    level, bar = logging.get_verbosity(), getattr(logging, "is_progress_bar_enabled", lambda: True)()  # newer than 0.35
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype")  # its new name is unknown to the oldest diffusers we allow
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 class LatentRestorer:

@@ -100,3 +100,12 @@ class LatentOptions(CallOptions):
         if self.guided or not any(self.negative_prompt or ()):
             return []
         return ["negative_prompt has no effect without guidance; set guidance_scale above 1"]
+
+
+def per_picture(prompt: Texts, count: int, name: str) -> list[str]:
+    """As many texts as there are pictures; one for all, or none, is repeated. UserError for another number of texts."""
+    if prompt is None or isinstance(prompt, str):
+        return [prompt or ""] * count
+    if len(prompt) != count:
+        raise UserError(f"{name}: expected one text, or as many as there are images ({count}), got {len(prompt)}.")
+    return list(prompt)

@@ -1,5 +1,6 @@
 """StableSRPipeline: a low-resolution picture in, a picture of exactly round(scale * size) pixels out."""
 
+import contextlib
 import inspect
 import logging
 from pathlib import Path
@@ -11,9 +12,9 @@ from diffusers.utils import BaseOutput
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.hub import PIPELINE_FILES, fetch
-from sslsr_diffusion.inference.hosts import PipelineHost, quiet_diffusers
-from sslsr_diffusion.inference.latent import LatentRestorer
-from sslsr_diffusion.inference.memory import MemoryModel
+from sslsr_diffusion.inference.latent import LatentRestorer, quiet_diffusers
+from sslsr_diffusion.inference.latent_work import Host
+from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import Generators
 from sslsr_diffusion.inference.options import OnStepEnd, Texts
 from sslsr_diffusion.inference.placement import Placement
@@ -42,6 +43,26 @@ class StableSRPipelineOutput(BaseOutput):
     images: Any
     plans: list[TilePlan]
     notes: list[str]
+
+
+class PipelineHost(Host):
+    """diffusers' hooks move the networks of a pipeline, its progress bar shows the steps."""
+
+    @property
+    def device(self) -> torch.device:
+        return self._networks._execution_device
+
+    def offload(self) -> Offload:
+        if getattr(self._networks, "_all_hooks", None):
+            return "model"
+        parts = (part for part in self._networks.components.values() if isinstance(part, torch.nn.Module))
+        return "sequential" if any(hasattr(part, "_hf_hook") for part in parts) else "none"
+
+    def release(self) -> None:
+        self._networks.maybe_free_model_hooks()
+
+    def progress(self, total: int) -> contextlib.AbstractContextManager[Any]:
+        return self._networks.progress_bar(total=total)
 
 
 class StableSRPipeline(DiffusionPipeline):

@@ -42,8 +42,7 @@ class Restorer(Protocol):
     def check(self, **call: Any) -> list[str]:
         """What there is to say about a call with these options, for example that one of them has no effect; no picture is made.
 
-        Raises:
-            UserError: the call would be refused whatever the picture.
+        Raises UserError where the call would be refused whatever the picture.
         """
 
     def __call__(
@@ -105,10 +104,7 @@ def accepted(call: Mapping[str, Any], options: frozenset[str]) -> tuple[dict[str
 
 
 def settled(kind: type[O], call: Mapping[str, Any], options: frozenset[str], defaults: Mapping[str, Any]) -> tuple[O, list[str]]:
-    """The checked options of a call with the model's own values where it names none, and what there is to say about it.
-
-    Raises UserError for an option that the model does not have, or an impossible value.
-    """
+    """The checked options of a call, with the model's own values where it names none, and notes; UserError for impossible ones."""
     given, notes = accepted(call, options)
     made = kind(**{**defaults, **{name: value for name, value in given.items() if value is not None or name in _WHOLE}})
     made.check()

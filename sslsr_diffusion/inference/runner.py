@@ -101,10 +101,9 @@ def find_work(inputs: str | Path | Sequence[str | Path], output_dir: str | Path,
         raise UserError(f"--input {', '.join(printable(str(s))[:200] for s in sources)}: cannot be read ({error}).") from None
     if not found:
         raise UserError(f"--input {', '.join(printable(str(s)) for s in sources)}: no pictures there.")
-    record = _open_output(output)
-    work = Work(output, options, [], RunnerReport(), record)
+    work = Work(output, options, [], RunnerReport(), _open_output(output))
     root, originals = output.resolve(), {path.resolve() for path, _ in found}
-    for item, relative in _items(found, options, record):
+    for item, relative in _items(found, options, work.record):
         if item.target != _plain_target(relative, item.format):
             work.report.renamed.append((item.name, printable(item.target)))
         reason = _obstacle(item, root, originals, work)

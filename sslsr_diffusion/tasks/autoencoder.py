@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.inference.reconstruction import Reconstruct
+from sslsr_diffusion.inference.tiled import Reconstruct
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks
 from sslsr_diffusion.tasks.frame import Frame, TaskSettings

@@ -1,7 +1,5 @@
 """From a name to a restorer: the newest finished run, the shipped model, a run or model folder, a file, or a hub id."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

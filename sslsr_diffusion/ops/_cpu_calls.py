@@ -1,7 +1,5 @@
 """What the CPU backend calls: compiled entry points that pad images, sort pixels into tiles and walk the tiles of one thread."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from pathlib import Path

@@ -2,8 +2,6 @@
 graph, the loss and its slope, and the forces between an image and its shifted copy. c is the number of channels, known at compile time.
 """
 
-from __future__ import annotations
-
 from llvmlite import ir
 
 from sslsr_diffusion.ops._simd import LANES, Pointer, Value, each, each_vector, kernel, loop, splat, zeros

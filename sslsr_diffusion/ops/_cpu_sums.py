@@ -6,8 +6,6 @@ A rectangle is a vertical and a horizontal pass of binary doubling (9 = 8 + 1 ne
 through the loop in registers. Only additions: a running sum with subtraction would lose float32 digits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from llvmlite import ir

@@ -7,8 +7,6 @@ walked by horizontal offset dx >= 0, then 16-pixel column block, then all vertic
 again stay in the first-level cache. `slide` is how far the two windows of a pair lie apart inside S_d, along one axis.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

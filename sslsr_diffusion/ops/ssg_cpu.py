@@ -5,8 +5,6 @@ thread and a few megabytes of tile buffers, whatever the mask. Registered as tor
 them, and inference neither computes nor keeps anything for a backward.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import logging

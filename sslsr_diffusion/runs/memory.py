@@ -1,7 +1,5 @@
 """Parameters and memory of a recipe, counted on shapes alone: the task's own step is played on the meta device."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch

@@ -1,7 +1,5 @@
 """From a recipe to a run, from a name to an upscaler: what Python, the command line and the page call."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Sequence

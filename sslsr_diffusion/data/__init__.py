@@ -1,7 +1,5 @@
 """Training data: pictures or real pairs in, endless aligned batches out. Names are resolved at first use."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from sslsr_diffusion.tables import lazily
@@ -17,16 +15,7 @@ _HOME = {
     "open_validation_pairs": "sslsr_diffusion.data.loader",
 }
 
-__all__ = [
-    "DEGRADATIONS",
-    "DataSettings",
-    "Degradation",
-    "DegradationSettings",
-    "TrainingLoader",
-    "ValidationPair",
-    "open_training_data",
-    "open_validation_pairs",
-]
+__all__ = [*_HOME]
 
 if TYPE_CHECKING:
     from sslsr_diffusion.data.degradation import DEGRADATIONS, Degradation, DegradationSettings

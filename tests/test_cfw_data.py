@@ -206,7 +206,9 @@ def test_latents_of_another_autoencoder_are_refused(world, made):
 
 
 def test_the_kind_belongs_to_its_task(world, made):
-    with pytest.raises(RecipeError, match=r"data\.sources\.0\.kind: cfw has stored latents, which task autoencoder does not read; use pairs"):
+    with pytest.raises(
+        RecipeError, match=r"data\.sources\.0\.kind: cfw has stored latents, which task autoencoder does not read; use pairs"
+    ):
         parse(Recipe, {**stored_recipe(world, made), "task": {"kind": "autoencoder"}})
     parse(Recipe, {**stored_recipe(world, made), "task": {"kind": "decoder"}})
     mixed = stored_recipe(world, made)

@@ -12,15 +12,18 @@ from sslsr_diffusion.errors import UserError
 FILES = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name of the weights
 
 
-def check_tensors(folder: Path, network: nn.Module, what: str) -> None:
+def check_tensors(folder: Path, network: nn.Module | None, what: str) -> None:
     """Compare the headers of a component's weights with a network, which may be on the meta device.
 
     Args:
+        network: None where its library gives tensors other names than its files have: the files must be whole then.
         what: how messages call the component, for example "unet of owner/name".
     Raises:
         UserError: there are no safetensors (what lies there instead is named), a file is damaged, or a tensor is missing or misshapen.
     """
     found = _shapes(folder, what)
+    if network is None:
+        return
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -42,8 +45,14 @@ def _shapes(folder: Path, what: str) -> dict[str, tuple[int, ...]]:
             with safe_open(path, framework="pt") as stream:
                 shapes |= {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{what}: {path.name} is not a whole safetensors file ({error}); fetch the model again.") from None
+            reason = "it is a git-lfs pointer, run `git lfs pull`" if _is_pointer(path) else f"{error}; fetch the model again"
+            raise UserError(f"{what}: {path.name} is not a whole safetensors file: {reason}.") from None
     return shapes
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a clone without git-lfs left its note in the place of the file."""
+    return path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
 
 
 def _files(folder: Path, what: str) -> list[Path]:

@@ -42,16 +42,13 @@ def dry_run(
     if resume is not None:
         checks.append(check_resume(recipe, resume, allow_recipe_change))
     task, built = _task(recipe)
-    checks += [built] if built is not None else []
+    checks += [built] if built is not None and built.detail not in {check.detail for check in checks} else []
     say("\nchecks")
     for check in checks:
         say(f"  {check.what:<12} {check.verdict:<14} {check.detail}")
     say("")
-    try:
-        for line in [*(describe_parameters(task) if task else []), *describe_memory(recipe)]:
-            say(line)
-    except UserError as error:
-        say(f"parameters and memory cannot be counted: {error}")
+    for line in ["parameters and memory cannot be counted"] if task is None else [*describe_parameters(task), *describe_memory(recipe)]:
+        say(line)
     return all(check.verdict == "ok" for check in checks)
 
 

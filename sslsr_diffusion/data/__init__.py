@@ -15,7 +15,16 @@ _HOME = {
     "open_validation_pairs": "sslsr_diffusion.data.loader",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "DEGRADATIONS",
+    "DataSettings",
+    "Degradation",
+    "DegradationSettings",
+    "TrainingLoader",
+    "ValidationPair",
+    "open_training_data",
+    "open_validation_pairs",
+]
 
 if TYPE_CHECKING:
     from sslsr_diffusion.data.degradation import DEGRADATIONS, Degradation, DegradationSettings

@@ -6,7 +6,7 @@ from sslsr_diffusion.tables import lazily
 
 _HOME = {"StableSRPipeline": "sslsr_diffusion.inference.pipeline", "StableSRPipelineOutput": "sslsr_diffusion.inference.pipeline"}
 
-__all__ = [*_HOME]
+__all__ = ["StableSRPipeline", "StableSRPipelineOutput"]
 
 if TYPE_CHECKING:
     from sslsr_diffusion.inference.pipeline import StableSRPipeline, StableSRPipelineOutput

@@ -16,7 +16,7 @@ _HOME = {
     "StructuralEncoder": "sslsr_diffusion.models.stablesr.structural_encoder",
 }
 
-__all__ = [*_HOME]
+__all__ = ["FAMILIES", "AutoencoderKLCFW", "ModelMixin", "SFTUNet2DConditionModel", "StructuralEncoder"]
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin

@@ -51,12 +51,8 @@ class StableSR:
         return None if settings.init == "random" else settings.base
 
     def check_files(self, settings: StableSRSettings) -> dict[str, Callable[[], str]]:
-        from sslsr_diffusion.models.stablesr.build import check_base_folder, load_vae
-
-        def vae() -> str:
-            load_vae(str(settings.vae), meta=True)
-            return str(settings.vae)
+        from sslsr_diffusion.models.stablesr.build import check_base_folder, check_vae_folder
 
         drawn = f"architecture {settings.preset}, weights drawn"
         base = (lambda: drawn) if settings.init == "random" else lambda: check_base_folder(settings)
-        return {"model": base, **({"model.vae": vae} if settings.vae else {})}
+        return {"model": base, **({"model.vae": lambda: check_vae_folder(str(settings.vae))} if settings.vae else {})}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.tensor_names import check_tensors
 
 if TYPE_CHECKING:
     from sslsr_diffusion.models.base import Base
@@ -46,6 +47,7 @@ def encode_texts(texts: Sequence[str], text_encoder: Any, tokenizer: Any, device
 def load_text_encoder(base: Base) -> Any:
     from transformers import CLIPTextModel
 
+    check_tensors(base.folder / "text_encoder", None, base.part("text_encoder"))
     return CLIPTextModel.from_pretrained(base.folder / "text_encoder", use_safetensors=True).float().eval().requires_grad_(False)
 
 

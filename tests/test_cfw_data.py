@@ -143,7 +143,7 @@ def test_training_reads_the_latents_instead_of_sampling(world, made, tmp_path, m
     assert result.step == 2
     assert result.pipeline is not None
     assert (result.pipeline / "vae" / "config.json").is_file()
-    assert read_checkpoint(tmp_path / "run" / "checkpoint-2").state["patch_gan"]["step"] == 3
+    assert read_checkpoint(tmp_path / "run" / "checkpoint-2").state["learners"]["patch_gan"]["step"] == 3
     assert export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "exported") == 2
 
 

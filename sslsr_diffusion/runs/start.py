@@ -51,8 +51,7 @@ def train(
             save some), or the numbers went wrong too often.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
-    if restart and resume is not None:
-        raise UserError("restart begins anew and resume goes on; choose one of them.")
+    check_one_way(resume, restart)
     main = int(os.environ.get("RANK", "0")) == 0
     folder = RunFolder(run_folder(recipe))
     if resume is None and main:
@@ -68,6 +67,12 @@ def train(
         if not is_out_of_memory(error):
             raise
         raise UserError(_memory_advice(recipe, error)) from None
+
+
+def check_one_way(resume: str | None, restart: bool) -> None:
+    """UserError where a run would both go on and begin anew."""
+    if restart and resume is not None:
+        raise UserError("restart begins anew and resume goes on; choose one of them.")
 
 
 def open_upscaler(

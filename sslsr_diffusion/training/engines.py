@@ -36,7 +36,9 @@ def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: P
     UserError when the machine cannot do what the recipe asks for.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # or this run would keep the precision of the one before it in this interpreter
     if settings.cpu_threads is not None:
         torch.set_num_threads(settings.cpu_threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32

@@ -5,8 +5,8 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ from sslsr_diffusion.images import IMAGE_SUFFIXES, list_images, printable, read_
 from sslsr_diffusion.seeding import sample_generator
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One picture, or one pair."""
 
     name: str

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.special import ndtr
 
 from sslsr_diffusion.config import parse
@@ -136,8 +137,6 @@ def _jpeg(data: bytes) -> tuple[Array, Array] | None:
     """Luma as the file has it (blocks as they were coded: not turned upright, never RGB) and its table in natural order."""
     if data[:2] != b"\xff\xd8":
         return None
-    from PIL import Image
-
     with Image.open(io.BytesIO(data)) as file:
         tables = getattr(file, "quantization", None) or {}
         file.draft("L", file.size)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.io import loadmat
 from torch import Tensor
 
 from sslsr_diffusion.data.filters import opencv
@@ -98,8 +99,6 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     """
     try:
         if path.suffix == ".mat":
-            from scipy.io import loadmat
-
             values = loadmat(path)["mat"]
         elif path.suffix == ".npy":
             values = np.load(path, allow_pickle=False)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image as Pillow
 from scipy.io import savemat
 
 from sslsr_diffusion.config import Settings
@@ -123,8 +124,6 @@ def multiscale(path: Path, name: Path, *, output: Path, shortest_edge: int = 512
 
     `S` has the shorter side exactly that long (enlarged if need be); the picture itself is kept if it is large enough.
     """
-    from PIL import Image as Pillow
-
     image = read_image(path, name=printable(name))
     height, width = image.size
     ratio = max(height, width) / min(height, width)

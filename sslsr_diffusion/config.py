@@ -4,8 +4,6 @@ A part of the project declares its settings class beside its code (a subclass of
 dict; `recipe.py` assembles the schema. This file only knows how to read YAML, apply overrides and explain mistakes.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import operator

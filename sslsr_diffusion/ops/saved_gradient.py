@@ -1,7 +1,5 @@
 """Autograd of the fused losses, whose operators give (total, ..., gradient of total): backward multiplies what forward has formed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 

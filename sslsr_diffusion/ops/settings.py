@@ -1,7 +1,5 @@
 """What every backend of the operator is told, besides its tensors."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple, overload
 

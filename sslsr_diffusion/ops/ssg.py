@@ -1,7 +1,5 @@
 """The public operator: check, choose a backend, call it. Each backend module has `graph`, `loss` and `unavailable`."""
 
-from __future__ import annotations
-
 import math
 from numbers import Real
 from types import ModuleType

@@ -5,8 +5,6 @@ a row is in a block's registers: nothing of size N x search^2 is written, backwa
 waits for the GPU. The graph keeps its own output for backward.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ A launcher is any callable that compiles `file`, a name in kernels/ or an absolu
 tensors and numpy scalars.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil

@@ -14,8 +14,6 @@ walked in horizontal bands with one row of offsets at a time, and no operation h
 Registered as torch operators, as those of the CPU: `torch.compile` traces past them instead of unrolling thousands of slices.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -111,4 +111,4 @@ def _loss(
     return sr.new_tensor(l1_weight * l1 + kl_weight * kl), sr.new_tensor(l1), sr.new_tensor(kl), gradient
 
 
-graph, loss = differentiable_operators.complete(_graph, _graph_backward, _loss)
+graph, loss = differentiable_operators.graph_call(_graph, _graph_backward), differentiable_operators.loss_call(_loss)

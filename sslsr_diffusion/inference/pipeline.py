@@ -138,7 +138,9 @@ class StableSRPipeline(DiffusionPipeline):
         if self._restorer is None or self._restorer[0] != parts:
             process = Process.of(self.scheduler.config, type(self.scheduler).__name__)
             if not isinstance(process, DDPM):
-                raise UserError(f"scheduler: expected one of the DDPM family, got {type(self.scheduler).__name__}, which StableSR is not for.")
+                raise UserError(
+                    f"scheduler: expected one of the DDPM family, got {type(self.scheduler).__name__}, which StableSR is not for."
+                )
             denoiser = Denoiser(self.unet, self.structural_encoder)
             networks = StableSRNetworks(Codec(self.vae), denoiser, process, empty_context(self.unet))
             networks.text_encoder, networks.tokenizer = self.text_encoder, self.tokenizer

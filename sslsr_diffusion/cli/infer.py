@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -143,8 +144,12 @@ def infer(
         found = find_model(model, revision)
         options = RunnerOptions(scale, seed, call, FORMATS[format.value] if format else None, overwrite=overwrite, model=found.fingerprint)
         work = find_work(input, output, options)
-        if work.todo:
-            _with_bar(lambda progress: run_work(_saying_how(open_model(found, **where), call), work, progress=progress), work)
+        with _interruptible(work):
+            if work.todo:
+                restorer = open_model(found, **where)
+                _say_how(restorer, call)
+                with _progress(len(work.todo)) as progress:
+                    run_work(restorer, work, progress=progress)
     _show(work.report, output)
 
 
@@ -156,39 +161,41 @@ def _tile(text: str) -> int | str | None:
     return int(text)
 
 
-def _saying_how(restorer: Restorer, call: dict[str, Any]) -> Restorer:
-    """The restorer, after a line on what it will be called with (what was given, else its own defaults) and notes on what has no effect.
+def _say_how(restorer: Restorer, call: dict[str, Any]) -> None:
+    """A line on what it will be called with (what was given, else its own defaults), and notes on what has no effect.
 
     Raises:
         UserError: it does not have what was asked for.
     """
-    from tqdm import tqdm
-
     notes = restorer.check(**call)
     values = {**restorer.defaults, **call}
     names = {"num_inference_steps": "steps", "detail": "detail", "antiring": "antiring"}
     shown = [f"{names[name]} {values[name]}" for name in names if name in values and name in restorer.options]
     for line in ([", ".join(shown)] if shown else []) + [f"note: {flagged(note, *FLAGS)}" for note in notes]:
-        tqdm.write(line)
-    return restorer
+        typer.echo(line)
 
 
-def _with_bar(make: Callable[[Progress], RunnerReport], work: Work) -> None:
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Progress]:
     from tqdm import tqdm
 
-    with tqdm(total=len(work.todo), unit="picture", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="picture", dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int, name: str) -> None:
             bar.update(done - bar.n)
             bar.set_postfix_str(name[-40:])
 
-        try:
-            make(progress)
-        except KeyboardInterrupt:
-            bar.close()
-            _show(work.report, work.output)
-            typer.echo("interrupted; the same command goes on from here", err=True)
-            raise typer.Exit(130) from None
+        yield progress
+
+
+@contextlib.contextmanager
+def _interruptible(work: Work) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        _show(work.report, work.output)
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
 
 
 def _show(report: RunnerReport, output: Path) -> None:

@@ -56,7 +56,8 @@ BASE = {"data": {"sources": [{"kind": "folder", "path": "photos"}]}, "losses": [
         ({"losses": [{"kind": "self_similarity", "window_size": 27}]}, "losses.0: window_size 27 must not exceed search_size 25."),
         (
             {"task": {"kind": "decoder", "decode_crop": 16}, "losses": [{"kind": "pixel_l1"}]},
-            "task.decode_crop: unknown key (value 16); allowed in task: inference, kind, part, synthesis_steps. It belongs to kind diffusion.",
+            "task.decode_crop: unknown key (value 16); allowed in task: inference, kind, part, synthesis_steps. "
+            "It belongs to kind diffusion.",
         ),
         ({"training": {"decode_crop": 16}}, "training.decode_crop: unknown key (value 16); did you mean task.decode_crop?"),
         ({"model": {"kind": "stablesr", "train": "all"}}, "model.train: unknown key (value 'all'); did you mean task.train?"),

@@ -49,9 +49,7 @@ class RecipeError(UserError):
 
 def find_recipe(name: str) -> Path:
     """The recipe file for a path, or for the name of a recipe that ships with the package, such as tiny or folder/name.
-
-    Raises:
-        RecipeError: there is no such file and no shipped recipe of that name (the message lists the nearest ones).
+    Raises RecipeError: there is no such file and no shipped recipe of that name (the message lists the nearest ones).
     """
     try:
         path = Path(name).expanduser()
@@ -105,9 +103,7 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 def _weigh(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
     """How many values the node stands for when every alias is written out; a few lines can stand for billions.
-
-    Raises:
-        ConstructorError: more than LARGEST_RECIPE, deeper than DEEPEST_RECIPE, or an anchor that contains itself.
+    Raises ConstructorError: more than LARGEST_RECIPE, deeper than DEEPEST_RECIPE, or an anchor that contains itself.
     """
     if id(node) not in known:
         known[id(node)] = LARGEST_RECIPE + 1  # what its own inside would find: an anchor that contains itself
@@ -158,9 +154,7 @@ def read_raw(path: Path) -> dict[str, Any]:
     replaced as a whole. Then `without: [self_similarity]` takes entries out of the `losses` that this gives, by their `name`, or by
     their `kind` where they have no name. So a file that gives `losses` and `without` takes from its own list, and what a parent
     took out stays out.
-
-    Raises:
-        RecipeError: a file cannot be read, `extends` goes round in a circle, `without` names a loss that is not there.
+    Raises RecipeError: a file cannot be read, `extends` goes round in a circle, `without` names a loss that is not there.
     """
     merged: dict[str, Any] = {}
     for file, raw in reversed(read_family(path)):

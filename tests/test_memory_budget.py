@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,60 @@ def test_peak_memory_on_a_gpu_stays_below_the_budget(model: Path) -> None:
         pipe(torch.rand(3, side // 4, side // 4), num_inference_steps=1, output_type="pt", memory_budget=parse_bytes(budget))
         assert torch.cuda.max_memory_allocated() <= parse_bytes(budget)
         del pipe
+
+
+DIRECT = """
+import gc, json, sys, torch
+from pathlib import Path
+from torch import nn
+from torch.nn import functional as F
+from restorers import ToyPixels
+from sslsr_diffusion.inference.direct import DirectRestorer
+
+class Dense(ToyPixels):  # every convolution sees what all before it made
+    scale = 4
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleList(nn.Conv2d(3 + 16 * n, 16, 3, padding=1) for n in range(8))
+        self.last = nn.Conv2d(3 + 16 * 8, 48, 3, padding=1)
+
+    def forward(self, x):
+        for layer in self.body:
+            x = torch.cat([x, F.leaky_relu(layer(x), 0.2)], 1)
+        return F.pixel_shuffle(self.last(x), 4)
+
+def status(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) << 10
+
+restorer, picture = DirectRestorer(Dense()), torch.rand(3, 384, 384)
+restorer(picture[:, :64, :64], memory_budget=10**9)  # what the first call loads is no work of a call
+for budget in json.loads(sys.argv[1]):
+    seen = []
+    handle = restorer.networks.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-1]))
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    loaded = status("VmRSS")
+    restorer(picture, output_type="pt", memory_budget=budget)
+    handle.remove()
+    print(json.dumps([status("VmHWM") - loaded + sum(p.nbytes for p in restorer.networks.parameters()), max(seen)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+def test_direct_networks_stay_below_the_budget_too_and_use_it() -> None:
+    budgets = [240 * 10**6, 320 * 10**6, 10**9]
+    done = subprocess.run(
+        [sys.executable, "-c", DIRECT, json.dumps(budgets)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(peak <= budget for budget, (peak, _) in zip(budgets, rows)), rows
+    sides = [side for _, side in rows]
+    assert sides == sorted(sides)
+    assert sides[0] < sides[-1] == 384  # more memory, larger tiles, at last the whole picture
+    assert rows[1][0] > 0.3 * budgets[1], rows

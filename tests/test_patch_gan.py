@@ -143,13 +143,15 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_the_recipe_knows_where_it_fits():
-    values = {"stage": "cfw", "data": {"sources": []}, "losses": [{"kind": "pixel_l1"}, {"kind": "patch_gan"}], "validation": {"limit": 0}}
+    losses = [{"kind": "pixel_l1"}, {"kind": "patch_gan"}]
+    values = {"task": {"kind": "decoder", "part": "fusion"}, "data": {"sources": []}, "losses": losses, "validation": {"limit": 0}}
     assert parse(Recipe, values).losses[1].start_step == 501
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):
         parse(Recipe, {**values, "training": {"crop_size": 16}})
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):  # what is decoded counts, not what is read
-        parse(Recipe, {**values, "stage": "diffusion", "training": {"crop_size": 128, "decode_crop": 4}})
+        parse(Recipe, {**values, "task": {"kind": "diffusion", "decode_crop": 4}, "training": {"crop_size": 128}})
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):
-        parse(Recipe, {**values, "stage": "diffusion", "training": {"crop_size": 16, "decode_crop": 16}})
-    with pytest.raises(RecipeError, match="patch_gan is impossible in stage autoencoder"):
-        parse(Recipe, {**values, "stage": "autoencoder"})
+        parse(Recipe, {**values, "task": {"kind": "diffusion", "decode_crop": 16}, "training": {"crop_size": 16}})
+    parse(Recipe, {**values, "task": {"kind": "autoencoder"}})  # it gives pictures, so it can have it
+    with pytest.raises(RecipeError, match=r"losses\.1\.kind: patch_gan is impossible in task base; possible are diffusion\."):
+        parse(Recipe, {**values, "task": {"kind": "base"}})

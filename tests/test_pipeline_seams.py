@@ -126,7 +126,7 @@ def test_shared_statistics_bring_a_tiled_autoencoder_nearer_to_the_whole_one(mon
         return (z - tiled.encode(pixels, noise)).abs().mean().item(), (picture - tiled.decode(noise)).abs().mean().item()
 
     shared = errors()
-    monkeypatch.setattr(tiled, "SharedGroupNorm", OwnStatistics)
+    monkeypatch.setattr("sslsr_diffusion.inference.tiled.SharedGroupNorm", OwnStatistics)
     own = errors()
     # what remains is the middle's attention, which sees its tile only, and that the pool is one pass old
     assert shared[0] < 0.8 * own[0]

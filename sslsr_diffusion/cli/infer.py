@@ -98,13 +98,15 @@ def infer(
         options = RunnerOptions(scale, seed, call, FORMATS[format.value] if format else None, overwrite=overwrite, model=found.fingerprint)
         work = find_work(input, output, options)
         if work.todo:
+            restorer = open_model(found, **where)
+            _say_how(restorer, call)
             with progress_bar(len(work.todo), lambda: _show(work.report, output), unit="picture") as bar:
 
                 def progress(done: int, total: int, name: str) -> None:
                     bar.update(done - bar.n)
                     bar.set_postfix_str(name[-40:])
 
-                run_work(_saying_how(open_model(found, **where), call), work, progress=progress)
+                run_work(restorer, work, progress=progress)
     _show(work.report, output)
 
 
@@ -116,20 +118,17 @@ def _tile(text: str) -> int | str | None:
     return int(text)
 
 
-def _saying_how(restorer: "Restorer", call: dict[str, Any]) -> "Restorer":
-    """The restorer, after a line on what it will be called with (what was given, else its own defaults) and notes on what has no effect.
+def _say_how(restorer: "Restorer", call: dict[str, Any]) -> None:
+    """A line on what it will be called with (what was given, else its own defaults), and notes on what has no effect.
 
     Raises UserError where it does not have what was asked for.
     """
-    from tqdm import tqdm
-
     notes = restorer.check(**call)
     values = {**restorer.defaults, **call}
     names = [name for name in ("num_inference_steps", "detail", "antiring") if name in values and name in restorer.options]
     shown = [", ".join(f"{RENAMED.get(name, name)} {values[name]}" for name in names)] if names else []
     for line in [*shown, *(f"note: {flagged(note, *FLAGS)}" for note in notes)]:
-        tqdm.write(line)
-    return restorer
+        typer.echo(line)
 
 
 def _show(report: "RunnerReport", output: Path) -> None:

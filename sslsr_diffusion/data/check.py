@@ -91,9 +91,7 @@ def _kind(path: str) -> str:
 
 def contents(settings: Source) -> tuple[int | None, Iterator[Item | Finding]]:
     """How many items a source has (None: a stream) and all of them, those that cannot even be fetched as findings.
-
-    Raises:
-        UserError: there is nothing to read.
+    Raises UserError: there is nothing to read.
     """
     if is_stream(settings):
         return None, _stream(settings)

@@ -49,11 +49,7 @@ class Estimate:
 
 
 def estimate(path: Path) -> Estimate:
-    """Estimate one file.
-
-    Raises:
-        UnreadableImage: it is no picture.
-    """
+    """Estimate one file. Raises UnreadableImage: it is no picture."""
     data = path.read_bytes()
     image = read_image(data, name=printable(path))
     luma, table = _jpeg(data) or (_luma(image.rgb), None)
@@ -237,9 +233,7 @@ def degradation_section(estimates: Sequence[Estimate], scale: int) -> dict[str, 
     """The `degradation` section of a recipe: blur, reduction, noise and JPEG in the ranges that were found (10th to 90th percentile).
 
     Blur is measured in low-resolution pixels and happens before the reduction, hence times the scale.
-
-    Raises:
-        UserError: there are no estimates.
+    Raises UserError: there are no estimates.
     """
     if not estimates:
         raise UserError("fit: expected at least one readable low-resolution picture, got none.")

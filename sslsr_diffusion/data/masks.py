@@ -63,9 +63,7 @@ class MaskFiles:
 
     def read(self, name: str, file: str, size: tuple[int, int]) -> NDArray[np.bool_]:
         """The mask [H, W] of a picture of `size` (H, W) by its file name (or key); `name` is for messages.
-
-        Raises:
-            MaskMismatch: there is no mask for it, or none that fits.
+        Raises MaskMismatch: there is no mask for it, or none that fits.
         """
         if not file:
             raise MaskMismatch(f"{name}: expected a file name to find its mask by, the row has none; set name_column to a column of names.")
@@ -93,9 +91,7 @@ class MaskFiles:
 
 def read_mask(path: Path) -> NDArray[np.bool_]:
     """A mask file as bool [H, W]: .mat (key `mat`, not 0 counts), .npy (not 0 counts), .png (128 and more counts).
-
-    Raises:
-        MaskMismatch: the file is damaged or not of that form.
+    Raises MaskMismatch: the file is damaged or not of that form.
     """
     try:
         if path.suffix == ".mat":

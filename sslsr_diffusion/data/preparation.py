@@ -81,9 +81,7 @@ def _one(job: PictureJob, pair: tuple[Path, Path]) -> Outcome:
 
 def spread(function: Callable[[T], R], items: Iterable[T], processes: int) -> Iterator[R]:
     """What the picklable function makes of every item, in order, over so many processes; items are taken a few ahead, not all at once.
-
-    Raises:
-        UserError: the system has ended one of the processes.
+    Raises UserError: the system has ended one of the processes.
     """
     if processes <= 1:
         yield from map(function, items)
@@ -199,9 +197,7 @@ _LABELS: dict[Callable[..., int], tuple[str, ...]] = {multiscale: ("", "S", *(la
 
 def check_settings(job: partial[int]) -> None:
     """Note a job's settings beside its results, so that results of other settings are never taken for its own.
-
-    Raises:
-        UserError: the results in its output were made with other settings, or nothing can be written there.
+    Raises UserError: the results in its output were made with other settings, or nothing can be written there.
     """
     output = job.keywords["output"]
     given = {key: value.model_dump() if isinstance(value, Settings) else value for key, value in job.keywords.items() if key != "output"}

@@ -23,9 +23,7 @@ def find_dataset(text: str, *, scale: int, made: Path) -> Dataset:
     """`LR_DIR,HR_DIR`; a folder with lr/ and hr/ (also lq/gt, low/high); or a folder of photographs.
 
     Photographs are cut to a multiple of `scale` and shrunk (bicubic, antialiased); both go to made/lr and made/hr.
-
-    Raises:
-        UserError: a folder is not there or holds no picture.
+    Raises UserError: a folder is not there or holds no picture.
     """
     lr, comma, hr = text.partition(",")
     if comma and not Path(text).exists():

@@ -96,11 +96,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """(kind, body) of every chunk up to IEND.
-
-    Raises:
-        ValueError: a chunk is cut off, or the checksum of a critical one is wrong.
-    """
+    """(kind, body) of every chunk up to IEND. Raises ValueError: a chunk is cut off, or the checksum of a critical one is wrong."""
     view, at, kind = memoryview(data), len(PNG_SIGNATURE), b""
     while kind != b"IEND":
         if at + 12 > len(data):

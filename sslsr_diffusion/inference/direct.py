@@ -45,7 +45,7 @@ class DirectRestorer:
     @classmethod
     def open(cls, family: Family, path: Path, placement: Placement) -> Self:
         """A model's files as a restorer on a device."""
-        networks = cast(PixelNetworks, family.read(path).to(placement.device, placement.dtype))
+        networks = cast(PixelNetworks, family.read(path).eval().requires_grad_(False).to(placement.device, placement.dtype))
         return cls(networks, defaults=placement.defaults)
 
     @property

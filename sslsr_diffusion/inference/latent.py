@@ -79,7 +79,7 @@ class LatentRestorer:
     def open(cls, family: Family, path: Path, placement: Placement) -> Restorer:
         """A model's files as a restorer on a device. The process's tables stay float32."""
         with quiet_diffusers():
-            networks = cast(LatentNetworks, family.read(path))
+            networks = cast(LatentNetworks, family.read(path).eval().requires_grad_(False))
         for part in (networks.codec, networks.denoiser):
             part.to(placement.dtype)
         return cls(networks.to(placement.device), defaults=placement.defaults)

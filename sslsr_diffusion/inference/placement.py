@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from sslsr_diffusion.devices import shown_bytes
-from sslsr_diffusion.errors import NotEnoughMemory
+from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.tile_plan import Room, Tile, plan_tiles
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import LatentNetworks
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ def place(family: Family, path: Path, device: torch.device, dtype: str, budget: 
     waiting on the CPU until they are called. Where none has room for such a tile, the first that has room for the smallest;
     NotEnoughMemory where nothing fits the budget, in bytes for weights and work together (the message says the least that would).
     """
-    chosen = None if dtype == "auto" else getattr(torch, dtype)
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}.")
+    chosen = DTYPES.get(dtype)
     if device.type == "cpu":
         choices = [Placement(device, kind, memory_budget=budget) for kind in ([chosen] if chosen else [torch.float32, torch.bfloat16])]
     else:

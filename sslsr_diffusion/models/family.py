@@ -50,9 +50,7 @@ class Family(Protocol):
 
     def read(self, path: Path, *, meta: bool = False) -> Networks:
         """The networks in a file or folder for which `reads` is true, on the CPU; with `meta` their shapes alone.
-
-        Raises:
-            UserError: its files are incomplete or damaged.
+        Raises UserError: its files are incomplete or damaged.
         """
 
     def source(self, settings: Any) -> str | None:

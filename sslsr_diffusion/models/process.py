@@ -15,7 +15,8 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.tables import named
 
 DDPM_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
-FLOW_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting")
+FLOW_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+OTHER_LEVELS = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")  # of a flow
 
 
 class Process(nn.Module):
@@ -184,6 +185,9 @@ class Flow(Process):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Flow:
+        odd = [key for key in OTHER_LEVELS if config.get(key)]
+        if odd:
+            raise UserError(f"scheduler: expected a flow without {odd[0]}, got {config[odd[0]]!r}; its noise levels are not known here.")
         kept = {key: config[key] for key in FLOW_KEYS if key in config}
         steps, shift = int(kept.get("num_train_timesteps", 1000)), float(kept.get("shift", 1.0))
         sigmas = torch.arange(1, steps + 1, dtype=torch.float64) / steps
@@ -209,9 +213,7 @@ class Flow(Process):
         return self.spread[t.to(self.spread.device)]
 
     def until(self, last: int) -> Flow:
-        if last > self.last:
-            raise UserError(f"expected a timestep of at most {self.last}, the last of this process; got {last}.")
-        return Flow(self.spread[: last + 1], self.scheduler_config)
+        raise UserError("expected a process with betas, got a flow, whose scheduler cannot say where it ends; leave start_timestep out.")
 
     def scheduler(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -227,7 +229,7 @@ def _ddpm_scheduler(kept: Mapping[str, Any]) -> Any:
 
 _OF_DDPM = (
     "DDPM DDIM PNDM EulerDiscrete EulerAncestralDiscrete DPMSolverMultistep DPMSolverSinglestep UniPCMultistep DEISMultistep "
-    "HeunDiscrete LMSDiscrete KDPM2Discrete KDPM2AncestralDiscrete LCM"
+    "HeunDiscrete LMSDiscrete KDPM2Discrete KDPM2AncestralDiscrete LCM TCD SASolver DDIMParallel DDPMParallel"
 )
 # scheduler class in a base's folder -> the process that it stands for
 PROCESSES: dict[str, str] = {

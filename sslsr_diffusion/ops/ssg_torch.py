@@ -265,7 +265,7 @@ def _loss(
     return l1_weight * l1 + kl_weight * kl, l1.clone(), kl.clone(), gradient
 
 
-graph, loss = differentiable_operators.complete(_graph, _graph_backward, _loss)
+graph, loss = differentiable_operators.graph_call(_graph, _graph_backward), differentiable_operators.loss_call(_loss)
 
 
 def _band_loss(

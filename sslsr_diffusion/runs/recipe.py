@@ -114,11 +114,7 @@ class Recipe(Settings):
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by path or shipped name, lay `--set` overrides over it, validate.
-
-    Raises:
-        RecipeError: with one line per mistake.
-    """
+    """Read a recipe by path or shipped name, lay `--set` overrides over it, validate. Raises RecipeError: with one line per mistake."""
     return parse(Recipe, apply_overrides(read_raw(find_recipe(name)), overrides))
 
 

@@ -106,9 +106,7 @@ def open_upscaler(
 
 def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
     """Task, data, losses and callables of a recipe, ready for `train_job`.
-
-    Raises:
-        UserError: a part cannot be built (the message says which key and why).
+    Raises UserError: a part cannot be built (the message says which key and why).
     """
     task = build_task(recipe)
     recipe = _with_defaults(recipe, task)

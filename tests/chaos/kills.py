@@ -105,7 +105,7 @@ def toy(folder: Path, steps: int, publisher: Any) -> Job:
 def real(folder: Path, steps: int, publisher: Any) -> Job:
     """The demo's denoiser on the shipped photographs, with two workers."""
     from sslsr_diffusion.runs.recipe import load_recipe
-    from sslsr_diffusion.runs.start import build
+    from sslsr_diffusion.runs.start import build_job
 
     root = Path(__file__).parents[2]
     values = {
@@ -133,7 +133,7 @@ def real(folder: Path, steps: int, publisher: Any) -> Job:
         "task.decode_crop": 6,
     }
     recipe = load_recipe(str(root / "configs/tiny.yaml"), [f"{key}={value}" for key, value in values.items()])
-    return build(recipe, publisher=publisher)
+    return build_job(recipe, publisher=publisher)
 
 
 def warm() -> None:

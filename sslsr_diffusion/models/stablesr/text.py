@@ -30,9 +30,7 @@ def encode_prompt(base: Base, prompt: str) -> Tensor:
 
 def encode_texts(texts: Sequence[str], text_encoder: Any, tokenizer: Any, device: torch.device) -> Tensor:
     """Last hidden states [B, L, D] of B texts; empty ones need no tokenizer.
-
-    Raises:
-        UserError: a text was given, but there is no tokenizer.
+    Raises UserError: a text was given, but there is no tokenizer.
     """
     length = text_encoder.config.max_position_embeddings
     if tokenizer is not None:

@@ -3,8 +3,6 @@
 A base model names its process by its diffusers scheduler; `Process.of` reads that, or refuses it by name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -39,7 +37,7 @@ class Process(nn.Module):
         self.starts_from_lr = bool(signal[-1] ** 2 > spread[-1] ** 2)
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], name: str | None = None) -> Process:
+    def of(cls, config: Mapping[str, Any], name: str | None = None) -> "Process":
         """The process that scheduler_config.json's content stands for; `name`: the scheduler's class, None: what the config says.
 
         UserError for a scheduler class, prediction type or setting that is not known here; nothing is guessed.
@@ -51,7 +49,7 @@ class Process(nn.Module):
         return kind.from_config({**config, "_class_name": name})
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Process:
+    def from_config(cls, config: Mapping[str, Any]) -> "Process":
         raise NotImplementedError
 
     @property
@@ -129,7 +127,7 @@ class DDPM(Process):
             raise UserError(f"scheduler: expected prediction_type epsilon, v_prediction or sample, got {self.prediction_type!r}.")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> DDPM:
+    def from_config(cls, config: Mapping[str, Any]) -> "DDPM":
         if config.get("use_flow_sigmas"):
             raise UserError(
                 f"scheduler: {config.get('_class_name')} with use_flow_sigmas is a flow process; expected use_flow_sigmas: false."
@@ -159,7 +157,7 @@ class DDPM(Process):
             return self.noise_level(t)
         return self.spread[t.to(self.spread.device)] if self.prediction_type == "v_prediction" else torch.ones_like(self.noise_level(t))
 
-    def until(self, last: int) -> DDPM:
+    def until(self, last: int) -> "DDPM":
         if last > self.last:
             raise UserError(f"expected a timestep of at most {self.last}, the last of this process; got {last}.")
         betas = _ddpm_scheduler(self.scheduler_config).betas
@@ -184,7 +182,7 @@ class Flow(Process):
         self.num_train_timesteps = int(scheduler_config.get("num_train_timesteps", 1000))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Flow:
+    def from_config(cls, config: Mapping[str, Any]) -> "Flow":
         odd = [key for key in OTHER_LEVELS if config.get(key)]
         if odd:
             raise UserError(f"scheduler: expected a flow without {odd[0]}, got {config[odd[0]]!r}; its noise levels are not known here.")
@@ -212,7 +210,7 @@ class Flow(Process):
     def clean_gain(self, t: Tensor) -> Tensor:
         return self.spread[t.to(self.spread.device)]
 
-    def until(self, last: int) -> Flow:
+    def until(self, last: int) -> "Flow":
         raise UserError("expected a process with betas, got a flow, whose scheduler cannot say where it ends; leave start_timestep out.")
 
     def scheduler(self) -> Any:

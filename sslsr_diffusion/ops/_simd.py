@@ -6,8 +6,6 @@ AVX2, SSE or NEON. Arrays arrive as pointers, integers and floats as run-time sc
 integer `len(tuple)`: that is how channel count and window size unroll the code.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 
@@ -31,50 +29,50 @@ class Value:
     def __init__(self, builder: ir.IRBuilder, value: ir.Value):
         self.b, self.v = builder, value
 
-    def _other(self, other: Value | float) -> ir.Value:
+    def _other(self, other: "Value | float") -> ir.Value:
         return other.v if isinstance(other, Value) else _constant(other) if self.v.type == _VECTOR else ir.Constant(self.v.type, other)
 
-    def like(self, number: float) -> Value:
+    def like(self, number: float) -> "Value":
         """A constant of the same type."""
         return Value(self.b, self._other(number))
 
-    def __add__(self, other: Value | float) -> Value:
+    def __add__(self, other: "Value | float") -> "Value":
         emit = self.b.add if self.v.type == _INDEX else self.b.fadd
         return Value(self.b, emit(self.v, self._other(other)))
 
-    def __sub__(self, other: Value | float) -> Value:
+    def __sub__(self, other: "Value | float") -> "Value":
         emit = self.b.sub if self.v.type == _INDEX else self.b.fsub
         return Value(self.b, emit(self.v, self._other(other)))
 
-    def __mul__(self, other: Value | float) -> Value:
+    def __mul__(self, other: "Value | float") -> "Value":
         emit = self.b.mul if self.v.type == _INDEX else self.b.fmul
         return Value(self.b, emit(self.v, self._other(other)))
 
-    def fma(self, factor: Value, addend: Value | float) -> Value:
+    def fma(self, factor: "Value", addend: "Value | float") -> "Value":
         """self * factor + addend, rounded once."""
         return Value(self.b, self.b.call(_function(self.b, "llvm.fma", 3), [self.v, factor.v, self._other(addend)]))
 
-    def where(self, comparison: str, other: Value | float, yes: Value | float, no: Value | float) -> Value:
+    def where(self, comparison: str, other: "Value | float", yes: "Value | float", no: "Value | float") -> "Value":
         """Lane by lane: yes where `self comparison other`, else no."""
         compare = self.b.icmp_signed if self.v.type == _INDEX else self.b.fcmp_ordered
         return Value(self.b, self.b.select(compare(comparison, self.v, self._other(other)), self._other(yes), self._other(no)))
 
-    def at_least(self, other: Value | float) -> Value:
+    def at_least(self, other: "Value | float") -> "Value":
         """The larger of the two; NaN stays NaN."""
         return self.where("<", other, other, self)
 
-    def at_most(self, other: Value | float) -> Value:
+    def at_most(self, other: "Value | float") -> "Value":
         """The smaller of the two; NaN stays NaN."""
         return self.where(">", other, other, self)
 
-    def halved(self) -> Value:
+    def halved(self) -> "Value":
         """Half of a non-negative integer, rounded down."""
         return Value(self.b, self.b.lshr(self.v, ir.Constant(_INDEX, 1)))
 
-    def magnitude(self) -> Value:
+    def magnitude(self) -> "Value":
         return Value(self.b, self.b.call(_function(self.b, "llvm.fabs", 1), [self.v]))
 
-    def exp2(self) -> Value:
+    def exp2(self) -> "Value":
         """2^self to 1e-7 relative, for self >= -126: nearest integer into the exponent, a polynomial for the rest."""
         whole = Value(self.b, self.b.call(_function(self.b, "llvm.rint", 1), [self.v]))
         rest = self - whole

@@ -1,7 +1,5 @@
 """The schema of a recipe, assembled from the tables of families, tasks and losses, and what must hold between its sections."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,7 +55,7 @@ class Recipe(Settings):
         return TASKS[self.task.kind]
 
     @model_validator(mode="after")
-    def _possible(self) -> Recipe:
+    def _possible(self) -> "Recipe":
         mistakes = [*self._task_fits(), *self._losses_fit(), *self._sizes_fit(), *self._output_fits()]
         if self.validation.limit and self.validation.best not in self.validation.metrics:
             mistakes.append(

@@ -245,7 +245,7 @@ def _sixteen_bits(data: bytes, file: "ImageFile", kind: str) -> Image:
     return Image(np.ascontiguousarray(rgb), alpha, _profile(file), gray=gray)
 
 
-def _eight_bits(file: PIL.Image.Image) -> Image:
+def _eight_bits(file: "PIL.Image.Image") -> Image:
     mode = file.mode
     if mode in ("I", "F") or mode.startswith("I;"):
         raise _Refused(f"32-bit or unusual values (Pillow's mode {mode}); expected 8 or 16 bits unsigned")
@@ -263,11 +263,11 @@ def _eight_bits(file: PIL.Image.Image) -> Image:
     return Image(np.ascontiguousarray(rgb), np.ascontiguousarray(pixels[..., -1]) if transparent else None, profile, gray=gray, notes=notes)
 
 
-def _profile(file: PIL.Image.Image) -> bytes | None:
+def _profile(file: "PIL.Image.Image") -> bytes | None:
     return file.info.get("icc_profile") or None
 
 
-def _to_srgb(file: PIL.Image.Image, profile: bytes | None) -> tuple[PIL.Image.Image, bytes | None, tuple[str, ...]]:
+def _to_srgb(file: "PIL.Image.Image", profile: bytes | None) -> "tuple[PIL.Image.Image, bytes | None, tuple[str, ...]]":
     """CMYK and Lab cannot stay: convert through the profile, and leave the picture untagged (sRGB)."""
     from PIL import ImageCms
 

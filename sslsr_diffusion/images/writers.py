@@ -60,7 +60,7 @@ def _samples(image: "Image") -> "Pixels":
     return colour if image.alpha is None else np.concatenate([colour, image.alpha[..., None]], axis=2)
 
 
-def _pillow(samples: "Pixels") -> PIL.Image.Image:
+def _pillow(samples: "Pixels") -> "PIL.Image.Image":
     from PIL import Image as Pillow
 
     return Pillow.fromarray(np.ascontiguousarray(samples[..., 0] if samples.shape[2] == 1 else samples))

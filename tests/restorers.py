@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sslsr_diffusion.inference.options import LatentOptions
 from sslsr_diffusion.inference.restorer import Output, settled
+from sslsr_diffusion.inference.runner import RunnerOptions, RunnerReport, find_work, run_work
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.family import FamilySettings
@@ -167,3 +168,8 @@ class ToyPixelFamily(ToyFamily):
     def read(self, path: Path, *, meta: bool = False) -> Networks:
         networks = ToyPixels(str(path))
         return networks.shapes() if meta else networks
+
+
+def upscale_files(restorer: Any, inputs: Any, output: Path, options: RunnerOptions, **more: Any) -> RunnerReport:
+    """What `sslsr infer` does with a model and its pictures."""
+    return run_work(restorer, find_work(inputs, output, options), **more)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from hostile import GOOD, hostile_folder
-from restorers import Nearest
+from restorers import Nearest, upscale_files
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.config import parse
 from sslsr_diffusion.data import DataSettings, open_training_data
-from sslsr_diffusion.inference.runner import RunnerOptions, upscale_files
+from sslsr_diffusion.inference.runner import RunnerOptions
 
 COUNT = 200
 

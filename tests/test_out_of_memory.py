@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from restorers import Nearest
+from restorers import Nearest, upscale_files
 from test_pipeline import make_pipeline, photo, run
 from test_runner import picture
 
 from sslsr_diffusion.errors import NotEnoughMemory
-from sslsr_diffusion.inference.runner import RunnerOptions, upscale_files
+from sslsr_diffusion.inference.runner import RunnerOptions
 from sslsr_diffusion.training.settings import ValidationSettings
 from sslsr_diffusion.training.validation import Validation, validate
 

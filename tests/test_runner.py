@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image as Pillow
 from PIL import ImageCms
-from restorers import Nearest
+from restorers import Nearest, upscale_files
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import Image, read_image, write_image
 from sslsr_diffusion.inference.open import default_model, find_model
 from sslsr_diffusion.inference.record import RECORD_NAME, Record
-from sslsr_diffusion.inference.runner import RunnerOptions, find_work, upscale_files
+from sslsr_diffusion.inference.runner import RunnerOptions, find_work
 from sslsr_diffusion.shipped_model import SMALL
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -81,12 +81,6 @@ def sinc_kernel(size: int, cutoff: float) -> Kernel:
     return kernel / kernel.sum()
 
 
-def pad_kernel(kernel: Kernel, size: int) -> Kernel:
-    """The kernel in the middle of size x size zeros (published pipelines pad to the largest size so that a batch can be stacked)."""
-    margin = (size - len(kernel)) // 2
-    return np.pad(kernel, margin) if margin > 0 else kernel
-
-
 def opencv_sigma(size: int) -> float:
     """The standard deviation that OpenCV takes for a Gaussian of this size when it is given none."""
     return 0.3 * ((size - 1) * 0.5 - 1) + 0.8

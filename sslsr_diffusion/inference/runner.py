@@ -75,24 +75,11 @@ class Work:
     record: Record
 
 
-def upscale_files(
-    restorer: Restorer,
-    inputs: str | Path | Sequence[str | Path],
-    output_dir: str | Path,
-    options: RunnerOptions,
-    *,
-    progress: Progress | None = None,
-) -> RunnerReport:
-    """Upscale every picture of `inputs` (file, folder or glob pattern, or several) into `output_dir`, sub-folders kept.
-
-    `progress` is called before each picture and at the end. UserError: nothing to read, nowhere to write, the output folder is the
-    input folder, or the restorer refuses the options. One bad picture raises nothing.
-    """
-    return run_work(restorer, find_work(inputs, output_dir, options), progress=progress)
-
-
 def find_work(inputs: str | Path | Sequence[str | Path], output_dir: str | Path, options: RunnerOptions) -> Work:
-    """Decide what is to be made under which name; opens the output folder, reads no picture whole."""
+    """Decide what is to be made under which name of `inputs` (file, folder or glob pattern, or several), sub-folders kept.
+
+    Opens the output folder, reads no picture whole. UserError: nothing to read, nowhere to write, or both are the same folder.
+    """
     output = Path(output_dir).expanduser()
     sources = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     try:
@@ -206,7 +193,10 @@ def _obstacle(item: Picture, root: Path, originals: set[Path], work: Work) -> st
 
 
 def run_work(restorer: Restorer, work: Work, *, progress: Progress | None = None) -> RunnerReport:
-    """Make the pictures of some work, one after the other; UserError where the restorer refuses the options, whatever the picture."""
+    """Make the pictures of some work, one after the other; one bad picture raises nothing.
+
+    `progress` is called before each picture and at the end. UserError where the restorer refuses the options, whatever the picture.
+    """
     report, total = work.report, len(work.todo)
     report.notes.extend(("", note) for note in restorer.check(**work.options.call))
     options = replace(work.options, call={name: value for name, value in work.options.call.items() if name in restorer.options})

@@ -21,8 +21,7 @@ def find_device(name: str, field: str = "--device") -> torch.device:
 
     Args:
         field: what a message begins with.
-    Raises:
-        UserError: no such device.
+    Raises UserError: no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")

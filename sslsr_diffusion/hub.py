@@ -64,8 +64,7 @@ def has_id_shape(text: str) -> bool:
 def is_hub_id(text: str, *, revision: bool = False) -> bool:
     """Whether a text can only be a repository: `owner/name`, and nothing here has that name.
 
-    Args:
-        revision: whether `owner/name@revision` is one, too.
+    `revision`: whether `owner/name@revision` is one, too.
     """
     name, at, pinned = text.partition("@")
     if not has_id_shape(name) or (at and not (revision and _REVISION.fullmatch(pinned))):
@@ -100,8 +99,7 @@ def fetch(
         patterns, ignore: which files; by default no training state.
         field: what the messages begin with: the recipe's key, the keyword or the flag that named the repository.
         advice: a further sentence by the error's reason.
-    Raises:
-        HubError: for everything that the hub, the network or the cache can do; errors of the disk stay OSErrors.
+    Raises HubError: for everything that the hub, the network or the cache can do; errors of the disk stay OSErrors.
     """
     places = "no folder here and not in the local cache"
     with _asking(name, revision=revision, kind=kind, field=field, token=token, advice=advice, places=places):

@@ -21,9 +21,9 @@ from sslsr_diffusion.data import open_training_data
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import read_image, to_tensor
 from sslsr_diffusion.runs.decoder_samples import _settings
-from sslsr_diffusion.runs.export import export_checkpoint
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe
 from sslsr_diffusion.runs.start import build_job
+from sslsr_diffusion.runs.task import export_checkpoint
 from sslsr_diffusion.tasks import decoder
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.loop import train_job

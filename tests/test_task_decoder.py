@@ -13,11 +13,10 @@ from toys import wave_photos
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models import AutoencoderKLCFW
-from sslsr_diffusion.runs.export import export_checkpoint
 from sslsr_diffusion.runs.memory import describe_parameters, step_bytes
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.start import build_job, train
-from sslsr_diffusion.runs.task import build_task
+from sslsr_diffusion.runs.task import build_task, export_checkpoint
 
 LOSSES = [{"kind": "pixel_l1"}, {**SMALL_SSL, "l1_weight": 10, "kl_weight": 10}]
 WEIGHTS = "diffusion_pytorch_model.safetensors"

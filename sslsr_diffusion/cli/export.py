@@ -15,7 +15,7 @@ def export(
     half: Annotated[bool, typer.Option("--half", help="Weights in float16: half the size on disk.")] = False,
 ) -> None:
     """Make a diffusers pipeline folder from a checkpoint: frozen weights come from its base, trained ones from the checkpoint."""
-    from sslsr_diffusion.runs.export import export_checkpoint
+    from sslsr_diffusion.runs.task import export_checkpoint
     from sslsr_diffusion.training.checkpoints import find_checkpoint
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -64,7 +64,7 @@ DEGRADATIONS: dict[str, PublishedDegradation] = {
             ((85, 95), (87, 95)),
             SincStep(prob=0.1, sizes=(3, 5)),
             QuantizeStep(),
-        ),
+        )
     ),
     "bicubic": PublishedDegradation([ReduceStep()]),  # MATLAB imresize
     "bsrgan": PublishedDegradation([BsrganStep(), QuantizeStep()]),  # BSRGAN, training numbers of the SSL fork

@@ -156,8 +156,7 @@ def open_training_data(
         state: from `TrainingLoader.state_dict`, to go on there.
         device: where degradation runs when `degradation.device` is `training`.
 
-    Raises:
-        UserError: nothing to train on, or sizes that do not fit.
+    Raises UserError: nothing to train on, or sizes that do not fit.
     """
     check_sizes(crop_size, scale)
     if not settings.sources:

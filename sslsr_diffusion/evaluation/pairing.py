@@ -37,8 +37,7 @@ def pair_files(
         lr: folder of the low-resolution inputs, shown in the report; its files may be missing.
         suffix: what the restored files' stems have after the reference's.
 
-    Raises:
-        UserError: two files of one folder share a stem, no scene is complete, or the sizes of a pair differ (both are named).
+    Raises UserError: two files of one folder share a stem, no scene is complete, or the sizes of a pair differ (both are named).
     """
     restored = {name: [_by_stem(folder, suffix) for folder in folders] for name, folders in columns.items()}
     truths = _by_stem(reference, "") if reference else None

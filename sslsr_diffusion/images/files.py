@@ -30,8 +30,7 @@ def list_images(source: Path | str, *, recursive: bool = True, skip_folder: Call
         source: a path, or a pattern with * ? [] and ** (any depth) if no such path exists.
         recursive: of a folder, also what lies in its sub-folders.
         skip_folder: called with each folder below the source; True leaves it out.
-    Raises:
-        UserError: there is nothing at `source`. (A folder without pictures gives an empty list.)
+    Raises UserError: there is nothing at `source`. (A folder without pictures gives an empty list.)
     """
     path = Path(source).expanduser()
     skip = skip_folder or (lambda _: False)

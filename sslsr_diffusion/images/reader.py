@@ -33,8 +33,7 @@ def read_image(source: Path | str | bytes, *, name: str | None = None) -> Image:
     Args:
         source: a path, or the bytes of a file.
         name: how messages call it; default the file's name.
-    Raises:
-        UnreadableImage: not a picture, damaged, cut off, empty, a decompression bomb, or of a kind that would lose values.
+    Raises UnreadableImage: not a picture, damaged, cut off, empty, a decompression bomb, or of a kind that would lose values.
     """
     label = name or ("image" if isinstance(source, bytes) else printable(Path(source).name))
     data = b""

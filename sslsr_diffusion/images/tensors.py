@@ -16,8 +16,7 @@ def to_tensor(array: NDArray[np.generic]) -> "Tensor":
         array: [H, W, C] or [H, W] uint8 or uint16.
     Returns:
         [C, H, W] float32 (C = 1 for [H, W]).
-    Raises:
-        ValueError: another dtype or number of dimensions.
+    Raises ValueError: another dtype or number of dimensions.
     """
     import torch
 
@@ -36,8 +35,7 @@ def to_array(tensor: "Tensor", dtype: DTypeLike = np.uint8) -> Pixels:
         dtype: np.uint8 or np.uint16.
     Returns:
         [H, W, C] of that dtype.
-    Raises:
-        ValueError: another dtype or shape, or a value that is not a number (NaN would become an arbitrary colour).
+    Raises ValueError: another dtype or shape, or a value that is not a number (NaN would become an arbitrary colour).
     """
     import torch
 

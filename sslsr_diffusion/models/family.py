@@ -39,8 +39,7 @@ class Family(Protocol):
             train: one of `trains`.
             meta: shapes only: no weights are read, no network is asked.
             seed: of freshly drawn layers.
-        Raises:
-            UserError: the base cannot be found or does not fit.
+        Raises UserError: the base cannot be found or does not fit.
         """
 
     def reads(self, path: Path) -> bool:

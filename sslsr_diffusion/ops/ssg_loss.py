@@ -75,13 +75,7 @@ class SelfSimilarityLoss(nn.Module):
         self, sr: Tensor, gt: Tensor, mask: Tensor | None = ..., *, num_rows: float | Tensor | None = ..., return_terms: Literal[True]
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
     def forward(
-        self,
-        sr: Tensor,
-        gt: Tensor,
-        mask: Tensor | None = None,
-        *,
-        num_rows: float | Tensor | None = None,
-        return_terms: bool = False,
+        self, sr: Tensor, gt: Tensor, mask: Tensor | None = None, *, num_rows: float | Tensor | None = None, return_terms: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of both terms: a scalar that is differentiable in sr; an empty mask gives 0 that still has a graph.
 

@@ -17,7 +17,7 @@ from sslsr_diffusion.data import TrainingLoader, open_training_data
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import atomic_write
 from sslsr_diffusion.images import Image, to_array, to_tensor, write_image
-from sslsr_diffusion.inference.latents import sample_latents
+from sslsr_diffusion.inference.sampling import sample_latents
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.task import frame_of
@@ -49,8 +49,7 @@ def make_cfw_data(
         count: samples in all.
         steps: of the sampler (StableSR: 200).
         fingerprint: of the model; `output` holds samples of one model only.
-    Raises:
-        UserError: `output` was made with other settings, or the recipe has no pictures to begin with.
+    Raises UserError: `output` was made with other settings, or the recipe has no pictures to begin with.
     """
     if any(source.kind == "cfw" for source in recipe.data.sources):
         raise UserError("data.sources: expected pictures to make samples from, got kind cfw; give the recipe with the photographs.")

@@ -37,8 +37,7 @@ def describe_parameters(task: Task) -> list[str]:
 def describe_memory(recipe: Recipe, available: int | None = None) -> list[str]:
     """One line per way to run the recipe: its own settings first, then what would save memory, then all of that together.
 
-    Args:
-        available: bytes that the device has; each line then says whether it fits.
+    `available`: bytes that the device has; each line then says whether it fits.
     """
     lines = [
         "memory per process, estimated (on top: kernels' workspaces, a quarter of it on a CPU, and the framework, about half a GiB)"

@@ -23,8 +23,7 @@ def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
     id; without one, today's. An id whose commit cannot be found out is left as it is, and a warning says so.
     What `task.inference` leaves to the base is what `checkpoint` was measured with, whatever the base says by now.
 
-    Args:
-        checkpoint: the folder that the run goes on from.
+    `checkpoint`: the folder that the run goes on from.
     """
     before = recorded_state(checkpoint).get("recipe") if checkpoint else None
     if before:

@@ -16,10 +16,9 @@ from sslsr_diffusion.evaluation.learned import load_perceptual_distance
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Means, build_losses
-from sslsr_diffusion.runs.export import export_checkpoint
 from sslsr_diffusion.runs.pin import pinned
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved, run_folder
-from sslsr_diffusion.runs.task import build_task
+from sslsr_diffusion.runs.task import build_task, export_checkpoint
 from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import find_checkpoint
 from sslsr_diffusion.training.job import Event, Job, Publisher, TrainResult

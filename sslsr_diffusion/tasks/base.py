@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslsr_diffusion.inference.latents import sample_latents
+from sslsr_diffusion.inference.sampling import sample_latents
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.tasks.diffusion import DiffusionTask
 from sslsr_diffusion.tasks.frame import Frame, TaskSettings

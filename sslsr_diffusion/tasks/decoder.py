@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.inference.latents import sample_latents
 from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
+from sslsr_diffusion.inference.sampling import sample_latents
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.seeding import derive_seed

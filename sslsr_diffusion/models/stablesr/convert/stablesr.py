@@ -193,8 +193,7 @@ def convert(part: str, state: State, names: Iterable[str], config: Any, *, prefi
         config: the model's.
         prefix: of the part inside the checkpoint ("" in a CFW file); None: the usual one.
 
-    Raises:
-        UserError: a tensor that the model needs is missing.
+    Raises UserError: a tensor that the model needs is missing.
     """
     prefix = PARTS[part].prefix if prefix is None else prefix
     rows = {prefix + row.original: row for row in PARTS[part].rows(names, config)}

@@ -6,16 +6,13 @@ import re
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sslsr_diffusion.ops.ssg_cuda_launch import Argument
-
-if TYPE_CHECKING:
-    import cupy
 
 _log = logging.getLogger(__name__)
 
@@ -24,9 +21,9 @@ SOURCE_FOLDERS = (_PACKAGE / "_cuda", _PACKAGE.parent / "kernels")  # in a wheel
 
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 _lock = threading.Lock()
-_modules: "dict[tuple[int, str, tuple[str, ...]], cupy.RawModule]" = {}
+_modules: dict[tuple[int, str, tuple[str, ...]], Any] = {}  # cupy.RawModule by device, file and constants
 _failures: dict[tuple[int, str, tuple[str, ...]], str] = {}
-_kernels: "dict[tuple[int, str, tuple[str, ...], str], cupy.RawKernel]" = {}
+_kernels: dict[tuple[int, str, tuple[str, ...], str], Any] = {}  # cupy.RawKernel
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -102,10 +99,11 @@ class CupyLauncher:
 
         with cupy.cuda.Device(self.index), _stream(torch.cuda.current_stream(self.index), self.index):
             function = _kernel(self.index, file, defines, kernel, shared_bytes)
-            function((grid,), (block,), tuple(_argument(arg) for arg in args), shared_mem=shared_bytes)
+            passed = tuple(np.uint64(arg.data_ptr()) if isinstance(arg, Tensor) else arg for arg in args)
+            function((grid,), (block,), passed, shared_mem=shared_bytes)
 
 
-def _stream(stream: torch.cuda.Stream, index: int) -> "cupy.cuda.Stream":
+def _stream(stream: torch.cuda.Stream, index: int) -> Any:
     """torch's stream as CuPy's; ExternalStream is deprecated since CuPy 14, so it may be gone one day."""
     import cupy
 
@@ -114,15 +112,11 @@ def _stream(stream: torch.cuda.Stream, index: int) -> "cupy.cuda.Stream":
     return cupy.cuda.Stream.from_external(stream)
 
 
-def _argument(arg: Argument) -> np.generic:
-    return np.uint64(arg.data_ptr()) if isinstance(arg, Tensor) else arg
-
-
 def _index(device: torch.device) -> int:
     return device.index if device.index is not None else torch.cuda.current_device()
 
 
-def _kernel(index: int, file: str, defines: tuple[str, ...], name: str, shared_bytes: int) -> "cupy.RawKernel":
+def _kernel(index: int, file: str, defines: tuple[str, ...], name: str, shared_bytes: int) -> Any:
     key = (index, file, defines, name)
     if key not in _kernels:
         with _lock:
@@ -133,7 +127,7 @@ def _kernel(index: int, file: str, defines: tuple[str, ...], name: str, shared_b
     return _kernels[key]
 
 
-def _module(index: int, file: str, defines: tuple[str, ...]) -> "cupy.RawModule":
+def _module(index: int, file: str, defines: tuple[str, ...]) -> Any:
     """Compile once per device and set of constants; a build that failed is not tried again, its message is repeated at once."""
     import cupy
 

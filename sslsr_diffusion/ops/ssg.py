@@ -11,8 +11,6 @@ from torch.autograd import forward_ad
 from sslsr_diffusion.ops import ssg_cpu, ssg_cuda, ssg_reference, ssg_torch
 from sslsr_diffusion.ops.settings import BackendUnavailable, GraphSettings
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
-
 
 def self_similarity_graph(
     image: Tensor,
@@ -46,11 +44,9 @@ def self_similarity_graph(
         ValueError: a shape, dtype, device or size above is broken (the message shows both sides).
         BackendUnavailable: a backend named explicitly cannot run here (the message says why).
     """
-    check_inputs(image, mask, search_size, window_size, sigma)
-    image = in_full_precision(image)
-    run = choose_backend(backend, image)
-    refuse_forward_mode(run, image)
-    return run.graph(image, as_bool(mask), GraphSettings(search_size, window_size, float(sigma), bool(normalize)))
+    image, mask = checked(image, mask, search_size, window_size, sigma)
+    settings = GraphSettings(search_size, window_size, float(sigma), bool(normalize))
+    return choose_backend(backend, image).graph(image, mask, settings)
 
 
 def check_sizes(search_size: int, window_size: int, sigma: float) -> None:
@@ -75,13 +71,17 @@ def check_tensors(**named: object) -> None:
             raise ValueError(f"{name}: expected a torch tensor, got {type(value).__name__}.")
 
 
-def check_inputs(image: Tensor, mask: Tensor, search_size: int, window_size: int, sigma: float) -> None:
-    """ValueError for any shape, dtype, device or size that the operator does not take."""
+def checked(image: Tensor, mask: Tensor, search_size: int, window_size: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """The two as the backends take them, the mask as bool; ValueError for any shape, dtype, device or size that the operator does not take.
+
+    Half types, from autocast for example, are computed in float32: sigma = 0.004 magnifies rounding 250 times.
+    """
     check_sizes(search_size, window_size, sigma)
     check_tensors(image=image, mask=mask)
     if image.ndim != 4 or image.shape[1] < 1:
         raise ValueError(f"image: expected [B, C, H, W], got {list(image.shape)}.")
-    if image.dtype not in (torch.float32, torch.float64, *_LOW_PRECISION):
+    low_precision = image.dtype in (torch.float16, torch.bfloat16)
+    if not low_precision and image.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"image: expected floating point in [0, 1], got {image.dtype}; divide 8-bit images by 255.")
     batch, _, height, width = image.shape
     if list(mask.shape) != [batch, 1, height, width]:
@@ -93,21 +93,7 @@ def check_inputs(image: Tensor, mask: Tensor, search_size: int, window_size: int
     smallest = search_size // 2 + 1
     if min(height, width) < smallest:
         raise ValueError(f"image: expected sides of at least {smallest} pixels for search_size = {search_size}, got {height} x {width}.")
-
-
-def as_bool(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask == 1
-
-
-def in_full_precision(image: Tensor) -> Tensor:
-    """Half types, from autocast for example, are computed in float32: sigma = 0.004 magnifies rounding 250 times."""
-    return image.float() if image.dtype in _LOW_PRECISION else image
-
-
-def refuse_forward_mode(backend: ModuleType, image: Tensor) -> None:
-    """RuntimeError for an image with a forward-mode tangent, which the fast backends would drop without a word."""
-    if backend is not ssg_reference and forward_ad.unpack_dual(image).tangent is not None:
-        raise RuntimeError('The self-similarity operator has no forward-mode derivative in its fast backends; backend="reference" has one.')
+    return image.float() if low_precision else image, mask if mask.dtype == torch.bool else mask == 1
 
 
 def backend_module(name: str) -> ModuleType:
@@ -117,18 +103,21 @@ def backend_module(name: str) -> ModuleType:
 
 
 def choose_backend(name: str, image: Tensor) -> ModuleType:
-    """The module that runs `image`; "auto" takes the fastest that can, a name is taken literally or refused with the reason."""
-    if name == "auto":
-        fused = {"cuda": "cuda", "cpu": "cpu"}.get(image.device.type)
-        if fused and image.dtype == torch.float32 and backend_module(fused).unavailable(image.device) is None:
-            return backend_module(fused)
-        return backend_module("torch")
-    module = backend_module(name)
-    if name in ("cpu", "cuda") and image.dtype != torch.float32:
+    """The module that runs `image`; "auto" takes the fastest that can, a name is taken literally or refused with the reason.
+
+    An image with a forward-mode tangent, which the fast backends would drop without a word, is a RuntimeError.
+    """
+    module = BACKENDS.get(image.device.type, ssg_torch) if name == "auto" else backend_module(name)  # cpu and cuda are devices' names, too
+    wide = module in (ssg_cpu, ssg_cuda) and image.dtype != torch.float32
+    reason = None if wide else module.unavailable(image.device)
+    if name == "auto" and (wide or reason):
+        module = ssg_torch
+    elif wide:
         raise ValueError(f'image: backend="{name}" computes in float32, got {image.dtype}; use backend="torch" for it.')
-    reason = module.unavailable(image.device)
-    if reason is not None:
+    elif reason:
         raise BackendUnavailable(f'backend="{name}" cannot run here: {reason}')
+    if module is not ssg_reference and forward_ad.unpack_dual(image).tangent is not None:
+        raise RuntimeError('The self-similarity operator has no forward-mode derivative in its fast backends; backend="reference" has one.')
     return module
 
 

@@ -9,17 +9,7 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.ops.edge_mask import apply_mask_stride, laplacian_edge_mask
 from sslsr_diffusion.ops.settings import GraphSettings
-from sslsr_diffusion.ops.ssg import (
-    as_bool,
-    backend_module,
-    check_inputs,
-    check_sizes,
-    check_tensors,
-    choose_backend,
-    in_full_precision,
-    is_number,
-    refuse_forward_mode,
-)
+from sslsr_diffusion.ops.ssg import backend_module, check_sizes, check_tensors, checked, choose_backend, is_number
 
 
 class SelfSimilarityLoss(nn.Module):
@@ -62,14 +52,9 @@ class SelfSimilarityLoss(nn.Module):
 
     @overload
     def forward(
-        self,
-        sr: Tensor,
-        gt: Tensor,
-        mask: Tensor | None = ...,
-        *,
-        num_rows: float | Tensor | None = ...,
+        self, sr: Tensor, gt: Tensor, mask: Tensor | None = ..., *, num_rows: float | Tensor | None = ...,
         return_terms: Literal[False] = ...,
-    ) -> Tensor: ...
+    ) -> Tensor: ...  # fmt: skip
     @overload
     def forward(
         self, sr: Tensor, gt: Tensor, mask: Tensor | None = ..., *, num_rows: float | Tensor | None = ..., return_terms: Literal[True]
@@ -100,9 +85,9 @@ class SelfSimilarityLoss(nn.Module):
         if sr.device != gt.device:
             raise ValueError(f"gt: expected on the device of sr {sr.device}, got on {gt.device}.")
         mask = laplacian_edge_mask(gt) if mask is None else mask
-        check_inputs(sr, mask, self.search_size, self.window_size, self.sigma)
-        check_inputs(gt, mask, self.search_size, self.window_size, self.sigma)
-        sr, gt = in_full_precision(sr), in_full_precision(gt.detach())
+        settings = GraphSettings(self.search_size, self.window_size, self.sigma, self.normalize)
+        sr, marked = checked(sr, mask, *settings[:3])
+        gt, _ = checked(gt.detach(), mask, *settings[:3])
         if sr.dtype != gt.dtype:
             raise ValueError(f"gt: expected the dtype of sr {sr.dtype}, got {gt.dtype}.")
         if isinstance(num_rows, Tensor) and num_rows.ndim != 0:
@@ -111,12 +96,10 @@ class SelfSimilarityLoss(nn.Module):
             raise ValueError(f"num_rows: expected a finite number of at least 0 rows, got {num_rows!r}.")
         if not torch.compiler.is_compiling() and sr.device.type == "cpu":  # a GPU would have to be waited for
             _warn_of_other_ranges(gt, mask)
-        mask = apply_mask_stride(as_bool(mask), self.mask_stride)
-        settings = GraphSettings(self.search_size, self.window_size, self.sigma, self.normalize)
-        run = choose_backend(self.backend, sr)
-        refuse_forward_mode(run, sr)
-        total, l1, kl = run.loss(sr, gt, mask, settings, (self.l1_weight, self.kl_weight), num_rows)
-        return (total, {"l1": l1, "kl": kl, "rows": mask.sum()}) if return_terms else total
+        marked = apply_mask_stride(marked, self.mask_stride)
+        weights = (self.l1_weight, self.kl_weight)
+        total, l1, kl = choose_backend(self.backend, sr).loss(sr, gt, marked, settings, weights, num_rows)
+        return (total, {"l1": l1, "kl": kl, "rows": marked.sum()}) if return_terms else total
 
     def extra_repr(self) -> str:
         names = ("search_size", "window_size", "sigma", "normalize", "l1_weight", "kl_weight", "mask_stride", "backend")

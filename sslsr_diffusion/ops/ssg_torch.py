@@ -16,7 +16,7 @@ Registered as torch operators, as those of the CPU: `torch.compile` traces past 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,15 @@ from torch.nn import functional as F
 
 from sslsr_diffusion.ops import differentiable_operators
 from sslsr_diffusion.ops.settings import GraphSettings
-from sslsr_diffusion.ops.ssg_reference import CLAMP, ROW_EPS
+from sslsr_diffusion.ops.ssg_reference import CLAMP, ROW_EPS, unavailable
+
+__all__ = ["graph", "loss", "unavailable"]
 
 LOG_CLAMP = math.log(CLAMP)
 _BAND_ELEMENTS = 6_000_000  # largest buffer of a band: about 24 MB in float32
 
 
-@dataclass(frozen=True)
-class _Band:
+class _Band(NamedTuple):
     image: int  # index in the batch
     top: int  # first row
     height: int
@@ -82,35 +83,32 @@ class _BandMaths:
     """Distances of one band of one padded image, and their adjoint."""
 
     def __init__(self, padded: Tensor, band: _Band, width: int, settings: GraphSettings):
-        self.settings, self.band, self.width = settings, band, width
-        self.grown = (band.height + 2 * settings.half, width + 2 * settings.half)  # the region the windows of the band cover
-        self.area = padded[
-            band.image, :, band.top : band.top + band.height + 2 * (settings.reach + settings.half)
-        ]  # [C, h + 2 margin, W + 2 margin]
-        reach = settings.reach
+        self.band, self.height, self.width = band, band.height, width
+        self.search, self.window, self.half, reach = settings.search, settings.window, settings.half, settings.reach
+        self.reach, bottom = reach, band.top + band.height + 2 * (reach + self.half)
+        self.grown = (band.height + 2 * self.half, width + 2 * self.half)  # the region the windows of the band cover
+        self.area = padded[band.image, :, band.top : bottom]  # [C, h + 2 margin, W + 2 margin]
         self.base = self.area[:, reach : reach + self.grown[0], reach : reach + self.grown[1]]  # [C, h', w']
 
     def _difference(self, dy: int, channel: int) -> Tensor:
         """P(x+d) - P(x) for one row of offsets: [k, h', w']."""
-        top = self.settings.reach + dy
+        top = self.reach + dy
         shifted = self.area[channel, top : top + self.grown[0]].unfold(1, self.grown[1], 1)  # [h', k, w']
         return shifted.transpose(0, 1) - self.base[channel]
 
     def _vertical(self, dy: int) -> range:
-        half, reach = self.settings.half, self.settings.reach
-        return range(max(-half, -reach - dy), min(half, reach - dy) + 1)
+        return range(max(-self.half, -self.reach - dy), min(self.half, self.reach - dy) + 1)
 
     def _columns(self, ux: int) -> slice:
         """The offsets dx for which window column ux lies inside the search square."""
-        return slice(max(0, -ux), self.settings.search - max(0, ux))
+        return slice(max(0, -ux), self.search - max(0, ux))
 
     def distances(self) -> Tensor:
         """[k*k, n] distances of the band's masked pixels."""
-        search, half = self.settings.search, self.settings.half
-        height, width = self.band.height, self.width
-        out = self.base.new_empty(search, search, len(self.band.pixels))
+        half, height, width = self.half, self.height, self.width
+        out = self.base.new_empty(self.search, self.search, len(self.band.pixels))
         outside = self._outside()
-        for dy in range(-self.settings.reach, self.settings.reach + 1):
+        for dy in range(-self.reach, self.reach + 1):
             difference = self._difference(dy, 0).square_()
             for channel in range(1, len(self.area)):
                 difference.add_(self._difference(dy, channel).square_())
@@ -122,27 +120,24 @@ class _BandMaths:
             for ux in range(-half, half + 1):
                 columns = self._columns(ux)
                 total[columns].add_(summed[columns, :, half + ux : half + ux + width])
-            out[dy + self.settings.reach] = total.flatten(1)[:, self.band.pixels]
+            out[dy + self.reach] = total.flatten(1)[:, self.band.pixels]
         return out.flatten(0, 1)
 
     def _variants(self, dy: int) -> tuple[int, Tensor]:
         """How W_d is cut, 0 .. 2 half with half for "not at all": of this row of offsets, and of each of its columns."""
-        inner, half = self.settings.reach - self.settings.half, self.settings.half
-        dx = torch.arange(-self.settings.reach, self.settings.reach + 1, device=self.area.device)
-        cut = (dx - dx.clamp(-inner, inner)) + half
-        return dy - max(-inner, min(inner, dy)) + half, cut
+        inner = self.reach - self.half
+        dx = torch.arange(-self.reach, self.reach + 1, device=self.area.device)
+        return dy - max(-inner, min(inner, dy)) + self.half, (dx - dx.clamp(-inner, inner)) + self.half
 
     def _cut(self, variant: int) -> range:
         """Window positions that stay inside the search square for a variant of `_variants`."""
-        half = self.settings.half
-        cut = variant - half
-        return range(max(-half, -half - cut), min(half, half - cut) + 1)
+        cut = variant - self.half
+        return range(max(-self.half, -self.half - cut), min(self.half, self.half - cut) + 1)
 
     def _outside(self) -> Tensor:
         """sum_{u not in W_d} E(p+u) for every way a window can be cut: [w, w, h, W]."""
-        half, window = self.settings.half, self.settings.window
+        half, window, height, width = self.half, self.window, self.height, self.width
         energy = self.base.square().sum(0)
-        height, width = self.band.height, self.width
         columns = energy.new_zeros(window, energy.shape[0], width)  # per horizontal cut: what falls outside
         row = energy.new_zeros(energy.shape[0], width)  # the whole window row
         for ux in range(-half, half + 1):
@@ -160,11 +155,10 @@ class _BandMaths:
 
     def add_gradient(self, adjoint: Tensor, grad: Tensor) -> None:
         """Adds the pull of A = dL/d dist ([k*k, n]) to `grad`, the gradient of the padded image."""
-        reach, search = self.settings.reach, self.settings.search
-        height, width = self.band.height, self.width
+        reach, search, height, width = self.reach, self.search, self.height, self.width
         target = grad[self.band.image, :, self.band.top : self.band.top + len(self.area[0])]
         base = target[:, reach : reach + self.grown[0], reach : reach + self.grown[1]]
-        cuts = adjoint.new_zeros(self.settings.window, self.settings.window, height, width)
+        cuts = adjoint.new_zeros(self.window, self.window, height, width)
         dense = adjoint.new_zeros(search, height * width)
         skewed = adjoint.new_zeros(self.grown[0], search, self.grown[1] + search)
         for dy in range(-reach, reach + 1):
@@ -185,7 +179,7 @@ class _BandMaths:
 
     def _spread(self, maps: Tensor, dy: int) -> Tensor:
         """2 B_d for one row of offsets: [k, h', w']."""
-        half, height, width = self.settings.half, self.band.height, self.width
+        half, height, width = self.half, self.height, self.width
         wide = maps.new_zeros(len(maps), height, self.grown[1])
         for ux in range(-half, half + 1):
             columns = self._columns(ux)
@@ -197,8 +191,7 @@ class _BandMaths:
 
     def _spread_outside(self, cuts: Tensor) -> Tensor:
         """e of the formula above, the adjoint of `_outside`: [h', w']."""
-        half, window = self.settings.half, self.settings.window
-        height, width = self.band.height, self.width
+        half, window, height, width = self.half, self.window, self.height, self.width
         columns, row = cuts.new_zeros(window, self.grown[0], width), cuts.new_zeros(self.grown[0], width)
         for variant in range(window):
             for uy in range(-half, half + 1):
@@ -285,8 +278,3 @@ def _band_loss(
     if normalize:
         pull = torch.addcmul(pull, graph_sr, pull.sum(0), value=-1)
     return terms, pull
-
-
-def unavailable(device: torch.device) -> str | None:
-    """Why this backend cannot run on `device`; None: it can."""
-    return None

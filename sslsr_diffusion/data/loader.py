@@ -155,7 +155,6 @@ def open_training_data(
         seed: everything random follows from it and the sample's index.
         state: from `TrainingLoader.state_dict`, to go on there.
         device: where degradation runs when `degradation.device` is `training`.
-
     Raises UserError: nothing to train on, or sizes that do not fit.
     """
     check_sizes(crop_size, scale)

@@ -24,7 +24,6 @@ def psnr(restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_channel
 
     Returns:
         [B] float64 (float32 where the device has no float64).
-
     Raises UserError: shapes differ, or nothing is left after the cut.
     """
     a, b = _prepare(restored, reference, crop_border, y_channel)
@@ -48,7 +47,6 @@ def ssim(
 
     Returns:
         [B] float64 (float32 where the device has no float64).
-
     Raises UserError: shapes differ, or less than 11 x 11 pixels are left after the cut.
     """
     a, b = _prepare(restored, reference, crop_border, y_channel)
@@ -82,7 +80,6 @@ def ssg_terms(restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_ch
 
     Returns:
         {"ssg_l1": [B], "ssg_kl": [B]} float64; nan where the ground truth has no edge pixel.
-
     Raises UserError: shapes differ, or the images are too small.
     """
     restored, reference = crop(restored, crop_border).float(), crop(reference, crop_border).float()

@@ -36,7 +36,6 @@ def niqe(
 
     Returns:
         [B] float64 on the CPU; nan where fewer than two blocks have any texture.
-
     Raises UserError: fewer than two blocks fit.
     """
     gray, pixels, kernel = restored.float(), "float32", "float64"  # what the filter's image and kernel are rounded to

@@ -36,7 +36,6 @@ def pair_files(
         reference: folder of ground truths; None leaves only metrics that need none.
         lr: folder of the low-resolution inputs, shown in the report; its files may be missing.
         suffix: what the restored files' stems have after the reference's.
-
     Raises UserError: two files of one folder share a stem, no scene is complete, or the sizes of a pair differ (both are named).
     """
     restored = {name: [_by_stem(folder, suffix) for folder in folders] for name, folders in columns.items()}

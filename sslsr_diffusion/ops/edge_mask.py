@@ -20,7 +20,6 @@ def laplacian_edge_mask(image: Tensor, threshold: float = 20.0) -> Tensor:
 
     Returns:
         bool [B, 1, H, W] on the image's device.
-
     Raises ValueError: the shape or dtype is another one.
     """
     return _laplacian(grey_levels(image)).clamp(0, 255) > threshold

@@ -90,17 +90,14 @@ def _checked(what: str, say: Callable[[], str | None], verdict: Verdict = "missi
 
 def _data(recipe: Recipe) -> Iterator[Check]:
     looked = recipe.validation.limit
-    yield from _checked("data", lambda: None if recipe.data.sources else _missing("data.sources is empty; give at least one source"))
+    if not recipe.data.sources:
+        yield Check("data", "missing", "data.sources is empty; give at least one source")
     if not looked or not recipe.data.validation:
         none = "none: validation.limit is 0" if recipe.data.validation else "none asked for" if looked else ""
         yield from _checked("validation", lambda: none)
     for what, sources in (("data", recipe.data.sources), ("validation", recipe.data.validation if looked else [])):
         for source in sources:
             yield from _checked(what, lambda what=what, source=source: _source(source, looked if what == "validation" else None))  # type: ignore[misc]
-
-
-def _missing(sentence: str) -> str:
-    raise UserError(sentence)
 
 
 def _source(source: Any, limit: int | None) -> str:

@@ -56,7 +56,6 @@ def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True, half
     Args:
         averaged: the moving average of the trained tensors, where the run kept one.
         half: float16 files, half the size; loading converts to whatever precision is asked for.
-
     Raises UserError: the checkpoint is damaged, or belongs to a model that can no longer be built.
     """
     tensors, state = read_checkpoint(folder)

@@ -29,7 +29,6 @@ def train_job(
     Args:
         resume: `latest`, a checkpoint or a run folder to go on from.
         on_event: gets what happens as it happens, on the main process; what it raises ends the run and comes out here.
-
     Raises UserError: the checkpoint does not fit, the numbers went wrong too often (a checkpoint is left behind), or a process is gone.
     """
     settings, folder = job.training, RunFolder(Path(job.output.dir))

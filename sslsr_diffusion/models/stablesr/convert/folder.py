@@ -78,7 +78,6 @@ def components_from_checkpoint(
         base: folder or hub id of Stable Diffusion 2.1 that gives what the checkpoint lacks (VAE, text encoder) and the tokenizer.
         variant: which release; default: by the file's name.
         head_channels: channels per attention head of the UNet (64 in Stable Diffusion 2).
-
     Raises UserError: a file cannot be read, a tensor is missing, or a part is in neither the checkpoint nor the base.
     """
     chosen = variant or guess_variant(checkpoint)

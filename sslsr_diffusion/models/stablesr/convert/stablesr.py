@@ -192,7 +192,6 @@ def convert(part: str, state: State, names: Iterable[str], config: Any, *, prefi
         names: the names that the model has (`model.state_dict()`; a model on the meta device will do).
         config: the model's.
         prefix: of the part inside the checkpoint ("" in a CFW file); None: the usual one.
-
     Raises UserError: a tensor that the model needs is missing.
     """
     prefix = PARTS[part].prefix if prefix is None else prefix

@@ -1,6 +1,6 @@
 """Time and memory of a training step at full size, and the self-similarity loss's share of it:
 
-    python benchmarks/full_size_step.py [--config sd_upscaler_trial] [--set training.decode_crop=16 ...] [--steps 2] [--append FILE]
+    python benchmarks/full_size_step.py [--config sd_upscaler_trial] [--set task.decode_crop=16 ...] [--steps 2] [--append FILE]
 
 Builds what the recipe says (random weights, shipped photographs) and runs optimizer steps exactly as training does; nothing is
 written but one row of JSON. Seconds of wall clock and of processor time: on a busy machine only the latter means something.
@@ -21,7 +21,7 @@ import torch
 
 from sslsr_diffusion.runs.memory import step_bytes
 from sslsr_diffusion.runs.recipe import load_recipe
-from sslsr_diffusion.runs.start import build
+from sslsr_diffusion.runs.start import build_job
 from sslsr_diffusion.training.session import Session
 
 REPEATS = 5  # of the loss alone
@@ -72,13 +72,13 @@ def main() -> None:
     parser.add_argument("--append", type=Path, help="add the row to this file")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.config, arguments.overrides)
-    job = build(recipe)
+    job = build_job(recipe)
     places = [place for place, loss in enumerate(job.losses) if loss.name == "self_similarity"]
     for place in places:
         job.losses[place] = Remembering(job.losses[place])  # type: ignore[call-overload]
     steps = []
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(job.objective, job.losses, job.training, seed=recipe.seed, trackers=(), run=Path(folder))
+        session = Session(job.task, job.losses, job.training, seed=recipe.seed, trackers=(), run=Path(folder))
         loader = job.open_data(0, 1, None, session.device)
         batches = iter(loader)
         for _ in range(arguments.steps):

@@ -3,8 +3,6 @@
 Names are resolved at first use: importing the package costs milliseconds and touches neither a GPU nor diffusers.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from sslsr_diffusion.tables import lazily

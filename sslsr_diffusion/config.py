@@ -4,8 +4,6 @@ A part of the project declares its settings class beside its code (a subclass of
 dict; `recipe.py` assembles the schema. This file only knows how to read YAML and apply overrides.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import operator
@@ -51,9 +49,7 @@ class RecipeError(UserError):
 
 def find_recipe(name: str) -> Path:
     """The recipe file for a path, or for the name of a recipe that ships with the package, such as tiny or folder/name.
-
-    Raises:
-        RecipeError: there is no such file and no shipped recipe of that name (the message lists the nearest ones).
+    Raises RecipeError: there is no such file and no shipped recipe of that name (the message lists the nearest ones).
     """
     try:
         path = Path(name).expanduser()
@@ -107,9 +103,7 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 def _weigh(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
     """How many values the node stands for when every alias is written out; a few lines can stand for billions.
-
-    Raises:
-        ConstructorError: more than LARGEST_RECIPE, deeper than DEEPEST_RECIPE, or an anchor that contains itself.
+    Raises ConstructorError: more than LARGEST_RECIPE, deeper than DEEPEST_RECIPE, or an anchor that contains itself.
     """
     if id(node) not in known:
         known[id(node)] = LARGEST_RECIPE + 1  # what its own inside would find: an anchor that contains itself
@@ -160,13 +154,12 @@ def read_raw(path: Path) -> dict[str, Any]:
     replaced as a whole. Then `without: [self_similarity]` takes entries out of the `losses` that this gives, by their `name`, or by
     their `kind` where they have no name. So a file that gives `losses` and `without` takes from its own list, and what a parent
     took out stays out.
-
-    Raises:
-        RecipeError: a file cannot be read, `extends` goes round in a circle, `without` names a loss that is not there.
+    Raises RecipeError: a file cannot be read, `extends` goes round in a circle, `without` names a loss that is not there.
     """
     merged: dict[str, Any] = {}
     for file, raw in reversed(read_family(path)):
-        merged = _overlay(merged, {key: value for key, value in raw.items() if key not in ("extends", "without")})
+        kept = {key: section for key, section in merged.items() if not _another_kind(section, raw.get(key))}
+        merged = _overlay(kept, {key: value for key, value in raw.items() if key not in ("extends", "without")})
         if "without" in raw:
             merged = _without(merged, raw["without"], file.name)
     return merged
@@ -222,10 +215,12 @@ def _without(raw: dict[str, Any], names: Any, source: str) -> dict[str, Any]:
     return {**raw, "losses": [loss for loss, name in zip(losses, named) if name not in names]} if names else raw
 
 
+def _another_kind(below: Any, above: Any) -> bool:
+    """Whether a section (model, task) replaces the one below, whose keys mean nothing to it."""
+    return isinstance(below, dict) and isinstance(above, dict) and {"kind"} <= {*below} & {*above} and below["kind"] != above["kind"]
+
+
 def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Key by key; but a section of another `kind` replaces the one below, whose keys mean nothing to it."""
-    if "kind" in below and "kind" in above and below["kind"] != above["kind"]:
-        return dict(above)
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)

@@ -1,7 +1,5 @@
 """The devices of this machine: which are there, how much memory they have and have left, and when it ran out."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import re
@@ -89,9 +87,7 @@ def hand_freed_blocks_back() -> None:
 
 def parse_bytes(text: str, field: str = "--memory-budget") -> int:
     """Bytes of "8GB", "8GiB", "500MB", "1.5 g" (decimal without the i); a bare number is bytes.
-
-    Raises:
-        UserError: something else was given.
+    Raises UserError: something else was given.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text, re.IGNORECASE)
     if found is None or not float(found[1]):

@@ -4,8 +4,6 @@ What is new is written under a temporary name beside its place, forced to the di
 one away, the new one in. A stop between them leaves the old one under a temporary name, and `restore_folder` gives it its name back.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets
@@ -18,9 +16,7 @@ TEMPORARY = ".tmp-"  # how the name of everything that is not whole begins
 
 def atomic_write(path: Path | str, data: bytes) -> None:
     """Write one file: a crash leaves the old one or the new one.
-
-    Raises:
-        OSError: it could not be written (for example a full disk); the old one is untouched.
+    Raises OSError: it could not be written (for example a full disk); the old one is untouched.
     """
     path = Path(path)
     temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"  # without the file's name, which may be as long as names can be
@@ -38,9 +34,7 @@ def atomic_write(path: Path | str, data: bytes) -> None:
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to fill; when the block ends, it takes the place of `folder`.
-
-    Raises:
-        OSError: it could not be written (for example a full disk); the old one is untouched.
+    Raises OSError: it could not be written (for example a full disk); the old one is untouched.
     """
     restore_folder(folder)
     new, old = _temporary(folder, "new"), _temporary(folder, "old")

@@ -1,7 +1,5 @@
 """The only file that asks the Hugging Face hub: what an id is, fetching, looking up, publishing, and one sentence for each error."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import re
@@ -141,9 +139,7 @@ def look_up(
     endpoint: str | None = None,
 ) -> Found:
     """The commit and the file names that the hub has under an id now, if its files may be had; nothing is downloaded.
-
-    Raises:
-        HubError: as `fetch`, but the cache is not asked.
+    Raises HubError: as `fetch`, but the cache is not asked.
     """
     with _asking(name, revision=revision, kind=kind, field=field, token=token):
         from huggingface_hub import HfApi

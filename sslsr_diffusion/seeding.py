@@ -1,7 +1,5 @@
 """Randomness as a function of (seed, sample index, purpose): the same on one process or eight, before or after a resume."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,7 @@ def derive_seed(seed: int, *keys: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def sample_generator(seed: int, *keys: int | str) -> torch.Generator:
+def sample_generator(seed: int, *keys: int | str) -> "torch.Generator":
     """A CPU generator for one purpose of one sample, e.g. sample_generator(seed, index, "degradation").
 
     Draw on the CPU and move the result, so that every device sees the same numbers.

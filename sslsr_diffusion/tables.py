@@ -1,7 +1,5 @@
 """Tables of parts by name: a new part is a file of its own and one line in its table."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module

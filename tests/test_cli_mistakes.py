@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tiny_runs import save_upscaler
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app, run
@@ -16,13 +17,7 @@ from sslsr_diffusion.errors import UserError
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
-    from sslsr_diffusion.inference import StableSRPipeline
-    from sslsr_diffusion.models.stablesr.build import build_networks
-    from sslsr_diffusion.models.stablesr.settings import StableSRSettings
-
-    folder = tmp_path_factory.mktemp("models") / "whole"
-    StableSRPipeline(**build_networks(StableSRSettings(init="random", preset="tiny"), train="all").components()).save_pretrained(folder)
-    return folder
+    return save_upscaler(tmp_path_factory.mktemp("models") / "whole")
 
 
 @pytest.fixture

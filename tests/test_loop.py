@@ -331,3 +331,8 @@ def test_the_launchers_death_leaves_a_checkpoint(tmp_path, whom):
     assert wait_for(lambda: latest_checkpoint(tmp_path / "run") is not None, 30)
     reason = "the launcher is gone" if whom == "launcher" else "SIGTERM received"
     assert wait_for(lambda: reason in (tmp_path / "run/log.txt").read_text(), 30)
+
+
+def test_the_next_run_of_an_interpreter_has_its_own_precision(tmp_path):
+    for precision in ("no", "bf16", "no"):
+        assert train_job(toy_job(tmp_path / f"{precision}-{len(list(tmp_path.iterdir()))}", steps=1, mixed_precision=precision)).step == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,14 +14,14 @@ import torch
 from test_train_cli import small, sslsr
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.losses.patch_gan import PatchDiscriminator
 from sslsr_diffusion.runs.memory import describe_memory, step_bytes
 from sslsr_diffusion.runs.recipe import load_recipe
 
-PHOTOS = Path(__file__).parent.parent / "examples/photos/train"
+ROOT = Path(__file__).parent.parent
+PHOTOS = ROOT / "examples/photos/train"
 COMMON = [
-    "model.init=random",
-    "model.preset=tiny",
-    "model.vae=null",
+    "model={kind: stablesr, init: random, preset: tiny}",
     f"data.sources.0.path={PHOTOS}",
     "data.workers=0",
     "validation.limit=0",
@@ -30,20 +31,21 @@ CASES = {
         "tiny",
         "training.crop_size=192",
         "training.batch_size=4",
-        "training.decode_crop=null",
+        "task.decode_crop=null",
         "losses=[{kind: diffusion}, {kind: pixel_l1}]",
     ],
     "autoencoder": ["tiny_autoencoder", "training.crop_size=192", "training.batch_size=4"],
-    "cfw": ["cfw_ssl", "training.crop_size=192", "training.batch_size=2", "training.synthesis_steps=2", "losses=[{kind: pixel_l1}]"],
+    "decoder": ["cfw_ssl", "training.crop_size=192", "training.batch_size=2", "task.synthesis_steps=2", "losses=[{kind: pixel_l1}]"],
 }
-CASES["cfw"] += ["training.mixed_precision=no", "training.gradient_checkpointing=false"]
+CASES["decoder"] += ["training.mixed_precision=no", "training.gradient_checkpointing=false"]
 
 # one process imports everything, each case runs in a fork of it: what is measured is the step alone
 STEPS = """
 import json, os, sys
 from pathlib import Path
 import torch
-from sslsr_diffusion.runs.start import build
+import sslsr_diffusion.inference.pipeline
+from sslsr_diffusion.runs.start import build_job
 from sslsr_diffusion.runs.recipe import load_recipe
 from sslsr_diffusion.training.session import Session
 
@@ -54,8 +56,8 @@ def measure(arguments):
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
     recipe = load_recipe(arguments[0], arguments[1:])
-    job = build(recipe)
-    session = Session(job.objective, job.losses, job.training, seed=0, trackers=(), run=Path("."))
+    job = build_job(recipe)
+    session = Session(job.task, job.losses, job.training, seed=0, trackers=(), run=Path("."))
     batches = iter(job.open_data(0, 1, None, session.device))
     for _ in range(2):
         session.step([next(batches)])
@@ -79,7 +81,8 @@ def test_the_estimate_is_near_what_steps_on_a_cpu_take(tmp_path: Path) -> None:
     full size). Below: shapes are not always alive together.
     """
     cases = {name: [recipe, *COMMON, *values] for name, (recipe, *values) in CASES.items()}
-    done = subprocess.run([sys.executable, "-c", STEPS, json.dumps(cases)], capture_output=True, text=True, cwd=tmp_path)
+    command, environment = [sys.executable, "-c", STEPS, json.dumps(cases)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
     measured = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert measured.keys() == cases.keys(), done.stderr[-3000:]
     estimated = {name: sum(step_bytes(load_recipe(recipe, values)).values()) for name, (recipe, *values) in cases.items()}
@@ -89,8 +92,9 @@ def test_the_estimate_is_near_what_steps_on_a_cpu_take(tmp_path: Path) -> None:
         assert 0.75 * estimated[name] <= measured[name] <= 1.4 * estimated[name] + (256 << 20), report
 
 
-def test_lines_say_what_fits_and_keep_the_samples_of_a_step() -> None:
+def test_lines_say_what_fits_and_keep_the_samples_of_a_step(monkeypatch) -> None:
     recipe = load_recipe("tiny", [*COMMON, "training.batch_size=4", "training.accumulate=3"])
+    monkeypatch.setattr("sslsr_diffusion.runs.memory.step_bytes", lambda recipe: {"weights": recipe.training.batch_size * 60 << 20})
     lines = describe_memory(recipe, available=100 << 20)
     assert lines[0].endswith("this device has 0.1 GiB")
     verdicts = {line[2:36].strip(): line.split("GiB")[1].split("  ")[1].strip() for line in lines[1:]}
@@ -99,9 +103,26 @@ def test_lines_say_what_fits_and_keep_the_samples_of_a_step() -> None:
     assert verdicts["all of these"] == "fits"
 
 
-@pytest.mark.parametrize("stage", ["tiny", "tiny_autoencoder", "cfw_ssl"])
-def test_every_stage_is_estimated_and_savings_save(stage: str) -> None:
-    recipe = load_recipe(stage, [*COMMON, "training.batch_size=4", "training.crop_size=128", "training.gradient_checkpointing=false"])
+@pytest.mark.parametrize("name", ["small_base", "small_decoder"])
+def test_every_task_is_estimated(name: str) -> None:
+    parts = step_bytes(load_recipe(name, COMMON))
+    assert all(part > 0 for part in parts.values())
+    assert parts["optimizer"] == 2 * parts["average"]  # two moments of four bytes for each trained number
+
+
+def test_networks_of_losses_are_in_the_estimate() -> None:
+    """A discriminator: its weights, its two moments, its gradients and what it keeps of the pictures."""
+    losses = "[{kind: pixel_l1}, {kind: patch_gan, width: 32, layers: 2}]"
+    plain, beside = (step_bytes(load_recipe("tiny_autoencoder", [*COMMON, f"losses={one}"])) for one in ("[{kind: pixel_l1}]", losses))
+    network = sum(p.numel() for p in PatchDiscriminator(2, 32).parameters())
+    assert beside["weights"] - plain["weights"] == 4 * network
+    assert beside["optimizer"] - plain["optimizer"] == 8 * network
+    assert beside["activations and gradients"] > plain["activations and gradients"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_autoencoder", "cfw_ssl"])
+def test_savings_save(name: str) -> None:
+    recipe = load_recipe(name, [*COMMON, "training.batch_size=4", "training.crop_size=128", "training.gradient_checkpointing=false"])
     totals = [float(re.search(r"([\d.]+) GiB", line)[1]) for line in describe_memory(recipe)[1:]]
     assert len(totals) >= 4
     assert all(total <= totals[0] for total in totals)
@@ -119,6 +140,7 @@ def test_every_stage_is_estimated_and_savings_save(stage: str) -> None:
     ids=["gpu", "cpu"],
 )
 def test_a_run_out_of_memory_says_what_would_fit(error, monkeypatch, tmp_path) -> None:
+    """On the GPU with made-up numbers: counting takes seconds."""
     from sslsr_diffusion.training import session
 
     def full(self, micro, stop=False):
@@ -126,6 +148,8 @@ def test_a_run_out_of_memory_says_what_would_fit(error, monkeypatch, tmp_path) -
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(session.Session, "step", full)
+    if isinstance(error, torch.OutOfMemoryError):
+        monkeypatch.setattr("sslsr_diffusion.runs.memory.step_bytes", lambda recipe: {"weights": recipe.training.batch_size << 28})
     with pytest.raises(UserError) as caught:
         sslsr(*small("tiny", "runs/tiny", "model.vae=null", "training.batch_size=4", "training.accumulate=2"))
     text = str(caught.value)
@@ -134,6 +158,8 @@ def test_a_run_out_of_memory_says_what_would_fit(error, monkeypatch, tmp_path) -
     assert re.search(r"this device has \d+\.\d GiB", text)
     for saving in ("gradient_checkpointing: true", "batch_size: 1, accumulate: 8", "optimizer.kind: adamw8bit", "all of these"):
         assert re.search(rf"{saving}.* \d+\.\d\d GiB +fits", text), saving
+    if isinstance(error, torch.OutOfMemoryError):
+        assert re.search(r"batch_size: 1, accumulate: 8 +0\.25 GiB", text)
     for way in ("--resume latest", "--allow-recipe-change", "--restart"):  # half precision is another recipe; no checkpoint may be there
         assert way in text.splitlines()[-1]
 

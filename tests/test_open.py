@@ -116,6 +116,8 @@ def test_damaged_files_and_missing_devices_are_one_sentence(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"^device abacus: expected auto, cpu"):
         open_model(find_model(str(folder)), device="abacus")
+    with pytest.raises(UserError, match=r"^dtype: expected auto, float32, float16, bfloat16, got 'fp16'"):
+        open_model(find_model(str(folder)), device="cpu", dtype="fp16")
 
 
 def test_a_folder_that_cannot_be_read_is_no_model(tmp_path):

@@ -159,7 +159,7 @@ def test_validation_leaves_a_picture_out_and_goes_on(caplog):
 
 
 def test_the_autoencoder_of_a_run_is_validated_in_tiles_when_memory_is_short():
-    from sslsr_diffusion.inference.reconstruction import Reconstruct
+    from sslsr_diffusion.inference.tiled import Reconstruct
     from sslsr_diffusion.models.codec import Codec
 
     codec = Codec(make_pipeline().vae)

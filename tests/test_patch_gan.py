@@ -121,12 +121,12 @@ def test_a_run_that_stops_goes_on_bit_by_bit(tmp_path):
     first = toy_job(tmp_path / "parts", losses=losses(), accumulate=2, batch_size=1)
     train_job(replace(first, training=first.training.model_copy(update={"steps": 10})))
     half = read_checkpoint(tmp_path / "parts/checkpoint-10")
-    assert half.state["patch_gan"]["step"] == 11
+    assert half.state["learners"]["patch_gan"]["step"] == 11
     train_job(toy_job(tmp_path / "parts", losses=losses(), accumulate=2, batch_size=1), resume="latest")
     assert_same_checkpoint(tmp_path / "whole/checkpoint-20", tmp_path / "parts/checkpoint-20")
     end = read_checkpoint(tmp_path / "parts/checkpoint-20").tensors
-    assert not all(torch.equal(value, half.tensors["patch_gan"][name]) for name, value in end["patch_gan"].items())
-    assert any("exp_avg" in name for name in end["patch_gan_optimizer"])
+    assert not all(torch.equal(value, half.tensors["learner-patch_gan"][name]) for name, value in end["learner-patch_gan"].items())
+    assert any("exp_avg" in name for name in end["learner-patch_gan-optimizer"])
 
 
 @pytest.mark.slow
@@ -143,13 +143,15 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_the_recipe_knows_where_it_fits():
-    values = {"stage": "cfw", "data": {"sources": []}, "losses": [{"kind": "pixel_l1"}, {"kind": "patch_gan"}], "validation": {"limit": 0}}
+    losses = [{"kind": "pixel_l1"}, {"kind": "patch_gan"}]
+    values = {"task": {"kind": "decoder", "part": "fusion"}, "data": {"sources": []}, "losses": losses, "validation": {"limit": 0}}
     assert parse(Recipe, values).losses[1].start_step == 501
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):
         parse(Recipe, {**values, "training": {"crop_size": 16}})
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):  # what is decoded counts, not what is read
-        parse(Recipe, {**values, "stage": "diffusion", "training": {"crop_size": 128, "decode_crop": 4}})
+        parse(Recipe, {**values, "task": {"kind": "diffusion", "decode_crop": 4}, "training": {"crop_size": 128}})
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):
-        parse(Recipe, {**values, "stage": "diffusion", "training": {"crop_size": 16, "decode_crop": 16}})
-    with pytest.raises(RecipeError, match="patch_gan is impossible in stage autoencoder"):
-        parse(Recipe, {**values, "stage": "autoencoder"})
+        parse(Recipe, {**values, "task": {"kind": "diffusion", "decode_crop": 16}, "training": {"crop_size": 16}})
+    parse(Recipe, {**values, "task": {"kind": "autoencoder"}})  # it gives pictures, so it can have it
+    with pytest.raises(RecipeError, match=r"losses\.1\.kind: patch_gan is impossible in task base; possible are diffusion\."):
+        parse(Recipe, {**values, "task": {"kind": "base"}})

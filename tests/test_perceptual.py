@@ -8,17 +8,18 @@ import sys
 
 import pytest
 import torch
+from tiny_runs import DRAWN
 from toys import smooth
 
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import MissingDependency, UserError
-from sslsr_diffusion.evaluation import perceptual
+from sslsr_diffusion.evaluation import learned
 from sslsr_diffusion.evaluation.weights import WEIGHTS, use_folder
-from sslsr_diffusion.losses import build_losses
+from sslsr_diffusion.losses import Means, build_losses
 from sslsr_diffusion.losses.lpips import LpipsLoss, LpipsSettings
-from sslsr_diffusion.runs import start as building
 from sslsr_diffusion.runs.check import run_checks
 from sslsr_diffusion.runs.recipe import Recipe
+from sslsr_diffusion.runs.start import build_job
 from sslsr_diffusion.types import Outputs
 
 
@@ -54,7 +55,7 @@ def pictures() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_the_distance_and_its_gradient_are_pyiqas(weights):
     restored, reference = pictures()
-    distance = perceptual.load_perceptual_distance()
+    distance = learned.load_perceptual_distance()
     value = distance(restored.requires_grad_(), reference)
     assert value.shape == (2,)
     assert 0 < value[0] < value[1]
@@ -93,7 +94,7 @@ def theirs_state(model, features, linear) -> dict[str, torch.Tensor]:
 
 def test_a_flat_picture_has_a_finite_gradient(weights):
     flat = torch.full((1, 3, 32, 32), 0.5, requires_grad=True)
-    perceptual.load_perceptual_distance()(flat, smooth(1)[None]).sum().backward()
+    learned.load_perceptual_distance()(flat, smooth(1)[None]).sum().backward()
     assert torch.isfinite(flat.grad).all()
 
 
@@ -104,7 +105,7 @@ def squares(restored, reference):
 
 def test_the_loss_is_a_mean_over_the_samples_that_pass_the_gate():
     sr, hr = torch.stack([torch.full((3, 8, 8), 1.0), torch.full((3, 8, 8), 3.0)]).requires_grad_(), torch.zeros(2, 3, 8, 8)
-    outputs = Outputs(t=torch.tensor([10, 900]), snr=torch.tensor([50.0, 0.1]), sr=sr, hr=hr, decoded=torch.arange(2))
+    outputs = Outputs(t=torch.tensor([10, 900]), noise_level=torch.tensor([50.0, 0.1]).rsqrt(), sr=sr, hr=hr, decoded=torch.arange(2))
     value, terms = LpipsLoss(LpipsSettings(weight=2), distance=squares)(outputs)
     assert (value.item(), terms["lpips"].item()) == (10.0, 5.0)
     assert LpipsLoss(LpipsSettings(max_timestep=500), distance=squares)(outputs)[0] == 1
@@ -117,22 +118,22 @@ def test_the_loss_is_a_mean_over_the_samples_that_pass_the_gate():
 
 
 def recipe(*losses: dict) -> Recipe:
-    values = {"stage": "autoencoder", "model": {"init": "random", "preset": "tiny"}, "data": {"sources": []}, "validation": {"limit": 0}}
+    values = {"task": {"kind": "autoencoder"}, "model": DRAWN, "data": {"sources": []}, "validation": {"limit": 0}}
     return parse(Recipe, {**values, "losses": list(losses)})
 
 
 def test_a_run_goes_without_an_optional_term_and_says_so_once(hub, caplog):
     wanted = recipe({"kind": "pixel_l1"}, {"kind": "lpips", "optional": True})
     with caplog.at_level(logging.WARNING):
-        job = building.build(wanted)
+        job = build_job(wanted)
     assert [loss.name for loss in job.losses] == ["pixel_l1"]
     said = [record.getMessage() for record in caplog.records if "lpips" in record.getMessage()]
     assert len(said) == 1
     assert "without the optional loss: losses: lpips weights are missing" in said[0]
     assert "vgg16-397923af.pth" in said[0]
     assert [check.verdict for check in run_checks(wanted) if check.what == "losses"] == ["ok"]
-    published = wanted.model_dump(mode="json") | {"stage": "diffusion", "output": {"hub_id": "user/mine"}}
-    card = building.build(parse(Recipe, published), publisher=object()).card({}, [])["README.md"].decode()
+    published = wanted.model_dump(mode="json") | {"task": {"kind": "diffusion"}, "output": {"hub_id": "user/mine"}}
+    card = build_job(parse(Recipe, published), publisher=object()).card({}, [])["README.md"].decode()
     assert "with the pixel l1 loss" in card
     assert "lpips" not in card
     with pytest.raises(RecipeError, match="lpips is the only loss"):
@@ -142,17 +143,17 @@ def test_a_run_goes_without_an_optional_term_and_says_so_once(hub, caplog):
 def test_without_weights_or_torchvision_the_sentence_says_what_to_do(hub, monkeypatch):
     wanted = recipe({"kind": "pixel_l1"}, {"kind": "lpips"})
     with pytest.raises(UserError, match=r"losses: lpips weights are missing .*vgg16-397923af\.pth \(528 MB\).*LPIPS_v0\.1_vgg") as caught:
-        building.build(wanted)
+        build_job(wanted)
     assert "\n" not in str(caught.value)
     assert [check.verdict for check in run_checks(wanted) if check.what == "losses"] == ["missing"]
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(MissingDependency, match=r'pip install "sslsr-diffusion\[lpips\]"'):
-        building.build(wanted)
+        build_job(wanted)
 
 
 def test_training_uses_it_where_it_is_there(weights):
-    losses = build_losses(recipe({"kind": "lpips"}).losses, distance=perceptual.load_perceptual_distance())
+    losses = build_losses(recipe({"kind": "lpips"}).losses, Means(distance=learned.load_perceptual_distance()))
     sr, hr = pictures()
-    value, _ = losses[0](Outputs(t=torch.zeros(2), snr=torch.ones(2), sr=sr, hr=hr, decoded=torch.arange(2)))
+    value, _ = losses[0](Outputs(t=torch.zeros(2), noise_level=torch.ones(2), sr=sr, hr=hr, decoded=torch.arange(2)))
     assert torch.isfinite(value)
     assert value > 0

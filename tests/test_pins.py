@@ -13,6 +13,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from hub_server import HubServer
 from hub_storage import Repository, Stored
+from tiny_runs import save_upscaler
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
@@ -48,7 +49,9 @@ def commit(hub: HubServer, name: str, oid: str, files: dict[str, bytes]) -> None
 def recipe(revision: str | None = None, base: str = "someone/base") -> Recipe:
     hub_source = {"kind": "hub", "path": "someone/photos", "revision": revision}
     data = {"sources": [{"kind": "folder", "path": "photos"}, hub_source], "validation": [hub_source]}
-    return parse(Recipe, {"model": {"base": base, "revision": revision}, "data": data, "losses": [{"kind": "diffusion"}]})
+    return parse(
+        Recipe, {"model": {"kind": "stablesr", "base": base, "revision": revision}, "data": data, "losses": [{"kind": "diffusion"}]}
+    )
 
 
 def revisions(recipe: Recipe) -> list[str | None]:
@@ -87,32 +90,28 @@ def test_a_hub_that_does_not_answer_binds_nothing_and_says_so(hub, monkeypatch, 
     ("named", "recorded", "expected"),
     [
         ({}, {"detail": 0.8, "antiring": 0.5}, (0.8, 0.5)),
-        ({}, {"detail": 0.8}, (0.8, 0.0)),  # from before there was antiring
-        ({}, {"detail": None, "antiring": None}, (None, None)),  # a stage that has neither
         ({"detail": 1.0}, {"detail": 0.8, "antiring": 0.5}, (1.0, 0.5)),
+        ({"detail": 1.0}, None, (1.0, None)),  # the checkpoint of a task that has neither
     ],
 )
 def test_what_a_recipe_leaves_to_its_base_is_what_the_run_began_with(tmp_path, named, recorded, expected):
     given = recipe(FIRST)
-    given = given.model_copy(update={"validation": given.validation.model_copy(update=named)})
+    task = given.task.model_copy(update={"inference": given.task.inference.model_copy(update=named)})
+    given = given.model_copy(update={"task": task})
     before = given.model_dump(mode="json")
-    before["validation"] = {k: v for k, v in before["validation"].items() if k not in ("detail", "antiring")} | recorded
+    before["task"] = {"kind": "base"} if recorded is None else {**before["task"], "inference": {**before["task"]["inference"], **recorded}}
     write_checkpoint(tmp_path / "checkpoint-1", {}, {"recipe": before})
-    got = pinned(given, tmp_path / "checkpoint-1").validation
+    got = pinned(given, tmp_path / "checkpoint-1").task.inference
     assert (got.detail, got.antiring) == expected
-    assert pinned(given).validation == given.validation  # a new run asks its base
+    assert pinned(given).task == given.task  # a new run asks its base
 
 
 @pytest.fixture
 def base(hub, tmp_path, monkeypatch):
     """A tiny pipeline as someone/base, and an empty folder to work in."""
-    from sslsr_diffusion.inference import StableSRPipeline
-    from sslsr_diffusion.models.stablesr.build import build_networks
-    from sslsr_diffusion.models.stablesr.settings import StableSRSettings
-
     monkeypatch.chdir(tmp_path)
     AcceleratorState._reset_state()
-    StableSRPipeline(**build_networks(StableSRSettings(init="random", preset="tiny"), train="all").components()).save_pretrained("made")
+    save_upscaler(tmp_path / "made")
     files = {path.relative_to("made").as_posix(): path.read_bytes() for path in Path("made").rglob("*") if path.is_file()}
     commit(hub, "someone/base", FIRST, files)
     return files
@@ -149,7 +148,9 @@ def test_training_records_the_commit_and_resumes_from_it(hub, base):
         train(3, "--resume", "latest", f"--set=model.revision={SECOND}")
 
 
-def test_other_defaults_of_the_base_do_not_reach_a_run_that_goes_on(tmp_path, base, hub, caplog):
+def test_other_defaults_of_the_base_do_not_reach_a_run_that_goes_on(tmp_path, base, hub, caplog, monkeypatch):
+    monkeypatch.setattr("sslsr_diffusion.runs.memory.describe_memory", lambda recipe: [])  # it takes seconds
+
     def defaults(folder: str) -> tuple[float, float]:
         index = json.loads((tmp_path / folder / "model_index.json").read_text())
         return index["default_detail"], index["default_antiring"]
@@ -167,14 +168,14 @@ def test_other_defaults_of_the_base_do_not_reach_a_run_that_goes_on(tmp_path, ba
     assert re.search(r"resume +ok +run/checkpoint-1, step 1 of 2", checked)
     assert "Done: 2 steps" in train(2, *here, "--resume", "latest")
     assert defaults("run/pipeline") == (0.9, 0.4)
-    assert "recipe changed since the checkpoint: validation" not in caplog.text
+    assert "recipe changed since the checkpoint: task" not in caplog.text
     CliRunner().invoke(app, ["export", "run", "--output", "exported"], catch_exceptions=False)
     assert defaults("exported") == (0.9, 0.4)
     checked = train(3, *here, "--dry-run")
     assert re.search(r"output +refused +.*run already holds a run", checked)
-    assert re.search(r"model +ok +made: .*; the recipe leaves to it: detail 0.3, antiring 1$", checked, re.MULTILINE)
+    assert re.search(r"task +ok +the recipe leaves to the base: detail 0.3, antiring 1$", checked, re.MULTILINE)
     set_defaults(0.3, 1.5)
-    assert re.search(r"model +refused +model.base: default_antiring in", train(3, *here, "--dry-run"))
+    assert re.search(r"task +refused +model.base: default_antiring in", train(3, *here, "--dry-run"))
 
 
 def test_a_dry_run_looks_up_what_would_be_resumed(hub, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
@@ -199,6 +199,15 @@ def test_prediction_type_comes_from_the_scheduler(prediction_type):
 def test_the_pipelines_own_scheduler_is_the_default_sampler():
     scheduler = UniPCMultistepScheduler.from_config(components()["scheduler"].config, timestep_spacing="linspace")
     torch.testing.assert_close(run(make_pipeline(scheduler=scheduler), photo()), run(plain(), photo(), sampler="unipc"), atol=0, rtol=0)
+
+
+def test_a_scheduler_of_a_flow_is_refused_by_name():
+    with pytest.raises(UserError, match="expected one of the DDPM family, got FlowMatchEulerDiscreteScheduler"):
+        run(make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler()), photo())
+
+
+def test_no_colour_fix_is_none():
+    torch.testing.assert_close(run(plain(), photo(), color_fix=None), run(plain(), photo(), color_fix="none"), atol=0, rtol=0)
 
 
 def test_strength_runs_the_last_steps_and_stays_nearer_to_the_picture():

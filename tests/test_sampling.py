@@ -12,7 +12,6 @@ from goldens import load_golden
 from torch import Tensor
 
 from sslsr_diffusion.errors import MissingDependency, UserError
-from sslsr_diffusion.inference.denoising import TiledDenoiser
 from sslsr_diffusion.inference.sampling import (
     SAMPLERS,
     OriginalDDIM,
@@ -23,6 +22,7 @@ from sslsr_diffusion.inference.sampling import (
     sample,
     spaced_timesteps,
 )
+from sslsr_diffusion.inference.tiled import TiledDenoiser
 from sslsr_diffusion.inference.tiling import tile_boxes
 from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser

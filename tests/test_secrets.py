@@ -40,7 +40,7 @@ def run(tmp_path):
             "training.steps": 2,
             "validation.limit": 1,
             "validation.size": 32,
-            "validation.steps": 1,
+            "task.inference.steps": 1,
             "checkpoints.every": 1,
         }
         command = [sys.executable, str(ROOT / "train.py"), "--config", "tiny", *(f"--set={k}={v}" for k, v in values.items()), *more]

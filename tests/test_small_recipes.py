@@ -33,10 +33,10 @@ def test_each_link_of_the_chain_takes_what_the_one_before_writes() -> None:
     assert texture["data"] == decoder["data"] == upscaler["data"]
     assert (
         1
-        == upscaler["training"]["sampler_steps"]
-        == upscaler["validation"]["steps"]
-        == decoder["training"]["synthesis_steps"]
-        == decoder["validation"]["steps"]
-        == texture["training"]["synthesis_steps"]
-        == texture["validation"]["steps"]
+        == upscaler["task"]["sampler_steps"]
+        == upscaler["task"]["inference"]["steps"]
+        == decoder["task"]["synthesis_steps"]
+        == decoder["task"]["inference"]["steps"]
+        == texture["task"]["synthesis_steps"]
+        == texture["task"]["inference"]["steps"]
     )

@@ -146,6 +146,15 @@ def test_stream_through_the_loader(shards):
     resumed.close()
 
 
+def test_a_damaged_row_is_replaced_by_a_picture_of_any_source(shards, tmp_path):
+    Image.fromarray(picture((70, 80), 1)).save(tmp_path / "p.png")
+    loader = open_small(settings(_stream(shards), {"kind": "folder", "path": str(tmp_path)}), batch_size=4)
+    batches = take(loader, 20)  # both damaged rows come twice
+    assert all(len(batch.names) == 4 for batch in batches)
+    assert any("r3.png" in text for text in loader.problems())
+    assert same(batches, take(open_small(settings(_stream(shards), {"kind": "folder", "path": str(tmp_path)}), batch_size=4), 20))
+
+
 def test_a_stream_of_nothing_but_damage_is_said(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

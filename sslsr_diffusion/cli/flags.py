@@ -1,10 +1,11 @@
-"""Messages carry the name of a keyword; on the command line it is a flag."""
-
-from __future__ import annotations
+"""What several verbs say alike: flags where messages carry a keyword, and a bar that Ctrl-C ends in one sentence."""
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import typer
 
 from sslsr_diffusion.errors import UserError
 
@@ -28,3 +29,19 @@ def as_flags(*names: str) -> Iterator[None]:
         if text == str(error):
             raise
         raise UserError(text) from error
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, at_stop: Callable[[], None] | None = None, **options: Any) -> Iterator[Any]:
+    """tqdm's bar; Ctrl-C closes it, calls `at_stop` and exits with 130."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, dynamic_ncols=True, **options) as bar:
+        try:
+            yield bar
+        except KeyboardInterrupt:
+            bar.close()
+            if at_stop:
+                at_stop()
+            typer.echo("interrupted; the same command goes on from here", err=True)
+            raise typer.Exit(130) from None

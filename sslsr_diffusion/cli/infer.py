@@ -1,46 +1,28 @@
-from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslsr_diffusion.cli.flags import as_flags, flagged
+from sslsr_diffusion.cli.flags import RENAMED, as_flags, flagged, progress_bar
 from sslsr_diffusion.errors import UserError
 
 if TYPE_CHECKING:
     from sslsr_diffusion.inference.restorer import Restorer
-    from sslsr_diffusion.inference.runner import Progress, RunnerReport, Work
+    from sslsr_diffusion.inference.runner import RunnerReport
 
-
-class ColorFix(StrEnum):
-    wavelet = "wavelet"
-    adain = "adain"
-    none = "none"
-
-
-class Format(StrEnum):
-    png = "png"
-    jpg = "jpg"
-    webp = "webp"
-    tif = "tif"
-
-
-class Dtype(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
+ColorFix = StrEnum("ColorFix", "wavelet adain none")
+Format = StrEnum("Format", "png jpg webp tif")
+Dtype = StrEnum("Dtype", "auto float32 float16 bfloat16")
 
 FLAGS = (
     *("model", "revision", "device", "dtype", "memory_budget", "scale", "seed", "steps", "tile", "detail", "antiring", "color_fix"),
     *("fidelity", "sampler", "strength", "prompt", "negative_prompt", "guidance_scale"),
 )
-Input = Annotated[str, typer.Option("--input", "-i", help="Picture, folder or glob pattern (quote it).")]
+CALL = (  # what goes to the restorer where it was given
+    *("num_inference_steps", "detail", "antiring", "fidelity", "sampler", "strength"),
+    *("prompt", "negative_prompt", "guidance_scale", "color_fix"),
+)
 Model = Annotated[
     str | None,
     typer.Option(
@@ -48,86 +30,57 @@ Model = Annotated[
         "small model."
     ),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
-Scale = Annotated[
-    float | None,
-    typer.Option(min=0.01, max=64, help="Enlargement: the output has round(scale * size) pixels; without it the model's own."),
-]
-Steps = Annotated[
-    int | None, typer.Option(min=1, max=1000, help="Sampling steps; without it the model's own default (200 where it names none).")
-]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every picture.")]
-TileSide = Annotated[str, typer.Option(help="Side of a tile in output pixels, 'auto' (by free memory) or 'none' (whole picture).")]
-Detail = Annotated[
-    float | None, typer.Option(min=0, max=1, help="0 bicubic to 1 all that the model adds; without it the model's own default.")
-]
-Antiring = Annotated[
-    float | None, typer.Option(min=0, max=1, help="0 to 1: takes back seams beside edges; without it the model's own default.")
-]
-Fidelity = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Models with CFW: how much of the input the decoder takes over. [default: 0.5]")
-]
-Sampler = Annotated[
-    str | None, typer.Option(help="ddpm, ddim, ddim-original, dpm++, unipc, euler or a diffusers scheduler. [default: the model's]")
-]
-Strength = Annotated[
-    float | None,
-    typer.Option(min=0.001, max=1, help="1 all steps; 0.3 the last 30 % of them, from a less noised picture. [default: 1]"),
-]
-Prompt = Annotated[str | None, typer.Option(help="Text, for models with a text encoder.")]
-NegativePrompt = Annotated[str | None, typer.Option(help="What the guidance leads away from.")]
-GuidanceScale = Annotated[float | None, typer.Option(min=0, max=30, help="Strength of the guidance; 1 is off. [default: 1]")]
-ColorFixKind = Annotated[
-    ColorFix | None, typer.Option(help="Takes the colours from the input. [default: wavelet; none for plain networks]")
-]
-FormatKind = Annotated[Format | None, typer.Option(help="Format of the results; without it the input's, and png for gif, bmp, ...")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is done with the same settings, replace files of others.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-DtypeKind = Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, float32 on the CPU.")]
 MemoryBudget = Annotated[
     str | None, typer.Option(help="For model and work together, such as 8GB: chooses dtype, tile and CPU offload that stay below it.")
 ]
 
 
 def infer(
-    input: Input,
+    input: Annotated[str, typer.Option("--input", "-i", help="Picture, folder or glob pattern (quote it).")],
     model: Model = None,
-    revision: Revision = None,
-    output: Output = Path("results"),
-    scale: Scale = None,
-    steps: Steps = None,
-    seed: Seed = 0,
-    tile: TileSide = "auto",
-    detail: Detail = None,
-    antiring: Antiring = None,
-    fidelity: Fidelity = None,
-    sampler: Sampler = None,
-    strength: Strength = None,
-    prompt: Prompt = None,
-    negative_prompt: NegativePrompt = None,
-    guidance_scale: GuidanceScale = None,
-    color_fix: ColorFixKind = None,
-    format: FormatKind = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("results"),
+    scale: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=64, help="Enlargement: the output has round(scale * size) pixels; without it the model's own."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Sampling steps; without it the model's own default (200 where it names none).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every picture.")] = 0,
+    tile: Annotated[str, typer.Option(help="Side of a tile in output pixels, 'auto' (by free memory) or 'none' (whole picture).")] = "auto",
+    detail: Annotated[
+        float | None, typer.Option(min=0, max=1, help="0 bicubic to 1 all that the model adds; without it the model's own default.")
+    ] = None,
+    antiring: Annotated[
+        float | None, typer.Option(min=0, max=1, help="0 to 1: takes back seams beside edges; without it the model's own default.")
+    ] = None,
+    fidelity: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Models with CFW: how much of the input the decoder takes over. [default: 0.5]")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="ddpm, ddim, ddim-original, dpm++, unipc, euler or a diffusers scheduler. [default: the model's]")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1, help="1 all steps; 0.3 the last 30 % of them, from a less noised picture. [default: 1]"),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text, for models with a text encoder.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the guidance leads away from.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, max=30, help="Strength of the guidance; 1 is off. [default: 1]")] = None,
+    color_fix: Annotated[
+        ColorFix | None, typer.Option(help="Takes the colours from the input. [default: wavelet; none for plain networks]")
+    ] = None,
+    format: Annotated[Format | None, typer.Option(help="Format of the results; without it the input's, and png for gif, bmp, ...")] = None,
     overwrite: Overwrite = False,
-    device: Device = "auto",
-    dtype: DtypeKind = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, float32 on the CPU.")] = Dtype.auto,
     memory_budget: MemoryBudget = None,
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done with these settings is skipped."""
-    given = {
-        "num_inference_steps": steps,
-        "detail": detail,
-        "antiring": antiring,
-        "fidelity": fidelity,
-        "sampler": sampler,
-        "strength": strength,
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "guidance_scale": guidance_scale,
-        "color_fix": color_fix.value if color_fix else None,
-    }
-    call: dict[str, Any] = {"tile": _tile(tile), **{name: value for name, value in given.items() if value is not None}}
+    given = {**locals(), "num_inference_steps": steps, "color_fix": color_fix and color_fix.value}
+    call: dict[str, Any] = {"tile": _tile(tile), **{name: given[name] for name in CALL if given[name] is not None}}
     from sslsr_diffusion.devices import find_device, parse_bytes
     from sslsr_diffusion.inference.open import default_model, find_model, open_model
     from sslsr_diffusion.inference.runner import FORMATS, RunnerOptions, find_work, run_work
@@ -144,12 +97,16 @@ def infer(
         found = find_model(model, revision)
         options = RunnerOptions(scale, seed, call, FORMATS[format.value] if format else None, overwrite=overwrite, model=found.fingerprint)
         work = find_work(input, output, options)
-        with _interruptible(work):
-            if work.todo:
-                restorer = open_model(found, **where)
-                _say_how(restorer, call)
-                with _progress(len(work.todo)) as progress:
-                    run_work(restorer, work, progress=progress)
+        if work.todo:
+            restorer = open_model(found, **where)
+            _say_how(restorer, call)
+            with progress_bar(len(work.todo), lambda: _show(work.report, output), unit="picture") as bar:
+
+                def progress(done: int, total: int, name: str) -> None:
+                    bar.update(done - bar.n)
+                    bar.set_postfix_str(name[-40:])
+
+                run_work(restorer, work, progress=progress)
     _show(work.report, output)
 
 
@@ -161,44 +118,20 @@ def _tile(text: str) -> int | str | None:
     return int(text)
 
 
-def _say_how(restorer: Restorer, call: dict[str, Any]) -> None:
+def _say_how(restorer: "Restorer", call: dict[str, Any]) -> None:
     """A line on what it will be called with (what was given, else its own defaults), and notes on what has no effect.
 
-    Raises:
-        UserError: it does not have what was asked for.
+    Raises UserError where it does not have what was asked for.
     """
     notes = restorer.check(**call)
     values = {**restorer.defaults, **call}
-    names = {"num_inference_steps": "steps", "detail": "detail", "antiring": "antiring"}
-    shown = [f"{names[name]} {values[name]}" for name in names if name in values and name in restorer.options]
-    for line in ([", ".join(shown)] if shown else []) + [f"note: {flagged(note, *FLAGS)}" for note in notes]:
+    names = [name for name in ("num_inference_steps", "detail", "antiring") if name in values and name in restorer.options]
+    shown = [", ".join(f"{RENAMED.get(name, name)} {values[name]}" for name in names)] if names else []
+    for line in [*shown, *(f"note: {flagged(note, *FLAGS)}" for note in notes)]:
         typer.echo(line)
 
 
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Progress]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="picture", dynamic_ncols=True) as bar:
-
-        def progress(done: int, total: int, name: str) -> None:
-            bar.update(done - bar.n)
-            bar.set_postfix_str(name[-40:])
-
-        yield progress
-
-
-@contextlib.contextmanager
-def _interruptible(work: Work) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        _show(work.report, work.output)
-        typer.echo("interrupted; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
-
-
-def _show(report: RunnerReport, output: Path) -> None:
+def _show(report: "RunnerReport", output: Path) -> None:
     from sslsr_diffusion.images import printable
 
     for name, target in report.renamed:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.special import ndtr
 
 from sslsr_diffusion.config import parse
@@ -48,11 +49,7 @@ class Estimate:
 
 
 def estimate(path: Path) -> Estimate:
-    """Estimate one file.
-
-    Raises:
-        UnreadableImage: it is no picture.
-    """
+    """Estimate one file. Raises UnreadableImage: it is no picture."""
     data = path.read_bytes()
     image = read_image(data, name=printable(path))
     luma, table = _jpeg(data) or (_luma(image.rgb), None)
@@ -136,8 +133,6 @@ def _jpeg(data: bytes) -> tuple[Array, Array] | None:
     """Luma as the file has it (blocks as they were coded: not turned upright, never RGB) and its table in natural order."""
     if data[:2] != b"\xff\xd8":
         return None
-    from PIL import Image
-
     with Image.open(io.BytesIO(data)) as file:
         tables = getattr(file, "quantization", None) or {}
         file.draft("L", file.size)
@@ -238,9 +233,7 @@ def degradation_section(estimates: Sequence[Estimate], scale: int) -> dict[str, 
     """The `degradation` section of a recipe: blur, reduction, noise and JPEG in the ranges that were found (10th to 90th percentile).
 
     Blur is measured in low-resolution pixels and happens before the reduction, hence times the scale.
-
-    Raises:
-        UserError: there are no estimates.
+    Raises UserError: there are no estimates.
     """
     if not estimates:
         raise UserError("fit: expected at least one readable low-resolution picture, got none.")

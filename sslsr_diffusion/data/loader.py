@@ -231,9 +231,7 @@ def open_validation_pairs(settings: DataSettings, *, crop_size: int, scale: int,
     """At most `limit` pairs of the validation sources, in their order, cut in the middle to at most `crop_size`.
 
     Real pairs keep their low-resolution partner. Unreadable pictures are named in the log and left out.
-
-    Raises:
-        UserError: there are validation sources, but not one usable picture in them.
+    Raises UserError: there are validation sources, but not one usable picture in them.
     """
     check_sizes(crop_size, scale)
     degradation = Degradation(settings.degradation, scale)

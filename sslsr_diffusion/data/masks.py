@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.io import loadmat
 from torch import Tensor
 
 from sslsr_diffusion.data.filters import opencv
@@ -62,9 +63,7 @@ class MaskFiles:
 
     def read(self, name: str, file: str, size: tuple[int, int]) -> NDArray[np.bool_]:
         """The mask [H, W] of a picture of `size` (H, W) by its file name (or key); `name` is for messages.
-
-        Raises:
-            MaskMismatch: there is no mask for it, or none that fits.
+        Raises MaskMismatch: there is no mask for it, or none that fits.
         """
         if not file:
             raise MaskMismatch(f"{name}: expected a file name to find its mask by, the row has none; set name_column to a column of names.")
@@ -92,14 +91,10 @@ class MaskFiles:
 
 def read_mask(path: Path) -> NDArray[np.bool_]:
     """A mask file as bool [H, W]: .mat (key `mat`, not 0 counts), .npy (not 0 counts), .png (128 and more counts).
-
-    Raises:
-        MaskMismatch: the file is damaged or not of that form.
+    Raises MaskMismatch: the file is damaged or not of that form.
     """
     try:
         if path.suffix == ".mat":
-            from scipy.io import loadmat
-
             values = loadmat(path)["mat"]
         elif path.suffix == ".npy":
             values = np.load(path, allow_pickle=False)

@@ -4,7 +4,7 @@ import errno
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -108,22 +108,21 @@ class SampleMaker:
             return error
 
     def batch(self, requests: Sequence[Request]) -> Made:
-        """A stream cannot be asked again, so its bad items are replaced by others of the same batch, cropped anew."""
+        """A stream cannot be asked again, so its bad items are replaced by other pictures of the same batch, cropped anew."""
         problems: list[str] = []
-        samples = [self._from_index(r, problems) if r.item is None else self._from_item(r, r.item, problems) for r in requests]
-        good = [(request.item, sample) for request, sample in zip(requests, samples) if sample is not None]
-        if not good:
-            return [], problems
+        samples = [self._sample(request, problems) for request in requests]
+        good = [request for request, sample in zip(requests, samples) if sample is not None]
         for place, (request, sample) in enumerate(zip(requests, samples)):
-            if sample is None:
-                item = good[place % len(good)][0]
-                assert item is not None  # an indexed source raises rather than giving up
-                samples[place] = self._from_item(request, item, problems)
+            if sample is None and good:
+                other = replace(good[place % len(good)], index=request.index, group=request.group)
+                samples[place] = self._sample(other, problems)
         return [sample for sample in samples if sample is not None], problems
 
-    def _from_item(self, request: Request, item: Item, problems: list[str]) -> Sample | None:
+    def _sample(self, request: Request, problems: list[str]) -> Sample | None:
+        if request.item is None:
+            return self._from_index(request, problems)
         try:
-            return self.make(request, item, problems)
+            return self.make(request, request.item, problems)
         except UserError as error:
             problems.append(str(error))
             return None

@@ -83,11 +83,7 @@ class IndexedSource:
 
 
 def open_source(settings: Source) -> IndexedSource:
-    """List a source.
-
-    Raises:
-        UserError: there is nothing at its path, or nothing in it that could be a picture.
-    """
+    """List a source. Raises UserError: there is nothing at its path, or nothing in it that could be a picture."""
     source = OPENERS[settings.kind](settings)
     if not len(source):
         why = f" ({source.lost[0]})" if source.lost else ""
@@ -202,9 +198,7 @@ def pictures_in(shard: Path) -> tuple[list[tuple[int, int, str]], str]:
 
 def load_rows(settings: RowSource, *, streaming: bool) -> "tuple[Dataset | IterableDataset, list[str]]":
     """The data set behind the settings, its pictures left encoded, and what was left out of it, one sentence per file.
-
-    Raises:
-        UserError: it cannot be loaded, or has no such column (the message names those that it has).
+    Raises UserError: it cannot be loaded, or has no such column (the message names those that it has).
     """
     import datasets
 

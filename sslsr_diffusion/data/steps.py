@@ -29,10 +29,8 @@ class BlurStep(Settings):
     )
     sinc_prob: Probability = Field(0.1, description="Probability of a sinc kernel; its cutoff is U(pi/3, pi), from size 13 U(pi/5, pi).")
     sigma: Range = Field((0.2, 3.0), description="Standard deviations of the kernel in pixels.")
-    beta_generalized: Annotated[Pair, within(0.05, 20)] = Field(
-        (0.5, 4.0), description="Shape of generalized Gaussians, half the time below 1."
-    )
-    beta_plateau: Annotated[Pair, within(0.05, 20)] = Field((1.0, 2.0), description="Shape of plateau kernels, half the time below 1.")
+    beta_generalized: Annotated[Pair, within(0.05, 20)] = Field((0.5, 4.0), description="Shape of generalized Gaussians, half below 1.")
+    beta_plateau: Annotated[Pair, within(0.05, 20)] = Field((1.0, 2.0), description="Shape of plateau kernels, half below 1.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,9 +116,7 @@ class NoiseStep(Settings):
     prob: Probability = Field(1.0, description="Probability that the step happens.")
     gaussian_prob: Probability = Field(0.5, description="Probability of Gaussian noise; otherwise Poisson.")
     sigma: Annotated[Pair, within(0, 255)] = Field((1.0, 30.0), description="Standard deviation of Gaussian noise in grey levels (of 255).")
-    poisson_scale: Annotated[Pair, within(0, 100)] = Field(
-        (0.05, 3.0), description="Strength of Poisson noise; 1: photon noise at 256 for white."
-    )
+    poisson_scale: Annotated[Pair, within(0, 100)] = Field((0.05, 3.0), description="Strength of Poisson noise; 1: 256 photons for white.")
     gray_prob: Probability = Field(0.4, description="Probability that all channels get the same field.")
 
     def draw(self, random: RandomNumbers, frame: Frame) -> list[Op]:
@@ -192,9 +188,7 @@ class BsrganStep(Settings):
     factors: Annotated[Pair, within(0.01, 1)] = Field((0.85, 1.0), description="Factor of the first reduction when it is a plain resize.")
     noise: Annotated[tuple[int, int], within(0, 255)] = Field((1, 12), description="Least and most noise level in whole grey levels.")
     jpeg_prob: Probability = Field(0.9, description="Probability of the JPEG compression among the shuffled operations.")
-    quality: Annotated[tuple[int, int], within(1, 100)] = Field(
-        (75, 95), description="Quality of that and of the last one, which always happens."
-    )
+    quality: Annotated[tuple[int, int], within(1, 100)] = Field((75, 95), description="JPEG quality; a last compression always happens.")
 
     def draw(self, random: RandomNumbers, frame: Frame) -> list[Op]:
         ops: list[Op] = []

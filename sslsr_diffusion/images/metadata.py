@@ -1,7 +1,5 @@
 """The few bytes of EXIF, ICC and PNG that have to be read or changed by hand, so that the rest stays as it was."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Iterator
@@ -98,11 +96,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """(kind, body) of every chunk up to IEND.
-
-    Raises:
-        ValueError: a chunk is cut off, or the checksum of a critical one is wrong.
-    """
+    """(kind, body) of every chunk up to IEND. Raises ValueError: a chunk is cut off, or the checksum of a critical one is wrong."""
     view, at, kind = memoryview(data), len(PNG_SIGNATURE), b""
     while kind != b"IEND":
         if at + 12 > len(data):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import io
 import re
 import stat
@@ -109,7 +107,7 @@ def _read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _open(source: Path | BinaryIO) -> ImageFile:
+def _open(source: Path | BinaryIO) -> "ImageFile":
     """Pillow's lazy image of a path or a binary file, of our formats alone."""
     from PIL import Image as Pillow
 
@@ -148,13 +146,13 @@ def _decode(data: bytes) -> Image:
     return replace(image, exif=exif, format=kind, notes=(*notes, *image.notes))
 
 
-def _notes(file: ImageFile, kind: str) -> tuple[str, ...]:
+def _notes(file: "ImageFile", kind: str) -> tuple[str, ...]:
     if kind == "JPEG" or not getattr(file, "is_animated", False):  # the further pictures of a JPEG are previews
         return ()
     return ("the first of several pages",) if kind == "TIFF" else ("the first frame of an animation",)
 
 
-def _exif(file: ImageFile, kind: str) -> tuple[bytes | None, int]:
+def _exif(file: "ImageFile", kind: str) -> tuple[bytes | None, int]:
     """The EXIF block without prefix, its orientation set to 1; and the orientation as it was."""
     if kind == "TIFF":
         raw, turn = _exif_of_tiff(file)
@@ -169,7 +167,7 @@ def _exif(file: ImageFile, kind: str) -> tuple[bytes | None, int]:
     return metadata.updated_exif(raw, (height, width)), turn
 
 
-def _exif_of_tiff(file: ImageFile) -> tuple[bytes, int]:
+def _exif_of_tiff(file: "ImageFile") -> tuple[bytes, int]:
     """In TIFF the EXIF entries stand among those of the picture itself."""
     from PIL import Image as Pillow
 
@@ -192,7 +190,7 @@ def _upright(array: Pixels, turn: int) -> Pixels:
     return np.ascontiguousarray(array)
 
 
-def _bits(file: ImageFile, kind: str, data: bytes) -> int:
+def _bits(file: "ImageFile", kind: str, data: bytes) -> int:
     """Bits per value that the file holds: 8 also for fewer, 16 where OpenCV can decode them."""
     if kind == "PNG":
         return 16 if data[24] == 16 else 8
@@ -215,14 +213,14 @@ def _bits(file: ImageFile, kind: str, data: bytes) -> int:
     return 16
 
 
-def _tags(file: ImageFile) -> ImageFileDirectory_v2:
+def _tags(file: "ImageFile") -> "ImageFileDirectory_v2":
     from PIL.TiffImagePlugin import TiffImageFile
 
     assert isinstance(file, TiffImageFile)
     return file.tag_v2
 
 
-def _sixteen_bits(data: bytes, file: ImageFile, kind: str) -> Image:
+def _sixteen_bits(data: bytes, file: "ImageFile", kind: str) -> Image:
     """Pillow would halve the bits of colour; OpenCV keeps them, and knows nothing of metadata."""
     import cv2
 
@@ -247,7 +245,7 @@ def _sixteen_bits(data: bytes, file: ImageFile, kind: str) -> Image:
     return Image(np.ascontiguousarray(rgb), alpha, _profile(file), gray=gray)
 
 
-def _eight_bits(file: PIL.Image.Image) -> Image:
+def _eight_bits(file: "PIL.Image.Image") -> Image:
     mode = file.mode
     if mode in ("I", "F") or mode.startswith("I;"):
         raise _Refused(f"32-bit or unusual values (Pillow's mode {mode}); expected 8 or 16 bits unsigned")
@@ -265,11 +263,11 @@ def _eight_bits(file: PIL.Image.Image) -> Image:
     return Image(np.ascontiguousarray(rgb), np.ascontiguousarray(pixels[..., -1]) if transparent else None, profile, gray=gray, notes=notes)
 
 
-def _profile(file: PIL.Image.Image) -> bytes | None:
+def _profile(file: "PIL.Image.Image") -> bytes | None:
     return file.info.get("icc_profile") or None
 
 
-def _to_srgb(file: PIL.Image.Image, profile: bytes | None) -> tuple[PIL.Image.Image, bytes | None, tuple[str, ...]]:
+def _to_srgb(file: "PIL.Image.Image", profile: bytes | None) -> "tuple[PIL.Image.Image, bytes | None, tuple[str, ...]]":
     """CMYK and Lab cannot stay: convert through the profile, and leave the picture untagged (sRGB)."""
     from PIL import ImageCms
 

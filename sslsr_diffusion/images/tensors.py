@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def to_tensor(array: NDArray[np.generic]) -> Tensor:
+def to_tensor(array: NDArray[np.generic]) -> "Tensor":
     """x / (2**bits - 1): whole numbers become float32 in [0, 1].
 
     Args:
@@ -30,7 +28,7 @@ def to_tensor(array: NDArray[np.generic]) -> Tensor:
     return torch.from_numpy(values / np.float32(255 if array.dtype == np.uint8 else 65535))
 
 
-def to_array(tensor: Tensor, dtype: DTypeLike = np.uint8) -> Pixels:
+def to_array(tensor: "Tensor", dtype: DTypeLike = np.uint8) -> Pixels:
     """round(clamp(x, 0, 1) * (2**bits - 1)).
 
     Args:
@@ -53,7 +51,7 @@ def to_array(tensor: Tensor, dtype: DTypeLike = np.uint8) -> Pixels:
     return whole.astype(dtype)
 
 
-def resize_bicubic(image: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_bicubic(image: "Tensor", size: tuple[int, int]) -> "Tensor":
     """Bicubic resampling with half-pixel centres: the one that "LR upsampled" means everywhere.
 
     Enlarging uses torch's kernel (a = -0.75); shrinking either side widens the kernel (antialias, a = -0.5 as in Pillow).

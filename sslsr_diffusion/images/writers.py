@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import io
 import struct
 import zlib
@@ -26,7 +24,7 @@ LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 LARGEST_JPEG_EXIF = 65533 - len(PREFIX)
 
 
-def write_image(path: Path | str, image: Image, *, format: str | None = None, quality: int = 95) -> tuple[str, ...]:
+def write_image(path: Path | str, image: "Image", *, format: str | None = None, quality: int = 95) -> tuple[str, ...]:
     """Write a picture with its profile, EXIF and alpha: complete under its name, or not at all.
 
     Args:
@@ -56,31 +54,31 @@ def suffixes_of(format: str) -> tuple[str, ...]:
     return (SUFFIXES[format], *_FURTHER.get(format, ()))
 
 
-def _samples(image: Image) -> Pixels:
+def _samples(image: "Image") -> "Pixels":
     """[H, W, 1 to 4]: gray or colour, then alpha where there is one."""
     colour = image.rgb[..., :1] if image.gray else image.rgb
     return colour if image.alpha is None else np.concatenate([colour, image.alpha[..., None]], axis=2)
 
 
-def _pillow(samples: Pixels) -> PIL.Image.Image:
+def _pillow(samples: "Pixels") -> "PIL.Image.Image":
     from PIL import Image as Pillow
 
     return Pillow.fromarray(np.ascontiguousarray(samples[..., 0] if samples.shape[2] == 1 else samples))
 
 
-def _metadata(image: Image) -> dict[str, bytes]:
+def _metadata(image: "Image") -> dict[str, bytes]:
     exif = updated_exif(image.exif, image.size) if image.exif else None
     return ({"icc_profile": image.icc_profile} if image.icc_profile else {}) | ({"exif": PREFIX + exif} if exif else {})
 
 
-def _eight_bits(image: Image) -> tuple[Pixels, tuple[str, ...]]:
+def _eight_bits(image: "Image") -> "tuple[Pixels, tuple[str, ...]]":
     samples = _samples(image)
     if image.bits == 8:
         return samples, ()
     return ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8), ("8 of 16 bits",)
 
 
-def _jpeg(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
+def _jpeg(image: "Image", quality: int) -> tuple[bytes, tuple[str, ...]]:
     samples, notes = _eight_bits(image)
     if image.alpha is not None:
         alpha = samples[..., -1:].astype(np.uint32)
@@ -95,7 +93,7 @@ def _jpeg(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
     return buffer.getvalue(), notes
 
 
-def _webp(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
+def _webp(image: "Image", quality: int) -> tuple[bytes, tuple[str, ...]]:
     samples, notes = _eight_bits(image)
     buffer, metadata = io.BytesIO(), _metadata(image)
     if image.gray:
@@ -106,7 +104,7 @@ def _webp(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
     return buffer.getvalue(), notes
 
 
-def _png(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
+def _png(image: "Image", quality: int) -> tuple[bytes, tuple[str, ...]]:
     if image.bits == 8:
         buffer = io.BytesIO()
         _pillow(_samples(image)).save(buffer, "PNG", **_metadata(image))
@@ -124,7 +122,7 @@ def _png(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
     return b"".join([*parts, png_chunk(b"IEND", b"")]), ()
 
 
-def _filtered(samples: Pixels) -> bytes:
+def _filtered(samples: "Pixels") -> bytes:
     """PNG scan lines through the Paeth filter, deflated: one IDAT chunk for every band of rows."""
     height, step = samples.shape[0], samples.shape[2] * 2
     rows = np.ascontiguousarray(samples, dtype=">u2").view(np.uint8).reshape(height, -1)
@@ -144,7 +142,7 @@ def _filtered(samples: Pixels) -> bytes:
     return b"".join(chunks)
 
 
-def _tiff(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
+def _tiff(image: "Image", quality: int) -> tuple[bytes, tuple[str, ...]]:
     """The directory with EXIF and profile, then one deflated strip after another, with the horizontal predictor."""
     from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
@@ -182,7 +180,7 @@ def _tiff(image: Image, quality: int) -> tuple[bytes, tuple[str, ...]]:
     return b"II*\0\x08\0\0\0" + directory.tobytes(8) + bytes(body), notes  # Pillow adds the directory's own length to 273
 
 
-def _tiff_exif(image: Image, directory: ImageFileDirectory_v2) -> None:
+def _tiff_exif(image: "Image", directory: "ImageFileDirectory_v2") -> None:
     from PIL import Image as Pillow
 
     exif = Pillow.Exif()
@@ -199,4 +197,4 @@ EXIF_TAGS_OF_TIFF = frozenset(
     [270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 0x8769, 0x8825, 0x9C9B, 0x9C9C, 0x9C9D, 0x9C9E, 0x9C9F]
 )
 
-_ENCODERS: dict[str, Callable[[Image, int], tuple[bytes, tuple[str, ...]]]] = {"PNG": _png, "JPEG": _jpeg, "WEBP": _webp, "TIFF": _tiff}
+_ENCODERS: "dict[str, Callable[[Image, int], tuple[bytes, tuple[str, ...]]]]" = {"PNG": _png, "JPEG": _jpeg, "WEBP": _webp, "TIFF": _tiff}

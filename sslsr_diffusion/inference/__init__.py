@@ -1,15 +1,10 @@
 """The pipeline and its parts; names are resolved at first use, because diffusers takes seconds to import."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from sslsr_diffusion.tables import lazily
 
-_HOME = {
-    "StableSRPipeline": "sslsr_diffusion.inference.pipeline",
-    "StableSRPipelineOutput": "sslsr_diffusion.inference.pipeline",
-}
+_HOME = {"StableSRPipeline": "sslsr_diffusion.inference.pipeline", "StableSRPipelineOutput": "sslsr_diffusion.inference.pipeline"}
 
 __all__ = ["StableSRPipeline", "StableSRPipelineOutput"]
 

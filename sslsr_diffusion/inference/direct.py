@@ -1,12 +1,10 @@
 """Pictures by networks that enlarge pixels in one call: whole, or in tiles of the low-resolution picture where memory is short."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -36,11 +34,7 @@ class DirectRestorer:
     """A restorer around PixelNetworks, which may still be training. Whole pictures stay where they are; tiles go to the networks."""
 
     def __init__(self, networks: PixelNetworks, *, scale: float | None = None, defaults: Mapping[str, Any] | None = None) -> None:
-        """
-        Args:
-            scale: the enlargement of a call that names none; None: the networks' own.
-            defaults: of options that a call does not name; the networks' own ones come second.
-        """
+        """`scale` and `defaults` are those of calls that name none; the networks' own ones come second."""
         self.networks = networks
         own = {"scale": networks.scale, "color_fix": "none", **networks.call_defaults, **(defaults or {})}
         self.scale: float = own["scale"] if scale is None else scale
@@ -49,7 +43,7 @@ class DirectRestorer:
         self._floats: float | None = None
 
     @classmethod
-    def open(cls, family: Family, path: Path, placement: Placement) -> DirectRestorer:
+    def open(cls, family: Family, path: Path, placement: Placement) -> Self:
         """A model's files as a restorer on a device."""
         networks = cast(PixelNetworks, family.read(path).eval().requires_grad_(False).to(placement.device, placement.dtype))
         return cls(networks, defaults=placement.defaults)

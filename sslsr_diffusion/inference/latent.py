@@ -1,8 +1,8 @@
 """Pictures by a latent diffusion model of any family: the restorer around its networks."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -10,14 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.inference.hosts import Host, Resident, quiet_diffusers
-from sslsr_diffusion.inference.latent_work import LatentWork
+from sslsr_diffusion.inference.latent_work import Host, LatentWork
 from sslsr_diffusion.inference.memory import MemoryModel
 from sslsr_diffusion.inference.noise import Generators, image_seeds
-from sslsr_diffusion.inference.options import STEPS, LatentOptions
+from sslsr_diffusion.inference.options import STEPS, LatentOptions, per_picture
 from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
-from sslsr_diffusion.inference.prompts import per_picture
 from sslsr_diffusion.inference.restorer import Output, Restorer, by_size, check_call, enlarged, settled
 from sslsr_diffusion.inference.tile_plan import TilePlan
 from sslsr_diffusion.models.family import Family
@@ -29,12 +27,27 @@ _PROMPTED = frozenset({"prompt", "negative_prompt", "guidance_scale"})
 
 @dataclass
 class LatentOutput(Output):
-    """
-    Args:
-        plans: how each picture was cut into tiles (sides in output pixels), in the order of `images`.
-    """
+    """`plans`: how each picture was cut into tiles (sides in output pixels), in the order of `images`."""
 
     plans: list[TilePlan] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """No bar for a pipeline's components, and no advice to load in half precision by an argument that its versions name differently."""
+    from diffusers.utils import logging
+
+    level, bar = logging.get_verbosity(), getattr(logging, "is_progress_bar_enabled", lambda: True)()  # newer than 0.35
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype")  # its new name is unknown to the oldest diffusers we allow
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 class LatentRestorer:
@@ -51,8 +64,7 @@ class LatentRestorer:
     ) -> None:
         """
         Args:
-            scale: the enlargement of a call that names none; None: the model's own.
-            defaults: of options that a call does not name, for example num_inference_steps; the networks' own ones come second.
+            scale, defaults: of calls that name none; the networks' own ones come second.
             host: moves the networks; None: they stay where they are.
             scheduler: a diffusers scheduler that chooses the sampler of a call that names none.
         """
@@ -60,7 +72,7 @@ class LatentRestorer:
         own = {"scale": SCALE, "num_inference_steps": STEPS, **networks.call_defaults, **(defaults or {})}
         self.scale: float = own["scale"] if scale is None else scale
         self.defaults: dict[str, Any] = {name: value for name, value in own.items() if name in self.options}
-        self._host = host or Resident(networks)
+        self._host = host or Host(networks)
         self._work = LatentWork(networks, self._host, scheduler)
 
     @classmethod

@@ -1,23 +1,21 @@
 """A batch of pictures through latent networks, within memory: encode, read the prompts, denoise in tiles, decode."""
 
-from __future__ import annotations
-
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back
 from sslsr_diffusion.errors import NotEnoughMemory
-from sslsr_diffusion.inference.codec_tiles import TiledCodec
-from sslsr_diffusion.inference.denoising import TiledDenoiser
-from sslsr_diffusion.inference.hosts import Host
-from sslsr_diffusion.inference.memory import MemoryModel
+from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import ImageNoise
 from sslsr_diffusion.inference.options import LatentOptions
 from sslsr_diffusion.inference.sampling import Sampler, build_sampler, sample
 from sslsr_diffusion.inference.tile_plan import Part, Room, TilePlan, check_tile, plan_tiles, within_memory
+from sslsr_diffusion.inference.tiled import TiledCodec, TiledDenoiser
 from sslsr_diffusion.inference.tiling import pad_to, tile_boxes
 from sslsr_diffusion.models.networks import LatentNetworks
 
@@ -27,14 +25,31 @@ R = TypeVar("R")
 Prompts = tuple[list[str], list[str]]  # wanted and not wanted, one per picture
 
 
+class Host:
+    """Networks that stay on their device, and no bar for the steps."""
+
+    def __init__(self, networks: Any) -> None:
+        self._networks = networks
+
+    @property
+    def device(self) -> torch.device:
+        return self._networks.device
+
+    def offload(self) -> Offload:
+        return "none"
+
+    def release(self) -> None:
+        """Send networks that wait on the CPU back there."""
+
+    def progress(self, total: int) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+
 class LatentWork:
     """What was found out about memory holds for later pictures, too."""
 
     def __init__(self, networks: LatentNetworks, host: Host, scheduler: Any = None) -> None:
-        """
-        Args:
-            scheduler: a diffusers scheduler that chooses the sampler where the options name none.
-        """
+        """`scheduler`: a diffusers scheduler that chooses the sampler where the options name none."""
         self._networks, self._host, self._scheduler = networks, host, scheduler
         self._memory: dict[Any, MemoryModel] = {}
         self._limits: dict[str, int] = {}  # sides above which memory ran out
@@ -50,10 +65,7 @@ class LatentWork:
     ) -> tuple[Tensor, TilePlan]:
         """Enlarged pictures [B, 3, H, W] in [0, 1] -> restored ones, about [0, 1], not clamped; and the tiles that they were cut into.
 
-        No phase needs the others' networks on the device.
-
-        Args:
-            notes: gets a sentence for each time that memory ran out.
+        No phase needs the others' networks on the device. `notes` gets a sentence for each time that memory ran out.
         """
         height, width = upsampled.shape[-2:]
         codec, plan = self._networks.codec, self._plan(height, width, len(seeds), options)

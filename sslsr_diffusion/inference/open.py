@@ -1,7 +1,5 @@
 """From a name to a restorer: the newest finished run, the shipped model, a run or model folder, a file, or a hub id."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re
@@ -52,9 +50,7 @@ def family_of(path: Path) -> Family | None:
 
 def find_model(model: str, revision: str | None = None) -> FoundModel:
     """The local files of a model, downloaded first if it is a hub id.
-
-    Raises:
-        UserError: there is nothing of that name, or it holds no upscaler.
+    Raises UserError: there is nothing of that name, or it holds no upscaler.
     """
     path = local_folder(model)
     if path.is_dir() and family_of(path) is None and family_of(path / RESULT) is not None:  # a run folder

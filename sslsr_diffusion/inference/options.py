@@ -1,7 +1,5 @@
 """What one call of a restorer asks for: the fields are the keywords of the call, the same for all its pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -55,9 +53,7 @@ class CallOptions:
     def finish(self, restored: Tensor, enlarged: Tensor | None, low: Tensor) -> Tensor:
         """[B, 3, H, W]: colours of the enlarged picture, seams taken back, mixed with the enlarged one; both are changed in place.
 
-        Args:
-            enlarged: [B, 3, H, W]; may be None unless `looks_back`.
-            low: [B, 3, h, w].
+        `enlarged` [B, 3, H, W] may be None unless `looks_back`; `low` is [B, 3, h, w].
         """
         if enlarged is not None:
             restored = color_fix(self.color_fix, restored, enlarged)
@@ -104,3 +100,12 @@ class LatentOptions(CallOptions):
         if self.guided or not any(self.negative_prompt or ()):
             return []
         return ["negative_prompt has no effect without guidance; set guidance_scale above 1"]
+
+
+def per_picture(prompt: Texts, count: int, name: str) -> list[str]:
+    """As many texts as there are pictures; one for all, or none, is repeated. UserError for another number of texts."""
+    if prompt is None or isinstance(prompt, str):
+        return [prompt or ""] * count
+    if len(prompt) != count:
+        raise UserError(f"{name}: expected one text, or as many as there are images ({count}), got {len(prompt)}.")
+    return list(prompt)

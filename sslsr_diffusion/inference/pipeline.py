@@ -1,7 +1,6 @@
 """StableSRPipeline: a low-resolution picture in, a picture of exactly round(scale * size) pixels out."""
 
-from __future__ import annotations
-
+import contextlib
 import inspect
 import logging
 from pathlib import Path
@@ -13,16 +12,16 @@ from diffusers.utils import BaseOutput
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.hub import PIPELINE_FILES, fetch
-from sslsr_diffusion.inference.hosts import PipelineHost, quiet_diffusers
-from sslsr_diffusion.inference.latent import LatentRestorer
-from sslsr_diffusion.inference.memory import MemoryModel
+from sslsr_diffusion.inference.latent import LatentRestorer, quiet_diffusers
+from sslsr_diffusion.inference.latent_work import Host
+from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import Generators
 from sslsr_diffusion.inference.options import OnStepEnd, Texts
 from sslsr_diffusion.inference.placement import Placement
 from sslsr_diffusion.inference.tile_plan import Tile, TilePlan
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.family import Family
-from sslsr_diffusion.models.process import Process
+from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.models.stablesr.text import empty_context
@@ -44,6 +43,26 @@ class StableSRPipelineOutput(BaseOutput):
     images: Any
     plans: list[TilePlan]
     notes: list[str]
+
+
+class PipelineHost(Host):
+    """diffusers' hooks move the networks of a pipeline, its progress bar shows the steps."""
+
+    @property
+    def device(self) -> torch.device:
+        return self._networks._execution_device
+
+    def offload(self) -> Offload:
+        if getattr(self._networks, "_all_hooks", None):
+            return "model"
+        parts = (part for part in self._networks.components.values() if isinstance(part, torch.nn.Module))
+        return "sequential" if any(hasattr(part, "_hf_hook") for part in parts) else "none"
+
+    def release(self) -> None:
+        self._networks.maybe_free_model_hooks()
+
+    def progress(self, total: int) -> contextlib.AbstractContextManager[Any]:
+        return self._networks.progress_bar(total=total)
 
 
 class StableSRPipeline(DiffusionPipeline):
@@ -78,12 +97,7 @@ class StableSRPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(
-            vae=vae,
-            unet=unet,
-            structural_encoder=structural_encoder,
-            scheduler=scheduler,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
+            vae=vae, unet=unet, structural_encoder=structural_encoder, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
         self.register_to_config(
             default_num_inference_steps=default_num_inference_steps,
@@ -123,6 +137,10 @@ class StableSRPipeline(DiffusionPipeline):
         parts = (*(id(part) for part in self.components.values()), self.memory_budget)
         if self._restorer is None or self._restorer[0] != parts:
             process = Process.of(self.scheduler.config, type(self.scheduler).__name__)
+            if not isinstance(process, DDPM):
+                raise UserError(
+                    f"scheduler: expected one of the DDPM family, got {type(self.scheduler).__name__}, which StableSR is not for."
+                )
             denoiser = Denoiser(self.unet, self.structural_encoder)
             networks = StableSRNetworks(Codec(self.vae), denoiser, process, empty_context(self.unet))
             networks.text_encoder, networks.tokenizer = self.text_encoder, self.tokenizer
@@ -171,7 +189,7 @@ class StableSRPipeline(DiffusionPipeline):
         tile_batch_size: int = 1,
         vae_tile: Tile = "auto",
         memory_budget: int | None = None,
-        color_fix: str = "wavelet",
+        color_fix: str | None = "wavelet",
         sampler: str | None = None,
         eta: float = 0.0,
         start: Literal["lr", "noise"] = "lr",
@@ -203,7 +221,7 @@ class StableSRPipeline(DiffusionPipeline):
             tile_overlap: in output pixels; default half a tile, as published.
             tile_batch_size: tiles per network call.
             memory_budget: bytes for weights and work of this call together; "auto" then chooses tiles that stay below. None: what is free.
-            color_fix: "wavelet", "adain" or "none": colours from the bicubically upsampled picture.
+            color_fix: "wavelet", "adain" or "none" (None): colours from the bicubically upsampled picture.
             sampler: ddpm, ddim, ddim-original, dpm++, unipc, euler or a diffusers scheduler's class name; None: the pipeline's scheduler.
             eta: DDIM's share of fresh noise.
             start: "lr" begins with the noised low-resolution latent, "noise" with noise alone.
@@ -216,6 +234,7 @@ class StableSRPipeline(DiffusionPipeline):
             NotEnoughMemory: the budget is too small, or memory ran out even with the smallest tiles.
         """
         given = locals()
+        given["color_fix"] = color_fix or "none"
         call = {name: given[name] for name in _OPTIONS if given[name] != _SIGNATURE[name]}  # the rest nobody asked for
         if callback_on_step_end is not None:
             call["callback_on_step_end"] = lambda step, t, values: callback_on_step_end(self, step, t, values)  # type: ignore[call-arg]

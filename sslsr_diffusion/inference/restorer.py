@@ -1,7 +1,5 @@
 """Picture in, picture out: what every model is to whoever asks (command line, validation, evaluation, page, Python)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +18,7 @@ O = TypeVar("O", bound=CallOptions)
 
 @dataclass
 class Output:
-    """
-    Args:
-        images: the restored pictures, as `output_type` asked.
-        notes: sentences about what was done otherwise than asked, for example smaller tiles where memory ran out.
-    """
+    """The restored pictures as `output_type` asked; sentences about what was done otherwise than asked, smaller tiles for example."""
 
     images: Any
     notes: list[str] = field(default_factory=list)
@@ -48,8 +42,7 @@ class Restorer(Protocol):
     def check(self, **call: Any) -> list[str]:
         """What there is to say about a call with these options, for example that one of them has no effect; no picture is made.
 
-        Raises:
-            UserError: the call would be refused whatever the picture.
+        Raises UserError where the call would be refused whatever the picture.
         """
 
     def __call__(
@@ -91,18 +84,14 @@ _WHOLE = frozenset({"tile", "vae_tile"})  # of these, None is a value
 
 
 def accepted(call: Mapping[str, Any], options: frozenset[str]) -> tuple[dict[str, Any], list[str]]:
-    """The part of a call that a model with these options takes, and a note on each value that it does not need.
-
-    Raises:
-        UserError: the model does not have what was asked; the message names it and what there is.
-    """
-    notes = []
+    """The part of a call that a model with these options takes, and a note on each value that it does not need; UserError for others."""
+    notes, had = [], ", ".join(sorted(options))
     for name, value in call.items():
         if name in options:
             continue
         off, lacking = OPTIONAL.get(name, ((), ""))
         if name not in OPTIONAL and name != STEPS:
-            raise UserError(f"{name}: this model has no such option; it has {', '.join(sorted(options))}.")
+            raise UserError(f"{name}: this model has no such option; it has {had}.")
         if value is None:
             continue
         if name == STEPS:
@@ -110,17 +99,12 @@ def accepted(call: Mapping[str, Any], options: frozenset[str]) -> tuple[dict[str
         elif value in off:
             notes.append(f"{name} {value!r} has no effect: it is off, and this model has none")
         else:
-            had = ", ".join(sorted(options))
             raise UserError(f"{name}: this model does not have it, got {value!r} ({lacking}); leave it out. It has {had}.")
     return {name: value for name, value in call.items() if name in options}, notes
 
 
 def settled(kind: type[O], call: Mapping[str, Any], options: frozenset[str], defaults: Mapping[str, Any]) -> tuple[O, list[str]]:
-    """The checked options of a call with the model's own values where it names none, and what there is to say about it.
-
-    Raises:
-        UserError: an option that the model does not have, or an impossible value.
-    """
+    """The checked options of a call, with the model's own values where it names none, and notes; UserError for impossible ones."""
     given, notes = accepted(call, options)
     made = kind(**{**defaults, **{name: value for name, value in given.items() if value is not None or name in _WHOLE}})
     made.check()

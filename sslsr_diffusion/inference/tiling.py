@@ -1,7 +1,5 @@
 """Overlapping tiles: where they lie, how they are weighed, how their results become one picture."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -21,7 +19,7 @@ class Box(NamedTuple):
     height: int
     width: int
 
-    def scaled(self, factor: int) -> Box:
+    def scaled(self, factor: int) -> "Box":
         return Box(*(factor * side for side in self))
 
     def of(self, image: Tensor) -> Tensor:
@@ -58,9 +56,6 @@ def tile_weights(height: int, width: int, kind: str = "smooth", overlap: int = 0
               quarter, where a border may have made the tile wrong, nothing that its neighbour says otherwise leaves a trace
 
     The Gaussian is so narrow that one tile takes over from the next within 0.02 tiles: a step in tone where they disagree.
-
-    Raises:
-        UserError: an unknown kind.
     """
 
     def ramp(length: int) -> Tensor:
@@ -148,9 +143,8 @@ def pad_to(image: Tensor, height: int, width: int) -> Tensor:
     """[..., H, W] continued on the right and below by reflection, folded as often as a small picture needs."""
     if image.shape[-2:] == (height, width):
         return image
-    return image.index_select(-2, _folded(image.shape[-2], height, image.device)).index_select(
-        -1, _folded(image.shape[-1], width, image.device)
-    )
+    rows, columns = (_folded(length, wanted, image.device) for length, wanted in zip(image.shape[-2:], (height, width)))
+    return image.index_select(-2, rows).index_select(-1, columns)
 
 
 def _folded(length: int, wanted: int, device: torch.device) -> Tensor:

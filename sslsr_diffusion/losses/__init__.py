@@ -1,7 +1,5 @@
 """Losses by name: small callables over `Outputs`. A recipe lists them; a new one is a file and a line in LOSSES."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 

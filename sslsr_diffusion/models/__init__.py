@@ -4,8 +4,6 @@ Published pipelines name their classes under `sslsr_diffusion.models` in model_i
 its base classes here too; so these names must stay, wherever the files move.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from sslsr_diffusion.tables import lazily

@@ -28,6 +28,11 @@ class Base:
     name: str  # as the user wrote it
     folder: Path
     revision: str | None = None  # commit of the hub id; None for a local folder
+    key: str = "model.base"  # of the recipe, for messages
+
+    def part(self, name: str) -> str:
+        """How messages call a component."""
+        return f"{self.key}: {name} of {self.name}"
 
     def has(self, part: str) -> bool:
         return (self.folder / part).is_dir()
@@ -37,13 +42,13 @@ class Base:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         path = self.folder / part / name
         if not path.is_file():
-            raise UserError(f"model.base: {self.name} has no {part}/{name}; expected a pipeline folder in diffusers format.")
+            raise UserError(f"{self.key}: {self.name} has no {part}/{name}; expected a pipeline folder in diffusers format.")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"model.base: {part}/{name} of {self.name} cannot be read as JSON ({error}); fetch the model again.") from None
+            raise UserError(f"{self.part(f'{part}/{name}')} cannot be read as JSON ({error}); fetch the model again.") from None
         if not isinstance(found, dict):
-            raise UserError(f"model.base: {part}/{name} of {self.name} holds no `name: value` pairs; fetch the model again.")
+            raise UserError(f"{self.part(f'{part}/{name}')} holds no `name: value` pairs; fetch the model again.")
         return found
 
     def call_defaults(self) -> dict[str, float]:

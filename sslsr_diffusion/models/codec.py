@@ -1,7 +1,5 @@
 """Pixels in [0, 1] to normalised latents and back: the one place that knows the VAE's [-1, 1], its scaling, shift, mean and deviation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,7 @@ class Codec(nn.Module):
     (z - mean) scaling / std, as diffusers' pipelines do.
     """
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: "AutoencoderKL") -> None:
         super().__init__()
         self.vae = vae
 
@@ -93,7 +91,7 @@ class Codec(nn.Module):
         self.vae.register_to_config(scaling_factor=factor)
         return factor
 
-    def without_variance(self) -> Codec:
+    def without_variance(self) -> "Codec":
         """A copy that encodes to the posterior's mean, whoever calls it: quant_conv's log-variances become diffusers' lower bound, -30."""
         vae = deepcopy(self.vae)
         with torch.no_grad():

@@ -1,7 +1,5 @@
 """What a family is: its section of the recipe, and how its networks are built and read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -33,7 +31,7 @@ class Family(Protocol):
     tasks: frozenset[str]  # the kinds of task that can train it
     trains: tuple[str, ...]  # what of an upscaler may train (task.train), the first is the default
 
-    def build(self, settings: Any, *, part: Part = "upscaler", train: str | None = None, meta: bool = False, seed: int = 0) -> Networks:
+    def build(self, settings: Any, *, part: Part = "upscaler", train: str | None = None, meta: bool = False, seed: int = 0) -> "Networks":
         """The networks of a recipe's model section.
 
         Args:
@@ -48,11 +46,9 @@ class Family(Protocol):
     def reads(self, path: Path) -> bool:
         """Whether this file or folder holds a model of this family."""
 
-    def read(self, path: Path, *, meta: bool = False) -> Networks:
+    def read(self, path: Path, *, meta: bool = False) -> "Networks":
         """The networks in a file or folder for which `reads` is true, on the CPU; with `meta` their shapes alone.
-
-        Raises:
-            UserError: its files are incomplete or damaged.
+        Raises UserError: its files are incomplete or damaged.
         """
 
     def source(self, settings: Any) -> str | None:

@@ -3,8 +3,6 @@
 A base model names its process by its diffusers scheduler; `Process.of` reads that, or refuses it by name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -15,7 +13,8 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.tables import named
 
 DDPM_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
-FLOW_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting")
+FLOW_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+OTHER_LEVELS = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")  # of a flow
 
 
 class Process(nn.Module):
@@ -38,7 +37,7 @@ class Process(nn.Module):
         self.starts_from_lr = bool(signal[-1] ** 2 > spread[-1] ** 2)
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], name: str | None = None) -> Process:
+    def of(cls, config: Mapping[str, Any], name: str | None = None) -> "Process":
         """The process that scheduler_config.json's content stands for; `name`: the scheduler's class, None: what the config says.
 
         UserError for a scheduler class, prediction type or setting that is not known here; nothing is guessed.
@@ -50,7 +49,7 @@ class Process(nn.Module):
         return kind.from_config({**config, "_class_name": name})
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Process:
+    def from_config(cls, config: Mapping[str, Any]) -> "Process":
         raise NotImplementedError
 
     @property
@@ -128,7 +127,7 @@ class DDPM(Process):
             raise UserError(f"scheduler: expected prediction_type epsilon, v_prediction or sample, got {self.prediction_type!r}.")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> DDPM:
+    def from_config(cls, config: Mapping[str, Any]) -> "DDPM":
         if config.get("use_flow_sigmas"):
             raise UserError(
                 f"scheduler: {config.get('_class_name')} with use_flow_sigmas is a flow process; expected use_flow_sigmas: false."
@@ -158,7 +157,7 @@ class DDPM(Process):
             return self.noise_level(t)
         return self.spread[t.to(self.spread.device)] if self.prediction_type == "v_prediction" else torch.ones_like(self.noise_level(t))
 
-    def until(self, last: int) -> DDPM:
+    def until(self, last: int) -> "DDPM":
         if last > self.last:
             raise UserError(f"expected a timestep of at most {self.last}, the last of this process; got {last}.")
         betas = _ddpm_scheduler(self.scheduler_config).betas
@@ -183,7 +182,10 @@ class Flow(Process):
         self.num_train_timesteps = int(scheduler_config.get("num_train_timesteps", 1000))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Flow:
+    def from_config(cls, config: Mapping[str, Any]) -> "Flow":
+        odd = [key for key in OTHER_LEVELS if config.get(key)]
+        if odd:
+            raise UserError(f"scheduler: expected a flow without {odd[0]}, got {config[odd[0]]!r}; its noise levels are not known here.")
         kept = {key: config[key] for key in FLOW_KEYS if key in config}
         steps, shift = int(kept.get("num_train_timesteps", 1000)), float(kept.get("shift", 1.0))
         sigmas = torch.arange(1, steps + 1, dtype=torch.float64) / steps
@@ -208,10 +210,8 @@ class Flow(Process):
     def clean_gain(self, t: Tensor) -> Tensor:
         return self.spread[t.to(self.spread.device)]
 
-    def until(self, last: int) -> Flow:
-        if last > self.last:
-            raise UserError(f"expected a timestep of at most {self.last}, the last of this process; got {last}.")
-        return Flow(self.spread[: last + 1], self.scheduler_config)
+    def until(self, last: int) -> "Flow":
+        raise UserError("expected a process with betas, got a flow, whose scheduler cannot say where it ends; leave start_timestep out.")
 
     def scheduler(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -227,7 +227,7 @@ def _ddpm_scheduler(kept: Mapping[str, Any]) -> Any:
 
 _OF_DDPM = (
     "DDPM DDIM PNDM EulerDiscrete EulerAncestralDiscrete DPMSolverMultistep DPMSolverSinglestep UniPCMultistep DEISMultistep "
-    "HeunDiscrete LMSDiscrete KDPM2Discrete KDPM2AncestralDiscrete LCM"
+    "HeunDiscrete LMSDiscrete KDPM2Discrete KDPM2AncestralDiscrete LCM TCD SASolver DDIMParallel DDPMParallel"
 )
 # scheduler class in a base's folder -> the process that it stands for
 PROCESSES: dict[str, str] = {

@@ -10,13 +10,15 @@ from sslsr_diffusion.errors import UserError
 FILES = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name of the weights
 
 
-def check_tensors(folder: Path, network: nn.Module, what: str) -> None:
+def check_tensors(folder: Path, network: nn.Module | None, what: str) -> None:
     """Compare the headers of a component's weights with a network, which may be on the meta device.
 
     UserError where there are no safetensors, a file is damaged, or a tensor is missing or misshapen; `what` is how messages call
-    the component, for example "unet of owner/name".
+    the component, for example "unet of owner/name". Without a network (its library names tensors otherwise) the files must be whole.
     """
     found = _shapes(folder, what)
+    if network is None:
+        return
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -38,8 +40,14 @@ def _shapes(folder: Path, what: str) -> dict[str, tuple[int, ...]]:
             with safe_open(path, framework="pt") as stream:
                 shapes |= {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{what}: {path.name} is not a whole safetensors file ({error}); fetch the model again.") from None
+            reason = "it is a git-lfs pointer, run `git lfs pull`" if _is_pointer(path) else f"{error}; fetch the model again"
+            raise UserError(f"{what}: {path.name} is not a whole safetensors file: {reason}.") from None
     return shapes
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a clone without git-lfs left its note in the place of the file."""
+    return path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
 
 
 def weight_files(folder: Path, what: str) -> list[Path]:

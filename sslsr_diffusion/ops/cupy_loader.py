@@ -1,7 +1,5 @@
 """Finds, compiles and launches the CUDA kernels: CuPy compiles them at first use for the device at hand, torch owns all memory."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import re
@@ -26,9 +24,9 @@ SOURCE_FOLDERS = (_PACKAGE / "_cuda", _PACKAGE.parent / "kernels")  # in a wheel
 
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 _lock = threading.Lock()
-_modules: dict[tuple[int, str, tuple[str, ...]], cupy.RawModule] = {}
+_modules: "dict[tuple[int, str, tuple[str, ...]], cupy.RawModule]" = {}
 _failures: dict[tuple[int, str, tuple[str, ...]], str] = {}
-_kernels: dict[tuple[int, str, tuple[str, ...], str], cupy.RawKernel] = {}
+_kernels: "dict[tuple[int, str, tuple[str, ...], str], cupy.RawKernel]" = {}
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -107,7 +105,7 @@ class CupyLauncher:
             function((grid,), (block,), tuple(_argument(arg) for arg in args), shared_mem=shared_bytes)
 
 
-def _stream(stream: torch.cuda.Stream, index: int) -> cupy.cuda.Stream:
+def _stream(stream: torch.cuda.Stream, index: int) -> "cupy.cuda.Stream":
     """torch's stream as CuPy's; ExternalStream is deprecated since CuPy 14, so it may be gone one day."""
     import cupy
 
@@ -124,7 +122,7 @@ def _index(device: torch.device) -> int:
     return device.index if device.index is not None else torch.cuda.current_device()
 
 
-def _kernel(index: int, file: str, defines: tuple[str, ...], name: str, shared_bytes: int) -> cupy.RawKernel:
+def _kernel(index: int, file: str, defines: tuple[str, ...], name: str, shared_bytes: int) -> "cupy.RawKernel":
     key = (index, file, defines, name)
     if key not in _kernels:
         with _lock:
@@ -135,7 +133,7 @@ def _kernel(index: int, file: str, defines: tuple[str, ...], name: str, shared_b
     return _kernels[key]
 
 
-def _module(index: int, file: str, defines: tuple[str, ...]) -> cupy.RawModule:
+def _module(index: int, file: str, defines: tuple[str, ...]) -> "cupy.RawModule":
     """Compile once per device and set of constants; a build that failed is not tried again, its message is repeated at once."""
     import cupy
 

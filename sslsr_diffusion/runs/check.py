@@ -15,7 +15,7 @@ from sslsr_diffusion.models.base import IGNORED, WANTED
 from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
 from sslsr_diffusion.runs.pin import pinned, recorded_state
 from sslsr_diffusion.runs.recipe import Recipe, resolved, run_folder
-from sslsr_diffusion.runs.start import validation_metric
+from sslsr_diffusion.runs.start import check_one_way, validation_metric
 from sslsr_diffusion.runs.task import build_task
 from sslsr_diffusion.shipped_model import local_folder
 from sslsr_diffusion.tasks.task import Task
@@ -43,6 +43,7 @@ def dry_run(
         restart: whether an earlier run in the output folder would be moved aside.
         allow_recipe_change: whether the run would go on from a checkpoint of another recipe.
     """
+    check_one_way(resume, restart)
     say(yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True).rstrip())
     checks = run_checks(recipe, empty=resume is None and not restart)
     if resume is not None:
@@ -125,7 +126,8 @@ def _task(recipe: Recipe, built: list[Task]) -> str | None:
     task = build_task(recipe, meta=True)
     built.append(task)
     call = getattr(recipe.task, "inference", None)
-    if call is None or task.restorer is None:
+    source = recipe.family.source(recipe.model)
+    if call is None or task.restorer is None or source is None or not local_folder(source).exists():  # it was not read
         return None
     left = [key for key in type(call).model_fields if getattr(call, key) is None and key in task.restorer.defaults]
     said = ", ".join(f"{key} {task.restorer.defaults[key]:g}" for key in left)
@@ -142,15 +144,15 @@ def _on_hub(name: str, revision: str | None, kind: hub.Kind) -> str:
 
 
 def _losses(recipe: Recipe) -> str | None:
-    for loss in recipe.losses:
-        if loss.kind == "lpips":
-            from sslsr_diffusion.evaluation.perceptual import unavailable  # imports torchvision
+    asked = [loss for loss in recipe.losses if loss.kind == "lpips"]
+    if not asked:
+        return None
+    from sslsr_diffusion.evaluation.learned import unavailable  # imports torchvision
 
-            reason = unavailable(download=False)
-            if reason and not getattr(loss, "optional", False):
-                raise UserError(f"lpips {reason}")
-            return f"lpips (optional) {reason}" if reason else "lpips and its weights"
-    return None
+    reason = unavailable("lpips-vgg", download=False)
+    if reason and not all(getattr(loss, "optional", False) for loss in asked):
+        raise UserError(f"lpips {reason}")
+    return f"lpips (optional) {reason}" if reason else "lpips and its weights"
 
 
 def _optimizer(recipe: Recipe) -> str | None:

@@ -1,7 +1,5 @@
 """Parameters and memory of a recipe, counted on shapes alone: the task's own step is played on the meta device."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
@@ -11,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointError
 
-from sslsr_diffusion.evaluation.perceptual import PerceptualDistance
+from sslsr_diffusion.evaluation.learned import PerceptualDistance
 from sslsr_diffusion.inference.memory import LivePeak
 from sslsr_diffusion.losses import LOSSES, Loss, Means, build_losses
-from sslsr_diffusion.losses.base import PixelLoss
+from sslsr_diffusion.losses.base import Learner, PixelLoss
 from sslsr_diffusion.models.networks import count_parameters
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.task import build_task
@@ -97,15 +95,18 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
     task = build_task(_one_sampling_step(recipe), meta=True)
     modules = nn.ModuleList([task.module, task.networks])
     every, trained = count_parameters(modules), count_parameters(modules, trained=True)
-    losses = build_losses(recipe.losses, Means(distance=_distance(recipe)))
+    distance = _distance(recipe)
+    losses = build_losses(recipe.losses, Means(distance=distance))
+    learning = nn.ModuleList([loss.network for loss in losses if isinstance(loss, Learner)])
+    beside = nn.ModuleList([learning, *([] if distance is None else [distance])]).to("meta")  # the losses' networks: float32, always
     batch = _batch(recipe, task)
     draws = task.draw(batch, [_Everything(loss) for loss in losses])
     _to_meta(task, torch.bfloat16 if half else torch.float32)
     task.module.train()
-    batch, draws = batch.to("meta"), draws.to("meta")
-    peak = LivePeak([*modules.parameters(), *modules.buffers()])
+    peak = LivePeak(tensor for part in (modules, beside) for tensor in (*part.parameters(), *part.buffers()))
     # on one thread, or the backward pass would run outside of these modes
     with torch.autograd.set_multithreading_enabled(False), torch.device("meta"), patch(_SDPA, _fused_attention), peak:
+        batch, draws = batch.to("meta"), draws.to("meta")
         outputs = task.run(task.module, batch, draws)
         total = torch.zeros((), device="meta")
         if outputs.pred is not None and outputs.target is not None:
@@ -121,8 +122,8 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
     # autocast's half-precision copies: of trained weights for the whole step, of frozen ones as long as the graph holds them
     copies = 2 * (trained if training.gradient_checkpointing else every) if half else 0
     return {
-        "weights": every * 4 + copies,
-        "optimizer": trained * per_state,
+        "weights": (every + count_parameters(beside)) * 4 + copies,
+        "optimizer": trained * per_state + count_parameters(learning) * 8,
         "average": trained * 4 if training.ema else 0,
         "activations and gradients": peak.peak + (trained * 2 if half else 0),
     }

@@ -1,7 +1,5 @@
 """The schema of a recipe, assembled from the tables of families, tasks and losses, and what must hold between its sections."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +19,8 @@ from sslsr_diffusion.tasks.kinds import TASKS, TaskKind
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings, ValidationSettings
 
 __all__ = ["Recipe", "load_recipe", "resolved", "run_folder"]
+
+RESERVED = ("total", "weighted")  # names of curves that are no loss
 
 if TYPE_CHECKING:
     ModelEntry = FamilySettings
@@ -55,7 +55,7 @@ class Recipe(Settings):
         return TASKS[self.task.kind]
 
     @model_validator(mode="after")
-    def _possible(self) -> Recipe:
+    def _possible(self) -> "Recipe":
         mistakes = [*self._task_fits(), *self._losses_fit(), *self._sizes_fit(), *self._output_fits()]
         if self.validation.limit and self.validation.best not in self.validation.metrics:
             mistakes.append(
@@ -84,6 +84,7 @@ class Recipe(Settings):
         for name, count in Counter(names).items():
             if count > 1:
                 yield f"losses: {name} stands there {count} times; each name once. Give one of them another `name`."
+        yield from (f"losses: {name} is what the logs call something else; give it another `name`." for name in names if name in RESERVED)
         gives = self.task_kind.gives
         possible = [kind for kind, loss in LOSSES.items() if loss.reads <= gives]
         side = self.task.picture_side(self.training.crop_size)
@@ -111,11 +112,7 @@ class Recipe(Settings):
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by path or shipped name, lay `--set` overrides over it, validate.
-
-    Raises:
-        RecipeError: with one line per mistake.
-    """
+    """Read a recipe by path or shipped name, lay `--set` overrides over it, validate. Raises RecipeError: with one line per mistake."""
     return parse(Recipe, apply_overrides(read_raw(find_recipe(name)), overrides))
 
 

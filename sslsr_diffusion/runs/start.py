@@ -1,7 +1,5 @@
 """From a recipe to a run, from a name to an upscaler: what Python, the command line and the page call."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -14,8 +12,8 @@ from torch import Tensor
 from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.devices import device_bytes, is_out_of_memory
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.evaluation.learned import load_perceptual_distance
 from sslsr_diffusion.evaluation.metrics import METRICS
-from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Means, build_losses
 from sslsr_diffusion.runs.export import export_checkpoint
@@ -53,8 +51,7 @@ def train(
             save some), or the numbers went wrong too often.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
-    if restart and resume is not None:
-        raise UserError("restart begins anew and resume goes on; choose one of them.")
+    check_one_way(resume, restart)
     main = int(os.environ.get("RANK", "0")) == 0
     folder = RunFolder(run_folder(recipe))
     if resume is None and main:
@@ -70,6 +67,12 @@ def train(
         if not is_out_of_memory(error):
             raise
         raise UserError(_memory_advice(recipe, error)) from None
+
+
+def check_one_way(resume: str | None, restart: bool) -> None:
+    """UserError where a run would both go on and begin anew."""
+    if restart and resume is not None:
+        raise UserError("restart begins anew and resume goes on; choose one of them.")
 
 
 def open_upscaler(
@@ -103,9 +106,7 @@ def open_upscaler(
 
 def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
     """Task, data, losses and callables of a recipe, ready for `train_job`.
-
-    Raises:
-        UserError: a part cannot be built (the message says which key and why).
+    Raises UserError: a part cannot be built (the message says which key and why).
     """
     task = build_task(recipe)
     recipe = _with_defaults(recipe, task)

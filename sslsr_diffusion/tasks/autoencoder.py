@@ -1,6 +1,5 @@
 """Task `autoencoder`: a VAE from scratch; no diffusion in it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -8,13 +7,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.inference.reconstruction import Reconstruct
-from sslsr_diffusion.losses import Look
+from sslsr_diffusion.inference.tiled import Reconstruct
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks
 from sslsr_diffusion.tasks.frame import Frame, TaskSettings
-from sslsr_diffusion.tasks.pixels import all_pixels
-from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise
+from sslsr_diffusion.tasks.task import Draws, TaskBase
 from sslsr_diffusion.types import Batch, Outputs
 
 CALIBRATION_PICTURES = 32  # crops from which a fresh autoencoder's scaling factor is measured
@@ -39,6 +36,7 @@ class AutoencoderTask(TaskBase):
     makes_upscaler: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"sr", "moments"})
     label: ClassVar[str] = "reconstruction"
+    posteriors: ClassVar[tuple[str, ...]] = ("posterior_hr",)
 
     def __init__(self, networks: AutoencoderNetworks, *, seed: int, mean: bool = False, frame: Frame | None = None) -> None:
         """`mean`: save an encoder that gives the posterior's mean; `frame` gives the crops for the calibration."""
@@ -53,10 +51,6 @@ class AutoencoderTask(TaskBase):
         if settings.latents == "mean" and networks.codec.vae.quant_conv is None:
             raise UserError("task.latents: mean needs an autoencoder with quant_conv (use_quant_conv: true); take sample.")
         return cls(networks, seed=frame.seed, mean=settings.latents == "mean", frame=frame)
-
-    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
-        noise = per_sample_noise(self.seed, batch.index.tolist(), "posterior_hr", self.networks.codec.noise_shape(batch.hr)[1:])
-        return Draws(all_pixels(batch), {"posterior_hr": noise.to(batch.hr.device)})
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         sr, moments = module(batch.hr, draws.noise["posterior_hr"])

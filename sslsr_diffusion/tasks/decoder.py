@@ -11,14 +11,13 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.latents import sample_latents
 from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
-from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.diffusion import call_defaults
 from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
-from sslsr_diffusion.tasks.pixels import all_pixels, upsampled
-from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise
+from sslsr_diffusion.tasks.pixels import upsampled
+from sslsr_diffusion.tasks.task import Draws, TaskBase
 from sslsr_diffusion.types import Batch, Outputs
 
 
@@ -42,6 +41,7 @@ class DecoderTask(TaskBase):
     settings: ClassVar[type[TaskSettings]] = DecoderTaskSettings
     reads_latents: ClassVar[bool] = True
     gives: ClassVar[frozenset[str]] = frozenset({"sr"})
+    posteriors: ClassVar[tuple[str, ...]] = ("posterior_lr",)
 
     def __init__(
         self,
@@ -77,10 +77,6 @@ class DecoderTask(TaskBase):
 
         restorer = restorer_of(networks, frame.family, scale=frame.scale, **call_defaults(settings.inference))
         return cls(networks, seed=frame.seed, synthesize=synthesize, fused=fused, restorer=restorer)
-
-    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
-        noise = per_sample_noise(self.seed, batch.index.tolist(), "posterior_lr", self.networks.codec.noise_shape(batch.hr)[1:])
-        return Draws(all_pixels(batch), {"posterior_lr": noise.to(batch.hr.device)})
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         codec, seen = self.networks.codec, (upsampled(batch), draws.noise["posterior_lr"])

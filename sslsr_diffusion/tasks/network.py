@@ -1,6 +1,5 @@
 """Task `network`: a plain super-resolution network learns to enlarge pixels."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
@@ -9,10 +8,8 @@ from torch import nn
 from sslsr_diffusion.inference.direct import check_scale
 from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
-from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.networks import PixelNetworks
 from sslsr_diffusion.tasks.frame import Frame, TaskSettings
-from sslsr_diffusion.tasks.pixels import all_pixels
 from sslsr_diffusion.tasks.task import Draws, TaskBase
 from sslsr_diffusion.types import Batch, Outputs
 
@@ -41,9 +38,6 @@ class NetworkTask(TaskBase):
         assert isinstance(networks, PixelNetworks)
         check_scale(frame.scale, networks)
         return cls(networks, restorer=restorer_of(networks, frame.family, scale=frame.scale))
-
-    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
-        return Draws(all_pixels(batch))
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         return Outputs(**vars(draws.given), sr=module(batch.lr).float())

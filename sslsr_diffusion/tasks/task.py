@@ -12,7 +12,7 @@ from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Look, Loss
 from sslsr_diffusion.models.networks import Networks
 from sslsr_diffusion.seeding import sample_generator
-from sslsr_diffusion.tasks.decode_window import Windows
+from sslsr_diffusion.tasks.pixels import Windows, all_pixels
 from sslsr_diffusion.types import Batch, Given, Outputs
 
 
@@ -72,8 +72,18 @@ class TaskBase:
     makes_upscaler: ClassVar[bool] = True
     reads_latents: ClassVar[bool] = False
     label: ClassVar[str] = "prediction"
-    networks: Networks
+    posteriors: ClassVar[tuple[str, ...]] = ()  # the noises that encoding draws
+    networks: Any
+    seed: int = 0
     restorer: Restorer | None = None
+
+    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
+        """Every sample whole."""
+        noise = {}
+        for purpose in self.posteriors:
+            drawn = per_sample_noise(self.seed, batch.index.tolist(), purpose, self.networks.codec.noise_shape(batch.hr)[1:])
+            noise[purpose] = drawn.to(batch.hr.device)
+        return Draws(all_pixels(batch), noise)
 
     def to(self, device: torch.device) -> None:
         self.networks.to(device)

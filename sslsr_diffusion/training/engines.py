@@ -5,8 +5,6 @@ updates; means, schedule, counters and checkpoints stay the loop's own. Paramete
 DeepSpeed, so a checkpoint is the same files as without and either kind of run goes on from it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os
@@ -30,13 +28,15 @@ BUCKET = 50_000_000  # numbers per exchange; DeepSpeed's own 500 million would t
 DIVIDED = ("exp_avg", "exp_avg_sq")  # of AdamW; its step count is one number
 
 
-def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: Path) -> Accelerator:
+def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: Path) -> "Accelerator":
     """The accelerator of a run. Accumulation is ours (its means would be means of means), so it is told 1.
 
     UserError when the machine cannot do what the recipe asks for.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # or this run would keep the precision of the one before it in this interpreter
     if settings.cpu_threads is not None:
         torch.set_num_threads(settings.cpu_threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
@@ -57,7 +57,7 @@ def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: P
     return accelerator
 
 
-def distribution(accelerator: Accelerator) -> str:
+def distribution(accelerator: "Accelerator") -> str:
     """NO, MULTI_GPU, FSDP, DEEPSPEED ... by accelerate's names."""
     return str(accelerator.distributed_type).rpartition(".")[2]
 
@@ -112,7 +112,7 @@ class Engine:
         optimizer: whose groups the schedule reads and sets.
     """
 
-    def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> None:
+    def __init__(self, accelerator: "Accelerator", module: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> None:
         self.accelerator, self.settings = accelerator, settings
         self.model, self._wrapped = accelerator.prepare(module, optimizer)
         self.parameters = trained_parameters(accelerator.unwrap_model(self.model))
@@ -157,7 +157,7 @@ class Engine:
 class Zero2Engine(Engine):
     """DeepSpeed's own engine behind the same methods."""
 
-    def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> None:
+    def __init__(self, accelerator: "Accelerator", module: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> None:
         super().__init__(accelerator, module, optimizer, settings)
         self.optimizer = self.model.optimizer.optimizer  # over this process's part of all parameters, made flat
 

@@ -1,7 +1,5 @@
 """Optimizers, learning-rate schedules and the moving average, by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -39,7 +37,7 @@ def build_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer,
     return get_scheduler(kind, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=steps)
 
 
-def build_ema(settings: EMASettings | None, parameters: Iterable[nn.Parameter]) -> EMAModel | None:
+def build_ema(settings: EMASettings | None, parameters: Iterable[nn.Parameter]) -> "EMAModel | None":
     """diffusers' EMAModel over the trained parameters, or None."""
     if settings is None:
         return None
@@ -50,7 +48,7 @@ def build_ema(settings: EMASettings | None, parameters: Iterable[nn.Parameter]) 
 
 
 @contextmanager
-def averaged(ema: EMAModel | None, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def averaged(ema: "EMAModel | None", parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inside, the parameters hold their moving average; afterwards what they held before, bit for bit."""
     if ema is None:
         yield

@@ -1,7 +1,5 @@
 """Publishing while training goes on: one thread, one commit per publication, and a hub that is down costs a warning."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -28,7 +26,7 @@ class _Publication:
     state: dict[str, Path | bytes] | None = None
     snapshots: list[Path] = field(default_factory=list)
 
-    def over(self, older: _Publication | None) -> _Publication:
+    def over(self, older: "_Publication | None") -> "_Publication":
         """This one, and of an older unpublished one the part that this one does not bring."""
         if older is None:
             return self

@@ -15,9 +15,10 @@ logger = logging.getLogger(__name__)
 _OF_TRAINING = ("steps", "log_every", "non_finite_limit", "spike_factor", "cpu_threads", "tf32", "gradient_checkpointing", "channels_last")
 _OF_DATA = ("workers", "prefetch", "start_method", "validation")
 CHANGEABLE = {f"training.{key}" for key in _OF_TRAINING} | {f"data.{key}" for key in _OF_DATA}
-CHANGEABLE |= {"task.inference", "validation", "checkpoints", "output"}
+CHANGEABLE |= {"task.inference", "task.sampling_steps", "validation", "checkpoints", "output"}
 # Changing these makes another number of the metric that chooses best/.
-MEASURED_BY = {"task.inference", "validation.best", "validation.size", "validation.limit", "validation.seed", "data.validation"}
+_MEASURING = ("best", "size", "limit", "seed")
+MEASURED_BY = {"task.inference", "task.sampling_steps", "data.validation"} | {f"validation.{key}" for key in _MEASURING}
 
 
 def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any]]:

@@ -199,14 +199,15 @@ class Session:
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
             "ema": None if self.ema is None else {k: v for k, v in self.ema.state_dict().items() if k != "shadow_params"},
             "auto_weights": {name: asdict(auto) for name, auto in self.auto.items()},
+            "learners": {},
             "data": self.gather([data]),  # one position per process
             "world_size": self.world_size,
         }
         for learner in self.learners:
             parameters = dict(learner.network.named_parameters())
-            tensors[learner.name] = {name: full_tensor(p).clone() for name, p in parameters.items()}
-            tensors[f"{learner.name}_optimizer"], others = optimizer_state_dict(learner.optimizer, list(parameters))
-            state[learner.name] = {"step": learner.step, "optimizer": others}
+            tensors[f"learner-{learner.name}"] = {name: full_tensor(p).clone() for name, p in parameters.items()}
+            tensors[f"learner-{learner.name}-optimizer"], others = optimizer_state_dict(learner.optimizer, list(parameters))
+            state["learners"][learner.name] = {"step": learner.step, "optimizer": others}
         return Checkpoint(tensors, state)
 
     def load_state_dict(self, checkpoint: Checkpoint, *, what: str) -> None:
@@ -222,13 +223,12 @@ class Session:
             steps = {"optimization_step": state["ema"]["optimization_step"]} if state["ema"] else {}
             self.ema.load_state_dict({**self.ema.state_dict(), **steps, "shadow_params": [s.data for s in shadows.values()]})
         for learner in self.learners:
-            if learner.name in state:  # not where the loss was added to the recipe afterwards
+            if learner.name in state["learners"]:  # not where the loss was added to the recipe afterwards
+                known, file = state["learners"][learner.name], f"learner-{learner.name}"
                 parameters = dict(learner.network.named_parameters())
-                load_trained(parameters, tensors[learner.name], what=what)
-                load_optimizer_state_dict(
-                    learner.optimizer, parameters, tensors[f"{learner.name}_optimizer"], state[learner.name]["optimizer"]
-                )
-                learner.step = state[learner.name]["step"]
+                load_trained(parameters, tensors[file], what=what)
+                load_optimizer_state_dict(learner.optimizer, parameters, tensors[f"{file}-optimizer"], known["optimizer"])
+                learner.step = known["step"]
         self.progress = Progress(**{**state["progress"], "skipped_in_a_row": 0})
         self.auto = {name: AutoWeight(**{**state["auto_weights"].get(name, {}), "steps": auto.steps}) for name, auto in self.auto.items()}
         streams = {name.split("/", 1)[1]: value for name, value in tensors["rng"].items() if name.startswith(f"{self.rank}/")}

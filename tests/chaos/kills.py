@@ -105,7 +105,7 @@ def toy(folder: Path, steps: int, publisher: Any) -> Job:
 def real(folder: Path, steps: int, publisher: Any) -> Job:
     """The demo's denoiser on the shipped photographs, with two workers."""
     from sslsr_diffusion.runs.recipe import load_recipe
-    from sslsr_diffusion.runs.start import build
+    from sslsr_diffusion.runs.start import build_job
 
     root = Path(__file__).parents[2]
     values = {
@@ -125,15 +125,15 @@ def real(folder: Path, steps: int, publisher: Any) -> Job:
         "validation.limit": 1,
         "validation.size": 32,
         "validation.every": 4,
-        "validation.steps": 1,
+        "task.inference.steps": 1,
         "checkpoints.every": 3,
         "model.vae": "null",
         "losses.2.search_size": 9,
         "losses.2.backend": "torch",
-        "training.decode_crop": 6,
+        "task.decode_crop": 6,
     }
     recipe = load_recipe(str(root / "configs/tiny.yaml"), [f"{key}={value}" for key, value in values.items()])
-    return build(recipe, publisher=publisher)
+    return build_job(recipe, publisher=publisher)
 
 
 def warm() -> None:

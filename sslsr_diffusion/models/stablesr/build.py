@@ -75,10 +75,22 @@ def read_pipeline(folder: Path, *, meta: bool = False) -> StableSRNetworks:
 
 def load_vae(folder: str | Path, *, meta: bool = False) -> AutoencoderKL:
     """An autoencoder from its own folder or from a pipeline folder that holds one in vae/; UserError where neither is there."""
-    path = local_folder(str(folder))
+    base, part = _find_vae(str(folder))
+    return _loaded_vae(base, meta, part)
+
+
+def check_vae_folder(folder: str) -> str:
+    """What a run would find in the folder of its own autoencoder, from config and headers alone; UserErrors as in `load_vae`."""
+    base, part = _find_vae(folder)
+    check_tensors(base.folder / part, _loaded_vae(base, True, part), base.part(part))
+    return folder
+
+
+def _find_vae(folder: str) -> tuple[Base, str]:
+    path = local_folder(folder)
     for candidate in (path / "vae", path):
         if (candidate / "config.json").is_file():
-            return _loaded_vae(Base(str(folder), candidate.parent), meta, candidate.name)
+            return Base(folder, candidate.parent, key="model.vae"), candidate.name
     raise UserError(f"model.vae: {folder} holds no autoencoder (config.json, or vae/config.json); train one first or leave model.vae out.")
 
 
@@ -101,7 +113,7 @@ def _loaded_vae(base: Base, meta: bool, part: str = "vae") -> AutoencoderKL:
 def _vae_class(base: Base, part: str) -> type[AutoencoderKL]:
     kind = base.config(part).get("_class_name")
     if kind not in ("AutoencoderKL", "AutoencoderKLCFW"):
-        raise UserError(f"model.vae: expected an AutoencoderKL, {base.name} holds a {kind}.")
+        raise UserError(f"{base.key}: expected an AutoencoderKL, {base.name} holds a {kind}.")
     return AutoencoderKLCFW if kind == "AutoencoderKLCFW" else AutoencoderKL
 
 
@@ -204,12 +216,14 @@ def check_base_folder(settings: StableSRSettings) -> str:
     parts = {"unet": SFTUNet2DConditionModel, "structural_encoder": StructuralEncoder} if ours else {"unet": UNet2DConditionModel}
     parts |= {} if settings.vae else {"vae": _vae_class(base, "vae")}
     for part, cls in parts.items():
-        check_tensors(base.folder / part, _loaded(cls, base, part, meta=True), f"model.base: {part} of {base.name}")
+        check_tensors(base.folder / part, _loaded(cls, base, part, meta=True), base.part(part))
+    if base.has("text_encoder"):
+        check_tensors(base.folder / "text_encoder", None, base.part("text_encoder"))
     return f"{base.name}: found {', '.join(has)}"
 
 
 def _loaded(cls: Any, base: Base, part: str, meta: bool) -> Any:
-    config, what = base.config(part), f"model.base: {part} of {base.name}"
+    config, what = base.config(part), base.part(part)
     try:
         with torch.device("meta"):
             shapes = cls.from_config(config)

@@ -1,7 +1,5 @@
 """All trained networks as one module: sharded training and DDP take exactly one."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 class Denoiser(nn.Module):
     """Structural encoder and UNet in one forward; both see t. A plain UNet without encoder is a base: it sees no low-resolution picture."""
 
-    def __init__(self, unet: SFTUNet2DConditionModel | UNet2DConditionModel, structural_encoder: StructuralEncoder | None) -> None:
+    def __init__(self, unet: "SFTUNet2DConditionModel | UNet2DConditionModel", structural_encoder: "StructuralEncoder | None") -> None:
         super().__init__()
         self.unet = unet
         self.structural_encoder = structural_encoder

@@ -1,7 +1,5 @@
 """The family `stablesr`: its entry in the table. Light to import; networks are imported where they are built."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +25,7 @@ class StableSR:
 
     def build(
         self, settings: StableSRSettings, *, part: Part = "upscaler", train: str | None = None, meta: bool = False, seed: int = 0
-    ) -> Networks:
+    ) -> "Networks":
         from sslsr_diffusion.models.stablesr.build import build_autoencoder, build_networks
 
         if part == "autoencoder":
@@ -42,7 +40,7 @@ class StableSR:
         except (OSError, ValueError, AttributeError):
             return False
 
-    def read(self, path: Path, *, meta: bool = False) -> Networks:
+    def read(self, path: Path, *, meta: bool = False) -> "Networks":
         from sslsr_diffusion.models.stablesr.build import read_pipeline
 
         return read_pipeline(path, meta=meta)
@@ -51,12 +49,8 @@ class StableSR:
         return None if settings.init == "random" else settings.base
 
     def check_files(self, settings: StableSRSettings) -> dict[str, Callable[[], str]]:
-        from sslsr_diffusion.models.stablesr.build import check_base_folder, load_vae
-
-        def vae() -> str:
-            load_vae(str(settings.vae), meta=True)
-            return str(settings.vae)
+        from sslsr_diffusion.models.stablesr.build import check_base_folder, check_vae_folder
 
         drawn = f"architecture {settings.preset}, weights drawn"
         base = (lambda: drawn) if settings.init == "random" else lambda: check_base_folder(settings)
-        return {"model": base, **({"model.vae": vae} if settings.vae else {})}
+        return {"model": base, **({"model.vae": lambda: check_vae_folder(str(settings.vae))} if settings.vae else {})}

@@ -1,7 +1,5 @@
 """The prompt, encoded once; the text encoder is frozen and need not stay in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.tensor_names import check_tensors
 
 if TYPE_CHECKING:
     from sslsr_diffusion.models.base import Base
@@ -22,16 +21,14 @@ def empty_context(unet: Any) -> Tensor:
 
 
 @torch.no_grad()
-def encode_prompt(base: Base, prompt: str) -> Tensor:
+def encode_prompt(base: "Base", prompt: str) -> Tensor:
     """Context [1, L, D] float32 of a recipe's prompt, by the base's own text encoder."""
     return encode_texts([prompt], load_text_encoder(base), load_tokenizer(base), torch.device("cpu")).float()
 
 
 def encode_texts(texts: Sequence[str], text_encoder: Any, tokenizer: Any, device: torch.device) -> Tensor:
     """Last hidden states [B, L, D] of B texts; empty ones need no tokenizer.
-
-    Raises:
-        UserError: a text was given, but there is no tokenizer.
+    Raises UserError: a text was given, but there is no tokenizer.
     """
     length = text_encoder.config.max_position_embeddings
     if tokenizer is not None:
@@ -43,9 +40,10 @@ def encode_texts(texts: Sequence[str], text_encoder: Any, tokenizer: Any, device
     return text_encoder(ids.to(device))[0]
 
 
-def load_text_encoder(base: Base) -> Any:
+def load_text_encoder(base: "Base") -> Any:
     from transformers import CLIPTextModel
 
+    check_tensors(base.folder / "text_encoder", None, base.part("text_encoder"))
     return CLIPTextModel.from_pretrained(base.folder / "text_encoder", use_safetensors=True).float().eval().requires_grad_(False)
 
 
@@ -58,7 +56,7 @@ def count_text_encoder(config: dict[str, Any]) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def load_tokenizer(base: Base) -> Any:
+def load_tokenizer(base: "Base") -> Any:
     """None if the base has no tokenizer (the empty prompt does without)."""
     if not base.has("tokenizer"):
         return None

@@ -161,9 +161,7 @@ def _fill(model: Any, part: Converted) -> list[str]:
 
 def original_from_folder(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A pipeline folder's tensors under the original's names: the diffusion checkpoint, and the CFW file (empty without CFW).
-
-    Raises:
-        UserError: the folder holds no StableSR pipeline, or one that the original's configuration cannot describe.
+    Raises UserError: the folder holds no StableSR pipeline, or one that the original's configuration cannot describe.
     """
     base = find_base(str(folder))
     configs = {part: base.config(part) for part in ("unet", "structural_encoder", "vae")}

@@ -66,8 +66,12 @@ def test_a_run_folder_its_result_and_a_file(tmp_path):
 
 def test_a_file_and_a_folder_are_opened_as_what_they_are(tmp_path):
     (tmp_path / "net.toy").write_bytes(b"")
-    assert isinstance(open_model(find_model(str(tmp_path / "net.toy")), device="cpu"), DirectRestorer)
-    assert isinstance(open_model(find_model(str(saved(tmp_path / "model"))), device="cpu"), LatentRestorer)
+    (direct, latent) = (open_model(find_model(str(path)), device="cpu") for path in (tmp_path / "net.toy", saved(tmp_path / "model")))
+    assert isinstance(direct, DirectRestorer)
+    assert isinstance(latent, LatentRestorer)
+    for networks in (direct.networks, latent.networks):
+        assert not networks.training
+        assert not any(parameter.requires_grad for parameter in networks.parameters())
 
 
 def test_a_hub_id_is_fetched_at_its_commit(tmp_path, monkeypatch):

@@ -19,7 +19,9 @@ from restorers import Nearest, upscale_files
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import Image, read_image, write_image
 from sslsr_diffusion.inference.open import default_model, find_model
+from sslsr_diffusion.inference.options import CallOptions
 from sslsr_diffusion.inference.record import RECORD_NAME, Record
+from sslsr_diffusion.inference.restorer import settled
 from sslsr_diffusion.inference.runner import RunnerOptions, find_work
 from sslsr_diffusion.shipped_model import SMALL
 
@@ -319,6 +321,26 @@ def test_no_pixels_are_read_for_the_plan(tmp_path, monkeypatch):
     picture(tmp_path / "in" / "a.png")
     monkeypatch.setattr("sslsr_diffusion.inference.runner.read_image", None)
     assert [item.name for item in find_work(tmp_path / "in", tmp_path / "out", RunnerOptions()).todo] == ["a.png"]
+
+
+def test_what_the_restorer_lacks_is_settled_once_and_before_the_first_picture(tmp_path):
+    class Plain(FakePipe):
+        options = FakePipe.options - {"fidelity", "num_inference_steps"}
+
+        def check(self, **call):
+            return settled(CallOptions, call, self.options, {})[1]
+
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / "in" / name)
+    pipe = Plain()
+    with pytest.raises(UserError, match=r"^fidelity: this model does not have it, got 0\.5"):
+        run(tmp_path / "in", tmp_path / "out", pipe, call={"fidelity": 0.5})
+    assert (pipe.calls, tree(tmp_path / "out")) == ([], [])
+    off = {"fidelity": 0, "num_inference_steps": 5, "detail": 1.0}
+    report = run(tmp_path / "in", tmp_path / "out", pipe, call=off)
+    assert [name for name, _ in report.notes] == ["", ""]
+    assert [call.keys() - {"generator", "output_type"} for call in pipe.calls] == [{"detail"}] * 2
+    assert run(tmp_path / "in", tmp_path / "out", pipe, call=off).skipped == ["a.png", "b.png"]
 
 
 def hostile(folder: Path, good: dict[str, bytes], count: int) -> int:

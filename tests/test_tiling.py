@@ -18,7 +18,7 @@ def test_tile_weights_golden(width, height):
     assert ((got - want).abs().max() / want.abs().max()).item() < 1e-12
 
 
-@pytest.mark.parametrize("kind", ["smooth", "gaussian"])
+@pytest.mark.parametrize("kind", ["smooth", "gaussian", "middle"])
 def test_our_tile_weights_are_symmetric_and_nowhere_zero(kind):
     weights = tile_weights(7, 12, kind, overlap=3)
     assert (weights > 0).all()
@@ -66,6 +66,26 @@ def test_two_disagreeing_tiles_meet_in_a_ramp_as_long_as_the_overlap():
     # the steepest step of sin^2 over n samples is pi / (2 n); a jump would be 1
     assert got.diff()[7:16].min() > 0
     assert got.diff().max() < 1.01 * np.pi / 16
+
+
+def test_a_wrong_border_leaves_no_trace_in_the_middle_kind_and_keeps_its_say_where_it_is_alone():
+    """A quarter of the overlap is spoilt on every side of each tile; at the picture's own border there is nobody else to ask."""
+    boxes = tile_boxes(40, 56, 24, 8)
+    picture = torch.rand(1, 1, 40, 56, generator=torch.Generator().manual_seed(0))
+
+    def spoil(tiles, _):
+        tile, wrong = tiles[0].clone(), torch.full_like(tiles[0], 5.0)
+        wrong[..., 2:-2, 2:-2] = tile[..., 2:-2, 2:-2]
+        return wrong
+
+    got = {kind: blend(spoil, [picture], boxes, overlap=8, weights=kind) for kind in ("smooth", "middle")}
+    inner = (slice(2, -2), slice(2, -2))
+    torch.testing.assert_close(got["middle"][0, 0][inner], picture[0, 0][inner], atol=1e-6, rtol=0)
+    assert (got["smooth"][0, 0][inner] - picture[0, 0][inner]).abs().max() > 0.1
+    assert (got["middle"][0, 0, :2] == 5).all()
+    torch.testing.assert_close(
+        blend(lambda tiles, _: tiles[0], [picture], boxes, overlap=8, weights="middle"), picture, atol=1e-6, rtol=1e-6
+    )
 
 
 def test_unknown_weights_are_refused():

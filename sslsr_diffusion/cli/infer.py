@@ -45,9 +45,7 @@ def infer(
         float | None,
         typer.Option(min=0.01, max=64, help="Enlargement: the output has round(scale * size) pixels; without it the model's own."),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Sampling steps; without it the model's own default (200 where it names none).")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps; without it the model's own, or 200.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every picture.")] = 0,
     tile: Annotated[str, typer.Option(help="Side of a tile in output pixels, 'auto' (by free memory) or 'none' (whole picture).")] = "auto",
     detail: Annotated[
@@ -69,9 +67,7 @@ def infer(
     prompt: Annotated[str | None, typer.Option(help="Text, for models with a text encoder.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the guidance leads away from.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, max=30, help="Strength of the guidance; 1 is off. [default: 1]")] = None,
-    color_fix: Annotated[
-        ColorFix | None, typer.Option(help="Takes the colours from the input. [default: wavelet; none for plain networks]")
-    ] = None,
+    color_fix: Annotated[ColorFix | None, typer.Option(help="Colours of the input. [default: wavelet; none for plain networks]")] = None,
     format: Annotated[Format | None, typer.Option(help="Format of the results; without it the input's, and png for gif, bmp, ...")] = None,
     overwrite: Overwrite = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",

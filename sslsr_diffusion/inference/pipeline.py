@@ -233,8 +233,7 @@ class StableSRPipeline(DiffusionPipeline):
             UserError: an argument has an impossible value (the message says which, and what is possible).
             NotEnoughMemory: the budget is too small, or memory ran out even with the smallest tiles.
         """
-        given = locals()
-        given["color_fix"] = color_fix or "none"
+        given = {**locals(), "color_fix": color_fix or "none"}
         call = {name: given[name] for name in _OPTIONS if given[name] != _SIGNATURE[name]}  # the rest nobody asked for
         if callback_on_step_end is not None:
             call["callback_on_step_end"] = lambda step, t, values: callback_on_step_end(self, step, t, values)  # type: ignore[call-arg]

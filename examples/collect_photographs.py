@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -274,8 +275,8 @@ def make_crops(output: Path, size: int, least_detail: float = 1.5) -> int:
     with tempfile.TemporaryDirectory(dir=output) as scratch:
         scales = Path(scratch)
         for source, folder, job in (
-            (output / "train", scales, preparation.job(preparation.multiscale, output=scales, shortest_edge=size)),
-            (scales, target, preparation.job(preparation.crops, output=target, size=size, step=size)),
+            (output / "train", scales, partial(preparation.multiscale, output=scales, shortest_edge=size)),
+            (scales, target, partial(preparation.crops, output=target, size=size, step=size)),
         ):
             paths = sorted(source.glob("*.png"))
             for outcome in preparation.run_jobs(job, paths, source, processes):

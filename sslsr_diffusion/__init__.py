@@ -3,10 +3,9 @@
 Names are resolved at first use: importing the package costs milliseconds and touches neither a GPU nor diffusers.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from sslsr_diffusion.tables import lazily
 
 __version__ = "0.1.0"
 
@@ -39,14 +38,4 @@ if TYPE_CHECKING:
     from sslsr_diffusion.runs.recipe import load_recipe
     from sslsr_diffusion.runs.start import open_upscaler, train
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazily(__name__, _HOME)

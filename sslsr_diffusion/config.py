@@ -4,8 +4,6 @@ A part of the project declares its settings class beside its code (a subclass of
 dict; `recipe.py` assembles the schema. This file only knows how to read YAML and apply overrides.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import operator
@@ -166,7 +164,8 @@ def read_raw(path: Path) -> dict[str, Any]:
     """
     merged: dict[str, Any] = {}
     for file, raw in reversed(read_family(path)):
-        merged = _overlay(merged, {key: value for key, value in raw.items() if key not in ("extends", "without")})
+        kept = {key: section for key, section in merged.items() if not _another_kind(section, raw.get(key))}
+        merged = _overlay(kept, {key: value for key, value in raw.items() if key not in ("extends", "without")})
         if "without" in raw:
             merged = _without(merged, raw["without"], file.name)
     return merged
@@ -222,10 +221,12 @@ def _without(raw: dict[str, Any], names: Any, source: str) -> dict[str, Any]:
     return {**raw, "losses": [loss for loss, name in zip(losses, named) if name not in names]} if names else raw
 
 
+def _another_kind(below: Any, above: Any) -> bool:
+    """Whether a section (model, task) replaces the one below, whose keys mean nothing to it."""
+    return isinstance(below, dict) and isinstance(above, dict) and {"kind"} <= {*below} & {*above} and below["kind"] != above["kind"]
+
+
 def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Key by key; but a section of another `kind` replaces the one below, whose keys mean nothing to it."""
-    if "kind" in below and "kind" in above and below["kind"] != above["kind"]:
-        return dict(above)
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)

@@ -1,7 +1,5 @@
 """The devices of this machine: which are there, how much memory they have and have left, and when it ran out."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import re

@@ -1,7 +1,5 @@
 """The errors that are meant for the person in front of the screen."""
 
-from __future__ import annotations
-
 
 class UserError(ValueError):
     """A mistake the user can mend: the message says what was expected, what it got and what to do.

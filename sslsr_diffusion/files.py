@@ -4,8 +4,6 @@ What is new is written under a temporary name beside its place, forced to the di
 one away, the new one in. A stop between them leaves the old one under a temporary name, and `restore_folder` gives it its name back.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

@@ -1,7 +1,5 @@
 """The only file that asks the Hugging Face hub: what an id is, fetching, looking up, publishing, and one sentence for each error."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import re

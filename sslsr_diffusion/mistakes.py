@@ -1,7 +1,5 @@
 """One clear sentence for everything that can be wrong in a recipe."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args

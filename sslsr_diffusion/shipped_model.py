@@ -1,7 +1,5 @@
 """The model that comes with the package: found by its name wherever a folder or a hub id is expected."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 SMALL = "small-v3"  # other weights get another name, so that a name in a run's record stays true

@@ -11,7 +11,7 @@ from goldens import load_golden
 from torch import Tensor
 
 from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder
-from sslsr_diffusion.models.stablesr.convert import convert_structural_encoder, convert_unet, convert_vae, shapes
+from sslsr_diffusion.models.stablesr.convert import convert, shapes
 from sslsr_diffusion.models.stablesr.convert.stablesr import TEXT
 from sslsr_diffusion.models.stablesr.settings import load_preset
 
@@ -40,14 +40,14 @@ def original_state(name: str = "model_weights") -> dict[str, Tensor]:
 def golden_unet() -> SFTUNet2DConditionModel:
     state = original_state()
     model = SFTUNet2DConditionModel.from_config(shapes.unet_config(state, HEAD_CHANNELS))
-    model.load_state_dict(convert_unet(state, model.state_dict(), model.config.layers_per_block).tensors)
+    model.load_state_dict(convert("unet", state, model.state_dict(), model.config).tensors)
     return model.eval()
 
 
 def golden_encoder() -> StructuralEncoder:
     state = original_state()
     model = StructuralEncoder.from_config(shapes.encoder_config(state))
-    model.load_state_dict(convert_structural_encoder(state, model.state_dict(), model.config.layers_per_block).tensors)
+    model.load_state_dict(convert("structural_encoder", state, model.state_dict(), model.config).tensors)
     return model.eval()
 
 
@@ -57,7 +57,7 @@ def golden_vae(cfw: bool = True) -> AutoencoderKL:
         state = {k: v for k, v in state.items() if "fusion_layer" not in k}
     cls = AutoencoderKLCFW if cfw else AutoencoderKL
     model = cls.from_config(shapes.vae_config(state, ""))
-    model.load_state_dict(convert_vae(state, model.state_dict(), 4, prefix="").tensors)
+    model.load_state_dict(convert("vae", state, model.state_dict(), model.config, prefix="").tensors)
     return model.eval()
 
 

@@ -143,7 +143,7 @@ def test_training_reads_the_latents_instead_of_sampling(world, made, tmp_path, m
     assert result.step == 2
     assert result.pipeline is not None
     assert (result.pipeline / "vae" / "config.json").is_file()
-    assert read_checkpoint(tmp_path / "run" / "checkpoint-2").state["patch_gan"]["step"] == 3
+    assert read_checkpoint(tmp_path / "run" / "checkpoint-2").state["learners"]["patch_gan"]["step"] == 3
     assert export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "exported") == 2
 
 
@@ -206,9 +206,8 @@ def test_latents_of_another_autoencoder_are_refused(world, made):
 
 
 def test_the_kind_belongs_to_its_task(world, made):
-    with pytest.raises(
-        RecipeError, match=r"data\.sources\.0\.kind: cfw has stored latents, which task autoencoder does not read; use pairs"
-    ):
+    message = r"data\.sources\.0\.kind: cfw has stored latents, which task autoencoder does not read; use pairs"
+    with pytest.raises(RecipeError, match=message):
         parse(Recipe, {**stored_recipe(world, made), "task": {"kind": "autoencoder"}})
     parse(Recipe, {**stored_recipe(world, made), "task": {"kind": "decoder"}})
     mixed = stored_recipe(world, made)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from sslsr_diffusion import files
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import atomic_folder, atomic_write, remove_leftovers, restore_folder
-from sslsr_diffusion.training import published as hub
+from sslsr_diffusion.training import checkpoints
 from sslsr_diffusion.training.checkpoints import (
     find_checkpoint,
     latest_checkpoint,
@@ -117,7 +117,7 @@ def test_find_checkpoint_takes_latest_a_folder_or_a_run(tmp_path):
 
 def test_a_name_that_is_no_folder_is_looked_up_on_the_hub(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(hub, "resolve_checkpoint_from_hub", lambda name: asked.append(name) or tmp_path / "checkpoint-7")
+    monkeypatch.setattr(checkpoints, "resolve_checkpoint_from_hub", lambda name: asked.append(name) or tmp_path / "checkpoint-7")
     assert find_checkpoint("user/name", tmp_path) == tmp_path / "checkpoint-7"
     assert asked == ["user/name"]
 

@@ -63,6 +63,17 @@ def test_a_damaged_pipeline_is_not_converted_back(damaged, what, message):
     assert message in told("convert", "stablesr", "--to-original", "--checkpoint", damaged(what).name, "--output", "x.ckpt")
 
 
+@pytest.mark.parametrize("budget", [[], ["--memory-budget", "4GB"]], ids=["free", "budget"])
+@pytest.mark.parametrize("what", ["json", "list", "cut", "missing"])
+def test_a_damaged_pipeline_is_not_opened(damaged, what, budget):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save("a.png")
+    message = told("infer", "--input", "a.png", "--model", damaged(what).name, "--device", "cpu", *budget)
+    assert message.startswith(f"--model {what}: cannot be loaded (")
+    assert not [path for path in Path("results").iterdir() if path.suffix == ".png"]
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(damaged, tmp_path, monkeypatch):
     folder = str(damaged("whole"))
     for name in ("file/x.ckpt", "file/x.safetensors"):

@@ -1,4 +1,4 @@
-"""convert/names.py, stablesr.py: every tensor of the released size by name and shape, and the exact way back."""
+"""convert/stablesr.py: every tensor of the released size by name and shape, and the exact way back."""
 
 from __future__ import annotations
 
@@ -12,17 +12,7 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder
-from sslsr_diffusion.models.stablesr.convert import (
-    convert_structural_encoder,
-    convert_text_encoder,
-    convert_unet,
-    convert_vae,
-    restore_structural_encoder,
-    restore_text_encoder,
-    restore_unet,
-    restore_vae,
-    shapes,
-)
+from sslsr_diffusion.models.stablesr.convert import convert, restore, shapes
 from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET, VAE
 from sslsr_diffusion.models.stablesr.settings import load_preset
 
@@ -61,21 +51,17 @@ def test_every_released_tensor_finds_its_place() -> None:
     vae = meta(AutoencoderKLCFW, preset["vae"])
     plain = [name for name in vae.state_dict() if not name.startswith("fusion_layers.")]
     cases = [
-        (unet.state_dict(), convert_unet(checkpoint, unet.state_dict()), restore_unet, checkpoint, UNET),
-        (
-            encoder.state_dict(),
-            convert_structural_encoder(checkpoint, encoder.state_dict()),
-            restore_structural_encoder,
-            checkpoint,
-            ENCODER,
-        ),
-        ({n: vae.state_dict()[n] for n in plain}, convert_vae(checkpoint, plain), restore_vae, checkpoint, VAE),
-        (vae.state_dict(), convert_vae(cfw, vae.state_dict(), prefix=""), lambda t: restore_vae(t, prefix=""), cfw, ""),
+        ("unet", unet, unet.state_dict(), checkpoint, UNET),
+        ("structural_encoder", encoder, encoder.state_dict(), checkpoint, ENCODER),
+        ("vae", vae, {name: vae.state_dict()[name] for name in plain}, checkpoint, VAE),
+        ("vae", vae, vae.state_dict(), cfw, ""),
     ]
-    for ours, part, restore, source, prefix in cases:
+    for name, model, ours, source, prefix in cases:
+        part = convert(name, source, ours, model.config, prefix=prefix)
         assert shapes_of(part.tensors) == shapes_of(ours)
         assert part.unknown == []
-        assert shapes_of(restore(part.tensors)) == shapes_of({n: t for n, t in source.items() if n.startswith(prefix)})
+        back = restore(name, part.tensors, model.config, prefix=prefix)
+        assert shapes_of(back) == shapes_of({n: t for n, t in source.items() if n.startswith(prefix)})
 
 
 def test_the_released_architecture_is_read_off_the_shapes() -> None:
@@ -89,22 +75,22 @@ def test_the_released_architecture_is_read_off_the_shapes() -> None:
 
 def test_round_trip_is_bit_equal() -> None:
     state, cfw = original_state(), original_state("cfw_weights")
-    restored = restore_unet(golden_unet().state_dict(), layers_per_block=1)
-    restored |= restore_structural_encoder(golden_encoder().state_dict())
+    unet, encoder, vae = golden_unet(), golden_encoder(), golden_vae()
+    restored = restore("unet", unet.state_dict(), unet.config) | restore("structural_encoder", encoder.state_dict(), encoder.config)
     assert restored.keys() == state.keys()
     assert all(torch.equal(tensor, restored[name]) for name, tensor in state.items())
-    again = restore_vae(golden_vae().state_dict(), prefix="")
+    again = restore("vae", vae.state_dict(), vae.config, prefix="")
     assert again.keys() == cfw.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in cfw.items())
 
 
 def test_unknown_tensors_are_listed_and_missing_ones_are_an_error() -> None:
     state = {**original_state(), f"{UNET}extra.weight": torch.zeros(1)}
-    names = golden_unet().state_dict()
-    assert convert_unet(state, names, 1).unknown == [f"{UNET}extra.weight"]
+    unet = golden_unet()
+    assert convert("unet", state, unet.state_dict(), unet.config).unknown == [f"{UNET}extra.weight"]
     del state[f"{UNET}middle_block.0.spade.mlp_gamma.bias"]
     with pytest.raises(UserError, match=r"lacks 1 of the \d+ tensors .*middle_block.0.spade.mlp_gamma.bias"):
-        convert_unet(state, names, 1)
+        convert("unet", state, unet.state_dict(), unet.config)
 
 
 def test_text_encoder_computes_what_open_clip_computes() -> None:
@@ -115,14 +101,14 @@ def test_text_encoder_computes_what_open_clip_computes() -> None:
     config = shapes.text_config(state)
     assert config["num_hidden_layers"] == 2
     model = CLIPTextModel(CLIPTextConfig(**config)).eval()
-    part = convert_text_encoder(state, model.state_dict())
+    part = convert("text_encoder", state, model.state_dict(), model.config)
     model.load_state_dict(part.tensors)
     ids = torch.tensor([[49406, 320, 1125, 49407, *[0] * 73]])
     with torch.no_grad():
         got = model(ids)[0]
     assert torch.allclose(got, written_out(state, ids, blocks=2), atol=1e-5)
     assert {name.removeprefix(TEXT) for name in part.unknown} >= {"text_projection", "logit_scale", "transformer.resblocks.2.ln_1.weight"}
-    restored = restore_text_encoder(model.state_dict())
+    restored = restore("text_encoder", model.state_dict(), model.config)
     assert set(restored) == set(state) - set(part.unknown)
     assert all(torch.equal(tensor, state[name]) for name, tensor in restored.items())
     # what was restored converts again, although the dropped block is not there to be dropped

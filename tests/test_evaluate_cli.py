@@ -12,12 +12,14 @@ import pytest
 import torch
 from evaluation_samples import folders, noisy, picture, write
 from PIL import Image
+from restorers import Nearest, ToyPixelFamily
 from typer.testing import CliRunner
 
 import sslsr_diffusion.inference.open as models
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.metrics import METRICS
+from sslsr_diffusion.models import FAMILIES
 
 BENCHMARK = os.environ.get("SSLSR_BENCHMARK_DIR")
 
@@ -92,20 +94,23 @@ def test_the_same_name_again_is_another_seed(tmp_path, call):
     assert found["spread"]["ours"]["pixel_std"] > 1
 
 
-class Nearest:
-    """Called like a pipeline; enlarges, with noise from the seed."""
+class Noisy(Nearest):
+    """Enlarges, with noise from the seed."""
 
-    def __call__(self, image, scale=4, generator=None, **_):
-        out = torch.nn.functional.interpolate(image if image.ndim == 4 else image[None], scale_factor=scale)
-        noise = torch.randn(out.shape, generator=generator)
-        return type("Output", (), {"images": (out + 0.02 * noise).clamp(0, 1)})()
+    def enlarge(self, pictures, scale, generator):
+        out = super().enlarge(pictures, scale, generator)
+        return (out + 0.02 * torch.randn(out.shape, generator=generator)).clamp(0, 1)
+
+
+def found_as(fingerprint: str, name: str) -> models.FoundModel:
+    return models.FoundModel(name, Path(name), FAMILIES["stablesr"], fingerprint)
 
 
 def test_a_model_upscales_first_and_is_not_asked_twice(tmp_path, call, monkeypatch):
     where = folders(tmp_path / "set", 2, ours=3)
     loads = []
-    monkeypatch.setattr(models, "find_model", lambda path, revision: (Path(path), "fingerprint"))
-    monkeypatch.setattr(models, "load_pipeline", lambda *args, **options: loads.append(1) or Nearest())
+    monkeypatch.setattr(models, "find_model", lambda path: found_as("fingerprint", path))
+    monkeypatch.setattr(models, "open_model", lambda *args, **options: loads.append(1) or Noisy())
     arguments = ("--model", "m=some/model", "--seeds", 2, "--dataset", tmp_path / "set", "--restored", where["ours"], "--metrics", "psnr")
     assert call(*arguments).exit_code == 0
     found = summary(tmp_path / "evaluation")
@@ -180,9 +185,9 @@ def test_a_model_is_never_scored_by_pictures_of_another_dataset_or_model(tmp_pat
         for path in sorted(folder.iterdir()):
             write(path, 255 - np.asarray(Image.open(path)))
     prints = iter("aab")
-    pipes = [Nearest()]
-    monkeypatch.setattr(models, "find_model", lambda path, revision: (Path(path), next(prints)))
-    monkeypatch.setattr(models, "load_pipeline", lambda *args, **options: pipes[0])
+    pipes = [Noisy()]
+    monkeypatch.setattr(models, "find_model", lambda path: found_as(next(prints), path))
+    monkeypatch.setattr(models, "open_model", lambda *args, **options: pipes[0])
     results = []
     for where in (one, two):
         pairs = f"{where['lr']},{where['hr']}"
@@ -190,14 +195,11 @@ def test_a_model_is_never_scored_by_pictures_of_another_dataset_or_model(tmp_pat
         results.append(summary(tmp_path / "evaluation")["metrics"]["psnr"]["columns"]["m"]["mean"])
     assert results[1] == pytest.approx(results[0], abs=1.0)  # of old pictures it would be some 10 dB
 
-    class Broken(Nearest):
-        def __call__(self, image, **options):
-            if pipes[0].calls:
+    class Broken(Noisy):
+        def enlarge(self, pictures, scale, generator):
+            if len(self.calls) > 1:
                 raise RuntimeError("this picture is too much")
-            self.calls += 1
-            return super().__call__(image, **options)
-
-        calls = 0
+            return super().enlarge(pictures, scale, generator)
 
     pipes[0] = Broken()
     said = call("--model", "m=some/model", "--dataset", f"{two['lr']},{two['hr']}", "--metrics", "psnr").output
@@ -205,3 +207,14 @@ def test_a_model_is_never_scored_by_pictures_of_another_dataset_or_model(tmp_pat
     assert "failed: scene1.png: this picture is too much" in said
     for text in (said, (tmp_path / "evaluation" / "report.html").read_text()):
         assert "without intervals, which need 5 images" in text
+
+
+def test_a_model_that_refuses_or_ignores_the_steps_says_so_by_their_flag(tmp_path, call, monkeypatch):
+    folders(tmp_path / "set", 1)
+    (tmp_path / "net.toy").write_bytes(b"")
+    monkeypatch.setitem(FAMILIES, "toy_pixels", ToyPixelFamily())
+    arguments = ("--dataset", tmp_path / "set", "--metrics", "psnr", "--device", "cpu")
+    said = call("--model", "net.toy", "--steps", 3, "--seeds", 2, *arguments)
+    assert said.output.count("note: --steps 3 has no effect: this model makes a picture in one step") == 1
+    with pytest.raises(UserError, match=r"^--model: nowhere/x is no folder here"):
+        call("--model", "nowhere/x", *arguments)

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from evaluation_samples import folders
 
-from sslsr_diffusion.evaluation.charts import distribution
 from sslsr_diffusion.evaluation.gallery import cards, pick
 from sslsr_diffusion.evaluation.pairing import pair_files
-from sslsr_diffusion.evaluation.report import render_report
+from sslsr_diffusion.evaluation.report import distribution, render_report
 from sslsr_diffusion.evaluation.results import ResultStore
 from sslsr_diffusion.evaluation.scoring import Scores, score
 from sslsr_diffusion.evaluation.statistics import Mean

@@ -12,8 +12,15 @@ from typer.testing import CliRunner
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.config import find_recipe, parse, read_raw
 from sslsr_diffusion.data.degradation import DegradationSettings
-from sslsr_diffusion.data.degradation_fit import degradation_section
-from sslsr_diffusion.data.estimate import Estimate, block_dct, blocking_quality, estimate, scaled_table, table_quality
+from sslsr_diffusion.data.estimate import (
+    Estimate,
+    block_dct,
+    blocking_quality,
+    degradation_section,
+    estimate,
+    scaled_table,
+    table_quality,
+)
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.runs.recipe import load_recipe
 

@@ -7,12 +7,11 @@ import json
 import os
 import resource
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
 from hostile import GOOD, hostile_folder
-from torch.nn.functional import interpolate
+from restorers import Nearest
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
@@ -52,10 +51,7 @@ def written(folder: Path) -> list[str]:
 
 
 def test_upscaling(source, tmp_path):
-    def pipe(*, image, scale, **_):
-        return SimpleNamespace(images=interpolate(image[None], scale_factor=scale, mode="nearest"))
-
-    report = upscale_files(pipe, source, tmp_path / "out", RunnerOptions(scale=2))
+    report = upscale_files(Nearest(), source, tmp_path / "out", RunnerOptions(scale=2))
     assert sorted(report.done) == sorted(GOOD)
     assert len(report.failed) > COUNT - 30  # links, pipes and the like are passed over when listing
     assert all(name.isprintable() and reason.isprintable() for name, reason in report.failed)

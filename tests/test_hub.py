@@ -17,9 +17,8 @@ import torch
 from hub_server import HubServer, quick_client
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
-from sslsr_diffusion.training.published import MANIFEST, resolve_checkpoint_from_hub
-from sslsr_diffusion.training.publisher import HubPublisher
+from sslsr_diffusion.training.checkpoints import read_checkpoint, resolve_checkpoint_from_hub, write_checkpoint
+from sslsr_diffusion.training.publisher import MANIFEST, HubPublisher
 
 TOKEN = "hf_writetoken"
 REPO = "someone/upscaler"

@@ -8,12 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import typer
-from torch.nn.functional import interpolate
+from restorers import Nearest
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli.infer import infer
@@ -24,27 +23,17 @@ from sslsr_diffusion.shipped_model import SMALL
 ROOT = Path(__file__).resolve().parent.parent
 
 
-DEFAULTS = {"default_num_inference_steps": 4, "default_detail": 1.0, "default_antiring": 0.5}
-
-
 @pytest.fixture
 def calls(monkeypatch):
-    """In the model's place a pipe that enlarges by nearest neighbour and notes what it was called with."""
-    seen = []
+    """In the model's place a restorer that enlarges by nearest neighbour; where it was opened, and what it was called with."""
+    restorer = Nearest(num_inference_steps=4, detail=1.0, antiring=0.5)
 
-    def pipe(*, image, scale, **options):
-        seen.append(options)
-        size = tuple(round(scale * side) for side in image.shape[1:])
-        return SimpleNamespace(images=interpolate(image[None], size=size, mode="nearest"))
+    def load(found, **where):
+        restorer.calls.append(where)
+        return restorer
 
-    pipe.config = DEFAULTS
-
-    def load(folder, **where):
-        seen.append(where)
-        return pipe
-
-    monkeypatch.setattr("sslsr_diffusion.inference.open.load_pipeline", load)
-    return seen
+    monkeypatch.setattr("sslsr_diffusion.inference.open.open_model", load)
+    return restorer.calls
 
 
 @pytest.fixture
@@ -54,9 +43,6 @@ def desk(tmp_path, monkeypatch, calls):
     model = tmp_path / "runs" / "mine" / "pipeline"
     model.mkdir(parents=True)
     (model / "model_index.json").write_text(json.dumps({"_class_name": "StableSRPipeline"}))
-    for part in ("unet", "vae"):  # three levels each: tiles are multiples of 4 * 4 pixels
-        (model / part).mkdir()
-        (model / part / "config.json").write_text(json.dumps({"block_out_channels": [8, 8, 8]}))
     for name in ("a.png", "sub/b.jpg"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         write_image(tmp_path / "in" / name, Image(np.random.default_rng(0).integers(0, 256, (20, 16, 3), dtype=np.uint8)))
@@ -131,9 +117,8 @@ def test_name_collisions_and_losses_are_listed(desk):
     [
         (["--input", "nowhere"], "found nothing"),
         (["--input", "in", "--model", "runs/other"], "is no folder here .*cannot be reached"),
-        (["--input", "in", "--model", "in"], "expected a folder with a model_index.json"),
+        (["--input", "in", "--model", "in"], r"^--model in: expected a model of .*such as a folder with a model_index\.json"),
         (["--input", "in", "--tile", "big"], "expected a side in output pixels"),
-        (["--input", "in", "--tile", "3"], "^--tile: expected a multiple of 16 pixels, 'auto' or none, got 3"),
         (["--input", "in", "--device", "foo"], "^--device foo: expected auto, cpu, cuda, cuda:1 or mps"),
         (["--input", "in", "--memory-budget", "much"], "^--memory-budget much: expected a size such as 8GB"),
         (["--input", "in", "--output", "in"], "folder of the input pictures"),
@@ -161,11 +146,11 @@ def test_wrong_values_are_refused_by_the_parser(desk):
 
 
 def test_interrupted_in_the_middle(desk, monkeypatch):
-    def interrupted(**_):
-        raise KeyboardInterrupt
+    class Interrupted(Nearest):
+        def enlarge(self, pictures, scale, generator):
+            raise KeyboardInterrupt
 
-    interrupted.config = DEFAULTS
-    monkeypatch.setattr("sslsr_diffusion.inference.open.load_pipeline", lambda folder, **_: interrupted)
+    monkeypatch.setattr("sslsr_diffusion.inference.open.open_model", lambda found, **_: Interrupted())
     result = run("--input", "in")
     assert result.exit_code == 130
     assert "goes on from here" in result.output

@@ -10,7 +10,7 @@ import torch
 from emulation.emulator import COMPILER, SHARED_LIMIT, EmulatedLauncher
 from ssg_cuda_cases import Case, assert_same_gradient, make_inputs, reference_graph, reference_loss
 
-from sslsr_diffusion.ops import SelfSimilarityLoss, cupy_loader, saved_gradient, ssg_cuda
+from sslsr_diffusion.ops import SelfSimilarityLoss, cupy_loader, differentiable_operators, ssg_cuda
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
 
@@ -22,7 +22,7 @@ def cpu_ops():
     """Gives the custom ops a CPU kernel that emulates: opcheck, autograd and torch.compile then run without a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssg_cuda, "_launcher", lambda device: (EmulatedLauncher(), SHARED_LIMIT))
-        for op in (ssg_cuda._loss_op, ssg_cuda._graph_op, ssg_cuda._graph_backward_op):
+        for op in (ssg_cuda._loss, ssg_cuda._graph, ssg_cuda._graph_backward):
             op.register_kernel("cpu")(op._init_fn)
         yield
 
@@ -90,14 +90,13 @@ def test_a_second_derivative_raises(cpu_ops):
 def test_opcheck(cpu_ops):
     inputs = make_inputs(SMALL)
     sr = inputs.sr.clone().requires_grad_()
-    pixels = inputs.mask.flatten().nonzero().squeeze(1)
-    rows = torch.rand(len(pixels), 49)
+    rows = torch.rand(int(inputs.mask.sum()), 49)
     for with_gradient in (True, False):
         image = sr if with_gradient else inputs.sr
-        torch.library.opcheck(ssg_cuda._loss_op, (image, inputs.gt, inputs.mask, 7, 3, 0.02, True, 1.0, 2.0, with_gradient))
-    torch.library.opcheck(ssg_cuda._graph_op, (sr, inputs.mask, pixels, 7, 3, 0.02, True))
-    torch.library.opcheck(ssg_cuda._graph_backward_op, (inputs.sr, inputs.mask, rows, rows.flip(1).contiguous(), 7, 3, 0.02, True))
-    torch.library.opcheck(saved_gradient.scale_gradient, (inputs.sr, torch.tensor(2.0, dtype=torch.float64), inputs.sr))
+        torch.library.opcheck(ssg_cuda._loss, (image, inputs.gt, inputs.mask, 7, 3, 0.02, True, 1.0, 2.0, with_gradient))
+    torch.library.opcheck(ssg_cuda._graph, (sr, inputs.mask, 7, 3, 0.02, True))
+    torch.library.opcheck(ssg_cuda._graph_backward, (rows.flip(1).contiguous(), rows, inputs.sr, inputs.mask, 7, 3, 0.02, True))
+    torch.library.opcheck(differentiable_operators.scale_gradient, (inputs.sr, torch.tensor(2.0, dtype=torch.float64), inputs.sr))
 
 
 def test_the_module_compiles_into_one_graph(cpu_ops, monkeypatch):

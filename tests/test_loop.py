@@ -19,7 +19,7 @@ from toys import toy_job, toy_losses, toy_validation
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training import outputs
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
-from sslsr_diffusion.training.events import CheckpointWritten, Event, Finished, StepDone, Validated
+from sslsr_diffusion.training.job import CheckpointWritten, Event, Finished, StepDone, Validated
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
@@ -331,3 +331,8 @@ def test_the_launchers_death_leaves_a_checkpoint(tmp_path, whom):
     assert wait_for(lambda: latest_checkpoint(tmp_path / "run") is not None, 30)
     reason = "the launcher is gone" if whom == "launcher" else "SIGTERM received"
     assert wait_for(lambda: reason in (tmp_path / "run/log.txt").read_text(), 30)
+
+
+def test_the_next_run_of_an_interpreter_has_its_own_precision(tmp_path):
+    for precision in ("no", "bf16", "no"):
+        assert train_job(toy_job(tmp_path / f"{precision}-{len(list(tmp_path.iterdir()))}", steps=1, mixed_precision=precision)).step == 1

@@ -15,8 +15,9 @@ from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.devices import parse_bytes
 from sslsr_diffusion.errors import NotEnoughMemory
 from sslsr_diffusion.inference import placement
-from sslsr_diffusion.inference.open import load_pipeline
-from sslsr_diffusion.inference.placement import place
+from sslsr_diffusion.inference.open import find_model, open_model
+from sslsr_diffusion.inference.placement import Placement, place
+from sslsr_diffusion.models import FAMILIES
 from sslsr_diffusion.models.stablesr.build import build_networks
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
@@ -30,16 +31,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def place_model(model: Path, device: torch.device, dtype: str, budget: int | None = None) -> Placement:
+    return place(FAMILIES["stablesr"], model, device, dtype, budget)
+
+
 def test_the_budget_chooses_precision_and_offload(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fastest first; only the sizes decide, so a GPU's choices can be asked for without one."""
-    monkeypatch.setattr(placement, "_memory_of", functools.cache(placement._memory_of))
+    networks = FAMILIES["stablesr"].read(model, meta=True)
+    monkeypatch.setattr(type(FAMILIES["stablesr"]), "read", lambda self, path, meta: networks)
+    monkeypatch.setattr(placement, "MemoryModel", functools.cache(placement.MemoryModel))
     gpu = torch.device("cuda")
-    assert str(place(model, CPU, "auto")) == "float32 on cpu"
-    assert str(place(model, CPU, "auto", 10**9)) == "float32 on cpu"
-    assert {str(place(model, CPU, "auto", mb * 10**6)) for mb in range(90, 110, 3)} == {"float32 on cpu", "bfloat16 on cpu"}
-    assert str(place(model, gpu, "auto", 10**9)) == "float16 on cuda"
-    assert str(place(model, gpu, "float32", 10**9)) == "float32 on cuda"
-    choices = {str(place(model, gpu, "auto", mb * 10**6)) for mb in range(75, 100)}
+    assert str(place_model(model, CPU, "auto")) == "float32 on cpu"
+    assert str(place_model(model, CPU, "auto", 10**9)) == "float32 on cpu"
+    assert {str(place_model(model, CPU, "auto", mb * 10**6)) for mb in range(90, 110, 3)} == {"float32 on cpu", "bfloat16 on cpu"}
+    assert str(place_model(model, gpu, "auto", 10**9)) == "float16 on cuda"
+    assert str(place_model(model, gpu, "float32", 10**9)) == "float32 on cuda"
+    choices = {str(place_model(model, gpu, "auto", mb * 10**6)) for mb in range(75, 100)}
     assert choices == {
         "float16 on cuda",
         "float16 on cuda, networks wait on the CPU",
@@ -49,26 +56,34 @@ def test_the_budget_chooses_precision_and_offload(model: Path, monkeypatch: pyte
 
 def test_a_budget_below_everything_says_the_least_that_would_do(model: Path) -> None:
     with pytest.raises(
-        NotEnoughMemory, match=r"^--memory-budget: 20\.0 MB is too little for this model; the least .* (\d+\.\d) MB\.$"
+        NotEnoughMemory, match=r"^memory_budget: 20\.0 MB is too little for this model; the least .* (\d+\.\d) MB\.$"
     ) as caught:
-        load_pipeline(model, device="cpu", memory_budget=20 * 10**6)
+        open_model(find_model(str(model)), device="cpu", memory_budget=20 * 10**6)
     least = int(float(str(caught.value).split()[-2]) * 1e6)
-    place(model, CPU, "auto", least)
+    place_model(model, CPU, "auto", least)
     with pytest.raises(NotEnoughMemory):
-        place(model, CPU, "auto", int(0.99 * least))
+        place_model(model, CPU, "auto", int(0.99 * least))
+
+
+def test_the_budget_of_opening_holds_for_every_call_that_names_none(model: Path) -> None:
+    restorer = open_model(find_model(str(model)), device="cpu", memory_budget=110 * 10**6)
+    arguments = {"num_inference_steps": 1, "output_type": "pt", "tile": 128}
+    plan = restorer(torch.rand(3, 64, 64), **arguments).plans[0]
+    assert plan == restorer(torch.rand(3, 64, 64), memory_budget=110 * 10**6, **arguments).plans[0]
+    assert plan.vae_tile is not None
+    assert restorer(torch.rand(3, 64, 64), memory_budget=10**10, **arguments).plans[0].vae_tile is None
 
 
 CALL = """
 import sys, gc, json, torch
-from pathlib import Path
-from sslsr_diffusion.inference.open import load_pipeline
+from sslsr_diffusion.inference.open import find_model, open_model
 from sslsr_diffusion.devices import parse_bytes
 
 def status(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) << 10
 
 for budget, side in json.loads(sys.argv[2]):
-    pipe = load_pipeline(Path(sys.argv[1]), device="cpu", memory_budget=parse_bytes(budget))
+    pipe = open_model(find_model(sys.argv[1]), device="cpu", memory_budget=parse_bytes(budget))
     picture = torch.rand(3, side // 4, side // 4)
     gc.collect()
     open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
@@ -103,7 +118,7 @@ def test_peak_memory_above_the_loaded_model_stays_below_the_budget(model: Path) 
 @pytest.mark.cuda
 def test_peak_memory_on_a_gpu_stays_below_the_budget(model: Path) -> None:
     for budget, side in (("150MB", 512), ("300MB", 1024), ("1GB", 1024)):
-        pipe = load_pipeline(model, device="cuda", memory_budget=parse_bytes(budget))
+        pipe = open_model(find_model(str(model)), device="cuda", memory_budget=parse_bytes(budget))
         torch.cuda.reset_peak_memory_stats()
         pipe(torch.rand(3, side // 4, side // 4), num_inference_steps=1, output_type="pt", memory_budget=parse_bytes(budget))
         assert torch.cuda.max_memory_allocated() <= parse_bytes(budget)

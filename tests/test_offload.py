@@ -15,7 +15,7 @@ import torch
 from test_pipeline import components, make_pipeline, photo, run, text_parts
 
 from sslsr_diffusion import StableSRPipeline
-from sslsr_diffusion.inference.codec_tiles import TiledCodec
+from sslsr_diffusion.inference.tiled import TiledCodec
 from sslsr_diffusion.models import AutoencoderKLCFW
 from sslsr_diffusion.models.codec import Codec
 

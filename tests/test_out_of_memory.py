@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from restorers import Nearest
 from test_pipeline import make_pipeline, photo, run
 from test_runner import picture
 
@@ -125,13 +126,13 @@ def test_a_picture_that_is_too_large_for_any_tile_loses_no_neighbour(tmp_path):
     for name, side in (("a.png", 40), ("b.png", 12)):
         picture(tmp_path / "in" / name, side, side)
 
-    class Pipe:
+    class Pipe(Nearest):
         """Fails as the host's allocator does, where nothing can be tiled: a whole picture's own copies."""
 
-        def __call__(self, *, image, scale, **_):
-            if image.shape[-1] > 20:
+        def enlarge(self, pictures, scale, generator):
+            if pictures.shape[-1] > 20:
                 raise HOST
-            return SimpleNamespace(images=torch.zeros(1, 3, *(round(scale * side) for side in image.shape[1:])))
+            return super().enlarge(pictures, scale, generator)
 
     report = upscale_files(Pipe(), tmp_path / "in", tmp_path / "out", RunnerOptions(scale=4))
     assert report.done == ["b.png"]
@@ -158,7 +159,7 @@ def test_validation_leaves_a_picture_out_and_goes_on(caplog):
 
 
 def test_the_autoencoder_of_a_run_is_validated_in_tiles_when_memory_is_short():
-    from sslsr_diffusion.inference.reconstruction import Reconstruct
+    from sslsr_diffusion.inference.tiled import Reconstruct
     from sslsr_diffusion.models.codec import Codec
 
     codec = Codec(make_pipeline().vae)

@@ -121,12 +121,12 @@ def test_a_run_that_stops_goes_on_bit_by_bit(tmp_path):
     first = toy_job(tmp_path / "parts", losses=losses(), accumulate=2, batch_size=1)
     train_job(replace(first, training=first.training.model_copy(update={"steps": 10})))
     half = read_checkpoint(tmp_path / "parts/checkpoint-10")
-    assert half.state["patch_gan"]["step"] == 11
+    assert half.state["learners"]["patch_gan"]["step"] == 11
     train_job(toy_job(tmp_path / "parts", losses=losses(), accumulate=2, batch_size=1), resume="latest")
     assert_same_checkpoint(tmp_path / "whole/checkpoint-20", tmp_path / "parts/checkpoint-20")
     end = read_checkpoint(tmp_path / "parts/checkpoint-20").tensors
-    assert not all(torch.equal(value, half.tensors["patch_gan"][name]) for name, value in end["patch_gan"].items())
-    assert any("exp_avg" in name for name in end["patch_gan_optimizer"])
+    assert not all(torch.equal(value, half.tensors["learner-patch_gan"][name]) for name, value in end["learner-patch_gan"].items())
+    assert any("exp_avg" in name for name in end["learner-patch_gan-optimizer"])
 
 
 @pytest.mark.slow

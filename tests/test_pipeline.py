@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 import json
 import subprocess
 import sys
@@ -11,12 +13,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.antiring import antiring
+from sslsr_diffusion.inference.options import LatentOptions
 from sslsr_diffusion.models import AutoencoderKLCFW
 from sslsr_diffusion.models.stablesr.build import build_networks
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
@@ -143,7 +146,7 @@ def test_auto_takes_smaller_tiles_when_memory_is_short():
     memory = plain().memory_model()
     beside = memory.weight_bytes()[0] + memory.picture_bytes(160, 160)
     assert chosen(beside + memory.codec_bytes(32, 32, steady=True)) == (128, 128)
-    with pytest.raises(NotEnoughMemory, match=r"memory budget: 1\.0 MB is too little .* the least is \d+\.\d MB\.") as caught:
+    with pytest.raises(NotEnoughMemory, match=r"memory_budget: 1\.0 MB is too little .* the least is \d+\.\d MB\.") as caught:
         chosen(10**6)
     assert chosen(caught.value.least)[1] == 128
     with pytest.raises(NotEnoughMemory, match=r"vae_tile 160 would take .*; 'auto' needs"):
@@ -196,6 +199,15 @@ def test_prediction_type_comes_from_the_scheduler(prediction_type):
 def test_the_pipelines_own_scheduler_is_the_default_sampler():
     scheduler = UniPCMultistepScheduler.from_config(components()["scheduler"].config, timestep_spacing="linspace")
     torch.testing.assert_close(run(make_pipeline(scheduler=scheduler), photo()), run(plain(), photo(), sampler="unipc"), atol=0, rtol=0)
+
+
+def test_a_scheduler_of_a_flow_is_refused_by_name():
+    with pytest.raises(UserError, match="expected one of the DDPM family, got FlowMatchEulerDiscreteScheduler"):
+        run(make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler()), photo())
+
+
+def test_no_colour_fix_is_none():
+    torch.testing.assert_close(run(plain(), photo(), color_fix=None), run(plain(), photo(), color_fix="none"), atol=0, rtol=0)
 
 
 def test_strength_runs_the_last_steps_and_stays_nearer_to_the_picture():
@@ -277,7 +289,24 @@ def test_fidelity_is_the_weight_of_the_fusion_layers():
     torch.testing.assert_close(whole, run(plain(), photo()), atol=1e-5, rtol=0)  # w = 0 is the plain decoder
     assert torch.equal(run(with_cfw(), photo()), run(with_cfw(), photo(), fidelity=0.5))
     assert not torch.allclose(run(with_cfw(), photo(), fidelity=1.0), whole, atol=1e-3)
-    assert torch.equal(run(plain(), photo(), fidelity=0.9), run(plain(), photo()))  # a plain autoencoder ignores it
+
+
+def test_a_plain_autoencoder_refuses_fidelity_and_says_that_none_is_none():
+    with pytest.raises(UserError, match=r"^fidelity: this model does not have it, got 0\.9 \(no CFW decoder\); leave it out"):
+        run(plain(), photo(), fidelity=0.9)
+    out = plain()(photo(), num_inference_steps=STEPS, generator=seeded(), output_type="pt", fidelity=0)
+    assert torch.equal(out.images, run(plain(), photo()))
+    assert out.notes == ["fidelity 0 has no effect: it is off, and this model has none"]
+
+
+def test_the_defaults_of_the_signature_are_those_of_the_options_and_say_nothing():
+    parameters = inspect.signature(StableSRPipeline.__call__).parameters
+    assert LatentOptions.names() < parameters.keys()
+    for field in dataclasses.fields(LatentOptions):
+        assert parameters[field.name].default in (field.default, None), field.name
+    every = {name: parameters[name].default for name in LatentOptions.names()}
+    assert plain()(photo(), **{**every, "num_inference_steps": 1}).notes == []
+    assert plain().check() == []
 
 
 def test_half_precision_runs_and_stays_near():

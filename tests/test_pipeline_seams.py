@@ -11,8 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor
 
 from sslsr_diffusion import StableSRPipeline
-from sslsr_diffusion.inference import codec_tiles
-from sslsr_diffusion.inference.codec_tiles import TiledCodec
+from sslsr_diffusion.inference.tiled import TiledCodec
 from sslsr_diffusion.inference.tiling import tile_offsets
 from sslsr_diffusion.models import SFTUNet2DConditionModel, StructuralEncoder
 from sslsr_diffusion.models.codec import Codec
@@ -127,7 +126,7 @@ def test_shared_statistics_bring_a_tiled_autoencoder_nearer_to_the_whole_one(mon
         return (z - tiled.encode(pixels, noise)).abs().mean().item(), (picture - tiled.decode(noise)).abs().mean().item()
 
     shared = errors()
-    monkeypatch.setattr(codec_tiles, "SharedGroupNorm", OwnStatistics)
+    monkeypatch.setattr("sslsr_diffusion.inference.tiled.SharedGroupNorm", OwnStatistics)
     own = errors()
     # what remains is the middle's attention, which sees its tile only, and that the pool is one pass old
     assert shared[0] < 0.8 * own[0]

@@ -75,6 +75,7 @@ def test_base_schedulers_become_the_samplers_one() -> None:
         ({"_class_name": "EDMEulerScheduler"}, "expected one of DDPMScheduler, .* got EDMEulerScheduler"),
         ({"beta_start": 0.1}, "got None"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "UniPCMultistepScheduler with use_flow_sigmas is a flow"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.02}, "expected a flow without shift_terminal, got 0.02"),
     ],
 )
 def test_a_scheduler_of_another_process_is_never_read_as_this_one(config: dict, message: str) -> None:

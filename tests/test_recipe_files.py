@@ -73,6 +73,16 @@ def test_a_twin_without_a_loss(tmp_path, twin, left):
     assert raw == {"seed": 1}
 
 
+def test_a_section_of_another_kind_replaces_the_parents_and_a_choice_inside_one_keeps_its_neighbours(tmp_path):
+    optimizer = "training: {optimizer: {kind: adamw, betas: [0.5, 0.9]}}"
+    write(tmp_path, {"a.yaml": f"task: {{kind: diffusion, train: [unet]}}\n{optimizer}\n"})
+    write(tmp_path, {"b.yaml": "extends: a.yaml\ntask: {kind: decoder}\ntraining: {optimizer: {kind: adamw8bit}}\n"})
+    assert read_raw(tmp_path / "b.yaml") == {
+        "task": {"kind": "decoder"},
+        "training": {"optimizer": {"kind": "adamw8bit", "betas": [0.5, 0.9]}},
+    }
+
+
 def test_what_a_parent_takes_out_stays_out(tmp_path):
     middle = f"without: [graph]\n{LOSSES}"
     write(tmp_path, {"a.yaml": middle, "b.yaml": "extends: a.yaml\nwithout: [far]\n", "c.yaml": "extends: b.yaml\nwithout: [graph]\n"})

@@ -13,7 +13,7 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training import outputs
 from sslsr_diffusion.training.checkpoints import read_checkpoint, write_checkpoint
 from sslsr_diffusion.training.loop import train_job
-from sslsr_diffusion.training.optimizers import OPTIMIZERS
+from sslsr_diffusion.training.optimizers import build_optimizer
 from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state, differences
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.session import Session
@@ -316,7 +316,7 @@ def test_an_optimizer_goes_on_where_it_stopped(tmp_path, kind, stopped):
     def make():
         torch.manual_seed(0)
         model = torch.nn.ModuleList([torch.nn.Linear(70, 70), torch.nn.Linear(70, 70)])  # 8 bits from 4096 numbers on
-        return model, OPTIMIZERS[kind](list(model.parameters()), OptimizerSettings(kind=kind, lr=0.1))
+        return model, build_optimizer(OptimizerSettings(kind=kind, lr=0.1), model.parameters())
 
     def train(model, optimizer, steps):
         for k in steps:

@@ -26,14 +26,14 @@ class Storage:
     """`read_image` whose storage fails on demand, and a clock that the test turns."""
 
     def __init__(self, monkeypatch) -> None:
-        from sslsr_diffusion.data import retries, samples
+        from sslsr_diffusion.data import samples
 
         self.failures: list[Exception] = []  # raised by the next reads of `name`
         self.name, self.reads, self.now, self.pauses = "", 0, 0.0, list[float]()
         self._read = samples.read_image
         monkeypatch.setattr(samples, "read_image", self.read)
-        monkeypatch.setattr(retries.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(retries.time, "sleep", self.pauses.append)
+        monkeypatch.setattr(samples.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(samples.time, "sleep", self.pauses.append)
 
     def read(self, source, *, name):
         if Path(name).name == self.name:

@@ -1,4 +1,4 @@
-"""The folder runner with a pipeline of the same call signature that enlarges by nearest neighbour."""
+"""The folder runner with a restorer that enlarges by nearest neighbour."""
 
 from __future__ import annotations
 
@@ -8,40 +8,45 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image as Pillow
 from PIL import ImageCms
-from torch.nn.functional import interpolate
+from restorers import Nearest
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import Image, read_image, write_image
 from sslsr_diffusion.inference.open import default_model, find_model
 from sslsr_diffusion.inference.record import RECORD_NAME, Record
-from sslsr_diffusion.inference.runner import RunnerOptions, plan_files, upscale_files
+from sslsr_diffusion.inference.runner import RunnerOptions, find_work, upscale_files
 from sslsr_diffusion.shipped_model import SMALL
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
-class FakePipe:
-    """As StableSRPipeline is called; refuses what is smaller than 2 pixels."""
+class FakePipe(Nearest):
+    """As every restorer is called; refuses what is smaller than 2 pixels."""
 
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, *, image, scale, generator, output_type, **options):
+    def __call__(self, image, *, scale=None, generator=None, output_type="pil", **call):
         assert output_type == "pt"
         assert image.dtype == torch.float32
         assert isinstance(generator, torch.Generator)
-        self.calls.append(options)
         if min(image.shape[1:]) < 2:
             raise ValueError("image: expected at least 2 x 2 pixels")
-        size = tuple(max(1, round(scale * side)) for side in image.shape[1:])
-        return SimpleNamespace(images=interpolate(image[None], size=size, mode="nearest"))
+        return super().__call__(image, scale=scale, generator=generator, output_type=output_type, **call)
+
+
+class Answers(Nearest):
+    """Gives the same whatever it is asked."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.images = images
+
+    def enlarge(self, pictures, scale, generator):
+        return self.images
 
 
 def picture(path: Path, height=17, width=21, seed=0, **extra):
@@ -303,9 +308,9 @@ def test_several_inputs_and_a_single_file(tmp_path):
 
 def test_a_wrong_size_from_the_pipeline_is_a_failure(tmp_path):
     picture(tmp_path / "in" / "a.png")
-    report = run(tmp_path / "in", tmp_path / "out", lambda **_: SimpleNamespace(images=torch.zeros(1, 3, 5, 5)))
+    report = run(tmp_path / "in", tmp_path / "out", Answers(torch.zeros(1, 3, 5, 5)))
     assert "expected 42 x 34" in report.failed[0][1]
-    nan = run(tmp_path / "in", tmp_path / "out", lambda **_: SimpleNamespace(images=torch.full((1, 3, 34, 42), torch.nan)))
+    nan = run(tmp_path / "in", tmp_path / "out", Answers(torch.full((1, 3, 34, 42), torch.nan)))
     assert "NaN" in nan.failed[0][1]
     assert tree(tmp_path / "out") == []
 
@@ -313,7 +318,7 @@ def test_a_wrong_size_from_the_pipeline_is_a_failure(tmp_path):
 def test_no_pixels_are_read_for_the_plan(tmp_path, monkeypatch):
     picture(tmp_path / "in" / "a.png")
     monkeypatch.setattr("sslsr_diffusion.inference.runner.read_image", None)
-    assert [item.name for item in plan_files(tmp_path / "in", tmp_path / "out", RunnerOptions()).todo] == ["a.png"]
+    assert [item.name for item in find_work(tmp_path / "in", tmp_path / "out", RunnerOptions()).todo] == ["a.png"]
 
 
 def hostile(folder: Path, good: dict[str, bytes], count: int) -> int:
@@ -382,20 +387,20 @@ def make_run(runs: Path, name: str, when: int, kind="StableSRPipeline") -> Path:
 
 def test_the_newest_finished_upscaler_is_the_model(tmp_path):
     assert default_model(tmp_path) == (SMALL, f"the small model that comes with sslsr-diffusion; there is no finished run in {tmp_path}/")
-    assert find_model(SMALL)[0].name == SMALL
+    assert find_model(SMALL).path.name == SMALL
     make_run(tmp_path, "b", 100)
     newest = make_run(tmp_path, "a", 200)
     make_run(tmp_path, "autoencoder", 300, kind="AutoencoderKL")
     (tmp_path / "unfinished").mkdir()
     (make_run(tmp_path, "damaged", 400) / "model_index.json").write_text("{")
     assert default_model(tmp_path) == (str(newest), "the newest finished run")
-    folder, fingerprint = find_model(str(newest.parent))
-    assert folder == newest
+    found = find_model(str(newest.parent))
+    assert found.path == newest
     (newest / "weights.safetensors").write_bytes(b"x")
-    assert find_model(str(newest))[1] != fingerprint
+    assert find_model(str(newest)).fingerprint != found.fingerprint
     with pytest.raises(UserError, match="nor a valid hub id"):
         find_model(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="expected a folder with"):
+    with pytest.raises(UserError, match=r"expected a model of .*such as a folder with a model_index\.json"):
         find_model(str(tmp_path / "unfinished"))
 
 
@@ -403,9 +408,9 @@ def test_an_input_that_is_replaced_while_it_is_upscaled_is_done_again(tmp_path):
     source = picture(tmp_path / "in" / "a.png")
 
     class Slow(FakePipe):
-        def __call__(self, **given):
+        def __call__(self, image, **given):
             picture(source, seed=7)  # by somebody else, meanwhile
-            return super().__call__(**given)
+            return super().__call__(image, **given)
 
     assert run(tmp_path / "in", tmp_path / "out", pipe=Slow()).done == ["a.png"]
     assert run(tmp_path / "in", tmp_path / "out").done == ["a.png"]

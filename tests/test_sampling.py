@@ -7,11 +7,11 @@ import functools
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from golden_models import golden_encoder, golden_unet
 from goldens import load_golden
 from torch import Tensor
 
 from sslsr_diffusion.errors import MissingDependency, UserError
-from sslsr_diffusion.inference.denoising import TiledDenoiser
 from sslsr_diffusion.inference.sampling import (
     SAMPLERS,
     OriginalDDIM,
@@ -22,11 +22,9 @@ from sslsr_diffusion.inference.sampling import (
     sample,
     spaced_timesteps,
 )
+from sslsr_diffusion.inference.tiled import TiledDenoiser
 from sslsr_diffusion.inference.tiling import tile_boxes
-from sslsr_diffusion.models import SFTUNet2DConditionModel, StructuralEncoder
 from sslsr_diffusion.models.process import DDPM, Process
-from sslsr_diffusion.models.stablesr.convert.shapes import encoder_config, unet_config
-from sslsr_diffusion.models.stablesr.convert.stablesr import convert_structural_encoder, convert_unet
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.settings import load_preset
 
@@ -49,16 +47,8 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 @functools.cache
-def golden_networks() -> tuple[SFTUNet2DConditionModel, StructuralEncoder]:
-    """The goldens' small networks, their weights carried over from the original names."""
-    state = {name: tensor.float() for name, tensor in load_golden("stablesr/model_weights").tensors.items()}
-    config = unet_config(state, head_channels=16)
-    unet = SFTUNet2DConditionModel.from_config(config).eval()
-    unet.load_state_dict(convert_unet(state, unet.state_dict(), config["layers_per_block"]).tensors)
-    config = encoder_config(state)
-    encoder = StructuralEncoder.from_config(config).eval()
-    encoder.load_state_dict(convert_structural_encoder(state, encoder.state_dict(), config["layers_per_block"]).tensors)
-    return unet, encoder
+def golden_networks() -> tuple[torch.nn.Module, torch.nn.Module]:
+    return golden_unet(), golden_encoder()
 
 
 def inputs_of(item: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:

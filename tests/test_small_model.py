@@ -112,6 +112,6 @@ def test_its_defaults_are_its_recipes() -> None:
     index = json.loads((FOLDER / SMALL / "model_index.json").read_text(encoding="utf-8"))
     scheduler = json.loads((FOLDER / SMALL / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     recipe = load_recipe("small_sharp")
-    assert index["default_num_inference_steps"] == recipe.training.sampler_steps
-    assert (index.get("default_detail", 1), index.get("default_antiring", 0)) == (1, recipe.validation.antiring)
-    assert scheduler["num_train_timesteps"] - 1 == recipe.training.start_timestep
+    assert index["default_num_inference_steps"] == recipe.task.sampler_steps
+    assert (index.get("default_detail", 1), index.get("default_antiring", 0)) == (1, recipe.task.inference.antiring)
+    assert scheduler["num_train_timesteps"] - 1 == recipe.task.start_timestep

@@ -16,10 +16,9 @@ import torch
 from data_samples import open_small, picture, same, settings, take
 from PIL import Image
 
-from sslsr_diffusion.data.rows import Columns, Item, row_item
+from sslsr_diffusion.data.sample_order import Stream
 from sslsr_diffusion.data.settings import ParquetSource
-from sslsr_diffusion.data.sources import open_source
-from sslsr_diffusion.data.streams import Stream
+from sslsr_diffusion.data.sources import Columns, Item, open_source, row_item
 from sslsr_diffusion.errors import UserError
 
 
@@ -145,6 +144,15 @@ def test_stream_through_the_loader(shards):
     assert same(take(resumed, 7), wanted[5:])
     assert any("r3.png" in text or "r11.png" in text for text in resumed.problems() + loader.problems())
     resumed.close()
+
+
+def test_a_damaged_row_is_replaced_by_a_picture_of_any_source(shards, tmp_path):
+    Image.fromarray(picture((70, 80), 1)).save(tmp_path / "p.png")
+    loader = open_small(settings(_stream(shards), {"kind": "folder", "path": str(tmp_path)}), batch_size=4)
+    batches = take(loader, 20)  # both damaged rows come twice
+    assert all(len(batch.names) == 4 for batch in batches)
+    assert any("r3.png" in text for text in loader.problems())
+    assert same(batches, take(open_small(settings(_stream(shards), {"kind": "folder", "path": str(tmp_path)}), batch_size=4), 20))
 
 
 def test_a_stream_of_nothing_but_damage_is_said(tmp_path):

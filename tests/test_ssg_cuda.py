@@ -218,9 +218,8 @@ def test_half_types_and_autocast_compute_in_float32(dtype):
 def test_opcheck_and_compile():
     inputs = on_gpu(make_inputs(CASES["one channel"]))
     sr = inputs.sr.clone().requires_grad_()
-    pixels = inputs.mask.flatten().nonzero().squeeze(1)
-    torch.library.opcheck(ssg_cuda._loss_op, (sr, inputs.gt, inputs.mask, 7, 3, 0.02, True, 1.0, 2.0, True))
-    torch.library.opcheck(ssg_cuda._graph_op, (sr, inputs.mask, pixels, 7, 3, 0.02, True))
+    torch.library.opcheck(ssg_cuda._loss, (sr, inputs.gt, inputs.mask, 7, 3, 0.02, True, 1.0, 2.0, True))
+    torch.library.opcheck(ssg_cuda._graph, (sr, inputs.mask, 7, 3, 0.02, True))
     ssl = module(CASES["one channel"])
 
     def step(image):

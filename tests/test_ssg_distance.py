@@ -5,7 +5,7 @@ import torch
 from evaluation_samples import as_tensor, noisy, picture
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.evaluation.ssg_distance import ssg_kl, ssg_l1, ssg_terms
+from sslsr_diffusion.evaluation.fidelity import ssg_kl, ssg_l1, ssg_terms
 from sslsr_diffusion.ops import laplacian_edge_mask, self_similarity_graph
 
 

@@ -11,9 +11,9 @@ import pytest
 from data_samples import open_small, settings, take
 from test_sources import _png, _tar
 
-from sslsr_diffusion.data import streams
+from sslsr_diffusion.data import sample_order
+from sslsr_diffusion.data.sample_order import Stream
 from sslsr_diffusion.data.settings import ParquetSource
-from sslsr_diffusion.data.streams import Stream
 from sslsr_diffusion.errors import UserError
 
 ROWS = 40
@@ -102,7 +102,7 @@ def test_a_stream_that_hiccups_loses_nothing_and_one_that_ends_says_where(tmp_pa
     source = ParquetSource(**_source(tmp_path, "parquet", 4))
     wanted = [item.name for item in itertools.islice(Stream(source, 0), 60)]
     pauses: list[float] = []
-    monkeypatch.setattr(streams.time, "sleep", pauses.append)
+    monkeypatch.setattr(sample_order.time, "sleep", pauses.append)
     stream, plain, calls = Stream(source, 0), Stream._rows_of_window, itertools.count()
 
     def failing(self):

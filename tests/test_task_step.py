@@ -9,9 +9,8 @@ import torch
 from torch.nn import functional as F
 from toys import SIZE, smooth, toy_batch, toy_losses, toy_networks
 
-from sslsr_diffusion.tasks.decode_window import MARGIN, draw_windows
 from sslsr_diffusion.tasks.diffusion import DiffusionTask
-from sslsr_diffusion.tasks.pixels import choose_pixels
+from sslsr_diffusion.tasks.pixels import MARGIN, choose_pixels, draw_windows
 from sslsr_diffusion.tasks.task import apply_losses
 from sslsr_diffusion.types import Given
 

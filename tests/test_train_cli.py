@@ -234,7 +234,7 @@ def test_fp16_without_a_gpu_is_refused_before_anything_is_written(tmp_path):
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     from accelerate import tracking
 
-    from sslsr_diffusion.training.preflight import check_trackers
+    from sslsr_diffusion.training.processes import check_trackers
 
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
     check_trackers(["tensorboard"])

@@ -13,7 +13,8 @@ from toys import toy_job, toy_task, toy_validation
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training import loop as loop_module
-from sslsr_diffusion.training.checkpoints import latest_checkpoint
+from sslsr_diffusion.training import outputs
+from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.validation import validate
 
@@ -84,3 +85,23 @@ def test_trouble_while_looking_costs_no_training_and_a_resume_looks_first(tmp_pa
     ]
     assert histories[0] == histories[1]
     assert [step for step, _ in histories[0]] == [10, 20]
+
+
+def test_best_weights_that_were_lost_with_the_process_are_found_again(tmp_path, monkeypatch):
+    """Killed while best/ is written: the pass is not in the history yet, so it is done again."""
+    job = replace(toy_job(tmp_path / "run"), validation=toy_validation(every=10))
+    real = outputs.write_checkpoint
+
+    def killed(folder, *rest):
+        if folder.name == "best":
+            raise RuntimeError("killed")
+        real(folder, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "write_checkpoint", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train_job(job)
+    train_job(job, resume="latest")
+    assert read_checkpoint(tmp_path / "run/best").state["progress"]["step"] == 10
+    rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").open()]
+    assert [row["step"] for row in rows if "validation/mse" in row] == [10, 20]

@@ -16,8 +16,8 @@ from toys import namespace
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.training.checkpoints import Checkpoint, read_checkpoint
+from sslsr_diffusion.training.engines import Zero2Engine, deepspeed_plugin
 from sslsr_diffusion.training.settings import TrainingSettings
-from sslsr_diffusion.training.zero2 import Zero2Engine, deepspeed_plugin
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs/accelerate/deepspeed_zero2.yaml"
@@ -99,7 +99,7 @@ def test_a_loss_that_is_no_number_spoils_its_gradient():
         optimizer=namespace(optimizer=None),
     )
     module = torch.nn.Linear(1, 1)
-    accelerator = namespace(prepare=lambda *_: (wrapped, None), unwrap_model=lambda _: module, device=torch.device("cpu"))
+    accelerator = namespace(prepare=lambda *_: (wrapped, wrapped), unwrap_model=lambda _: module, device=torch.device("cpu"))
     engine = Zero2Engine(accelerator, module, None, TrainingSettings())
     sound, unsound = (torch.full((), 0.3, requires_grad=True) for _ in range(2))
     engine.backward(sound.exp(), last=False)

@@ -1,7 +1,5 @@
 """The console command `sslsr`. One file per verb; heavy imports happen inside the commands, so `--help` answers at once."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import sys
@@ -21,12 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune and run diffusion upscalers with the self-similarity loss.",
 )
-app.command("train")(train.train)
-app.command("infer")(infer.infer)
-app.command("evaluate")(evaluate.evaluate)
-app.command("preview")(preview.preview)
-app.command("init")(init.init)
-app.command("export")(export.export)
+for verb in (train.train, infer.infer, evaluate.evaluate, preview.preview, init.init, export.export):
+    app.command()(verb)
 app.add_typer(prepare.app, name="prepare")
 app.add_typer(convert.app, name="convert")
 

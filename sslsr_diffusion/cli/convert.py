@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -56,9 +54,7 @@ def _to_pipeline(checkpoint: Path, output: Path, vqgan: Path | None, base: str |
     for note in result.notes:
         typer.echo(f"note: {note}")
     if result.unknown:
-        typer.echo(f"not used: {len(result.unknown)} tensors of the checkpoint")
-        for name in result.unknown:
-            typer.echo(f"  {name}")
+        typer.echo("\n  ".join([f"not used: {len(result.unknown)} tensors of the checkpoint", *result.unknown]))
 
 
 def _to_original(folder: Path, output: Path, vqgan: Path | None) -> None:
@@ -70,7 +66,7 @@ def _to_original(folder: Path, output: Path, vqgan: Path | None) -> None:
         _write(cfw, vqgan or output.with_name(f"{output.stem}_vqgan_cfw{output.suffix}"))
 
 
-def _write(state: dict[str, Tensor], path: Path) -> None:
+def _write(state: "dict[str, Tensor]", path: Path) -> None:
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file

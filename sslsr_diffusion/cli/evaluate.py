@@ -1,11 +1,11 @@
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sslsr_diffusion.cli.flags import as_flags, flagged, progress_bar
 from sslsr_diffusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,26 +13,33 @@ if TYPE_CHECKING:
     from sslsr_diffusion.evaluation.pairing import Pairing
     from sslsr_diffusion.evaluation.scoring import Scores
 
+FLAGS = ("model", "device", "steps")  # what a restorer's messages may be about
+
+Restored = Annotated[
+    list[str] | None,
+    typer.Option(help="[NAME=]DIR of a model's results; repeat for more columns. The same NAME again is another seed of that model."),
+]
+Model = Annotated[
+    list[str] | None, typer.Option(help="[NAME=]run folder, model folder or file, or hub id: upscales the dataset first; repeatable.")
+]
+DatasetName = Annotated[
+    str | None,
+    typer.Option(help="Folder with lr/ and hr/, or LR_DIR,HR_DIR, or a folder of photographs (shrunk by --scale). Replaces --reference."),
+]
+Metrics = Annotated[str, typer.Option(help="Names with commas between them, 'default' or 'all'; --list-metrics shows them.")]
+WeightsDir = Annotated[
+    Path | None, typer.Option(help="Where the weights lie: a folder with pyiqa/, checkpoints/, clip/. [default: ~/.cache/torch/hub]")
+]
+ListMetrics = Annotated[bool, typer.Option("--list-metrics", help="Show every metric, its convention and what it lacks; then exit.")]
+
 
 def evaluate(
-    restored: Annotated[
-        list[str] | None,
-        typer.Option(help="[NAME=]DIR of a model's results; repeat for more columns. The same NAME again is another seed of that model."),
-    ] = None,
+    restored: Restored = None,
     reference: Annotated[Path | None, typer.Option(help="Folder of the ground truths.")] = None,
     lr: Annotated[Path | None, typer.Option(help="Folder of the low-resolution inputs, shown in the report.")] = None,
-    model: Annotated[
-        list[str] | None, typer.Option(help="[NAME=]pipeline folder, run folder or hub id: upscales the dataset first; repeatable.")
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder with lr/ and hr/, or LR_DIR,HR_DIR, or a folder of photographs (shrunk by --scale). Replaces --reference."
-        ),
-    ] = None,
-    metrics: Annotated[
-        str, typer.Option(help="Names with commas between them, 'default' or 'all'; --list-metrics shows them.")
-    ] = "default",
+    model: Model = None,
+    dataset: DatasetName = None,
+    metrics: Metrics = "default",
     crop_border: Annotated[int, typer.Option(min=0, help="Pixels cut from each side before scoring (FID: none). The SSL paper: 4.")] = 0,
     y_channel: Annotated[bool, typer.Option("--y-channel", help="PSNR and SSIM on Y of YCbCr instead of RGB.")] = False,
     suffix: Annotated[str, typer.Option(help="What restored files have after the reference's stem, for example _x4.")] = "",
@@ -40,12 +47,8 @@ def evaluate(
     examples: Annotated[int, typer.Option(min=0, max=20, help="Worst and best images shown per metric.")] = 2,
     strict: Annotated[bool, typer.Option("--strict", help="A metric that cannot be computed, or an image left out, is an error.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Download no weights.")] = False,
-    weights_dir: Annotated[
-        Path | None, typer.Option(help="Where the weights lie: a folder with pyiqa/, checkpoints/, clip/. [default: ~/.cache/torch/hub]")
-    ] = None,
-    list_metrics: Annotated[
-        bool, typer.Option("--list-metrics", help="Show every metric, its convention and what it lacks; then exit.")
-    ] = False,
+    weights_dir: WeightsDir = None,
+    list_metrics: ListMetrics = False,
     scale: Annotated[int, typer.Option(min=1, max=16, help="Shrinking of a --dataset of photographs.")] = 4,
     seeds: Annotated[int, typer.Option(min=1, help="With --model: results per image, to measure their spread.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="With --model: the first seed.")] = 0,
@@ -83,10 +86,10 @@ def evaluate(
         for line in pairs.left_out:
             typer.echo(f"left out: {line}", err=True)
         reference, lr = pairs.hr, pairs.lr
-        for name, path in (_named(text) for text in model or []):
-            columns.setdefault(_free(name, columns), []).extend(
-                _upscale(path, pairs, output / "images" / name, range(seed, seed + seeds), steps, device)
-            )
+        for name, path in map(_named, model or []):
+            if name in columns:
+                raise UserError(f"--model {name}: a column of that name is there already; choose another with NAME=PATH.")
+            columns[name] = _upscale(path, pairs, output / "images" / name, range(seed, seed + seeds), steps, device)
     from sslsr_diffusion.evaluation.pairing import pair_files
 
     pairing = pair_files(columns, reference, lr, suffix=suffix)
@@ -153,73 +156,50 @@ def _named(text: str) -> tuple[str, str]:
     return (folder.parent.name if folder.name == "pipeline" else folder.name) or text, text
 
 
-def _free(name: str, columns: dict[str, list[Path]]) -> str:
-    if name in columns:
-        raise UserError(f"--model {name}: a column of that name is there already; choose another with NAME=PATH.")
-    return name
-
-
-def _upscale(path: str, pairs: Dataset, folder: Path, seeds: range, steps: int | None, device: str) -> list[Path]:
+def _upscale(path: str, pairs: "Dataset", folder: Path, seeds: range, steps: int | None, device: str) -> list[Path]:
     """One folder of results per seed, made by the same runner as `sslsr infer`; what is done is skipped."""
     from sslsr_diffusion.evaluation.dataset import scale_of
     from sslsr_diffusion.inference.open import find_model, open_model
     from sslsr_diffusion.inference.restorer import Restorer
     from sslsr_diffusion.inference.runner import RunnerOptions, find_work, run_work
 
-    found, call = find_model(path), {"num_inference_steps": steps, "tile": "auto"} if steps else {"tile": "auto"}
-    scale, folders = scale_of(pairs), []
     restorer: Restorer | None = None
-    for seed in seeds:
-        options = RunnerOptions(scale, seed, call, "PNG", replace_own=True, model=found.fingerprint)
-        work = find_work(pairs.lr, folder / f"seed{seed}", options)
-        for picture in work.todo:  # what cannot be made now must not be scored as it was made before
-            (work.output / picture.target).unlink(missing_ok=True)
-        if work.todo:
-            restorer = restorer or open_model(found, device=device)
-            label = f"upscaling with {folder.name}, seed {seed}"
-            work.report = _with_bar(label, len(work.todo), lambda at: run_work(restorer, work, progress=lambda done, *_: at(done)))  # noqa: B023
-        for name, reason in work.report.failed:
-            typer.echo(f"failed: {name}: {reason}", err=True)
-        folders.append(folder / f"seed{seed}")
+    folders = [folder / f"seed{seed}" for seed in seeds]
+    with as_flags(*FLAGS):
+        found = find_model(path)
+        for seed, output in zip(seeds, folders):
+            call = {} if steps is None else {"num_inference_steps": steps}
+            options = RunnerOptions(scale_of(pairs), seed, call, "PNG", replace_own=True, model=found.fingerprint)
+            work = find_work(pairs.lr, output, options)
+            for picture in work.todo:  # what cannot be made now must not be scored as it was made before
+                (work.output / picture.target).unlink(missing_ok=True)
+            if work.todo:
+                restorer = restorer or open_model(found, device=device)
+                with progress_bar(len(work.todo), desc=f"upscaling with {folder.name}, seed {seed}", unit="image") as bar:
+                    run_work(restorer, work, progress=lambda done, *_: bar.update(done - bar.n))
+            for name, note in work.report.notes:
+                if not name and seed == seeds[0]:
+                    typer.echo(f"note: {flagged(note, *FLAGS)}", err=True)
+            for name, reason in work.report.failed:
+                typer.echo(f"failed: {name}: {reason}", err=True)
     return folders
 
 
-def _score(pairing: Pairing, chosen: list[str], output: Path, crop_border: int, y_channel: bool, device: str) -> Scores:
-    from itertools import count
-
+def _score(pairing: "Pairing", chosen: list[str], output: Path, crop_border: int, y_channel: bool, device: str) -> "Scores":
     from sslsr_diffusion.evaluation.results import ResultStore
     from sslsr_diffusion.evaluation.scoring import score
 
-    store, scored = ResultStore(output / "results.jsonl"), count(1)
-
-    def work(at: Callable[[int], None]) -> Scores:
-        options: dict[str, Any] = {"crop_border": crop_border, "y_channel": y_channel, "device": device}
-        return score(pairing.scenes, chosen, store, progress=lambda _: at(next(scored)), **options)
-
-    try:
-        return _with_bar("scoring", len(pairing.scenes), work)
-    finally:
-        store.close()
+    options: dict[str, Any] = {"crop_border": crop_border, "y_channel": y_channel, "device": device}
+    with (
+        contextlib.closing(ResultStore(output / "results.jsonl")) as store,
+        progress_bar(len(pairing.scenes), desc="scoring", unit="image") as bar,
+    ):
+        return score(pairing.scenes, chosen, store, progress=lambda _: bar.update(), **options)
 
 
-def _with_bar(label: str, total: int, work: Callable[[Callable[[int], None]], Any]) -> Any:
-    """Run `work(at)`; at(n) says that n images are done."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=label, unit="image", dynamic_ncols=True) as bar:
-
-        def at(done: int) -> None:
-            bar.update(done - bar.n)
-
-        try:
-            return work(at)
-        except KeyboardInterrupt:
-            bar.close()
-            typer.echo("interrupted; the same command goes on from here", err=True)
-            raise typer.Exit(130) from None
-
-
-def _write(scores: Scores, pairing: Pairing, lacking: dict[str, str], output: Path, options: dict[str, Any], examples: int) -> list[str]:
+def _write(
+    scores: "Scores", pairing: "Pairing", lacking: dict[str, str], output: Path, options: dict[str, Any], examples: int
+) -> list[str]:
     from sslsr_diffusion.evaluation.metrics import METRICS
     from sslsr_diffusion.evaluation.report import render_report
     from sslsr_diffusion.evaluation.statistics import LEAST
@@ -235,11 +215,10 @@ def _write(scores: Scores, pairing: Pairing, lacking: dict[str, str], output: Pa
     typer.echo(text_table(summary))
     for name, reason in lacking.items():
         typer.echo(f"not computed: {METRICS[name].label} {reason}", err=True)
-    problems = summary.problems
-    for problem in problems:
+    for problem in summary.problems:
         typer.echo(f"remark: {problem}", err=True)
     typer.echo(f"\n{output / 'report.html'}, summary.json, metrics.csv")
-    return problems
+    return summary.problems
 
 
 def _list_metrics() -> None:

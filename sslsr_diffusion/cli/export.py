@@ -1,11 +1,11 @@
 """`sslsr export`: a complete pipeline folder from a checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from sslsr_diffusion.errors import UserError
 
 
 def export(
@@ -15,7 +15,6 @@ def export(
     half: Annotated[bool, typer.Option("--half", help="Weights in float16: half the size on disk.")] = False,
 ) -> None:
     """Make a diffusers pipeline folder from a checkpoint: frozen weights come from its base, trained ones from the checkpoint."""
-    from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.runs.export import export_checkpoint
     from sslsr_diffusion.training.checkpoints import find_checkpoint
 

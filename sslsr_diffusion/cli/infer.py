@@ -1,45 +1,44 @@
-from __future__ import annotations
-
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sslsr_diffusion.cli.flags import RENAMED, as_flags, flagged, progress_bar
 from sslsr_diffusion.errors import UserError
 
 if TYPE_CHECKING:
     from sslsr_diffusion.inference.restorer import Restorer
-    from sslsr_diffusion.inference.runner import Progress, RunnerReport, Work
+    from sslsr_diffusion.inference.runner import RunnerReport
 
+ColorFix = StrEnum("ColorFix", "wavelet adain none")
+Format = StrEnum("Format", "png jpg webp tif")
+Dtype = StrEnum("Dtype", "auto float32 float16 bfloat16")
 
-class ColorFix(StrEnum):
-    wavelet = "wavelet"
-    adain = "adain"
-    none = "none"
-
-
-class Format(StrEnum):
-    png = "png"
-    jpg = "jpg"
-    webp = "webp"
-    tif = "tif"
-
-
-class Dtype(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
+FLAGS = (
+    *("model", "revision", "device", "dtype", "memory_budget", "scale", "seed", "steps", "tile", "detail", "antiring", "color_fix"),
+    *("fidelity", "sampler", "strength", "prompt", "negative_prompt", "guidance_scale"),
+)
+CALL = (  # what goes to the restorer where it was given
+    *("num_inference_steps", "detail", "antiring", "fidelity", "sampler", "strength"),
+    *("prompt", "negative_prompt", "guidance_scale", "color_fix"),
+)
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Run folder, its result, a model's folder or file, or hub id; without it the newest finished run in runs/, else the shipped "
+        "small model."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is done with the same settings, replace files of others.")]
+MemoryBudget = Annotated[
+    str | None, typer.Option(help="For model and work together, such as 8GB: chooses dtype, tile and CPU offload that stay below it.")
+]
 
 
 def infer(
     input: Annotated[str, typer.Option("--input", "-i", help="Picture, folder or glob pattern (quote it).")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Pipeline or run folder, or hub id; without it the newest finished run in runs/, else the shipped small model."),
-    ] = None,
+    model: Model = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("results"),
     scale: Annotated[
@@ -74,36 +73,19 @@ def infer(
         ColorFix | None, typer.Option(help="Takes the colours from the input. [default: wavelet; none for plain networks]")
     ] = None,
     format: Annotated[Format | None, typer.Option(help="Format of the results; without it the input's, and png for gif, bmp, ...")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Redo what is done with the same settings, replace files of others.")
-    ] = False,
+    overwrite: Overwrite = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, float32 on the CPU.")] = Dtype.auto,
-    memory_budget: Annotated[
-        str | None, typer.Option(help="For model and work together, such as 8GB: chooses dtype, tile and CPU offload that stay below it.")
-    ] = None,
+    memory_budget: MemoryBudget = None,
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done with these settings is skipped."""
-    given = {
-        "num_inference_steps": steps,
-        "detail": detail,
-        "antiring": antiring,
-        "fidelity": fidelity,
-        "sampler": sampler,
-        "strength": strength,
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "guidance_scale": guidance_scale,
-        "color_fix": color_fix.value if color_fix else None,
-    }
-    call: dict[str, Any] = {"tile": _tile(tile), **{name: value for name, value in given.items() if value is not None}}
-    from sslsr_diffusion.cli.flags import as_flags
+    given = {**locals(), "num_inference_steps": steps, "color_fix": color_fix and color_fix.value}
+    call: dict[str, Any] = {"tile": _tile(tile), **{name: given[name] for name in CALL if given[name] is not None}}
     from sslsr_diffusion.devices import find_device, parse_bytes
     from sslsr_diffusion.inference.open import default_model, find_model, open_model
-    from sslsr_diffusion.inference.placement import check_tile_of
     from sslsr_diffusion.inference.runner import FORMATS, RunnerOptions, find_work, run_work
 
-    with as_flags("model", "revision", "device", "dtype", "memory_budget", "scale", "steps", "seed", "tile", *given):
+    with as_flags(*FLAGS):
         where: dict[str, Any] = {"device": device, "dtype": dtype.value}
         if memory_budget is not None:
             call["memory_budget"] = parse_bytes(memory_budget)
@@ -113,11 +95,16 @@ def infer(
             model, why = default_model(Path("runs"))
             typer.echo(f"model: {model} ({why}; --model chooses another)")
         found = find_model(model, revision)
-        check_tile_of(found.family, found.path, call["tile"])
         options = RunnerOptions(scale, seed, call, FORMATS[format.value] if format else None, overwrite=overwrite, model=found.fingerprint)
         work = find_work(input, output, options)
         if work.todo:
-            work.report = _run(lambda progress: run_work(_saying_how(open_model(found, **where), call), work, progress=progress), work)
+            with progress_bar(len(work.todo), lambda: _show(work.report, output), unit="picture") as bar:
+
+                def progress(done: int, total: int, name: str) -> None:
+                    bar.update(done - bar.n)
+                    bar.set_postfix_str(name[-40:])
+
+                run_work(_saying_how(open_model(found, **where), call), work, progress=progress)
     _show(work.report, output)
 
 
@@ -129,54 +116,30 @@ def _tile(text: str) -> int | str | None:
     return int(text)
 
 
-def _saying_how(restorer: Restorer, call: dict[str, Any]) -> Restorer:
-    """The restorer, after a line on what it will be called with (what was given, else its own defaults) and notes on what it lacks.
+def _saying_how(restorer: "Restorer", call: dict[str, Any]) -> "Restorer":
+    """The restorer, after a line on what it will be called with (what was given, else its own defaults) and notes on what has no effect.
 
-    Raises:
-        UserError: the model does not have what was asked for.
+    Raises UserError where it does not have what was asked for.
     """
     from tqdm import tqdm
 
-    from sslsr_diffusion.inference.restorer import accepted
-
-    notes: list[str] = []
-    kept = accepted(call, restorer.options, notes)
-    names = {"num_inference_steps": "steps", "detail": "detail", "antiring": "antiring"}
-    shown = {names[name]: {**restorer.defaults, **kept}[name] for name in names if name in restorer.defaults and name in restorer.options}
-    if shown:
-        tqdm.write(", ".join(f"{name} {value}" for name, value in shown.items()))
-    for note in notes:
-        tqdm.write(f"note: {note}")
-    for name in call.keys() - kept.keys():
-        del call[name]
+    notes = restorer.check(**call)
+    values = {**restorer.defaults, **call}
+    names = [name for name in ("num_inference_steps", "detail", "antiring") if name in values and name in restorer.options]
+    shown = [", ".join(f"{RENAMED.get(name, name)} {values[name]}" for name in names)] if names else []
+    for line in [*shown, *(f"note: {flagged(note, *FLAGS)}" for note in notes)]:
+        tqdm.write(line)
     return restorer
 
 
-def _run(make: Callable[[Progress], RunnerReport], work: Work) -> RunnerReport:
-    from tqdm import tqdm
-
-    with tqdm(total=len(work.todo), unit="picture", dynamic_ncols=True) as bar:
-
-        def progress(done: int, total: int, name: str) -> None:
-            bar.update(done - bar.n)
-            bar.set_postfix_str(name[-40:])
-
-        try:
-            return make(progress)
-        except KeyboardInterrupt:
-            bar.close()
-            _show(work.report, work.output)
-            typer.echo("interrupted; the same command goes on from here", err=True)
-            raise typer.Exit(130) from None
-
-
-def _show(report: RunnerReport, output: Path) -> None:
+def _show(report: "RunnerReport", output: Path) -> None:
     from sslsr_diffusion.images import printable
 
     for name, target in report.renamed:
         typer.echo(f"renamed: {name} -> {target} (another picture has its name)")
     for name, note in report.notes:
-        typer.echo(f"note: {name}: {note}")
+        if name:  # those of every picture were shown before the first
+            typer.echo(f"note: {name}: {note}")
     replaced = len(set(report.done) & set(report.replaced))
     parts = [f"{len(report.done)} done" + (f" ({replaced} in place of results of other settings or inputs)" if replaced else "")]
     if report.skipped:
@@ -185,6 +148,6 @@ def _show(report: RunnerReport, output: Path) -> None:
         parts.append(f"{len(report.failed)} failed")
     typer.echo(f"{', '.join(parts)}; results in {printable(output)}")
     for name, reason in report.failed:
-        typer.echo(f"failed: {name}: {reason}", err=True)
+        typer.echo(f"failed: {name}: {flagged(reason, *FLAGS)}", err=True)
     if report.failed:
         raise typer.Exit(1)

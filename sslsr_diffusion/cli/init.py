@@ -1,7 +1,5 @@
 """`sslsr init`: copy a shipped recipe to edit it."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re
@@ -11,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from sslsr_diffusion.errors import UserError
+
 
 def init(
     name: Annotated[str | None, typer.Argument(help="A shipped recipe; without it they are listed.")] = None,
@@ -18,7 +18,6 @@ def init(
 ) -> None:
     """Copy a shipped recipe (and what it extends) into the current folder."""
     from sslsr_diffusion.config import find_recipe, read_family, shipped_recipes
-    from sslsr_diffusion.errors import UserError
 
     shipped = shipped_recipes()
     if name is None:

@@ -1,67 +1,50 @@
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from functools import partial
+from sslsr_diffusion.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.")
 
-Place = Annotated[str | None, typer.Argument(metavar="INPUT", help="A folder, a picture or a pattern.", show_default=False)]
-Input = Annotated[str | None, typer.Option("--input", help="The same by name.", show_default=False)]
+Text = str | None
+Place = Annotated[Text, typer.Argument(metavar="INPUT", help="A folder, a picture or a pattern.", show_default=False)]
+Input = Annotated[Text, typer.Option("--input", help="The same by name.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", help="Folder for the results; what is there already is kept.")]
 Processes = Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe (repeatable).")]
+Edge = Annotated[int, typer.Option(min=1, help="Pixels.")]
+Size = Annotated[int, typer.Option(min=1, help="Side of a sub-image in pixels.")]
+Step = Annotated[int, typer.Option(min=1, help="Distance of sub-images in pixels.")]
+Kind = Annotated[str, typer.Option(help="laplacian, laplacian_abs, sobel, canny, all or random.")]
+Level = Annotated[float, typer.Option(help="Grey levels.")]
+Preset = Annotated[str, typer.Option(help="A preset of data.degradation; an unknown name lists them all.")]
+Scale = Annotated[int, typer.Option(min=1, max=8, help="How many times smaller.")]
+Seed = Annotated[int, typer.Option(help="The same seed and names give the same pictures.")]
 
 
 @app.command()
-def multiscale(
-    output: Output,
-    place: Place = None,
-    source: Input = None,
-    shortest_edge: Annotated[int, typer.Option(min=1, help="Pixels.")] = 512,
-    processes: Processes = 0,
-) -> None:
+def multiscale(output: Output, place: Place = None, source: Input = None, shortest_edge: Edge = 512, processes: Processes = 0) -> None:
     """Copies at 0.75, 0.6, 1/3 and with the shorter side exactly --shortest-edge, as in the published preparation."""
-    from sslsr_diffusion.data import preparation
-
-    _run(preparation.job(preparation.multiscale, output=output, shortest_edge=shortest_edge), _input(place, source), output, processes)
+    _run("multiscale", _input(place, source), output, processes, shortest_edge=shortest_edge)
 
 
 @app.command()
-def crops(
-    output: Output,
-    place: Place = None,
-    source: Input = None,
-    size: Annotated[int, typer.Option(min=1, help="Side of a sub-image in pixels.")] = 512,
-    step: Annotated[int, typer.Option(min=1, help="Distance of sub-images in pixels.")] = 256,
-    processes: Processes = 0,
-) -> None:
+def crops(output: Output, place: Place = None, source: Input = None, size: Size = 512, step: Step = 256, processes: Processes = 0) -> None:
     """Cut pictures into overlapping sub-images; pictures that are too small are named, never lost."""
-    from sslsr_diffusion.data import preparation
-
-    _run(preparation.job(preparation.crops, output=output, size=size, step=step), _input(place, source), output, processes)
+    _run("crops", _input(place, source), output, processes, size=size, step=step)
 
 
 @app.command()
 def masks(
-    output: Output,
-    place: Place = None,
-    source: Input = None,
-    kind: Annotated[str, typer.Option(help="laplacian, laplacian_abs, sobel, canny, all or random.")] = "laplacian",
-    threshold: Annotated[float, typer.Option(help="Grey levels.")] = 20.0,
-    processes: Processes = 0,
+    output: Output, place: Place = None, source: Input = None, kind: Kind = "laplacian", threshold: Level = 20.0, processes: Processes = 0
 ) -> None:
     """Write edge masks as mat/NAME.mat and png/NAME.png, in the layout of the published script."""
     from sslsr_diffusion.config import parse
-    from sslsr_diffusion.data import preparation
     from sslsr_diffusion.data.settings import MaskSettings
 
     settings = parse(MaskSettings, {"kind": kind, "threshold": threshold})
-    _run(preparation.job(preparation.masks, output=output, settings=settings), _input(place, source), output, processes)
+    _run("masks", _input(place, source), output, processes, settings=settings)
 
 
 @app.command()
@@ -69,39 +52,34 @@ def lr(
     output: Output,
     place: Place = None,
     source: Input = None,
-    preset: Annotated[str, typer.Option(help="A preset of data.degradation; an unknown name lists them all.")] = "stablesr_ssl",
-    scale: Annotated[int, typer.Option(min=1, max=8, help="How many times smaller.")] = 4,
-    seed: Annotated[int, typer.Option(help="The same seed and names give the same pictures.")] = 0,
+    preset: Preset = "stablesr_ssl",
+    scale: Scale = 4,
+    seed: Seed = 0,
     processes: Processes = 0,
 ) -> None:
     """Make a test set: hr/ cut to a multiple of the scale and lr/ degraded by preset and seed."""
     from sslsr_diffusion.config import parse
-    from sslsr_diffusion.data import preparation
     from sslsr_diffusion.data.degradation import DegradationSettings
 
     settings = parse(DegradationSettings, {"preset": preset})
-    job = preparation.job(preparation.low_resolution, output=output, degradation=settings, scale=scale, seed=seed)
-    _run(job, _input(place, source), output, processes)
+    _run("low_resolution", _input(place, source), output, processes, degradation=settings, scale=scale, seed=seed)
 
 
 @app.command()
 def cfw(
-    config: Annotated[
-        str, typer.Option("--config", "-c", help="The recipe of the training (task decoder): pictures, degradation, crop size, seed.")
-    ],
+    config: Annotated[str, typer.Option("--config", "-c", help="The training's recipe (task decoder): pictures, degradation, crop, seed.")],
     model: Annotated[str, typer.Option(help="The upscaler of stage 1: pipeline folder, run folder or hub id.")],
     output: Output,
     count: Annotated[int, typer.Option(min=1, help="Samples in all (StableSR: about 5000).")] = 5000,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps (StableSR: 200).")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 1,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe (repeatable).")] = None,
+    set_: Set = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
     """Make the samples of task decoder: hr/, lr/ and the upscaler's latents/. The same command goes on where it was stopped."""
     from tqdm import tqdm
 
     from sslsr_diffusion.devices import find_device
-    from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.inference.open import find_model
     from sslsr_diffusion.runs.decoder_samples import make_cfw_data
     from sslsr_diffusion.runs.recipe import load_recipe
@@ -122,22 +100,16 @@ def cfw(
 @app.command()
 def check(
     place: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="INPUT", show_default=False, help="Folder, picture, pattern, .txt list, .parquet, .tar, or a folder of hr/ and lr/."
-        ),
+        Text, typer.Argument(metavar="INPUT", show_default=False, help="Folder, hr/ and lr/, picture, pattern, .txt list, .parquet, .tar.")
     ] = None,
     source: Input = None,
-    config: Annotated[
-        str | None, typer.Option("--config", "-c", help="Instead: everything that this recipe reads, as it reads it.")
-    ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe (repeatable).")] = None,
+    config: Annotated[Text, typer.Option("--config", "-c", help="Instead: everything that this recipe reads, as it reads it.")] = None,
+    set_: Set = None,
     kind: Annotated[
-        str | None,
-        typer.Option(help="folder, files, pairs, cfw, hub, parquet or webdataset; default: by what is there.", show_default=False),
+        Text, typer.Option(help="folder, files, pairs, cfw, hub, parquet or webdataset; default: by what is there.", show_default=False)
     ] = None,
-    column: Annotated[str | None, typer.Option(help="hub, parquet: the column of the pictures.", show_default="image")] = None,
-    lr_column: Annotated[str | None, typer.Option(help="hub, parquet: the column of the partners.", show_default=False)] = None,
+    column: Annotated[Text, typer.Option(help="hub, parquet: the column of the pictures.", show_default="image")] = None,
+    lr_column: Annotated[Text, typer.Option(help="hub, parquet: the column of the partners.", show_default=False)] = None,
     crop_size: Annotated[int | None, typer.Option(min=1, help="Side of a crop in pixels.", show_default="the recipe's, or 512")] = None,
     scale: Annotated[int, typer.Option(min=1, max=8, help="Without a recipe: how many times larger the hr of a pair is.")] = 4,
     processes: Processes = 0,
@@ -147,9 +119,8 @@ def check(
     The exit code is 1 if something cannot be used, 0 if not; small pictures and duplicates are mentioned only.
     """
     from sslsr_diffusion.data import check as checking
-    from sslsr_diffusion.data.preparation import default_processes
+    from sslsr_diffusion.data.preparation import default_processes, spread
     from sslsr_diffusion.data.settings import MaskSettings
-    from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.runs.recipe import load_recipe
 
     mask, size = MaskSettings(), crop_size or 512
@@ -167,7 +138,7 @@ def check(
     looker = checking.Looker(size, scale, mask, settled=config is not None)
     for settings in sources:
         total, items = checking.contents(settings)
-        found += _progress(checking.look_all(items, looker, processes=processes or default_processes()), total)
+        found += _progress(spread(looker, items, processes or default_processes()), total)
         typer.echo(f"{settings.kind} {settings.path}{'' if total is None else f': {total}'}")
     for line in checking.report(found, size):
         typer.echo(line)
@@ -177,19 +148,15 @@ def check(
 
 @app.command()
 def fit(
-    place: Annotated[
-        str | None, typer.Argument(metavar="LR_FOLDER", show_default=False, help="A folder of your real low-resolution pictures.")
-    ] = None,
-    lr_folder: Annotated[str | None, typer.Option("--lr-folder", help="The same by name.", show_default=False)] = None,
+    place: Annotated[Text, typer.Argument(metavar="LR_FOLDER", show_default=False, help="Folder of real low-resolution pictures.")] = None,
+    lr_folder: Annotated[Text, typer.Option("--lr-folder", help="The same by name.", show_default=False)] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write the degradation section; default: print it.")] = None,
     scale: Annotated[int, typer.Option(min=1, max=8, help="The scale of the training.")] = 4,
 ) -> None:
     """Estimate noise, JPEG quality and blur of your pictures, and write a degradation section for a recipe."""
     import yaml
 
-    from sslsr_diffusion.data.degradation_fit import degradation_section
-    from sslsr_diffusion.data.estimate import estimate
-    from sslsr_diffusion.errors import UserError
+    from sslsr_diffusion.data.estimate import degradation_section, estimate
 
     paths = _listed(_input(place, lr_folder, "--lr-folder"))
     estimates = []
@@ -205,10 +172,8 @@ def fit(
         typer.echo(f"{one.name[-39:]:40}{noise:>8}{quality:>7}{one.blur:7.2f}", err=True)
     hidden = sum(not one.noise_measured for one in estimates)
     if hidden:
-        typer.echo(
-            f"noise of {hidden} of {len(estimates)} pictures is not measurable under compression or texture: at most the number after <=",
-            err=True,
-        )
+        what = f"noise of {hidden} of {len(estimates)} pictures is not measurable under compression or texture"
+        typer.echo(f"{what}: at most the number after <=", err=True)
     text = yaml.safe_dump({"degradation": degradation_section(estimates, scale)}, sort_keys=False, default_flow_style=None)
     if output is None:
         typer.echo(text)
@@ -222,17 +187,13 @@ def fit(
 
 
 def _input(place: str | None, source: str | None, option: str = "--input") -> str:
-    from sslsr_diffusion.errors import UserError
-
     if (place is None) == (source is None):
-        raise UserError(
-            f"expected one folder, picture or pattern, as the argument or as {option}, got {'none' if place is None else 'both'}."
-        )
+        got = "none" if place is None else "both"
+        raise UserError(f"expected one folder, picture or pattern, as the argument or as {option}, got {got}.")
     return place or source or ""
 
 
 def _listed(source: str) -> list[Path]:
-    from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.images import list_images
 
     paths = list_images(source)
@@ -241,16 +202,19 @@ def _listed(source: str) -> list[Path]:
     return paths
 
 
-def _run(job: partial[int], source: str, output: Path, processes: int) -> None:
+def _run(name: str, source: str, output: Path, processes: int, **options: object) -> None:
+    """A job of data/preparation.py for every picture of the input."""
     import os
+    from functools import partial
 
-    from sslsr_diffusion.data.preparation import check_settings, default_processes, run_jobs
+    from sslsr_diffusion.data import preparation
 
-    paths = _listed(source)
-    check_settings(job)
+    job, paths = partial(getattr(preparation, name), output=output, **options), _listed(source)
+    preparation.check_settings(job)
     base = Path(source).expanduser()
     base = base if base.is_dir() else Path(os.path.commonpath([path.parent for path in paths]))
-    outcomes = list(_progress(run_jobs(job, paths, base, processes or default_processes()), len(paths)))
+    found = preparation.run_jobs(job, paths, base, processes or preparation.default_processes())
+    outcomes = list(_progress(found, len(paths)))
     bad = sorted((o for o in outcomes if o.problem), key=lambda o: o.name)
     for outcome in bad:
         typer.echo(f"not done: {outcome.problem}", err=True)
@@ -263,5 +227,4 @@ def _run(job: partial[int], source: str, output: Path, processes: int) -> None:
 def _progress(items: Any, total: int | None) -> Any:
     from tqdm import tqdm
 
-    progress: Callable[..., Any] = tqdm
-    return progress(items, total=total, unit="picture", disable=None)
+    return tqdm(items, total=total, unit="picture", disable=None)

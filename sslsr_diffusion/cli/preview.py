@@ -1,9 +1,9 @@
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from sslsr_diffusion.errors import UserError
 
 
 def preview(
@@ -17,7 +17,6 @@ def preview(
 
     from sslsr_diffusion.data.loader import open_samples
     from sslsr_diffusion.data.sheet import contact_sheet
-    from sslsr_diffusion.errors import UserError
     from sslsr_diffusion.runs.recipe import load_recipe
 
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:

@@ -1,7 +1,5 @@
 """`train.py` and `sslsr train`: one run from one recipe."""
 
-from __future__ import annotations
-
 import os
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +33,7 @@ def train(
         _say(run(recipe, resume=resume, restart=restart, allow_recipe_change=allow_recipe_change))
 
 
-def _say(result: TrainResult) -> None:
+def _say(result: "TrainResult") -> None:
     """How the run ended, once for all processes."""
     if int(os.environ.get("RANK", "0")) != 0:
         return

@@ -1,19 +1,18 @@
 """Training data: pictures or real pairs in, endless aligned batches out. Names are resolved at first use."""
 
-from __future__ import annotations
-
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from sslsr_diffusion.tables import lazily
+
 _HOME = {
-    "DEGRADATIONS": "degradation",
-    "DataSettings": "settings",
-    "Degradation": "degradation",
-    "DegradationSettings": "degradation",
-    "TrainingLoader": "loader",
-    "ValidationPair": "validation",
-    "open_training_data": "loader",
-    "open_validation_pairs": "validation",
+    "DEGRADATIONS": "sslsr_diffusion.data.degradation",
+    "DataSettings": "sslsr_diffusion.data.settings",
+    "Degradation": "sslsr_diffusion.data.degradation",
+    "DegradationSettings": "sslsr_diffusion.data.degradation",
+    "TrainingLoader": "sslsr_diffusion.data.loader",
+    "ValidationPair": "sslsr_diffusion.data.loader",
+    "open_training_data": "sslsr_diffusion.data.loader",
+    "open_validation_pairs": "sslsr_diffusion.data.loader",
 }
 
 __all__ = [
@@ -29,14 +28,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sslsr_diffusion.data.degradation import DEGRADATIONS, Degradation, DegradationSettings
-    from sslsr_diffusion.data.loader import TrainingLoader, open_training_data
+    from sslsr_diffusion.data.loader import TrainingLoader, ValidationPair, open_training_data, open_validation_pairs
     from sslsr_diffusion.data.settings import DataSettings
-    from sslsr_diffusion.data.validation import ValidationPair, open_validation_pairs
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazily(__name__, _HOME)

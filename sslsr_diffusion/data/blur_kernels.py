@@ -3,8 +3,6 @@
 q = x^T Sigma^-1 x on the integer grid around the centre, Sigma = R diag(sigma_x^2, sigma_y^2) R^T   (Wang et al., Real-ESRGAN, 2021)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal, get_args
@@ -37,17 +35,12 @@ def gaussian_like_kernel(family: Family, size: int, sigma_x: float, sigma_y: flo
     """
     if family not in FAMILIES:
         raise ValueError(f"blur kernel family: expected one of {', '.join(FAMILIES)}, got {family!r}")
-    if family.endswith("aniso"):
-        q = _quadratic_form(size, sigma_x**2, sigma_y**2, theta)
-    else:
-        q = _quadratic_form(size, sigma_x**2, sigma_x**2, 0.0)
+    sigma_y, theta = (sigma_y, theta) if family.endswith("aniso") else (sigma_x, 0.0)
+    q = _quadratic_form(size, sigma_x**2, sigma_y**2, theta)
     if family.startswith("plateau"):
         kernel = 1.0 / (1.0 + q**beta)
-    elif family.startswith("generalized"):
-        kernel = np.exp(-0.5 * q**beta)
-    else:
-        kernel = np.exp(-0.5 * q)
-    return kernel / kernel.sum()
+        return kernel / kernel.sum()
+    return _normal(q**beta if family.startswith("generalized") else q)
 
 
 def variance_kernel(size: int, variance_1: float, variance_2: float, theta: float) -> Kernel:

@@ -1,38 +1,28 @@
 """Reading a data set before training on it: what is there, what is not usable, what is there twice."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from sslsr_diffusion.config import parse
 from sslsr_diffusion.data.masks import MaskFiles, make_mask
-from sslsr_diffusion.data.opencv import opencv
-from sslsr_diffusion.data.preparation import crop_places, process_pool
-from sslsr_diffusion.data.retries import patiently
-from sslsr_diffusion.data.rows import Columns, Item, load_rows, reason, row_item
-from sslsr_diffusion.data.samples import check_pair, check_whole, read_latents
+from sslsr_diffusion.data.preparation import crop_places
+from sslsr_diffusion.data.sample_order import is_stream
+from sslsr_diffusion.data.samples import check_pair, check_whole, patiently, read_latents
 from sslsr_diffusion.data.settings import DataSettings, FolderSource, MaskSettings, RowSource, Source
-from sslsr_diffusion.data.sources import open_source
-from sslsr_diffusion.data.streams import is_stream
+from sslsr_diffusion.data.sources import Columns, Item, load_rows, open_source, reason, row_item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import IMAGE_SUFFIXES, list_images, printable, read_image, to_tensor
 from sslsr_diffusion.seeding import sample_generator
 
-_AHEAD = 4  # items per process that wait with their bytes
 
-
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One picture, or one pair."""
 
     name: str
@@ -144,35 +134,6 @@ def _stream(settings: RowSource) -> Iterator[Item | Finding]:
         yield Finding(name, problem=f"{name}: the stream breaks off here ({reason(error)}).")
 
 
-def look_all(items: Iterable[Item | Finding], looker: Looker, *, processes: int) -> Iterator[Finding]:
-    """A Finding for every item, in order."""
-    if processes <= 1:
-        yield from map(looker, items)
-        return
-    opencv()
-    with process_pool(processes, partial(_start, looker)) as pool:
-        waiting: list[Future[Finding]] = []
-        for item in items:  # not pool.map, which would fetch every picture before the first is looked at
-            waiting.append(pool.submit(_look, item))
-            if len(waiting) >= _AHEAD * processes:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
-
-
-_looker: Looker  # of a worker process
-
-
-def _start(looker: Looker) -> None:
-    global _looker
-    opencv()
-    _looker = looker
-
-
-def _look(item: Item | Finding) -> Finding:
-    return _looker(item)
-
-
 def report(findings: Sequence[Finding], crop_size: int) -> list[str]:
     """The findings as lines of text: numbers first, then everything that needs attention."""
     good = [f for f in findings if not f.problem]
@@ -184,11 +145,9 @@ def report(findings: Sequence[Finding], crop_size: int) -> list[str]:
         sides = sorted(min(f.size) for f in good)
         longest = max(max(f.size) for f in good)
         lines.append(f"shorter side: {sides[0]} to {sides[-1]} pixels, median {sides[len(sides) // 2]}; longest side {longest}")
-        densities = np.array([f.density for f in good])
-        quantiles = ", ".join(f"{q:.1%}" for q in np.quantile(densities, [0, 0.5, 1]))
-        lines.append(
-            f"mask density (least, median, most): {quantiles}; {int((densities < 1e-4).sum())} pictures with hardly a masked pixel"
-        )
+        shares = np.array([f.density for f in good])
+        quantiles = ", ".join(f"{q:.1%}" for q in np.quantile(shares, [0, 0.5, 1]))
+        lines.append(f"mask density (least, median, most): {quantiles}; {int((shares < 1e-4).sum())} pictures with hardly a masked pixel")
         lines.append(f"crops of {crop_size} with half overlap: about {sum(f.crops for f in good)}")
     small = [f for f in good if min(f.size) < crop_size]
     lines += [f"not usable: {f.problem}" for f in bad]

@@ -1,7 +1,6 @@
 """What a degradation step draws with and what it draws: random numbers for one sample, and operations as plain values."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
@@ -11,18 +10,13 @@ from pydantic import AfterValidator, Field
 
 T = TypeVar("T")
 Value = str | float | tuple[int, int]  # of an operation
-
-
-def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
-    if pair[0] > pair[1]:
-        raise ValueError(f"expected [least, most], got {list(pair)}")
-    return pair
+Pair = tuple[float, float]  # least, most
 
 
 def within(least: float, most: float) -> AfterValidator:
     """For pairs [least, most] whose numbers both have to lie between two bounds."""
 
-    def check(pair: tuple[float, float]) -> tuple[float, float]:
+    def check(pair: Pair) -> Pair:
         if not least <= pair[0] <= pair[1] <= most:
             raise ValueError(f"expected [least, most] with numbers from {least:g} to {most:g}, got {list(pair)}")
         return pair
@@ -37,7 +31,7 @@ def _odd(pair: tuple[int, int]) -> tuple[int, int]:
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+Range = Annotated[Pair, within(0, math.inf)]
 OddSizes = Annotated[tuple[int, int], AfterValidator(_odd)]
 
 
@@ -77,7 +71,7 @@ class RandomNumbers:
         self._ahead = iter(torch.rand(64, generator=self._generator, dtype=torch.float64).tolist())
         return next(self._ahead)
 
-    def uniform(self, pair: tuple[float, float]) -> float:
+    def uniform(self, pair: Pair) -> float:
         return pair[0] + (pair[1] - pair[0]) * self.unit()
 
     def chance(self, probability: float) -> bool:

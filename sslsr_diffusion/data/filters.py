@@ -1,6 +1,7 @@
 """Filtering on the CPU (OpenCV, as few passes as the kernel allows) and on other devices (grouped convolution)."""
 
-from __future__ import annotations
+import functools
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -9,13 +10,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sslsr_diffusion.data.blur_kernels import Kernel, gaussian_vector
-from sslsr_diffusion.data.opencv import opencv
 
 # Entries whose absolute sum is below this share of the kernel are not visited: for an image in [0, 1] the result moves by less
 # than this, an order below the rounding of a 441-term float32 sum.
 _NEGLIGIBLE = 2e-7
 # Beyond 11 x 11 OpenCV's direct filter switches to a DFT, which costs about as much as this many separable passes (measured).
 _DIRECT_SIZE = 11
+
+
+@functools.cache
+def opencv() -> ModuleType:
+    """The cv2 module, told to use one thread: a fork after OpenCV has started its threads leaves workers that hang at their first call."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    return cv2
 
 
 def filter2d(image: Tensor, kernel: Kernel) -> Tensor:
@@ -39,11 +48,6 @@ def filter2d(image: Tensor, kernel: Kernel) -> Tensor:
     return from_pixels([_filter_pixels(pixels, kernel) for pixels in to_pixels(image)])
 
 
-def filter2d_each(image: Tensor, kernels: list[Kernel]) -> Tensor:
-    """As filter2d, with a kernel for each image of the batch."""
-    return torch.cat([filter2d(one[None], kernel) for one, kernel in zip(image, kernels, strict=True)])
-
-
 def gaussian_blur(image: Tensor, size: int, sigma: float) -> Tensor:
     """A separable Gaussian of `size` pixels; sigma 0 means OpenCV's rule; reflected border."""
     line = gaussian_vector(size, sigma)
@@ -52,7 +56,6 @@ def gaussian_blur(image: Tensor, size: int, sigma: float) -> Tensor:
         rows = _convolve(image, weights[:, None])
         return _convolve(rows, weights[None, :])
     cv2 = opencv()
-
     line = line.astype(np.float32)
     return from_pixels([cv2.sepFilter2D(p, cv2.CV_32F, line, line, borderType=cv2.BORDER_REFLECT_101) for p in to_pixels(image)])
 
@@ -78,13 +81,11 @@ def unsharp_mask(image: Tensor, weight: float = 0.5, radius: int = 50, threshold
 
 def trim_kernel(kernel: Kernel) -> Kernel:
     """The middle of the kernel without the border whose entries are negligible."""
-    total = np.abs(kernel).sum()
-    reach = len(kernel) // 2
-    rest = total
-    for inner in range(reach + 1):
-        rest = total - np.abs(kernel[reach - inner : reach + inner + 1, reach - inner : reach + inner + 1]).sum()
-        if rest <= _NEGLIGIBLE * total:
-            return kernel[reach - inner : reach + inner + 1, reach - inner : reach + inner + 1]
+    total, reach = np.abs(kernel).sum(), len(kernel) // 2
+    for inner in range(reach):
+        middle = kernel[reach - inner : reach + inner + 1, reach - inner : reach + inner + 1]
+        if total - np.abs(middle).sum() <= _NEGLIGIBLE * total:
+            return middle
     return kernel
 
 
@@ -101,16 +102,11 @@ def from_pixels(pixels: list[NDArray[np.float32]]) -> Tensor:
 
 def _filter_pixels(pixels: NDArray[np.float32], kernel: Kernel) -> NDArray[np.float32]:
     cv2 = opencv()
-
     lines = _separate(kernel)
     if lines is None:
         return cv2.filter2D(pixels, cv2.CV_32F, kernel.astype(np.float32), borderType=cv2.BORDER_REFLECT_101)
-    total: NDArray[np.float32] | None = None
-    for column, row in lines:
-        part = cv2.sepFilter2D(pixels, cv2.CV_32F, row, column, borderType=cv2.BORDER_REFLECT_101)
-        total = part if total is None else cv2.add(total, part, dst=total)
-    assert total is not None
-    return total
+    parts = (cv2.sepFilter2D(pixels, cv2.CV_32F, row, column, borderType=cv2.BORDER_REFLECT_101) for column, row in lines)
+    return functools.reduce(lambda total, part: cv2.add(total, part, dst=total), parts)
 
 
 def _separate(kernel: Kernel) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]] | None:
@@ -120,15 +116,10 @@ def _separate(kernel: Kernel) -> list[tuple[NDArray[np.float32], NDArray[np.floa
     weights = values * np.abs(left).sum(axis=0) * np.abs(right).sum(axis=1)
     rest = np.cumsum(weights[::-1])[::-1]  # rest[r]: how far the result can move when terms r and later are dropped
     rank = int((rest > _NEGLIGIBLE).sum())
-    if rank > max_passes(size):
+    if rank > (max(1, size // 5) if size <= _DIRECT_SIZE else 6):  # measured, see benchmarks/degradation.py
         return None
     roots = np.sqrt(values)
     return [((left[:, i] * roots[i]).astype(np.float32), (right[i] * roots[i]).astype(np.float32)) for i in range(rank)]
-
-
-def max_passes(size: int) -> int:
-    """Up to how many separable passes beat one direct filter of this size (measured; see benchmarks/degradation.py)."""
-    return max(1, size // 5) if size <= _DIRECT_SIZE else 6
 
 
 def _convolve(image: Tensor, weights: Tensor) -> Tensor:

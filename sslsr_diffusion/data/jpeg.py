@@ -1,7 +1,5 @@
 """JPEG compression as a function of the picture: the real-valued model of the published pipelines, and the real 8-bit codec."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np
@@ -10,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslsr_diffusion.data.opencv import opencv
+from sslsr_diffusion.data.filters import opencv
 
 # Annex K of the JPEG standard. The published model uses the luma table transposed; kept, because the pipelines were tuned with it.
 LUMA = (
@@ -60,7 +58,6 @@ def jpeg_model(image: Tensor, quality: float | Tensor) -> Tensor:
 def jpeg_codec(image: Tensor, quality: int) -> Tensor:
     """Compress and decompress with the real 8-bit codec (OpenCV's), as BSRGAN does; image [B, 3, H, W] in [0, 1], quality 1 to 100."""
     cv2 = opencv()
-
     done = []
     for one in image.cpu():
         pixels = (one.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()

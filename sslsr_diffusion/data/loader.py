@@ -1,25 +1,27 @@
-"""The endless training loader: which samples come next, who makes them, and where a resume goes on."""
-
-from __future__ import annotations
+"""The endless training loader: who makes the samples, and where a resume goes on. And the pairs that validation looks at."""
 
 import logging
 import os
 import signal
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from types import FrameType
-from typing import TypedDict, cast
+from typing import Self, cast
 
 import torch
+from torch import Tensor
 
-from sslsr_diffusion.data.opencv import opencv
-from sslsr_diffusion.data.sample_order import PairPool, SourceOrder
-from sslsr_diffusion.data.samples import Made, Request, Sample, SampleMaker
+from sslsr_diffusion.data.degradation import Degradation
+from sslsr_diffusion.data.filters import opencv
+from sslsr_diffusion.data.sample_order import LoaderState, PairPool, Requests, SourceOrder, Stream, is_stream
+from sslsr_diffusion.data.samples import Made, Sample, SampleMaker, check_pair, patiently
 from sslsr_diffusion.data.settings import DataSettings
 from sslsr_diffusion.data.sources import IndexedSource, open_source
-from sslsr_diffusion.data.streams import Stream, StreamState, is_stream
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.images import read_image, to_tensor
+from sslsr_diffusion.seeding import derive_seed, sample_generator
 from sslsr_diffusion.types import Batch
 
 log = logging.getLogger(__name__)
@@ -27,78 +29,16 @@ _HOPELESS = 50  # streams only: so many batches in a row without one usable pict
 _GRACE = 60  # seconds that a worker goes on after the first SIGTERM
 
 
-class LoaderState(TypedDict, total=False):
-    batch: int
-    lengths: list[int | None]
-    pool: list[int]
-    streams: dict[str, StreamState]
-
-
-class Requests:
-    """The order of everything, in the main process alone: an endless iterator of micro-batches of requests.
-
-    After each batch it notes its state, because the workers run ahead of what training has seen.
-    """
-
-    def __init__(
-        self,
-        order: SourceOrder,
-        streams: dict[int, Stream],
-        pool: PairPool | None,
-        place: tuple[int, int, int],
-        lengths: list[int | None],
-    ) -> None:
-        self._order, self._streams, self._pool, self._lengths = order, streams, pool, lengths
-        self._rank, self._world, self._size = place
-        self.lost = [text for stream in streams.values() for text in stream.lost]
-        self.batch = 0
-        self.marks: deque[LoaderState] = deque()
-
-    def __iter__(self) -> Iterator[list[Request]]:
-        while True:
-            group = self.batch * self._world + self._rank
-            indices = list(range(group * self._size, (group + 1) * self._size))
-            if self._pool is not None:
-                indices = self._pool.exchange(indices, self.batch)
-            requests = [self._request(index) for index in indices]
-            self.batch += 1
-            self.marks.append(self.state_dict())
-            yield requests
-
-    def _request(self, index: int) -> Request:
-        source, ordinal = self._order.at(index)
-        item = next(self._streams[source]) if source in self._streams else None
-        return Request(index, index // self._size, source, ordinal, item)
-
-    def state_dict(self) -> LoaderState:
-        state: LoaderState = {"batch": self.batch, "lengths": self._lengths}
-        if self._pool is not None:
-            state["pool"] = list(self._pool.indices)
-        if self._streams:
-            state["streams"] = {str(k): stream.state_dict() for k, stream in self._streams.items()}
-        return state
-
-    def load_state_dict(self, state: LoaderState) -> None:
-        self.batch = int(state["batch"])
-        if self._pool is not None:
-            self._pool.indices = list(state.get("pool", []))
-        for key, stream_state in state.get("streams", {}).items():
-            if int(key) in self._streams:
-                self._streams[int(key)].load_state_dict(stream_state)
-
-
 class TrainingLoader:
     """Iterates forever over this process's micro-batches; made by `open_training_data`."""
 
-    def __init__(
-        self, maker: SampleMaker, requests: Requests, settings: DataSettings, description: str, device: torch.device | None
-    ) -> None:
-        self._maker, self._requests, self._settings, self._description, self._device = maker, requests, settings, description, device
+    def __init__(self, maker: SampleMaker, requests: Requests, settings: DataSettings, device: torch.device | None) -> None:
+        self._maker, self._requests, self._settings, self._device = maker, requests, settings, device
         self._state = requests.state_dict()
         self._problems: Counter[str] = Counter(requests.lost + [t for source in maker.sources if source is not None for t in source.lost])
         self._batches: Iterator[Made | UserError] | None = None
 
-    def __iter__(self) -> TrainingLoader:
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
@@ -107,7 +47,10 @@ class TrainingLoader:
                 self._batches = self._start()
             samples, problems = self._made()
             self._state = self._requests.marks.popleft()
-            self._note(problems)
+            for text in problems:
+                if text not in self._problems:
+                    log.warning("%s", text)
+                self._problems[text] += 1
             if samples:
                 return self._collate(samples)
         raise UserError(f"data: nothing is left to train on, {_HOPELESS} batches in a row held no usable picture; the last: {problems[-1]}")
@@ -123,13 +66,15 @@ class TrainingLoader:
                 "data: a process that prepares samples was ended from outside, most often for lack of memory; "
                 "lower data.workers or data.prefetch and resume."
             ) from error
-        return _or_raise(made)
+        if isinstance(made, UserError):
+            raise made
+        return made
 
     def raw_samples(self, count: int) -> tuple[list[Sample], list[str]]:
         """The next samples with the operations drawn for them, made in this process, and the problems met."""
         samples: list[Sample] = []
         for _, requests in zip(range(count + _HOPELESS), self._requests):
-            made, problems = _or_raise(self._maker.__getitems__(requests))
+            made, problems = self._maker.batch(requests)
             samples += made
             self._problems.update(problems)
             if len(samples) >= count:
@@ -143,10 +88,6 @@ class TrainingLoader:
     def problems(self) -> list[str]:
         """The pictures that were replaced or padded so far, one sentence each, with how often it happened."""
         return [text if count == 1 else f"{text} ({count} times)" for text, count in sorted(self._problems.items())]
-
-    def describe(self) -> str:
-        """One line: what is read and what is made of it."""
-        return self._description
 
     def close(self) -> None:
         """Stop the workers. The state stays valid; iterating again goes on there with new workers."""
@@ -170,12 +111,6 @@ class TrainingLoader:
                 multiprocessing_context=self._settings.start_method if workers else None,
             )
         )
-
-    def _note(self, problems: list[str]) -> None:
-        for text in problems:
-            if text not in self._problems:
-                log.warning("%s", text)
-        self._problems.update(problems)
 
     def _collate(self, samples: list[Sample]) -> Batch:
         latents = [s.latents for s in samples if s.latents is not None]
@@ -237,11 +172,11 @@ def open_training_data(
     exchange = PairPool(pool, derive_seed(seed, "pool", rank)) if pool else None
     requests = Requests(order, streams, exchange, (rank, world_size, batch_size), lengths)
     if state is not None:
-        _check_state(cast(LoaderState, state), lengths)
+        old = state.get("lengths")
+        if old is not None and old != lengths:  # another number of pictures is another order: say it, and go on
+            log.warning("The training pictures have changed since the checkpoint (%s, now %s): the order goes on differently", old, lengths)
         requests.load_state_dict(cast(LoaderState, state))
-    return TrainingLoader(
-        SampleMaker(settings, sources, crop_size, scale, seed), requests, settings, _describe(settings, lengths, crop_size, scale), device
-    )
+    return TrainingLoader(SampleMaker(settings, sources, crop_size, scale, seed), requests, settings, device)
 
 
 def check_sizes(crop_size: int, scale: int) -> None:
@@ -251,34 +186,7 @@ def check_sizes(crop_size: int, scale: int) -> None:
         raise UserError(f"crop size: expected a multiple of the scale {scale}, got {crop_size}.")
 
 
-def _check_state(state: LoaderState, lengths: list[int | None]) -> None:
-    """Another number of pictures is another order: say it, and go on."""
-    before = state.get("lengths")
-    if before is not None and before != lengths:
-        log.warning(
-            "The training pictures have changed since the checkpoint (%s then, %s now): the order continues differently.", before, lengths
-        )
-
-
-def _describe(settings: DataSettings, lengths: list[int | None], crop_size: int, scale: int) -> str:
-    parts = [
-        f"{'stream' if n is None else n} x {s.kind} {s.path}" + (f" (weight {s.weight:g})" if len(lengths) > 1 else "")
-        for s, n in zip(settings.sources, lengths)
-    ]
-    degradation = settings.degradation.preset if settings.degradation.steps is None else f"{len(settings.degradation.steps)} own steps"
-    return (
-        f"{', '.join(parts)}; crops of {crop_size} ({settings.crop.kind}), degradation {degradation} x{scale}, mask {settings.mask.kind}, "
-        f"{settings.workers} workers"
-    )
-
-
 def _unchanged(made: Made | UserError) -> Made | UserError:
-    return made
-
-
-def _or_raise(made: Made | UserError) -> Made:
-    if isinstance(made, UserError):
-        raise made
     return made
 
 
@@ -306,8 +214,58 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def open_samples(settings: DataSettings, *, crop_size: int, scale: int, seed: int, count: int) -> tuple[list[Sample], list[str]]:
     """The first samples of training with what was drawn for them, for inspection; and the problems met on the way."""
-    here = settings.model_copy(
-        update={"workers": 0, "degradation": settings.degradation.model_copy(update={"device": "cpu", "pool_size": 0})}
-    )
+    degradation = settings.degradation.model_copy(update={"device": "cpu", "pool_size": 0})
+    here = settings.model_copy(update={"workers": 0, "degradation": degradation})
     loader = open_training_data(here, crop_size=crop_size, scale=scale, seed=seed, batch_size=1)
     return loader.raw_samples(count)
+
+
+@dataclass(frozen=True)
+class ValidationPair:
+    name: str
+    lr: Tensor  # [3, h, w] in [0, 1]
+    hr: Tensor  # [3, h * scale, w * scale] in [0, 1]
+
+
+def open_validation_pairs(settings: DataSettings, *, crop_size: int, scale: int, seed: int, limit: int) -> list[ValidationPair]:
+    """At most `limit` pairs of the validation sources, in their order, cut in the middle to at most `crop_size`.
+
+    Real pairs keep their low-resolution partner. Unreadable pictures are named in the log and left out.
+
+    Raises:
+        UserError: there are validation sources, but not one usable picture in them.
+    """
+    check_sizes(crop_size, scale)
+    degradation = Degradation(settings.degradation, scale)
+    pairs: list[ValidationPair] = []
+    reason = ""
+    for source_settings in settings.validation:
+        source = open_source(source_settings)
+        for position in range(len(source)):
+            if len(pairs) >= limit:
+                return pairs
+            try:
+                pairs.append(patiently(partial(_pair, source, position, degradation, crop_size, seed)))
+            except (UserError, OSError) as error:
+                reason = str(error)
+                log.warning("validation: %s", reason)
+    if settings.validation and limit > 0 and not pairs:
+        raise UserError(f"data.validation: no usable picture; the last: {reason}")
+    return pairs
+
+
+def _pair(source: IndexedSource, position: int, degradation: Degradation, crop_size: int, seed: int) -> ValidationPair:
+    item, scale = source.item(position), degradation.scale
+    hr = to_tensor(read_image(item.hr, name=item.name).rgb)
+    height, width = (min(crop_size, n) // scale * scale for n in hr.shape[1:])
+    if not height or not width:
+        raise UserError(f"{item.name}: {hr.shape[2]}x{hr.shape[1]} pixels are less than the scale {scale}.")
+    top, left = ((n - size) // 2 // scale * scale for n, size in zip(hr.shape[1:], (height, width)))
+    cut = hr[:, top : top + height, left : left + width].contiguous()
+    if item.lr is None:
+        ops = degradation.draw(height, width, sample_generator(seed, position, "validation"))
+        return ValidationPair(item.name, degradation.apply(cut[None], ops, sample_generator(seed, position, "validation noise"))[0], cut)
+    lr = to_tensor(read_image(item.lr, name=item.name).rgb)
+    check_pair(item.name, hr.shape[1:], lr.shape[1:], scale)
+    low = lr[:, top // scale : (top + height) // scale, left // scale : (left + width) // scale].contiguous()
+    return ValidationPair(item.name, low, cut)

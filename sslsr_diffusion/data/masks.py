@@ -1,17 +1,16 @@
 """Edge masks by name, and a user's own mask files."""
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.io import loadmat
 from torch import Tensor
 
-from sslsr_diffusion.data.opencv import opencv
+from sslsr_diffusion.data.filters import opencv
 from sslsr_diffusion.data.settings import MaskSettings
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import IMAGE_SUFFIXES, printable, read_image
@@ -29,14 +28,9 @@ def make_mask(hr: Tensor, settings: MaskSettings, generator: torch.Generator) ->
     return MASKS[settings.kind](hr, settings, generator)
 
 
-def cap(mask: Tensor, settings: MaskSettings, generator: torch.Generator) -> Tensor:
-    return mask if settings.max_pixels is None else edge_mask.cap_mask(mask, settings.max_pixels, generator)
-
-
 def canny_mask(hr: Tensor, threshold: float) -> Tensor:
     """OpenCV's Canny edges of the 8-bit luma, lower threshold half of the upper one."""
     cv2 = opencv()
-
     grey = edge_mask.grey_levels(hr.cpu())[:, 0].to(torch.uint8).numpy()
     edges = np.stack([cv2.Canny(one, threshold / 2, threshold) for one in grey])
     return torch.from_numpy(edges > 0)[:, None].to(hr.device)
@@ -88,17 +82,13 @@ class MaskFiles:
         paths = self._found.get(stem, [])
         if not paths:
             raise MaskMismatch(f"{name}: no mask named {printable(stem)} in {self._folder}.")
-        alike = [sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], _parents(picture, path))) for path in paths]
+        folders = [zip(picture.parts[-2::-1], path.parts[-2::-1]) for path in paths]  # of both, the innermost first
+        alike = [sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)) for both in folders]
         best = [path for path, count in zip(paths, alike) if count == max(alike)]
         if len(best) > 1:
             shown = " and ".join(printable(path) for path in best[:2])
             raise MaskMismatch(f"{name}: several masks have its name ({shown}); put them in folders named as the picture's.")
         return best[0]
-
-
-def _parents(picture: Path, mask: Path) -> Iterator[tuple[str, str]]:
-    """The names of both paths' folders, the innermost first."""
-    return zip(reversed(picture.parts[:-1]), reversed(mask.parts[:-1]))
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:
@@ -109,8 +99,6 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     """
     try:
         if path.suffix == ".mat":
-            from scipy.io import loadmat
-
             values = loadmat(path)["mat"]
         elif path.suffix == ".npy":
             values = np.load(path, allow_pickle=False)

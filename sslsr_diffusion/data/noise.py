@@ -1,16 +1,15 @@
 """Gaussian, correlated and Poisson noise, added to images in [0, 1]; every field is drawn from a generator on the image's device."""
 
-from __future__ import annotations
-
 import functools
 import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import gammaln, xlogy
 from torch import Tensor
 
-from sslsr_diffusion.data.opencv import opencv
+from sslsr_diffusion.data.filters import opencv
 
 _COLUMNS = 256  # entries per alias table: 8 standard deviations either side of the largest mean (256)
 
@@ -60,19 +59,13 @@ def _poisson_field(levels: Tensor, generator: torch.Generator) -> Tensor:
         rate = _rate(len(levels.unique()))
         return torch.poisson(levels * (rate / 255), generator=generator) / rate - levels / 255
     whole = levels.permute(1, 2, 0).contiguous().to(torch.uint8)
-    rate = _rate(_distinct(whole.numpy()))
+    rate = _rate(int(np.count_nonzero(opencv().calcHist([whole.numpy().reshape(-1, 1)], [0], None, [256], [0, 256]))))
     counts = _draw_poisson(whole.numpy(), rate, generator)
     return (counts.to(levels.dtype) / rate - whole.to(levels.dtype) / 255).permute(2, 0, 1)
 
 
 def _rate(distinct: int) -> float:
     return 2.0 ** math.ceil(math.log2(max(distinct, 1)))
-
-
-def _distinct(levels: NDArray[np.uint8]) -> int:
-    cv2 = opencv()
-
-    return int(np.count_nonzero(cv2.calcHist([levels.reshape(-1, 1)], [0], None, [256], [0, 256])))
 
 
 def _draw_poisson(levels: NDArray[np.uint8], rate: float, generator: torch.Generator) -> Tensor:
@@ -92,8 +85,6 @@ def _draw_poisson(levels: NDArray[np.uint8], rate: float, generator: torch.Gener
 @functools.lru_cache(maxsize=9)
 def _alias_tables(rate: float) -> tuple[Tensor, Tensor]:
     """The first count of each level's window int32 [256], and the packed entries int32 [256 * COLUMNS]."""
-    from scipy.special import gammaln, xlogy
-
     means = np.arange(256)[:, None] / 255 * rate
     first = np.clip(np.floor(means - 8 * np.sqrt(means)), 0, None)
     counts = first + np.arange(_COLUMNS)

@@ -1,11 +1,8 @@
 """The drawn operations carried out: each is a pure function (image, generator, **values) -> image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from sslsr_diffusion.data.blur_kernels import kernel_from
 from sslsr_diffusion.data.draws import Op, Value
@@ -15,7 +12,7 @@ from sslsr_diffusion.data.noise import correlated_noise, gaussian_noise, poisson
 from sslsr_diffusion.data.resizing import area_average, interpolate, matlab_bicubic
 
 
-def run(image: Tensor, ops: Sequence[Op], generator: torch.Generator) -> Tensor:
+def run(image: Tensor, ops: Sequence[Op], generator: Generator) -> Tensor:
     """All operations in order.
 
     Args:
@@ -28,13 +25,11 @@ def run(image: Tensor, ops: Sequence[Op], generator: torch.Generator) -> Tensor:
     return image
 
 
-def blur(image: Tensor, generator: torch.Generator, **kernel: Value) -> Tensor:
+def blur(image: Tensor, generator: Generator, **kernel: Value) -> Tensor:
     return filter2d(image, kernel_from(kernel))
 
 
-def resize(
-    image: Tensor, generator: torch.Generator, mode: str, factor: float | None = None, size: tuple[int, int] | None = None
-) -> Tensor:
+def resize(image: Tensor, generator: Generator, mode: str, factor: float | None = None, size: tuple[int, int] | None = None) -> Tensor:
     if mode == "area_average":
         assert size is not None
         return area_average(image, size)
@@ -43,11 +38,11 @@ def resize(
     return interpolate(image, mode, factor=factor, size=size)
 
 
-def reduce(image: Tensor, generator: torch.Generator, scale: int) -> Tensor:
+def reduce(image: Tensor, generator: Generator, scale: int) -> Tensor:
     return matlab_bicubic(image, 1 / scale).clamp(0, 1) if scale > 1 else image.clamp(0, 1)
 
 
-def quantize(image: Tensor, generator: torch.Generator) -> Tensor:
+def quantize(image: Tensor, generator: Generator) -> Tensor:
     return (image.clamp(0, 1) * 255).round() / 255
 
 

@@ -4,33 +4,38 @@ Each job is a function (path, relative name, options) -> files written; `run_job
 kept, every file is written under a temporary name first, and a picture that cannot be used comes back with its reason.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image as Pillow
+from scipy.io import savemat
 
 from sslsr_diffusion.config import Settings
 from sslsr_diffusion.data.degradation import Degradation, DegradationSettings
-from sslsr_diffusion.data.opencv import opencv
+from sslsr_diffusion.data.filters import opencv
+from sslsr_diffusion.data.masks import make_mask
 from sslsr_diffusion.data.settings import MaskSettings
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import atomic_write
-from sslsr_diffusion.images import Image, Pixels, printable, read_image, to_array, to_tensor, write_image
+from sslsr_diffusion.images import Image, printable, read_image, to_array, to_tensor, write_image
 from sslsr_diffusion.seeding import sample_generator
 
+T = TypeVar("T")
+R = TypeVar("R")
 PictureJob = Callable[[Path, Path], int]
+_AHEAD = 4  # items per process that wait with their bytes
 _MULTI_SCALE = (("T0", 0.75), ("T1", 0.6), ("T2", 1 / 3))
 
 
@@ -44,7 +49,7 @@ class Outcome:
 
 
 def run_jobs(job: PictureJob, paths: Sequence[Path], base: Path, processes: int) -> Iterator[Outcome]:
-    """Yield an Outcome for every path, in the order of completion; `job` gets the path and its name relative to `base`.
+    """Yield an Outcome for every path; `job` gets the path and its name relative to `base`.
 
     Results are named after pictures without suffix: of several pictures whose results could have one name the first is done, the others
     are problems.
@@ -60,36 +65,13 @@ def run_jobs(job: PictureJob, paths: Sequence[Path], base: Path, processes: int)
             owners |= dict.fromkeys(results, name)
             pairs.append((path, name))
         else:
-            yield Outcome(
-                printable(name), problem=f"{printable(name)}: its results would be named as those of {printable(other)}; rename it."
-            )
-    if processes <= 1:
-        yield from (_one(job, path, name) for path, name in pairs)
-        return
-    opencv()  # one thread, before any fork
-    with process_pool(processes, _one_thread) as pool:
-        for future in as_completed([pool.submit(_one, job, path, name) for path, name in pairs]):
-            yield future.result()
+            label = printable(name)
+            yield Outcome(label, problem=f"{label}: its results would be named as those of {printable(other)}; rename it.")
+    yield from spread(partial(_one, job), pairs, processes)
 
 
-@contextmanager
-def process_pool(processes: int, start: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes, each of which calls `start` first.
-
-    Raises:
-        UserError: the system has ended one of them.
-    """
-    try:
-        with ProcessPoolExecutor(processes, initializer=start) as pool:
-            yield pool
-    except BrokenProcessPool:
-        raise UserError(
-            f"one of {processes} processes was ended from outside, most often for lack of memory; "
-            "the same command with a smaller --processes goes on."
-        ) from None
-
-
-def _one(job: PictureJob, path: Path, name: Path) -> Outcome:
+def _one(job: PictureJob, pair: tuple[Path, Path]) -> Outcome:
+    path, name = pair
     label = printable(name)
     try:
         return Outcome(label, job(path, name))
@@ -97,9 +79,44 @@ def _one(job: PictureJob, path: Path, name: Path) -> Outcome:
         return Outcome(label, problem=str(error))
 
 
-def _one_thread() -> None:
+def spread(function: Callable[[T], R], items: Iterable[T], processes: int) -> Iterator[R]:
+    """What the picklable function makes of every item, in order, over so many processes; items are taken a few ahead, not all at once.
+
+    Raises:
+        UserError: the system has ended one of the processes.
+    """
+    if processes <= 1:
+        yield from map(function, items)
+        return
+    opencv()  # one thread, before any fork
+    waiting: deque[Future[R]] = deque()
+    try:
+        with ProcessPoolExecutor(processes, initializer=_start, initargs=(function,)) as pool:
+            for item in items:
+                waiting.append(pool.submit(_call, item))
+                if len(waiting) >= _AHEAD * processes:
+                    yield waiting.popleft().result()
+            for future in waiting:
+                yield future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"one of {processes} processes was ended from outside, most often for lack of memory; "
+            "the same command with a smaller --processes goes on."
+        ) from None
+
+
+_function: Callable[[Any], Any]  # of a worker process, sent to it once
+
+
+def _start(function: Callable[[Any], Any]) -> None:
+    global _function
     torch.set_num_threads(1)
     opencv()
+    _function = function
+
+
+def _call(item: Any) -> Any:
+    return _function(item)
 
 
 def multiscale(path: Path, name: Path, *, output: Path, shortest_edge: int = 512) -> int:
@@ -107,10 +124,8 @@ def multiscale(path: Path, name: Path, *, output: Path, shortest_edge: int = 512
 
     `S` has the shorter side exactly that long (enlarged if need be); the picture itself is kept if it is large enough.
     """
-    from PIL import Image as Pillow
-
-    pixels = _eight_bits(read_image(path, name=printable(name)))
-    height, width = pixels.shape[:2]
+    image = read_image(path, name=printable(name))
+    height, width = image.size
     ratio = max(height, width) / min(height, width)
     sizes = {label: (int(width * factor), int(height * factor)) for label, factor in _MULTI_SCALE}
     sizes = {label: size for label, size in sizes.items() if min(size) >= shortest_edge}
@@ -118,11 +133,11 @@ def multiscale(path: Path, name: Path, *, output: Path, shortest_edge: int = 512
     sizes["S"] = (long, shortest_edge) if width >= height else (shortest_edge, long)
     if min(height, width) >= shortest_edge:
         sizes[""] = (width, height)
-    picture = Pillow.fromarray(pixels)
+    picture = Pillow.fromarray(image.rgb if image.bits == 8 else to_array(to_tensor(image.rgb)))
     written = 0
     for label, size in sizes.items():
-        resized = partial(picture.resize, size, Pillow.Resampling.LANCZOS)
-        written += _write_new(_beside(output, name, label, ".png"), lambda resized=resized: np.asarray(resized()))  # type: ignore[misc]
+        target = output / name.with_name(f"{name.stem}{label}.png")
+        written += _write_new(target, lambda size=size: np.asarray(picture.resize(size, Pillow.Resampling.LANCZOS)))  # type: ignore[misc]
     return written
 
 
@@ -131,13 +146,12 @@ def crops(path: Path, name: Path, *, output: Path, size: int = 512, step: int = 
     pixels = read_image(path, name=printable(name)).rgb
     height, width = pixels.shape[:2]
     if min(height, width) < size:
-        raise UserError(
-            f"{printable(name)}: {width}x{height} pixels are less than the crop of {size}; enlarge it with `multiscale` or lower --size."
-        )
+        what = f"{printable(name)}: {width}x{height} pixels are less than the crop of {size}"
+        raise UserError(f"{what}; enlarge it with `multiscale` or lower --size.")
     written = 0
     for number, (y, x) in enumerate(crop_places(height, width, size, step), start=1):
         cut = pixels[y : y + size, x : x + size]
-        written += _write_new(_beside(output, name, f"_s{number:03d}", ".png"), partial(np.asarray, cut))
+        written += _write_new(output / name.with_name(f"{name.stem}_s{number:03d}.png"), partial(np.asarray, cut))
     return written
 
 
@@ -152,10 +166,6 @@ def crop_places(height: int, width: int, size: int, step: int) -> list[tuple[int
 
 def masks(path: Path, name: Path, *, output: Path, settings: MaskSettings) -> int:
     """Mask files in the layout of the published script: mat/<stem>.mat (key `mat`, 0/1, compressed) and png/<stem>.png (0/255)."""
-    from scipy.io import savemat
-
-    from sslsr_diffusion.data.masks import make_mask
-
     targets = {suffix: (output / suffix / name).with_suffix(f".{suffix}") for suffix in ("mat", "png")}
     if all(target.exists() for target in targets.values()):
         return 0
@@ -163,7 +173,7 @@ def masks(path: Path, name: Path, *, output: Path, settings: MaskSettings) -> in
     mask = make_mask(hr, settings, sample_generator(0, str(name), "mask"))[0, 0].numpy()
     buffer = io.BytesIO()
     savemat(buffer, {"mat": mask.astype(int)}, do_compression=True)
-    _make_room(targets["mat"])
+    targets["mat"].parent.mkdir(parents=True, exist_ok=True)
     atomic_write(targets["mat"], buffer.getvalue())
     return 1 + _write_new(targets["png"], lambda: np.repeat(mask.astype(np.uint8)[..., None] * 255, 3, axis=2), gray=True)
 
@@ -187,23 +197,16 @@ def low_resolution(path: Path, name: Path, *, output: Path, degradation: Degrada
 _LABELS: dict[Callable[..., int], tuple[str, ...]] = {multiscale: ("", "S", *(label for label, _ in _MULTI_SCALE))}
 
 
-def job(function: Callable[..., int], **options: object) -> partial[int]:
-    """A picklable job with its options fixed."""
-    return partial(function, **options)
-
-
-def check_settings(made: partial[int]) -> None:
+def check_settings(job: partial[int]) -> None:
     """Note a job's settings beside its results, so that results of other settings are never taken for its own.
 
     Raises:
         UserError: the results in its output were made with other settings, or nothing can be written there.
     """
-    output = made.keywords["output"]
-    values = {
-        name: value.model_dump() if isinstance(value, Settings) else value for name, value in made.keywords.items() if name != "output"
-    }
-    text = json.dumps(values, indent=1, default=str) + "\n"
-    note = output / f"prepared-{made.func.__name__}.json"
+    output = job.keywords["output"]
+    given = {key: value.model_dump() if isinstance(value, Settings) else value for key, value in job.keywords.items() if key != "output"}
+    text = json.dumps(given, indent=1, default=str) + "\n"
+    note = output / f"prepared-{job.func.__name__}.json"
     try:
         if note.exists() and note.read_text(encoding="utf-8") != text:
             raise UserError(f"--output {output}: holds results of other settings ({note.name} there has them); name another folder.")
@@ -217,21 +220,9 @@ def default_processes() -> int:
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _beside(output: Path, name: Path, label: str, suffix: str) -> Path:
-    return output / name.parent / f"{name.stem}{label}{suffix}"
-
-
 def _write_new(target: Path, make: Callable[[], NDArray[np.generic]], *, gray: bool = False) -> int:
     if target.exists():
         return 0
-    _make_room(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_image(target, Image(np.ascontiguousarray(make()), gray=gray), format="PNG")
     return 1
-
-
-def _make_room(target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _eight_bits(image: Image) -> Pixels:
-    return image.rgb if image.bits == 8 else to_array(to_tensor(image.rgb))

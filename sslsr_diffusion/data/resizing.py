@@ -1,7 +1,5 @@
 """The ways in which degradation pipelines resize, and the bicubic reduction of MATLAB, as small exact functions."""
 
-from __future__ import annotations
-
 import functools
 import math
 
@@ -11,8 +9,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslsr_diffusion.data.filters import from_pixels, to_pixels
-from sslsr_diffusion.data.opencv import opencv
+from sslsr_diffusion.data.filters import from_pixels, opencv, to_pixels
 
 
 def interpolate(image: Tensor, mode: str, *, factor: float | None = None, size: tuple[int, int] | None = None) -> Tensor:
@@ -35,15 +32,12 @@ def interpolate(image: Tensor, mode: str, *, factor: float | None = None, size: 
         return _opencv(image, mode, factor, wanted)
     if mode == "area":
         return F.interpolate(image, size=wanted, mode="area")
-    if factor is not None:
-        return F.interpolate(image, scale_factor=factor, mode=mode, align_corners=False)
-    return F.interpolate(image, size=wanted, mode=mode, align_corners=False)
+    return F.interpolate(image, size=wanted if factor is None else None, scale_factor=factor, mode=mode, align_corners=False)
 
 
 def _opencv(image: Tensor, mode: str, factor: float | None, size: tuple[int, int]) -> Tensor:
     """The same formulas in OpenCV, several times faster; it rounds the size up where torch floors it, so the edge is cut off."""
     cv2 = opencv()
-
     flag = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}[mode]
     if factor is None:
         return from_pixels([cv2.resize(p, size[::-1], interpolation=flag) for p in to_pixels(image)])
@@ -54,7 +48,6 @@ def _opencv(image: Tensor, mode: str, factor: float | None, size: tuple[int, int
 def area_average(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize to `size` by exact area averages (OpenCV's INTER_AREA), as BSRGAN does; [B, C, H, W] float32."""
     cv2 = opencv()
-
     resized = [cv2.resize(p, size[::-1], interpolation=cv2.INTER_AREA) for p in to_pixels(image.cpu())]
     return from_pixels(resized).to(image.device)
 

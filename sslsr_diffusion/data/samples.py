@@ -1,11 +1,12 @@
 """One training sample from one request, and what happens when a file is bad. Runs in the loader's workers."""
 
-from __future__ import annotations
-
+import errno
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,14 +15,19 @@ from torch import Tensor
 
 from sslsr_diffusion.data.degradation import Degradation
 from sslsr_diffusion.data.draws import Op
-from sslsr_diffusion.data.masks import MaskFiles, cap, make_mask
-from sslsr_diffusion.data.retries import BadPictures, patiently
-from sslsr_diffusion.data.rows import Item
+from sslsr_diffusion.data.masks import MaskFiles, make_mask
 from sslsr_diffusion.data.settings import DataSettings
-from sslsr_diffusion.data.sources import IndexedSource
+from sslsr_diffusion.data.sources import IndexedSource, Item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import printable, read_image, to_tensor
+from sslsr_diffusion.ops.edge_mask import cap_mask
 from sslsr_diffusion.seeding import derive_seed, sample_generator
+
+T = TypeVar("T")
+_NAMES = "EIO ESTALE ETIMEDOUT EAGAIN EBUSY ENOTCONN ECONNRESET ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENOLINK EREMOTEIO"
+_HICCUPS = frozenset(getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name))
+_PAUSES = (0.5, 2.0)  # seconds before the second and third attempt during a hiccup
+_FIRST_WAIT, _LONGEST_WAIT = 30.0, 1800.0  # seconds until a picture is asked for again; doubled each time
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,39 @@ class Sample:
 
 
 Made = tuple[list[Sample], list[str]]
+Planes = dict[str, NDArray[np.generic]]  # hr, and lr and mask where they are stored, as [H, W] or [H, W, 3]
 
 
 class Unusable(UserError):
     """A picture that can be read, but not used for this training."""
+
+
+class Failure(NamedTuple):
+    """What is known of a picture that could not be used: a damaged one stays out, one that the storage did not deliver comes back."""
+
+    problem: str
+    again: float  # when it is tried again
+    wait: float  # seconds, if it fails again
+
+
+def patiently(make: Callable[[], T]) -> T:
+    """What `make` returns, with two more attempts while a network share or a disk hiccups."""
+    for pause in _PAUSES:
+        try:
+            return make()
+        except (ValueError, OSError) as error:
+            cause = storage_error(error)
+            if cause is None or cause.errno not in _HICCUPS:
+                raise
+            time.sleep(pause)
+    return make()
+
+
+def storage_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind an error; Pillow's complaints about damaged files are OSErrors without a number."""
+    while error is not None and not (isinstance(error, OSError) and error.errno is not None):
+        error = error.__cause__
+    return error
 
 
 class SampleMaker:
@@ -60,7 +95,7 @@ class SampleMaker:
         self.settings, self.sources, self.crop_size, self.scale, self.seed = settings, sources, crop_size, scale, seed
         self.degradation = Degradation(settings.degradation, scale)
         self._mask_files = MaskFiles(settings.mask.folder) if settings.mask.folder else None
-        self._bad = BadPictures()
+        self._failures: dict[tuple[int, int], Failure] = {}  # by source and position, in this process
 
     def __getitems__(self, requests: Sequence[Request]) -> Made | UserError:
         """The samples of a micro-batch and the problems on the way; DataLoader calls this.
@@ -68,27 +103,26 @@ class SampleMaker:
         What ends the training is returned, not raised: DataLoader would put the worker's traceback into its sentence.
         """
         try:
-            return self._batch(requests)
+            return self.batch(requests)
         except UserError as error:
             return error
 
-    def _batch(self, requests: Sequence[Request]) -> Made:
-        """A stream cannot be asked again, so its bad items are replaced by others of the same batch, cropped anew."""
+    def batch(self, requests: Sequence[Request]) -> Made:
+        """A stream cannot be asked again, so its bad items are replaced by other pictures of the same batch, cropped anew."""
         problems: list[str] = []
-        samples = [self._from_index(r, problems) if r.item is None else self._from_item(r, r.item, problems) for r in requests]
-        good = [(request.item, sample) for request, sample in zip(requests, samples) if sample is not None]
-        if not good:
-            return [], problems
+        samples = [self._sample(request, problems) for request in requests]
+        good = [request for request, sample in zip(requests, samples) if sample is not None]
         for place, (request, sample) in enumerate(zip(requests, samples)):
-            if sample is None:
-                item = good[place % len(good)][0]
-                assert item is not None  # an indexed source raises rather than giving up
-                samples[place] = self._from_item(request, item, problems)
+            if sample is None and good:
+                other = replace(good[place % len(good)], index=request.index, group=request.group)
+                samples[place] = self._sample(other, problems)
         return [sample for sample in samples if sample is not None], problems
 
-    def _from_item(self, request: Request, item: Item, problems: list[str]) -> Sample | None:
+    def _sample(self, request: Request, problems: list[str]) -> Sample | None:
+        if request.item is None:
+            return self._from_index(request, problems)
         try:
-            return self.make(request, item, problems)
+            return self.make(request, request.item, problems)
         except UserError as error:
             problems.append(str(error))
             return None
@@ -105,17 +139,19 @@ class SampleMaker:
         for step in range(len(source)):
             position = int(order[(start + step) % len(source)])
             key = (request.source, position)
-            known = self._bad.problem(key)
-            if known is not None:
-                problems.append(known)
+            before = self._failures.get(key)
+            if before is not None and time.monotonic() < before.again:
+                problems.append(before.problem)
                 continue
             try:
                 sample = patiently(lambda position=position: self.make(request, source.item(position), problems))  # type: ignore[misc]
             except (UserError, OSError) as error:
-                self._bad.note(key, error)
+                wait = before.wait if before else _FIRST_WAIT
+                again = time.monotonic() + wait if storage_error(error) else float("inf")
+                self._failures[key] = Failure(str(error), again, min(2 * wait, _LONGEST_WAIT))
                 problems.append(str(error))
             else:
-                self._bad.forget(key)
+                self._failures.pop(key, None)
                 return sample
         raise UserError(f"{source.name}: nothing is left to train on, all {len(source)} pictures are unusable; the first: {problems[0]}")
 
@@ -132,26 +168,23 @@ class SampleMaker:
         if item.latents is None:  # else it is the target that latents were stored for
             hr = self.degradation.target(hr)
         generator = with_generator("mask")
-        if "mask" in crops:
-            mask = torch.from_numpy(crops["mask"])[None, None]
-        else:
-            mask = make_mask(hr, self.settings.mask, generator)
-        mask = cap(mask, self.settings.mask, generator)
+        mask = torch.from_numpy(crops["mask"])[None, None] if "mask" in crops else make_mask(hr, self.settings.mask, generator)
+        if self.settings.mask.max_pixels is not None:
+            mask = cap_mask(mask, self.settings.mask.max_pixels, generator)
         if "lr" in crops:
             latents = None if item.latents is None else read_latents(item.latents)
             return Sample(hr[0], to_tensor(crops["lr"]), mask[0], request.index, item.name, [Op("real pair")], latents)
         shared = sample_generator(self.seed, request.group, "shared") if self.settings.degradation.pool_size else None
         ops = self.degradation.draw(hr.shape[2], hr.shape[3], with_generator("degradation"), shared)
-        if self.settings.degradation.device == "training":
-            return Sample(hr[0], None, mask[0], request.index, item.name, ops)
-        lr = self.degradation.apply(hr, ops, with_generator("noise"))
-        return Sample(hr[0], lr[0], mask[0], request.index, item.name, ops)
+        later = self.settings.degradation.device == "training"
+        lr = None if later else self.degradation.apply(hr, ops, with_generator("noise"))[0]
+        return Sample(hr[0], lr, mask[0], request.index, item.name, ops)
 
-    def _read(self, item: Item, problems: list[str]) -> dict[str, NDArray[np.generic]]:
+    def _read(self, item: Item, problems: list[str]) -> Planes:
         """The planes of an item at full size: hr, lr for real pairs, mask for mask files; padded where smaller than the crop."""
         hr = read_image(item.hr, name=item.name).rgb
         height, width = hr.shape[:2]
-        planes: dict[str, NDArray[np.generic]] = {"hr": hr}
+        planes: Planes = {"hr": hr}
         if item.lr is not None:
             planes["lr"] = lr = read_image(item.lr, name=f"{item.name} (low-resolution partner)").rgb
             check_pair(item.name, (height, width), lr.shape[:2], self.scale)
@@ -168,28 +201,21 @@ class SampleMaker:
             planes = {name: _reflect(plane, self.crop_size // shrink[name], grid // shrink[name]) for name, plane in planes.items()}
         return planes
 
-    def _crop(self, planes: dict[str, NDArray[np.generic]], generator: torch.Generator, *, turn: bool) -> dict[str, NDArray[np.generic]]:
+    def _crop(self, planes: Planes, generator: torch.Generator, *, turn: bool) -> Planes:
         """An aligned window of all planes, mirrored and transposed alike; in pairs it starts on a low-resolution pixel."""
-        crop = self.settings.crop
+        crop, size = self.settings.crop, self.crop_size
         grid = self.scale if "lr" in planes else 1
         turns = [turn and bool(t) for t in torch.rand(3, generator=generator) < 0.5]
-        window = (0, 0)
         for attempt in range(crop.tries if crop.kind == "edge_aware" else 1):
-            window = tuple(  # type: ignore[assignment]
-                int(torch.randint(0, (n - self.crop_size) // grid + 1, (), generator=generator)) * grid for n in planes["hr"].shape[:2]
-            )
-            cut = {key: self._window(plane, window, self.scale if key == "lr" else 1) for key, plane in planes.items()}
+            y, x = (int(torch.randint((n - size) // grid + 1, (), generator=generator)) * grid for n in planes["hr"].shape[:2])
+            shrinks = {key: self.scale if key == "lr" else 1 for key in planes}
+            cut = {key: planes[key][y // s : (y + size) // s, x // s : (x + size) // s] for key, s in shrinks.items()}
             if crop.kind == "random" or attempt == crop.tries - 1 or self._density(cut, generator) >= crop.least_density:
                 break
-        return {
-            key: _turn(plane, crop.hflip and turns[0], crop.rotate and turns[1], crop.rotate and turns[2]) for key, plane in cut.items()
-        }
+        hflip, vflip, transpose = crop.hflip and turns[0], crop.rotate and turns[1], crop.rotate and turns[2]
+        return {key: _turn(plane, hflip, vflip, transpose) for key, plane in cut.items()}
 
-    def _window(self, plane: NDArray[np.generic], window: tuple[int, int], shrink: int) -> NDArray[np.generic]:
-        y, x, size = window[0] // shrink, window[1] // shrink, self.crop_size // shrink
-        return plane[y : y + size, x : x + size]
-
-    def _density(self, cut: dict[str, NDArray[np.generic]], generator: torch.Generator) -> float:
+    def _density(self, cut: Planes, generator: torch.Generator) -> float:
         if "mask" in cut:
             return float(cut["mask"].mean())
         return float(make_mask(to_tensor(cut["hr"])[None], self.settings.mask, generator).float().mean())
@@ -235,7 +261,5 @@ def _reflect(plane: NDArray[np.generic], size: int, grid: int) -> NDArray[np.gen
 
 
 def _turn(plane: NDArray[np.generic], hflip: bool, vflip: bool, transpose: bool) -> NDArray[np.generic]:
-    plane = plane[:, ::-1] if hflip else plane
-    plane = plane[::-1] if vflip else plane
-    plane = plane.swapaxes(0, 1) if transpose else plane
-    return np.ascontiguousarray(plane)
+    plane = plane[:: -1 if vflip else 1, :: -1 if hflip else 1]
+    return np.ascontiguousarray(plane.swapaxes(0, 1) if transpose else plane)

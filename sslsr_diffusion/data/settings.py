@@ -1,8 +1,6 @@
 """The `data` section of a recipe."""
 
-from __future__ import annotations
-
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -27,9 +25,7 @@ class FilesSource(_Source):
     """A text file that lists pictures."""
 
     kind: Literal["files"] = "files"
-    path: str = Field(
-        description="A UTF-8 text file with one picture per line, relative to that file; empty lines and # lines do not count."
-    )
+    path: str = Field(description="UTF-8 text with one picture per line, relative to that file; empty lines and # lines do not count.")
 
 
 class PairsSource(_Source):
@@ -51,10 +47,7 @@ class CFWSource(_Source):
 class _TableSource(_Source):
     column: str = Field("image", description="The column that holds the (high-resolution) pictures.")
     lr_column: str | None = Field(None, description="The column of the low-resolution partners, where the rows are real pairs.")
-    name_column: str | None = Field(
-        None,
-        description="The column of the pictures' file names, by which mask files are found; default: the names stored with the pictures.",
-    )
+    name_column: str | None = Field(None, description="The column of file names, to find mask files by; default: as stored with them.")
     streaming: bool = Field(False, description="Read on the fly in the stream's order instead of copying everything first.")
     shuffle_window: int = Field(256, ge=1, description="Streams only: so many neighbouring rows are handed out in random order.")
 
@@ -87,13 +80,8 @@ class WebdatasetSource(_Source):
     shuffle_window: int = Field(256, ge=1, description="Streams only: so many neighbouring pictures are handed out in random order.")
 
 
-Source = Annotated[
-    FolderSource | FilesSource | PairsSource | CFWSource | HubSource | ParquetSource | WebdatasetSource,
-    Field(discriminator="kind"),
-]
-
-
 RowSource = HubSource | ParquetSource | WebdatasetSource  # what the library `datasets` may read
+Source = Annotated[FolderSource | FilesSource | PairsSource | CFWSource | RowSource, Field(discriminator="kind")]
 
 
 class MaskSettings(Settings):
@@ -102,17 +90,13 @@ class MaskSettings(Settings):
     kind: Literal["laplacian", "laplacian_abs", "sobel", "canny", "all", "random", "files"] = Field(
         "laplacian", description="How the mask is made from the high-resolution crop; files: read from `folder`."
     )
-    threshold: float = Field(
-        20.0, ge=0, le=2040, description="Grey levels (0 to 255); for canny the upper threshold, the lower one is half."
-    )
+    threshold: float = Field(20.0, ge=0, le=2040, description="Grey levels (0 to 255); for canny the upper one, the lower one is half.")
     density: Probability = Field(0.1, description="For random: share of the pixels.")
     folder: str | None = Field(None, description="For files: .mat (key mat), .png or .npy files named as the pictures, of the same size.")
-    max_pixels: int | None = Field(
-        None, ge=1, description="At most so many masked pixels per crop, chosen at random, so that memory is bounded."
-    )
+    max_pixels: int | None = Field(None, ge=1, description="At most so many per crop, chosen at random, so that memory is bounded.")
 
     @model_validator(mode="after")
-    def _folder_goes_with_files(self) -> MaskSettings:
+    def _folder_goes_with_files(self) -> Self:
         if (self.kind == "files") != (self.folder is not None):
             raise ValueError("mask: expected a folder exactly when kind is files")
         return self
@@ -133,9 +117,7 @@ class DataSettings(Settings):
 
     sources: list[Source] = Field([], description="Where training pictures come from.")
     validation: list[Source] = Field([], description="Where validation pictures come from; keep them apart from the training pictures.")
-    degradation: DegradationSettings = Field(
-        DegradationSettings(), description="How low-resolution partners are made (real pairs keep theirs)."
-    )
+    degradation: DegradationSettings = Field(DegradationSettings(), description="How low-resolution partners are made; pairs have theirs.")
     mask: MaskSettings = Field(MaskSettings(), description="Which pixels enter the self-similarity loss.")
     crop: CropSettings = Field(CropSettings(), description="Where crops are taken.")
     small_images: Literal["reflect", "skip"] = Field("reflect", description="What happens to pictures smaller than the crop.")
@@ -144,10 +126,9 @@ class DataSettings(Settings):
     start_method: Literal["fork", "spawn", "forkserver"] | None = Field(None, description="How workers start; default: the platform's way.")
 
     @model_validator(mode="after")
-    def _a_pool_needs_an_index(self) -> DataSettings:
+    def _a_pool_needs_an_index(self) -> Self:
         streams = [s.path for s in self.sources if getattr(s, "streaming", False)]
         if self.degradation.pool_size and streams:
-            raise ValueError(
-                f"degradation.pool_size: a pool cannot be resumed with a stream ({streams[0]}); use pool_size 0 or streaming false"
-            )
+            where = f"a pool cannot be resumed with a stream ({streams[0]})"
+            raise ValueError(f"degradation.pool_size: {where}; use pool_size 0 or streaming false")
         return self

@@ -1,28 +1,21 @@
 """A contact sheet of training samples: what the model will see, with the numbers that were drawn."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 
 from sslsr_diffusion.data.operations import describe
 from sslsr_diffusion.data.samples import Sample
 from sslsr_diffusion.images import to_array
 
-if TYPE_CHECKING:
-    import PIL.Image
-
 _TEXT_LINES, _LINE, _GAP = 4, 14, 8
 
 
-def contact_sheet(samples: Sequence[Sample], *, cell: int = 192, columns: int = 2) -> PIL.Image.Image:
+def contact_sheet(samples: Sequence[Sample], *, cell: int = 192, columns: int = 2) -> Image.Image:
     """HR, LR (enlarged without smoothing) and edge mask of every sample side by side, the drawn operations below; a Pillow image."""
-    from PIL import Image, ImageDraw
-
     width, height = 3 * cell + _GAP, cell + _TEXT_LINES * _LINE + _GAP
     rows = -(-len(samples) // columns)
     sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
@@ -39,9 +32,7 @@ def contact_sheet(samples: Sequence[Sample], *, cell: int = 192, columns: int = 
     return sheet
 
 
-def _pictures(sample: Sample) -> list[PIL.Image.Image]:
-    from PIL import Image
-
+def _pictures(sample: Sample) -> list[Image.Image]:
     assert sample.lr is not None
     size = sample.hr.shape[1:]
     lr = F.interpolate(sample.lr[None], size=size, mode="nearest")[0]

@@ -1,14 +1,12 @@
 """What `--dataset` means: low-resolution inputs and their ground truths, found or made from high-resolution photographs."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.scoring import load_rgb
-from sslsr_diffusion.images import Image, UnreadableImage, list_images, printable, resize_bicubic, to_array, write_image
+from sslsr_diffusion.images import Image, list_images, printable, resize_bicubic, to_array, write_image
 
 LR_NAMES = ("lr", "lq", "low")
 HR_NAMES = ("hr", "gt", "high")
@@ -31,8 +29,8 @@ def find_dataset(text: str, *, scale: int, made: Path) -> Dataset:
     """
     lr, comma, hr = text.partition(",")
     if comma and not Path(text).exists():
-        return Dataset(_folder(Path(lr.strip()).expanduser()), _folder(Path(hr.strip()).expanduser()))
-    root = _folder(Path(text).expanduser())
+        return Dataset(_folder(lr.strip()), _folder(hr.strip()))
+    root = _folder(text)
     inside = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
     lows, highs = ([inside[name] for name in names if name in inside] for names in (LR_NAMES, HR_NAMES))
     if lows and highs:
@@ -40,7 +38,8 @@ def find_dataset(text: str, *, scale: int, made: Path) -> Dataset:
     return _make(root, scale, made)
 
 
-def _folder(path: Path) -> Path:
+def _folder(name: Path | str) -> Path:
+    path = Path(name).expanduser()
     if not path.is_dir():
         raise UserError(f"--dataset: {printable(path)} is not a folder; expected a folder with lr/ and hr/, LR_DIR,HR_DIR or photographs.")
     if not list_images(path):
@@ -52,27 +51,24 @@ def _make(root: Path, scale: int, made: Path) -> Dataset:
     left_out: list[str] = []
     owners: dict[Path, Path] = {}
     if any(root.resolve().is_relative_to((made / folder).resolve()) for folder in ("lr", "hr")):
-        raise UserError(
-            f"--dataset: {printable(root)} is where this command stores what it makes; give the photographs, or another --output."
-        )
+        where = f"--dataset: {printable(root)} is where this command stores what it makes"
+        raise UserError(f"{where}; give the photographs, or another --output.")
     for folder in ("lr", "hr"):  # what an earlier call made of other photographs
         shutil.rmtree(made / folder, ignore_errors=True)
     for path in list_images(root):
         name = path.relative_to(root).with_suffix(".png")
-        if owners.setdefault(name, path) is not path:
-            left_out.append(f"{printable(path)}: has the stem of {printable(owners[name].name)}, which was taken.")
-            continue
         try:
+            if owners.setdefault(name, path) is not path:
+                raise UserError(f"has the stem of {printable(owners[name].name)}, which was taken.")
             hr = load_rgb(path)
-        except UnreadableImage as error:
+            height, width = (side // scale for side in hr.shape[-2:])
+            if min(height, width) < 1:
+                raise UserError(f"is smaller than {scale} pixels and cannot be shrunk {scale} times.")
+        except UserError as error:
             left_out.append(f"{printable(path)}: {error}")
             continue
-        height, width = (side // scale for side in hr.shape[-2:])
-        if min(height, width) < 1:
-            left_out.append(f"{printable(path)}: is smaller than {scale} pixels and cannot be shrunk {scale} times.")
-            continue
         hr = hr[..., : height * scale, : width * scale]
-        for folder, picture in (("lr", resize_bicubic(hr, (height, width)).clamp(0, 1)), ("hr", hr)):
+        for folder, picture in {"lr": resize_bicubic(hr, (height, width)).clamp(0, 1), "hr": hr}.items():
             target = made / folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             write_image(target, Image(to_array(picture[0])))

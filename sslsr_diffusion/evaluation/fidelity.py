@@ -1,6 +1,4 @@
-"""PSNR and SSIM in the field's convention, with torch alone; and the cut and the luma that the other metrics share."""
-
-from __future__ import annotations
+"""PSNR and SSIM in the field's convention, the SSG distance, all with torch alone; and the cut and the luma that the others share."""
 
 import math
 from typing import Literal
@@ -9,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.ops import SelfSimilarityLoss, laplacian_edge_mask
 
 Convention = Literal["basicsr", "pyiqa"]
 LUMA = (65.481, 128.553, 24.966)  # BT.601 limited range: Y = 16 + LUMA . rgb, on the 0..255 scale for rgb in [0, 1]
@@ -56,7 +55,9 @@ def ssim(
     """
     a, b = _prepare(restored, reference, crop_border, y_channel)
     if min(a.shape[-2:]) < 11:
-        raise UserError(f"SSIM needs at least 11 x 11 pixels, {_size(a)} are left after cutting {crop_border} from each side.")
+        raise UserError(
+            f"SSIM needs at least 11 x 11 pixels, {a.shape[-1]} x {a.shape[-2]} are left after cutting {crop_border} from each side."
+        )
     if convention == "pyiqa":
         a, b = a.round(), b.round()
     mean_a, mean_b = _blur(a), _blur(b)
@@ -70,6 +71,48 @@ def ssim(
     return ((2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1) * structure).mean(dim=(1, 2, 3))
 
 
+def ssg_terms(restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_channel: bool = False) -> dict[str, Tensor]:
+    """L1 = mean |T_sr - T_gt| and KL = mean T_gt ln(T_gt / T_sr), both T clamped at 1e-10 for KL   (Chen et al., ACM MM 2024).
+
+    The means run over the rows of the ground truth's edge pixels (all of them, no stride) and the 625 offsets.
+
+    Args:
+        restored: [B, 3, H, W] float in [0, 1]; at least 13 x 13 after the cut.
+        reference: the same shape.
+        crop_border: pixels cut from each side first.
+        y_channel: not used: the graph is of RGB, as in training.
+
+    Returns:
+        {"ssg_l1": [B], "ssg_kl": [B]} float64; nan where the ground truth has no edge pixel.
+
+    Raises:
+        UserError: shapes differ, or the images are too small.
+    """
+    restored, reference = crop(restored, crop_border).float(), crop(reference, crop_border).float()
+    distance = SelfSimilarityLoss()
+    found = []
+    try:
+        with torch.no_grad():
+            for sr, gt in zip(restored.split(1), reference.split(1)):
+                mask = laplacian_edge_mask(gt)
+                _, terms = distance(sr, gt, mask, return_terms=True)
+                found.append([terms["l1"].item(), terms["kl"].item()] if mask.any() else [float("nan")] * 2)
+    except ValueError as error:
+        raise UserError(f"SSG distance: {error}") from None
+    l1, kl = torch.tensor(found, dtype=torch.float64).unbind(1)
+    return {"ssg_l1": l1, "ssg_kl": kl}
+
+
+def ssg_l1(restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_channel: bool = False) -> Tensor:
+    """`ssg_terms`' L1 alone: [B]."""
+    return ssg_terms(restored, reference, crop_border=crop_border)["ssg_l1"]
+
+
+def ssg_kl(restored: Tensor, reference: Tensor, *, crop_border: int = 0, y_channel: bool = False) -> Tensor:
+    """`ssg_terms`' KL alone: [B]."""
+    return ssg_terms(restored, reference, crop_border=crop_border)["ssg_kl"]
+
+
 def luma(image: Tensor) -> Tensor:
     """BT.601 limited-range luma of [B, 3, H, W] in [0, 1]: [B, 1, H, W] in 16..235, not rounded. Gray passes as 255 x."""
     if image.shape[1] == 1:
@@ -81,7 +124,7 @@ def luma(image: Tensor) -> Tensor:
 def crop(image: Tensor, border: int) -> Tensor:
     """`border` pixels cut from each side; UserError when nothing is left."""
     if border < 0 or min(image.shape[-2:]) <= 2 * border:
-        raise UserError(f"crop_border: cannot cut {border} pixels from each side of an image of {_size(image)}.")
+        raise UserError(f"crop_border: cannot cut {border} pixels from each side of an image of {image.shape[-1]} x {image.shape[-2]}.")
     return image[..., border : image.shape[-2] - border, border : image.shape[-1] - border]
 
 
@@ -106,7 +149,3 @@ def _blur(image: Tensor) -> Tensor:
             blurred.add_(image.narrow(dim, i, size), alpha=weight / sum(weights))
         image = blurred
     return image
-
-
-def _size(image: Tensor) -> str:
-    return f"{image.shape[-1]} x {image.shape[-2]}"

@@ -1,7 +1,5 @@
 """The worst and best images of every metric as zoomed windows side by side, with their edge masks."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence
@@ -74,12 +72,9 @@ def cards(scores: Scores, picks: dict[str, list[Pick]]) -> list[Card]:
     tags: dict[str, list[str]] = {}
     for metric, chosen in picks.items():
         for p in chosen:
-            tags.setdefault(p.anchor, []).append(f"{p.kind} {METRICS[metric].label}: {_numbers(p.values, METRICS[metric].digits)}")
+            numbers = ", ".join(f"{column} {value:.{METRICS[metric].digits}f}" for column, value in p.values.items())
+            tags.setdefault(p.anchor, []).append(f"{p.kind} {METRICS[metric].label}: {numbers}")
     return [_card(scene, f"image-{i}", tags[f"image-{i}"]) for i, scene in enumerate(scores.scenes) if f"image-{i}" in tags]
-
-
-def _numbers(values: dict[str, float], digits: int) -> str:
-    return ", ".join(f"{column} {value:.{digits}f}" for column, value in values.items())
 
 
 def _card(scene: Scene, anchor: str, tags: Sequence[str]) -> Card:
@@ -88,12 +83,8 @@ def _card(scene: Scene, anchor: str, tags: Sequence[str]) -> Card:
     height, width = next(iter(restored.values())).shape[-2:]
     side = min(WINDOW, height, width)
     top, left = _place(list(restored.values()), reference, side)
-    pictures: dict[str, Tensor] = {}
-    if scene.lr:
-        pictures["LR bicubic"] = resize_bicubic(load_rgb(scene.lr), (height, width)).clamp(0, 1)
-    pictures |= restored
-    if reference is not None:
-        pictures["reference"] = reference
+    pictures = {"LR bicubic": resize_bicubic(load_rgb(scene.lr), (height, width)).clamp(0, 1)} if scene.lr else {}
+    pictures |= restored | ({} if reference is None else {"reference": reference})
     window = (..., slice(top, top + side), slice(left, left + side))
     zooms = [
         Zoom(title, _uri(to_array(picture[window][0])), _uri(laplacian_edge_mask(picture)[window][0, 0].numpy()))
@@ -109,11 +100,11 @@ def _card(scene: Scene, anchor: str, tags: Sequence[str]) -> Card:
 def _place(restored: Sequence[Tensor], reference: Tensor | None, side: int) -> tuple[int, int]:
     """Where to look: the window with the largest squared error (without a reference: with the most edge pixels); top, left."""
     if reference is not None:
-        weight = torch.stack([(r - reference).square().mean(dim=1, keepdim=True) for r in restored]).mean(dim=0)
+        weights = [(r - reference).square().mean(dim=1, keepdim=True) for r in restored]
     else:
-        weight = torch.stack([laplacian_edge_mask(r).float() for r in restored]).mean(dim=0)
+        weights = [laplacian_edge_mask(r).float() for r in restored]
     stride = max(1, side // 16)
-    sums = functional.avg_pool2d(weight, side, stride)[0, 0]
+    sums = functional.avg_pool2d(torch.stack(weights).mean(dim=0), side, stride)[0, 0]
     best = int(sums.argmax())
     return best // sums.shape[1] * stride, best % sums.shape[1] * stride
 
@@ -123,11 +114,7 @@ def _uri(pixels: NDArray[np.generic], kind: str = "WEBP") -> str:
     from PIL import Image
 
     out = io.BytesIO()
-    if pixels.dtype == bool:
-        Image.fromarray(pixels).save(out, "PNG", optimize=True)
-        kind = "PNG"
-    elif kind == "JPEG":
-        Image.fromarray(pixels).save(out, "JPEG", quality=85)
-    else:
-        Image.fromarray(pixels).save(out, "WEBP", lossless=True)
+    kind = "PNG" if pixels.dtype == bool else kind
+    options: dict[str, dict[str, int]] = {"PNG": {"optimize": True}, "JPEG": {"quality": 85}, "WEBP": {"lossless": True}}
+    Image.fromarray(pixels).save(out, kind, **options[kind])
     return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -1,7 +1,5 @@
 """The registry of metrics: one table for the command line, the report and training's validation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,9 +8,8 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation import learned
-from sslsr_diffusion.evaluation.fidelity import psnr, ssim
+from sslsr_diffusion.evaluation.fidelity import psnr, ssg_terms, ssim
 from sslsr_diffusion.evaluation.niqe import niqe
-from sslsr_diffusion.evaluation.ssg_distance import ssg_terms
 from sslsr_diffusion.evaluation.weights import WEIGHTS, digest
 from sslsr_diffusion.tables import named
 
@@ -36,9 +33,8 @@ class Metric:
 
 def select(names: str) -> list[str]:
     """`"psnr,ssim"`, `"default"` or `"all"` -> names; UserError lists the known ones."""
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
     found: list[str] = []
-    for name in wanted:
+    for name in filter(None, map(str.strip, names.split(","))):
         if name in ("default", "all"):
             found += [key for key, metric in METRICS.items() if metric.default or name == "all"]
         elif name in METRICS:
@@ -68,67 +64,33 @@ def convention(name: str, *, crop_border: int, y_channel: bool) -> str:
     return f"{text}; pyiqa {version('pyiqa')}; weights {', '.join(files)}"
 
 
-_SSIM = "data range 255, 11 x 11 Gaussian sigma 1.5, valid area, {border}"
-_NIQE = "blocks of 96 x 96, 2 scales, border repeated, published parameters (shipped); {border}"
+def _learned(name: str, higher_is_better: bool, needs_reference: bool, digits: int, text: str) -> Metric:
+    fn = learned.learned(name, needs_reference=needs_reference)
+    return Metric(fn, higher_is_better, needs_reference, name.upper(), digits, text)
 
+
+_SSIM = "data range 255, 11 x 11 Gaussian sigma 1.5, valid area, {border}"
+_SSIM_PYIQA = "{channels}, rounded to 8 bits, negative structure counts 0 (pyiqa's convention), " + _SSIM
+_SSIM_BASICSR = "{channels} (BasicSR's convention), " + _SSIM
+_FID = "InceptionV3 (FID weights), pool3 2048, RGB -1..1, bilinear to 299, whole images (no border is cut)"
+_NIQE = "blocks of 96 x 96, 2 scales, border repeated, published parameters (shipped); {border}"
+_NIQE_PYIQA = "full-range luma rounded to 8 bits (pyiqa's convention), " + _NIQE
+_NIQE_BASICSR = "Y 16..235 rounded to 8 bits (BasicSR's convention), " + _NIQE
+_CLIP = "CLIP RN50 without positional embedding, five prompt pairs, RGB with CLIP's mean and deviation, no resize, {border}"
 _SSG = ", on the ground truth's edge mask (Laplacian > 20, no stride), k 25, w 9, sigma 0.004, rows normalised, RGB 0..1, {border}"
+_SSG_L1, _SSG_KL = "mean |T_sr - T_gt|" + _SSG, "mean T_gt ln(T_gt / T_sr), clamped at 1e-10" + _SSG
 
 METRICS: dict[str, Metric] = {
     "psnr": Metric(psnr, True, True, "PSNR (dB)", 3, "{channels}, not rounded, data range 255, {border}"),
-    "ssim": Metric(
-        partial(ssim, convention="pyiqa"),
-        True,
-        True,
-        "SSIM",
-        4,
-        "{channels}, rounded to 8 bits, negative structure counts 0 (pyiqa's convention), " + _SSIM,
-    ),
-    "ssim_basicsr": Metric(ssim, True, True, "SSIM (BasicSR)", 4, "{channels} (BasicSR's convention), " + _SSIM, default=False),
-    "lpips": Metric(
-        learned.learned("lpips", needs_reference=True), False, True, "LPIPS", 4, "AlexNet v0.1, RGB -1..1, no resize, {border}"
-    ),
-    "dists": Metric(learned.learned("dists", needs_reference=True), False, True, "DISTS", 4, "RGB 0..1, no resize, {border}"),
-    "fid": Metric(
-        learned.inception_features,
-        False,
-        True,
-        "FID",
-        2,
-        "InceptionV3 (FID weights), pool3 2048, RGB -1..1, bilinear to 299, whole images (no border is cut)",
-        whole_set=learned.frechet_distance,
-    ),
-    "niqe": Metric(
-        partial(niqe, convention="pyiqa"), False, False, "NIQE", 3, "full-range luma rounded to 8 bits (pyiqa's convention), " + _NIQE
-    ),
-    "niqe_basicsr": Metric(
-        niqe, False, False, "NIQE (BasicSR)", 3, "Y 16..235 rounded to 8 bits (BasicSR's convention), " + _NIQE, default=False
-    ),
-    "clipiqa": Metric(
-        learned.learned("clipiqa", needs_reference=False),
-        True,
-        False,
-        "CLIPIQA",
-        4,
-        "CLIP RN50 without positional embedding, five prompt pairs, RGB with CLIP's mean and deviation, no resize, {border}",
-    ),
-    "musiq": Metric(
-        learned.learned("musiq", needs_reference=False),
-        True,
-        False,
-        "MUSIQ",
-        3,
-        "KonIQ-10k weights, RGB 0..1, multi-scale inside, {border}",
-    ),
-    "ssg_l1": Metric(
-        named("sslsr_diffusion.evaluation.ssg_distance:ssg_l1"), False, True, "SSG L1", 6, "mean |T_sr - T_gt|" + _SSG, joint=ssg_terms
-    ),
-    "ssg_kl": Metric(
-        named("sslsr_diffusion.evaluation.ssg_distance:ssg_kl"),
-        False,
-        True,
-        "SSG KL",
-        6,
-        "mean T_gt ln(T_gt / T_sr), clamped at 1e-10" + _SSG,
-        joint=ssg_terms,
-    ),
+    "ssim": Metric(partial(ssim, convention="pyiqa"), True, True, "SSIM", 4, _SSIM_PYIQA),
+    "ssim_basicsr": Metric(ssim, True, True, "SSIM (BasicSR)", 4, _SSIM_BASICSR, default=False),
+    "lpips": _learned("lpips", False, True, 4, "AlexNet v0.1, RGB -1..1, no resize, {border}"),
+    "dists": _learned("dists", False, True, 4, "RGB 0..1, no resize, {border}"),
+    "fid": Metric(learned.inception_features, False, True, "FID", 2, _FID, whole_set=learned.frechet_distance),
+    "niqe": Metric(partial(niqe, convention="pyiqa"), False, False, "NIQE", 3, _NIQE_PYIQA),
+    "niqe_basicsr": Metric(niqe, False, False, "NIQE (BasicSR)", 3, _NIQE_BASICSR, default=False),
+    "clipiqa": _learned("clipiqa", True, False, 4, _CLIP),
+    "musiq": _learned("musiq", True, False, 3, "KonIQ-10k weights, RGB 0..1, multi-scale inside, {border}"),
+    "ssg_l1": Metric(named("sslsr_diffusion.evaluation.fidelity:ssg_l1"), False, True, "SSG L1", 6, _SSG_L1, joint=ssg_terms),
+    "ssg_kl": Metric(named("sslsr_diffusion.evaluation.fidelity:ssg_kl"), False, True, "SSG KL", 6, _SSG_KL, joint=ssg_terms),
 }

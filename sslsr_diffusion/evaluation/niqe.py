@@ -5,20 +5,15 @@ BasicSR scores the limited-range luma, pyiqa the full-range one. They also round
 float32 images; pyiqa filters float64 images with a kernel of float32 numbers.
 """
 
-from __future__ import annotations
-
 import functools
 from importlib import resources
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.fidelity import Convention, crop, luma
-
-if TYPE_CHECKING:
-    import numpy as np
 
 PARAMETERS = "niqe_modelparameters.mat"  # the published natural-image model; its notice lies beside it
 BLOCK = 96
@@ -27,12 +22,7 @@ FULL_RANGE = (0.299, 0.587, 0.114)
 
 
 def niqe(
-    restored: Tensor,
-    reference: Tensor | None = None,
-    *,
-    crop_border: int = 0,
-    y_channel: bool = False,
-    convention: Convention = "basicsr",
+    restored: Tensor, reference: object = None, *, crop_border: int = 0, y_channel: bool = False, convention: Convention = "basicsr"
 ) -> Tensor:
     """Distance of an image's local statistics from those of natural photographs; lower is better   (Mittal et al. 2012).
 
@@ -40,9 +30,8 @@ def niqe(
 
     Args:
         restored: [B, 3 or 1, H, W] float in [0, 1]; two blocks of 96 x 96 or more after the cut. Its luma is rounded to 8 bits.
-        reference: not used.
+        reference, y_channel: not used.
         crop_border: pixels cut from each side first.
-        y_channel: not used.
         convention: "basicsr" scores the luma of BT.601 limited range (16..235), "pyiqa" that of full range (0..255).
 
     Returns:
@@ -51,23 +40,18 @@ def niqe(
     Raises:
         UserError: fewer than two blocks fit.
     """
-    image = restored.float()
+    gray, pixels, kernel = restored.float(), "float32", "float64"  # what the filter's image and kernel are rounded to
     if convention == "basicsr":
-        return _scores(luma(image), crop_border, pixels="float32", kernel="float64")
-    weights = torch.tensor(FULL_RANGE, dtype=torch.float32, device=restored.device)
-    gray = image if image.shape[1] == 1 else torch.einsum("bchw,c->bhw", image, weights)[:, None]
-    return _scores(gray * 255, crop_border, pixels="float64", kernel="float32")
-
-
-def _scores(gray: Tensor, border: int, *, pixels: str, kernel: str) -> Tensor:
-    """[B, 1, H, W] on the 0..255 scale -> [B]; the filter's image and kernel are rounded to the two dtypes."""
-    planes = crop(gray, border).round().squeeze(1).cpu().numpy().astype(pixels)
+        gray = luma(gray)
+    else:
+        weights = torch.tensor(FULL_RANGE, dtype=torch.float32, device=restored.device)
+        gray = (gray if gray.shape[1] == 1 else torch.einsum("bchw,c->bhw", gray, weights)[:, None]) * 255
+        pixels, kernel = "float64", "float32"
+    planes = crop(gray, crop_border).round().squeeze(1).cpu().numpy().astype(pixels)
     return torch.tensor([_score(plane, kernel) for plane in planes], dtype=torch.float64)
 
 
 def _score(plane: np.ndarray, kernel: str) -> float:
-    import numpy as np
-
     rows, columns = plane.shape[0] // BLOCK, plane.shape[1] // BLOCK
     if rows * columns < 2:
         raise UserError(f"NIQE needs two blocks of 96 x 96 pixels, an image of {plane.shape[1]} x {plane.shape[0]} has {rows * columns}.")
@@ -108,8 +92,6 @@ def _normalized(plane: np.ndarray, kernel_dtype: str) -> np.ndarray:
 
 def _halve(plane: np.ndarray) -> np.ndarray:
     """MATLAB's imresize(x, 1/2): cubic (a = -1/2) widened to 8 taps, border mirrored with its edge, rows first; keeps the dtype."""
-    import numpy as np
-
     distance = np.abs(np.arange(-3.5, 4)) / 2  # of the 8 taps around each output centre, in output pixels
     taps = np.where(distance <= 1, 1.5 * distance**3 - 2.5 * distance**2 + 1, -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2)
     taps /= taps.sum()
@@ -122,8 +104,6 @@ def _halve(plane: np.ndarray) -> np.ndarray:
 
 def _features(plane: np.ndarray, block: int) -> np.ndarray:
     """18 parameters per block, blocks column by column: the shape of the values, and of the products with four neighbours."""
-    import numpy as np
-
     rows, columns = plane.shape[0] // block, plane.shape[1] // block
     blocks = plane.reshape(rows, block, columns, block).swapaxes(1, 2).reshape(-1, block, block)
     shape, left, right = _asymmetric_fit(blocks)
@@ -136,8 +116,6 @@ def _features(plane: np.ndarray, block: int) -> np.ndarray:
 
 def _asymmetric_fit(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Moment fit of the asymmetric generalised Gaussian: shape, left and right scale of each block   (Lasmar et al. 2009)."""
-    import numpy as np
-
     values = blocks.reshape(len(blocks), -1).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         left, right = (np.sqrt((np.square(values) * side).sum(axis=1) / side.sum(axis=1)) for side in (values < 0, values > 0))
@@ -152,8 +130,6 @@ def _asymmetric_fit(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 @functools.cache
 def _shape_table() -> tuple[np.ndarray, np.ndarray]:
-    import numpy as np
-
     shapes = np.arange(0.2, 10.001, 0.001)
     return shapes, np.square(_gamma(2 / shapes)) / (_gamma(1 / shapes) * _gamma(3 / shapes))
 

@@ -1,7 +1,5 @@
 """Which restored image belongs to which reference: by stem, in every column, with what is missing said aloud."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,28 +43,21 @@ def pair_files(
     restored = {name: [_by_stem(folder, suffix) for folder in folders] for name, folders in columns.items()}
     truths = _by_stem(reference, "") if reference else None
     inputs = _by_stem(lr, "") if lr else {}
-    if truths is not None:
-        _join_single_files(restored, truths)
-    sources = [(name, files) for name, seeds in restored.items() for files in seeds] + (
-        [("the reference", truths)] if truths is not None else []
-    )
+    if truths and len(truths) == 1:  # one file against one file is a pair whatever the names are
+        (stem,) = truths
+        for seeds in restored.values():
+            seeds[:] = [{stem: next(iter(files.values()))} if len(files) == 1 else files for files in seeds]
+    sources = [(name, files) for name, seeds in restored.items() for files in seeds]
+    sources += [("the reference", truths)] if truths is not None else []
     everything = sorted({stem for _, files in sources for stem in files})
     whole = [stem for stem in everything if all(stem in files for _, files in sources)]
     problems = [_missing(name, [stem for stem in everything if stem not in files]) for name, files in sources]
     if not whole:
-        raise UserError(
-            "no image is in every folder: "
-            + "; ".join(f"{name} has {_some(sorted(files)) or 'no image'}" for name, files in sources)
-            + ". Restored files are named like the reference"
-            + (f" with {suffix!r} after the stem." if suffix else "; --suffix names what comes after the stem.")
-        )
+        there = "; ".join(f"{name} has {_some(sorted(files)) or 'no image'}" for name, files in sources)
+        hint = f" with {suffix!r} after the stem" if suffix else "; --suffix names what comes after the stem"
+        raise UserError(f"no image is in every folder: {there}. Restored files are named like the reference{hint}.")
     scenes = tuple(
-        Scene(
-            stem,
-            {name: tuple(files[stem] for files in seeds) for name, seeds in restored.items()},
-            (truths or {}).get(stem),
-            inputs.get(stem),
-        )
+        Scene(stem, {c: tuple(files[stem] for files in seeds) for c, seeds in restored.items()}, (truths or {}).get(stem), inputs.get(stem))
         for stem in whole
     )
     _check_sizes(scenes)
@@ -88,14 +79,6 @@ def _by_stem(source: Path, suffix: str) -> dict[str, Path]:
             raise UserError(f"{printable(found[stem])} and {printable(path)} have the same stem; keep one of them in the folder.")
         found[stem] = path
     return found
-
-
-def _join_single_files(restored: dict[str, list[dict[str, Path]]], truths: dict[str, Path]) -> None:
-    """One file against one file is a pair whatever the names are."""
-    if len(truths) == 1:
-        (stem,) = truths
-        for seeds in restored.values():
-            seeds[:] = [{stem: next(iter(files.values()))} if len(files) == 1 else files for files in seeds]
 
 
 def _check_sizes(scenes: Iterable[Scene]) -> None:

@@ -1,7 +1,5 @@
 """Results of one image at a time, appended as they come: an interrupted evaluation continues where it was."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -22,31 +20,22 @@ class ResultStore:
     """Key -> value and the seconds it took, kept in a file of JSON lines."""
 
     def __init__(self, path: Path):
-        self.path = path
         self._known: dict[Key, tuple[float | str, float]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._read()
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("a+", encoding="utf-8", errors="replace")
+            self._file.seek(0)
+            text = self._file.read()
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output.") from None
-
-    def _read(self) -> None:
-        if not self.path.is_file():
-            return
-        text = self.path.read_text(encoding="utf-8", errors="replace")
         for line in text.splitlines():
             try:
                 row = json.loads(line)
-                self._known[Key(row["restored"], row["reference"], row["metric"], row["convention"])] = (
-                    row["value"],
-                    float(row["seconds"]),
-                )
+                self._known[Key(*(row[name] for name in Key._fields))] = (row["value"], float(row["seconds"]))
             except (ValueError, KeyError, TypeError):
                 continue  # the line that was being written when the last run was stopped
         if text and not text.endswith("\n"):
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n")
+            self._file.write("\n")
 
     def __contains__(self, key: Key) -> bool:
         return key in self._known

@@ -1,7 +1,5 @@
 """From scores to what is written: the summary, the tables for terminal and model card, and the per-image CSV."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """Weights of the learned metrics: which files, where they lie, and how they get there."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os
@@ -10,6 +8,8 @@ import tempfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from sslsr_diffusion.errors import UserError
 
@@ -28,21 +28,18 @@ class Weights:
 
     @property
     def path(self) -> Path:
-        import torch
-
         return Path(torch.hub.get_dir()) / self.folder / self.name
 
 
 def missing(files: tuple[Weights, ...], *, download: bool = True) -> str | None:
     """None when every file is there (downloaded now if that is wanted and possible), else one sentence: what to put where, and why."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
     for file in files:
         if file.path.is_file():
             if not digest(file.path).startswith(file.sha256):
                 expected = f"its SHA-256 does not begin with {file.sha256}"
                 return f"{_shown(file.path)} is damaged ({expected}); delete it and download {file.url} again"
-            continue
-        reason = _fetch(file) if download and not _offline() else "no download was tried (offline)"
-        if reason is not None:
+        elif reason := _fetch(file) if download and not offline else "no download was tried (offline)":
             wanted = "; ".join(f"{f.url} ({f.megabytes} MB) to {_shown(f.path)}" for f in files if not f.path.is_file())
             return f"weights are missing and {reason}; download {wanted}"
     return None
@@ -63,10 +60,6 @@ def digest(path: Path) -> str:
 def _digest(path: Path, size: int, mtime_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
 
 
 def _fetch(file: Weights) -> str | None:
@@ -94,12 +87,9 @@ def _fetch(file: Weights) -> str | None:
 
 def use_folder(folder: Path) -> None:
     """Look for (and put) weights below `folder` instead of torch's hub folder: folder/pyiqa, folder/checkpoints, folder/clip."""
-    import torch
-
     if not folder.is_dir():
-        raise UserError(
-            f"--weights-dir: {folder} is not a folder; expected one with pyiqa/, checkpoints/ and clip/ as in ~/.cache/torch/hub."
-        )
+        wanted = "expected one with pyiqa/, checkpoints/ and clip/ as in ~/.cache/torch/hub"
+        raise UserError(f"--weights-dir: {folder} is not a folder; {wanted}.")
     torch.hub.set_dir(str(folder))
 
 

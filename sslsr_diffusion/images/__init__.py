@@ -4,8 +4,6 @@ Pillow reads everything of 8 bits and all metadata. It reads 16-bit colour as 8-
 and TIFF files, and `writers.py` encodes them. What a file format or a conversion cannot keep comes back as a note.
 """
 
-from __future__ import annotations
-
 from sslsr_diffusion.images.files import IMAGE_SUFFIXES, list_images, printable
 from sslsr_diffusion.images.picture import Image, Pixels, UnreadableImage
 from sslsr_diffusion.images.reader import MAX_PIXELS, format_of, read_image, size_of

@@ -1,7 +1,5 @@
 """The few bytes of EXIF, ICC and PNG that have to be read or changed by hand, so that the rest stays as it was."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Iterator

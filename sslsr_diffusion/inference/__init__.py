@@ -1,28 +1,14 @@
 """The pipeline and its parts; names are resolved at first use, because diffusers takes seconds to import."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from sslsr_diffusion.tables import lazily
 
-_HOME = {
-    "StableSRPipeline": "sslsr_diffusion.inference.pipeline",
-    "StableSRPipelineOutput": "sslsr_diffusion.inference.pipeline",
-}
+_HOME = {"StableSRPipeline": "sslsr_diffusion.inference.pipeline", "StableSRPipelineOutput": "sslsr_diffusion.inference.pipeline"}
 
 __all__ = ["StableSRPipeline", "StableSRPipelineOutput"]
 
 if TYPE_CHECKING:
     from sslsr_diffusion.inference.pipeline import StableSRPipeline, StableSRPipelineOutput
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazily(__name__, _HOME)

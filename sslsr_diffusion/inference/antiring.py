@@ -1,7 +1,5 @@
 """Anti-ringing: the bright and dark seams that a restored picture has beside its edges, and the low-resolution one has not."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,11 +14,9 @@ def antiring(restored: Tensor, low: Tensor, strength: float) -> Tensor:
     neighbourhood is wider here, because a restored picture should have more contrast than its blurred input.
 
     Args:
-        restored: [B, 3, H, W] float32; changed in place.
+        restored: [B, 3, H, W] float32; changed in place and returned.
         low: [B, 3, h, w], the same pictures before.
         strength: 0 (nothing is taken back) to 1 (nothing leaves the range).
-    Returns:
-        `restored`.
     """
     if strength == 0:
         return restored

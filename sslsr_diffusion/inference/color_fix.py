@@ -3,7 +3,7 @@
 Both are linear enough to run on float32 pictures of any size: no float64 copy of a whole picture is ever made.
 """
 
-from __future__ import annotations
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,17 +20,11 @@ def color_fix(kind: str | None, content: Tensor, style: Tensor) -> Tensor:
 
     wavelet: content - low(content) + low(style), low = five dilated [1 2 1] x [1 2 1] / 16 blurs (radius 1, 2, 4, 8, 16)
     adain:   (content - mean_c) / std_c * std_s + mean_s per channel, unbiased variance      (both as in StableSR's code)
+    none:    content as it is; so does None
 
-    Args:
-        kind: "wavelet", "adain", "none" or None.
-        content, style: [B, 3, H, W] float in [0, 1] (about; not clamped), same shape.
-    Returns:
-        [B, 3, H, W] float32, not clamped.
-    Raises:
-        UserError: an unknown kind or different shapes.
+    Both, and the result, are [B, 3, H, W] float in [0, 1] (about; not clamped). UserError for an unknown kind or different shapes.
     """
-    if kind is None:
-        kind = "none"
+    kind = "none" if kind is None else kind
     if kind not in COLOR_FIXES:
         raise UserError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, got {kind!r}.")
     if content.shape != style.shape:
@@ -86,8 +80,4 @@ def _statistics(image: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), (square / max(count - 1, 1) + _EPS).sqrt().float()
 
 
-def _none(content: Tensor, style: Tensor) -> Tensor:
-    return content
-
-
-COLOR_FIXES = {"wavelet": wavelet, "adain": adain, "none": _none}
+COLOR_FIXES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"wavelet": wavelet, "adain": adain, "none": lambda content, style: content}

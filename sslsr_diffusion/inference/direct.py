@@ -1,25 +1,25 @@
 """Pictures by networks that enlarge pixels in one call: whole, or in tiles of the low-resolution picture where memory is short."""
 
-from __future__ import annotations
-
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back, is_out_of_memory, release_cached, shown_bytes
+from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back, shown_bytes
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.memory import call_bytes, peak_activation_bytes
 from sslsr_diffusion.inference.noise import Generators
+from sslsr_diffusion.inference.options import CallOptions
 from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
-from sslsr_diffusion.inference.restorer import FINISHING, Finishing, Output, accepted, by_size, check_call, enlarged
-from sslsr_diffusion.inference.tile_plan import Tile, check_tile
-from sslsr_diffusion.inference.tiling import blend, pad_to, tile_boxes
+from sslsr_diffusion.inference.restorer import Output, by_size, check_call, enlarged, enlarged_size, settled
+from sslsr_diffusion.inference.tile_plan import check_tile, within_memory
+from sslsr_diffusion.inference.tiling import blend, pad_to, rounded_up, tile_boxes
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import PixelNetworks
 
@@ -31,126 +31,147 @@ _PICTURES = 5  # float32 copies of the whole output picture at once, at most
 
 
 class DirectRestorer:
-    """A restorer around PixelNetworks, which may still be training."""
+    """A restorer around PixelNetworks, which may still be training. Whole pictures stay where they are; tiles go to the networks."""
 
     def __init__(self, networks: PixelNetworks, *, scale: float | None = None, defaults: Mapping[str, Any] | None = None) -> None:
-        """
-        Args:
-            scale: the enlargement of a call that names none; None: the networks' own.
-            defaults: of `color_fix`, `antiring` and `detail`.
-        """
-        self.networks, self.scale = networks, float(scale or networks.scale)
-        given = {**networks.call_defaults, **(defaults or {})}
-        self.defaults: dict[str, Any] = {"color_fix": "none", **{name: value for name, value in given.items() if name in FINISHING}}
+        """`scale` and `defaults` are those of calls that name none; the networks' own ones come second."""
+        self.networks = networks
+        own = {"scale": networks.scale, "color_fix": "none", **networks.call_defaults, **(defaults or {})}
+        self.scale: float = own["scale"] if scale is None else scale
+        self.defaults: dict[str, Any] = {name: value for name, value in own.items() if name in self.options}
         self._limit: int | None = None  # side above which memory ran out in this process
         self._floats: float | None = None
-        self._notes: list[str] = []
 
     @classmethod
-    def open(cls, family: Family, path: Path, placement: Placement) -> DirectRestorer:
+    def open(cls, family: Family, path: Path, placement: Placement) -> Self:
         """A model's files as a restorer on a device."""
-        return cls(cast(PixelNetworks, family.read(path).to(placement.device, placement.dtype)))
+        networks = cast(PixelNetworks, family.read(path).to(placement.device, placement.dtype))
+        return cls(networks, defaults=placement.defaults)
 
     @property
     def options(self) -> frozenset[str]:
-        return FINISHING | {"tile", "tile_overlap", "memory_budget"}
+        return CallOptions.names()
+
+    def check(self, **call: Any) -> list[str]:
+        options, notes = settled(CallOptions, call, self.options, self.defaults)
+        self._check_tiles(options)
+        return notes
 
     @torch.no_grad()
     def __call__(
         self, image: Any, *, scale: float | None = None, generator: Generators = None, output_type: str = "pil", **call: Any
     ) -> Output:
-        """See `Restorer`; nothing in it is random, so `generator` has no effect."""
+        """See `Restorer`; nothing in it is random, so `generator` has no effect. `call` are fields of CallOptions."""
         scale = self.scale if scale is None else scale
         check_call(scale, output_type)
-        self._notes = []
-        given = {**self.defaults, **{k: v for k, v in accepted(call, self.options, self._notes).items() if v is not None or k == "tile"}}
-        finishing = Finishing(**{name: given.pop(name) for name in FINISHING & given.keys()})
-        finishing.check()
+        options, notes = settled(CallOptions, call, self.options, self.defaults)
+        self._check_tiles(options)
         pictures = to_tensors(image)
         restored: list[Tensor] = []
         for group in by_size(pictures):
             batch = torch.stack([pictures[k] for k in group])
-            wanted = enlarged(batch, scale)
-            own = self._enlarge(batch, **given)
-            if own.shape != wanted.shape:
-                own = resize_bicubic(own, (wanted.shape[-2], wanted.shape[-1]))
-            restored.extend(finishing(own, wanted, batch))
-        return Output(from_tensors(restored, output_type), self._notes)
+            made = resize_bicubic(self._enlarge(batch, options, notes), enlarged_size(batch, scale))
+            restored.extend(options.finish(made, enlarged(batch, scale) if options.looks_back else None, batch))
+        return Output(from_tensors(restored, output_type), notes)
 
     def save(self, folder: Path) -> None:
-        self.networks.save(folder, scale=self.scale, **self.defaults)
+        kept = {name: value for name, value in self.defaults.items() if name != "memory_budget"}  # that is this machine's
+        self.networks.save(folder, scale=self.scale, **kept)
 
-    def _enlarge(self, pictures: Tensor, tile: Tile = "auto", tile_overlap: int | None = None, memory_budget: int | None = None) -> Tensor:
-        """[B, 3, h, w] -> [B, 3, scale h, scale w] float32 on the CPU, in tiles as large as memory allows."""
-        nets, size = self.networks, self.networks.size()
-        zoom, unit = nets.scale, max(1, size.multiple_of // nets.scale)
-        height, width = (-(-max(side * zoom, size.minimum) // (unit * zoom)) * unit for side in pictures.shape[-2:])
+    @property
+    def _unit(self) -> int:
+        """Sides of what the networks see are multiples of it, in low-resolution pixels."""
+        return math.lcm(self.networks.size().multiple_of, self.networks.scale) // self.networks.scale
+
+    @property
+    def _least(self) -> int:
+        """The shortest side that they take, in low-resolution pixels."""
+        return rounded_up(1, self._unit, -(-self.networks.size().minimum // self.networks.scale))
+
+    def _check_tiles(self, options: CallOptions) -> None:
+        zoom, tile, overlap = self.networks.scale, options.tile, options.tile_overlap
+        check_tile(tile, self._unit * zoom, "tile")
+        if isinstance(tile, int) and tile < self._least * zoom:
+            raise UserError(f"tile: expected at least {self._least * zoom} pixels, the smallest that these networks take, got {tile}.")
+        if overlap is not None and (overlap < 0 or overlap % (self._unit * zoom) or (isinstance(tile, int) and overlap >= tile)):
+            raise UserError(f"tile_overlap: expected a multiple of {self._unit * zoom} pixels below the tile, got {overlap}.")
+
+    def _enlarge(self, pictures: Tensor, options: CallOptions, notes: list[str]) -> Tensor:
+        """[B, 3, h, w] -> [B, 3, scale h, scale w] float32, in tiles as large as memory allows."""
+        zoom = self.networks.scale
+        device = next(self.networks.parameters()).device
+        height, width = (rounded_up(side, self._unit, self._least) for side in pictures.shape[-2:])
         padded = pad_to(pictures, height, width)
-        side = self._side(tile, max(height, width), len(pictures), memory_budget)
-        while True:
-            overlap = min(side // 8 if tile_overlap is None else tile_overlap // zoom, side // 2)
-            try:
-                return self._run(padded, side, overlap)[..., : pictures.shape[-2] * zoom, : pictures.shape[-1] * zoom]
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            device = next(nets.parameters()).device  # outside of the handler, where the traceback would keep the failed call's tensors
-            release_cached(device)
-            smaller = self._candidates(side - 1)
-            if not smaller:
+
+        def run(side: int) -> Tensor:
+            return self._run(padded, side, self._overlap(side, options))
+
+        def smaller(side: int) -> int:
+            below = self._sides(side - 1)
+            if not below:
                 raise NotEnoughMemory(f"out of memory even with tiles of {side * zoom} pixels; lower the scale, or use another device.")
-            self._notes.append(f"out of memory: tile {side * zoom} -> {smaller[0] * zoom}")
-            log.warning("%s", self._notes[-1])
-            side = self._limit = smaller[0]
+            notes.append(f"out of memory: tile {side * zoom} -> {below[0] * zoom}")
+            log.warning("%s", notes[-1])
+            self._limit = below[0]
+            return below[0]
+
+        made, _ = within_memory(run, self._side(padded, options), smaller, device)
+        return made[..., : pictures.shape[-2] * zoom, : pictures.shape[-1] * zoom]
 
     def _run(self, padded: Tensor, side: int, overlap: int) -> Tensor:
         parameter = next(self.networks.parameters())
 
         def run(tiles: list[Tensor], _: list[int]) -> Tensor:
-            return self.networks(tiles[0].to(parameter.device, parameter.dtype)).float().cpu()
+            return self.networks(tiles[0].to(parameter.device, parameter.dtype)).to(padded.device, torch.float32)
 
         boxes = tile_boxes(padded.shape[-2], padded.shape[-1], side, overlap)
-        return blend(run, [padded.cpu()], boxes, overlap=overlap)
+        return blend(run, [padded], boxes, overlap=overlap, weights="middle")
 
-    def _candidates(self, most: int) -> list[int]:
-        unit = max(1, self.networks.size().multiple_of // self.networks.scale)
-        return [side for side in dict.fromkeys(s // self.networks.scale // unit * unit for s in _SIDES) if 0 < side <= most]
+    def _overlap(self, side: int, options: CallOptions) -> int:
+        """Low-resolution pixels; whole units, so that every tile begins where the networks would begin a new one."""
+        asked = self.networks.overlap if options.tile_overlap is None else options.tile_overlap // self.networks.scale
+        return min(rounded_up(asked, self._unit), side // 2 // self._unit * self._unit)
 
-    def _side(self, tile: Tile, longest: int, pictures: int, budget: int | None) -> int:
+    def _sides(self, most: int) -> list[int]:
+        """Sides that "auto" may choose, in low-resolution pixels, descending."""
+        sides = dict.fromkeys(max(self._least, side // self.networks.scale // self._unit * self._unit) for side in _SIDES)
+        return [side for side in sides if side <= most]
+
+    def _side(self, padded: Tensor, options: CallOptions) -> int:
         """Side of a tile in low-resolution pixels: what was asked for, or the largest that fits."""
-        zoom, size = self.networks.scale, self.networks.size()
-        if tile is None:
-            return longest
-        if tile != "auto":
-            check_tile(tile, size.multiple_of * (zoom if size.multiple_of % zoom else 1), "tile")
-            return min(tile // zoom, longest)
+        zoom, longest, budget = self.networks.scale, max(padded.shape[-2:]), options.memory_budget
         parameter = next(self.networks.parameters())
         if budget is not None and parameter.device.type == "cpu":
             hand_freed_blocks_back()
         room = budget if budget is not None else free_bytes(parameter.device)
-        beside = 4 * 3 * _PICTURES * pictures * (longest * zoom) ** 2
-        beside += sum(p.numel() for p in self.networks.parameters()) * parameter.dtype.itemsize if budget is not None else 0
-        sides = [side for side in (longest, *self._candidates(longest - 1)) if self._limit is None or side <= self._limit]
+        weights = sum(p.numel() for p in self.networks.parameters()) * parameter.dtype.itemsize if budget is not None else 0
+        shares_device = padded.device == parameter.device
+        beside = weights + (4 * 3 * _PICTURES * len(padded) * padded.shape[-2] * padded.shape[-1] * zoom**2 if shares_device else 0)
+        most = min(longest, self._limit or longest)
+        sides = [most, *self._sides(most - 1)]
+        if options.tile != "auto":
+            sides = [most if options.tile is None else min(options.tile // zoom, most)]
+            if budget is None:
+                return sides[0]
         for side in sides:
-            if beside + self._bytes(side, parameter, steady=budget is not None) <= room:
+            if beside + self._bytes(side, steady=budget is not None) <= room:
                 return side
-        least = beside + self._bytes(sides[-1], parameter, steady=True)
-        if budget is not None:
-            raise NotEnoughMemory(
-                f"memory_budget: {shown_bytes(budget)} is too little for this picture; the least is {shown_bytes(least)}.", least
-            )
-        return sides[-1]
+        if budget is None:
+            return sides[-1]
+        least = beside + self._bytes(sides[-1], steady=True)
+        what = "this picture; the least is" if options.tile == "auto" else f"tile {sides[0] * zoom}, which would take"
+        raise NotEnoughMemory(f"memory_budget: {shown_bytes(budget)} is too little for {what} {shown_bytes(least)}.", least)
 
-    def _bytes(self, side: int, parameter: Tensor, *, steady: bool) -> int:
+    def _bytes(self, side: int, *, steady: bool) -> int:
         """Estimated peak of a call on one tile; activations grow with the area, so one shape run is enough."""
+        parameter = next(self.networks.parameters())
         if self._floats is None:
-            shapes = self.networks.shapes().float().eval()
-            low = torch.empty(1, 3, _MEASURED, _MEASURED, device="meta")
-            self._floats = peak_activation_bytes(shapes, lambda: shapes(low)) / 4 / _MEASURED**2
+            measured = rounded_up(_MEASURED, self._unit, self._least)
+            shapes, low = self.networks.shapes().float().eval(), torch.empty(1, 3, measured, measured, device="meta")
+            self._floats = peak_activation_bytes(shapes, lambda: shapes(low)) / 4 / measured**2
         largest = max(p.numel() for p in self.networks.parameters())
-        return call_bytes(
-            self._floats * side * side * parameter.dtype.itemsize, largest * parameter.dtype.itemsize, parameter.device.type, steady
-        )
+        width = parameter.dtype.itemsize
+        return call_bytes(self._floats * side * side * width, largest * width, parameter.device.type, steady)
 
 
 def check_scale(scale: float, networks: PixelNetworks) -> None:

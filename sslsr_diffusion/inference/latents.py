@@ -1,7 +1,5 @@
 """Latents sampled for training: what a denoiser makes of a low-resolution picture, or of a noised one."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -12,10 +10,7 @@ from sslsr_diffusion.seeding import derive_seed, sample_generator
 
 @torch.no_grad()
 def sample_latents(networks: LatentNetworks, z: Tensor, indices: list[int], steps: int, *, seed: int, strength: float = 1.0) -> Tensor:
-    """What the denoiser makes of noised latents [B, C, h, w], which it also sees clean unless it is a base.
-
-    All noise is drawn from (seed, index).
-    """
+    """What the denoiser makes of noised latents [B, C, h, w], which it also sees clean unless it is a base; noise is from (seed, index)."""
 
     def noise(purpose: str) -> Tensor:
         drawn = [torch.randn(z.shape[1:], generator=sample_generator(seed, i, purpose)) for i in indices]

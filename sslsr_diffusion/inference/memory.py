@@ -1,7 +1,5 @@
 """How much memory the networks take, found by running them on shapes alone."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 from collections.abc import Callable, Iterable
@@ -18,7 +16,7 @@ from sslsr_diffusion.models.networks import LatentNetworks
 
 # Convolution workspaces, reordered copies and the allocator's fragmentation are invisible to a shape run. On the CPU single
 # calls took 1.0 to 1.25 times the shape run's peak with freed blocks handed back at once, up to 2.7 times without.
-SAFETY = {"cpu": 3.0}
+SAFETY_CPU = 3.0
 SAFETY_ELSEWHERE = 1.6
 SAFETY_STEADY = 1.5  # after `hand_freed_blocks_back`
 CALL_BYTES = 64 << 20  # compiled kernels, thread buffers, libraries' pages at first use: whatever the size of the call
@@ -71,28 +69,21 @@ def peak_activation_bytes(shapes: nn.Module, run: Callable[[], object]) -> int:
 
 
 def call_bytes(activations: float, largest_weight: int, device: str, steady: bool) -> int:
-    """What a network call takes beside its weights, from the bytes of its activations.
+    """What a network call takes beside its weights, from the bytes of its activations, on a type of device.
 
-    Args:
-        largest_weight: bytes of the largest one: convolutions on the CPU copy their weights into another order.
-        device: its type.
-        steady: after `hand_freed_blocks_back`.
+    Convolutions on the CPU copy their weights into another order, so the largest one's bytes count there; there, too, it matters
+    whether memory is `steady`: after `hand_freed_blocks_back`.
     """
     if device == "cpu":
-        return int((SAFETY_STEADY if steady else SAFETY["cpu"]) * (activations + largest_weight)) + CALL_BYTES
-    return int(SAFETY.get(device, SAFETY_ELSEWHERE) * activations) + CALL_BYTES
+        return int((SAFETY_STEADY if steady else SAFETY_CPU) * (activations + largest_weight)) + CALL_BYTES
+    return int(SAFETY_ELSEWHERE * activations) + CALL_BYTES
 
 
 class MemoryModel:
     """What latent networks take: activation floats per latent pixel, which grow with the area, so one shape run is enough."""
 
     def __init__(self, networks: LatentNetworks, device: torch.device, *, text_parameters: int = 0) -> None:
-        """
-        Args:
-            networks: anywhere, the meta device included.
-            device: where they will work.
-            text_parameters: size of the text encoder, 0 without one.
-        """
+        """Networks that lie anywhere, the meta device included, as they will work on `device`; size of the text encoder, 0 without one."""
         shapes = networks.shapes().float().eval()
         codec, denoiser = shapes.codec, shapes.denoiser
         side = 4 * networks.size().multiple_of // codec.scale
@@ -116,7 +107,7 @@ class MemoryModel:
         self._counts["text"] = text_parameters
         self._largest = max(p.numel() for p in (*denoiser.parameters(), *codec.parameters()))
 
-    def at(self, dtype: torch.dtype) -> MemoryModel:
+    def at(self, dtype: torch.dtype) -> "MemoryModel":
         """The same networks in another precision."""
         other = copy.copy(self)
         other._widths = {"denoiser": dtype.itemsize, "codec": dtype.itemsize}

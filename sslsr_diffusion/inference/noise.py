@@ -1,7 +1,5 @@
 """Every random number of a picture from one seed of its own, so that no picture depends on the batch it was in."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -34,11 +32,7 @@ class ImageNoise:
     """Standard normal latents, one independent stream per (picture, purpose); drawn on the CPU, so that every device sees the same."""
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str) -> None:
-        """
-        Args:
-            seeds: one per picture.
-            shape: [C, h, w] of one picture's latent.
-        """
+        """One seed per picture; `shape` [C, h, w] of one picture's latent."""
         self._seeds, self._shape, self._device = seeds, tuple(shape), device
 
     def __call__(self, *purpose: int | str) -> Tensor:

@@ -1,14 +1,9 @@
 """From a name to a restorer: the newest finished run, the shipped model, a run or model folder, a file, or a hub id."""
 
-from __future__ import annotations
-
-import contextlib
 import hashlib
 import logging
-import warnings
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +14,7 @@ from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import Networks
 from sslsr_diffusion.shipped_model import SMALL, local_folder
+from sslsr_diffusion.tables import named
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +88,8 @@ def open_model(
     Args:
         device: "auto" (the first GPU, else the CPU) or a torch device.
         dtype: "auto" (float16 on a GPU, float32 on the CPU), "float32", "float16" or "bfloat16".
-        memory_budget: bytes; dtype "auto" and offload then follow from it.
-        tile: what the restorer will be called with.
+        memory_budget: bytes for weights and work of every call that names no other; dtype "auto" and offload follow from it, too.
+        tile: what the restorer will be called with; matters for a budget alone.
     Raises:
         UserError: the device is not there, or the model's files are incomplete or damaged.
         NotEnoughMemory: nothing fits the budget.
@@ -102,14 +98,15 @@ def open_model(
     from sslsr_diffusion.inference.placement import place
 
     try:
-        with _quiet_diffusers():
-            placement = place(found.family, found.path, find_device(device), dtype, memory_budget, tile)
-            restorer = restorer_class(found.family).open(found.family, found.path, placement)
-    except UserError:
-        raise
+        placement = place(found.family, found.path, find_device(device, field="device"), dtype, memory_budget, tile)
+        restorer: Restorer = restorer_class(found.family).open(found.family, found.path, placement)
     except Exception as error:  # diffusers and safetensors raise many kinds on incomplete folders
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model {found.name}: cannot be loaded ({reason[:200]}).") from error
+        text = str(error).strip() or type(error).__name__
+        key = re.match(r"model\.\w+: ", text)  # of a recipe, where this file would be a base
+        if isinstance(error, UserError) and key is None:
+            raise
+        reason = text[key.end() if key else 0 :].splitlines()[0][:200].rstrip(".")
+        raise UserError(f"model {found.name}: cannot be loaded ({reason}).") from error
     log.info("%s", placement)
     return restorer
 
@@ -121,30 +118,11 @@ def restorer_of(networks: Networks, family: Family, *, scale: float, **defaults:
 
 def restorer_class(family: Family) -> Any:
     """The class of a family's restorer; imported now, because diffusers takes seconds."""
-    module, _, name = RESTORERS[family.restorer].partition(":")
-    return getattr(import_module(module), name)
-
-
-@contextlib.contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """No bar for the four components, and no advice to load in half precision by an argument that its versions name differently."""
-    from diffusers.utils import logging
-
-    level, bar = logging.get_verbosity(), getattr(logging, "is_progress_bar_enabled", lambda: True)()  # newer than 0.35
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch_dtype")  # its new name is unknown to the oldest diffusers we allow
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+    return named(f"sslsr_diffusion.inference.{RESTORERS[family.restorer]}")
 
 
 RESTORERS = {
-    "direct": "sslsr_diffusion.inference.direct:DirectRestorer",
-    "latent": "sslsr_diffusion.inference.latent:LatentRestorer",
-    "stablesr": "sslsr_diffusion.inference.pipeline:StableSRRestorer",
+    "direct": "direct:DirectRestorer",
+    "latent": "latent:LatentRestorer",
+    "stablesr": "pipeline:StableSRRestorer",
 }

@@ -1,7 +1,5 @@
 """What a caller may hand in as an image, as float32 tensors in [0, 1]; and the way back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +20,7 @@ def to_tensors(image: Any) -> list[Tensor]:
     Args:
         image: a PIL image; an array [h, w, 3], [h, w] or [B, h, w, 3] (float in [0, 1], uint8 or uint16); a tensor [3, h, w] or
             [B, 3, h, w] (float in [0, 1] or uint8); or a list of these.
-    Raises:
-        UserError: something else was given, or values outside [0, 1].
+    UserError where something else was given, or values outside [0, 1].
     """
     if isinstance(image, Sequence) and not isinstance(image, str | bytes):
         pictures = [picture for entry in image for picture in to_tensors(entry)]

@@ -1,10 +1,8 @@
 """StableSRPipeline: a low-resolution picture in, a picture of exactly round(scale * size) pixels out."""
 
-from __future__ import annotations
-
 import contextlib
+import inspect
 import logging
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,15 +12,16 @@ from diffusers.utils import BaseOutput
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.hub import PIPELINE_FILES, fetch
-from sslsr_diffusion.inference.latent import LatentRestorer
+from sslsr_diffusion.inference.latent import LatentRestorer, quiet_diffusers
+from sslsr_diffusion.inference.latent_work import Host
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import Generators
-from sslsr_diffusion.inference.options import OnStepEnd
+from sslsr_diffusion.inference.options import OnStepEnd, Texts
 from sslsr_diffusion.inference.placement import Placement
 from sslsr_diffusion.inference.tile_plan import Tile, TilePlan
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.family import Family
-from sslsr_diffusion.models.process import Process
+from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.models.stablesr.text import empty_context
@@ -38,12 +37,32 @@ class StableSRPipelineOutput(BaseOutput):
     Args:
         images: the restored pictures, as `output_type` asked.
         plans: how each picture was cut into tiles (sides in output pixels), in the order of `images`.
-        notes: a sentence for each time that memory ran out and smaller tiles took over.
+        notes: a sentence for what has no effect, and for each time that memory ran out and smaller tiles took over.
     """
 
     images: Any
     plans: list[TilePlan]
     notes: list[str]
+
+
+class PipelineHost(Host):
+    """diffusers' hooks move the networks of a pipeline, its progress bar shows the steps."""
+
+    @property
+    def device(self) -> torch.device:
+        return self._networks._execution_device
+
+    def offload(self) -> Offload:
+        if getattr(self._networks, "_all_hooks", None):
+            return "model"
+        parts = (part for part in self._networks.components.values() if isinstance(part, torch.nn.Module))
+        return "sequential" if any(hasattr(part, "_hf_hook") for part in parts) else "none"
+
+    def release(self) -> None:
+        self._networks.maybe_free_model_hooks()
+
+    def progress(self, total: int) -> contextlib.AbstractContextManager[Any]:
+        return self._networks.progress_bar(total=total)
 
 
 class StableSRPipeline(DiffusionPipeline):
@@ -63,7 +82,7 @@ class StableSRPipeline(DiffusionPipeline):
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
 
     # no annotations: diffusers checks components against them, and before 0.36 it fails on those that are not plain classes
-    def __init__(
+    def __init__(  # type: ignore[no-untyped-def]
         self,
         vae,
         unet,
@@ -78,12 +97,7 @@ class StableSRPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(
-            vae=vae,
-            unet=unet,
-            structural_encoder=structural_encoder,
-            scheduler=scheduler,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
+            vae=vae, unet=unet, structural_encoder=structural_encoder, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
         self.register_to_config(
             default_num_inference_steps=default_num_inference_steps,
@@ -91,6 +105,7 @@ class StableSRPipeline(DiffusionPipeline):
             default_detail=default_detail,
             default_antiring=default_antiring,
         )
+        self.memory_budget: int | None = None  # bytes, of a call that names none
         self._restorer: tuple[Any, LatentRestorer] | None = None
 
     @classmethod
@@ -119,15 +134,17 @@ class StableSRPipeline(DiffusionPipeline):
     @property
     def restorer(self) -> LatentRestorer:
         """The pipeline's present components at work; built anew where one of them was replaced."""
-        parts = tuple(id(part) for part in self.components.values())
+        parts = (*(id(part) for part in self.components.values()), self.memory_budget)
         if self._restorer is None or self._restorer[0] != parts:
             process = Process.of(self.scheduler.config, type(self.scheduler).__name__)
+            if not isinstance(process, DDPM):
+                raise UserError(f"scheduler: expected one of the DDPM family, got {type(self.scheduler).__name__}, which StableSR is not for.")
             denoiser = Denoiser(self.unet, self.structural_encoder)
             networks = StableSRNetworks(Codec(self.vae), denoiser, process, empty_context(self.unet))
             networks.text_encoder, networks.tokenizer = self.text_encoder, self.tokenizer
-            defaults = {name: self.config[f"default_{name}"] for name in DEFAULTS}
+            defaults = {"memory_budget": self.memory_budget, **{name: self.config[f"default_{name}"] for name in DEFAULTS}}
             restorer = LatentRestorer(
-                networks, scale=self.config.default_scale, defaults=defaults, host=_PipelineHost(self), scheduler=self.scheduler
+                networks, scale=self.config.default_scale, defaults=defaults, host=PipelineHost(self), scheduler=self.scheduler
             )
             self._restorer = (parts, restorer)
         return self._restorer[1]
@@ -144,6 +161,9 @@ class StableSRPipeline(DiffusionPipeline):
     def scale(self) -> float:
         return self.config.default_scale
 
+    def check(self, **call: Any) -> list[str]:
+        return self.restorer.check(**call)
+
     def memory_model(self) -> MemoryModel:
         """What a tile of these networks takes."""
         return self.restorer.memory_model()
@@ -159,8 +179,8 @@ class StableSRPipeline(DiffusionPipeline):
         fidelity: float | None = None,
         detail: float | None = None,
         antiring: float | None = None,
-        prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
+        prompt: Texts = None,
+        negative_prompt: Texts = None,
         guidance_scale: float = 1.0,
         tile: Tile = "auto",
         tile_overlap: int | None = None,
@@ -171,7 +191,7 @@ class StableSRPipeline(DiffusionPipeline):
         sampler: str | None = None,
         eta: float = 0.0,
         start: Literal["lr", "noise"] = "lr",
-        tile_weights: Literal["smooth", "gaussian", "original"] = "smooth",
+        tile_weights: Literal["smooth", "middle", "gaussian", "original"] = "smooth",
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: OnStepEnd | None = None,
@@ -181,32 +201,29 @@ class StableSRPipeline(DiffusionPipeline):
         Args:
             image: PIL image, array [h, w, 3] or [B, h, w, 3], tensor [3, h, w] or [B, 3, h, w] with values in [0, 1], or a list.
                 Pictures of one size run as a batch, others one after the other.
-            scale: enlargement, any positive number; None: the pipeline's own default (4).
-            num_inference_steps: sampling steps over the full schedule; None: the pipeline's own default (200; 4 for turbo models).
+            scale: enlargement, any positive number; None: the pipeline's own.
+            num_inference_steps: sampling steps over the full schedule; None: the pipeline's own (200 where it names none).
             generator: one, or one per picture; a picture's result depends on its own generator alone, not on its batch.
             strength: 1 starts at the last timestep; 0.3 runs the last 30 % of the steps from a less noised picture.
-            fidelity: how much of the low-resolution picture a CFW decoder takes over (0 to 1, default 0.5); a plain
-                autoencoder has no such input and ignores it.
+            fidelity: how much of the low-resolution picture a CFW decoder takes over (0 to 1, default 0.5); refused above 0 where the
+                autoencoder is a plain one.
             detail: share of the model's picture in the result, 0 to 1; the rest is the bicubic enlargement. Between a faithful and a
                 lively picture, straight lines lead from the least error to the most realism (Freirich et al., NeurIPS 2021); None:
-                the pipeline's own default (1 unless its recipe or its base said otherwise).
+                the pipeline's own (1 unless its recipe or its base said otherwise).
             antiring: how much is taken back, 0 to 1, of what is brighter or darker in the model's picture than every low-resolution pixel
                 nearby (about 7 x 7 of them): the seams beside edges that a discriminator or an already sharpened input leads to. Before
-                `detail` mixes in the bicubic enlargement; None: the pipeline's own default (0 unless recipe or base said otherwise).
+                `detail` mixes in the bicubic enlargement; None: the pipeline's own (0 unless recipe or base said otherwise).
             prompt, negative_prompt: one text or one per picture; the negative one acts with guidance_scale above 1.
             guidance_scale: u + g (c - u); 1 is off.
-            tile: side in output pixels of the square the denoiser sees at once; "auto" chooses from free memory; None: whole.
+            tile, vae_tile: side in output pixels of the square that denoiser and autoencoder see at once; "auto": by memory; None: whole.
             tile_overlap: in output pixels; default half a tile, as published.
             tile_batch_size: tiles per network call.
-            vae_tile: the same as `tile` for the autoencoder.
-            memory_budget: bytes that weights and work of this call may take on the device together; "auto" then chooses tiles
-                that stay below. None: what is free.
-            color_fix: "wavelet", "adain" or "none": colours from the bicubically upsampled picture.
-            sampler: ddpm, ddim, ddim-original, dpm++, unipc, euler or a diffusers scheduler's class name; default: what
-                the pipeline's scheduler stands for.
+            memory_budget: bytes for weights and work of this call together; "auto" then chooses tiles that stay below. None: what is free.
+            color_fix: "wavelet", "adain" or "none" (None): colours from the bicubically upsampled picture.
+            sampler: ddpm, ddim, ddim-original, dpm++, unipc, euler or a diffusers scheduler's class name; None: the pipeline's scheduler.
             eta: DDIM's share of fresh noise.
             start: "lr" begins with the noised low-resolution latent, "noise" with noise alone.
-            tile_weights: "smooth" ramps over the overlap; "gaussian"; "original": the published, off-centre Gaussian.
+            tile_weights: "smooth" ramps over the overlap, "middle" over half of it; "gaussian"; "original": the published, off centre.
             output_type: "pil", "np" ([B, H, W, 3]) or "pt" ([B, 3, H, W] float32); a list where sizes differ.
             return_dict: False returns a tuple.
             callback_on_step_end: (pipe, step, timestep, {"latents": x}) -> None, or a dict whose "latents" replace x.
@@ -214,7 +231,9 @@ class StableSRPipeline(DiffusionPipeline):
             UserError: an argument has an impossible value (the message says which, and what is possible).
             NotEnoughMemory: the budget is too small, or memory ran out even with the smallest tiles.
         """
-        call = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
+        given = locals()
+        given["color_fix"] = color_fix or "none"
+        call = {name: given[name] for name in _OPTIONS if given[name] != _SIGNATURE[name]}  # the rest nobody asked for
         if callback_on_step_end is not None:
             call["callback_on_step_end"] = lambda step, t, values: callback_on_step_end(self, step, t, values)  # type: ignore[call-arg]
         output = self.restorer(image, scale=scale, generator=generator, output_type=output_type, **call)
@@ -223,31 +242,8 @@ class StableSRPipeline(DiffusionPipeline):
         return StableSRPipelineOutput(images=output.images, plans=output.plans, notes=output.notes)
 
 
-_NOT_OPTIONS = frozenset({"self", "image", "scale", "generator", "output_type", "return_dict"})
-
-
-class _PipelineHost:
-    """diffusers' hooks move the networks, its progress bar shows the steps."""
-
-    def __init__(self, pipe: StableSRPipeline) -> None:
-        self._pipe = pipe
-
-    @property
-    def device(self) -> torch.device:
-        return self._pipe._execution_device
-
-    def offload(self) -> Offload:
-        if getattr(self._pipe, "_all_hooks", None):
-            return "model"
-        return "sequential" if any(hasattr(part, "_hf_hook") for part in (self._pipe.unet, self._pipe.vae)) else "none"
-
-    def release(self) -> None:
-        self._pipe.maybe_free_model_hooks()
-
-    @contextlib.contextmanager
-    def progress(self, total: int) -> Iterator[Any]:
-        with self._pipe.progress_bar(total=total) as bar:
-            yield bar
+_SIGNATURE = {name: parameter.default for name, parameter in inspect.signature(StableSRPipeline.__call__).parameters.items()}
+_OPTIONS = [name for name in _SIGNATURE if name not in ("self", "image", "scale", "generator", "output_type", "return_dict")]
 
 
 class StableSRRestorer(LatentRestorer):
@@ -256,7 +252,9 @@ class StableSRRestorer(LatentRestorer):
     @classmethod
     def open(cls, family: Family, path: Path, placement: Placement) -> StableSRPipeline:
         """In the wanted precision at once: both copies together would be the peak."""
-        pipe = StableSRPipeline.from_pretrained(path, local_files_only=True, torch_dtype=placement.dtype)
+        with quiet_diffusers():
+            pipe = StableSRPipeline.from_pretrained(path, local_files_only=True, torch_dtype=placement.dtype)
+        pipe.memory_budget = placement.memory_budget
         if placement.offload == "model":
             pipe.enable_model_cpu_offload(device=placement.device)
         elif placement.offload == "sequential":

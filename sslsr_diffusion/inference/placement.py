@@ -1,18 +1,20 @@
 """Where a pipeline's networks go: device, precision, and whether they wait on the CPU, from what is there or from a memory budget."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sslsr_diffusion.devices import shown_bytes
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
-from sslsr_diffusion.inference.tile_plan import Room, Tile, TilePlan, check_tile, plan_tiles
+from sslsr_diffusion.inference.tile_plan import Room, Tile, plan_tiles
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import LatentNetworks
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,12 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
     offload: Offload = "none"
+    memory_budget: int | None = None  # bytes for weights and work of a call that names no other
+
+    @property
+    def defaults(self) -> dict[str, int]:
+        """What a call takes where it names nothing."""
+        return {} if self.memory_budget is None else {"memory_budget": self.memory_budget}
 
     def __str__(self) -> str:
         waiting = {"none": "", "model": ", networks wait on the CPU", "sequential": ", layers wait on the CPU"}[self.offload]
@@ -32,32 +40,30 @@ def place(family: Family, path: Path, device: torch.device, dtype: str, budget: 
     """The fastest placement of a model's networks; with a budget, the first that leaves room for a tile of training size.
 
     In that order: float32 before bfloat16 on the CPU; float16 on the device, then with the networks, then with their layers
-    waiting on the CPU until they are called. Where none has room for such a tile, the first that has room for the smallest.
-
-    Args:
-        dtype: "auto" or torch's name of it.
-        budget: bytes for weights and work together.
-        tile: what the denoiser's tile will be.
-    Raises:
-        NotEnoughMemory: nothing fits the budget (the message says the least that would).
+    waiting on the CPU until they are called. Where none has room for such a tile, the first that has room for the smallest;
+    NotEnoughMemory where nothing fits the budget, in bytes for weights and work together (the message says the least that would).
     """
-    chosen = None if dtype == "auto" else getattr(torch, dtype)
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}.")
+    chosen = DTYPES.get(dtype)
     if device.type == "cpu":
-        choices = [Placement(device, kind) for kind in ([chosen] if chosen else [torch.float32, torch.bfloat16])]
+        choices = [Placement(device, kind, memory_budget=budget) for kind in ([chosen] if chosen else [torch.float32, torch.bfloat16])]
     else:
         stays = device.type == "mps" or family.restorer != "stablesr"  # unified memory; hooks are a diffusers pipeline's
         waiting: tuple[Offload, ...] = ("none",) if stays else ("none", "model", "sequential")
-        choices = [Placement(device, chosen or torch.float16, offload) for offload in waiting]
+        choices = [Placement(device, chosen or torch.float16, offload, budget) for offload in waiting]
     if budget is None:
         return choices[0]
     networks = family.read(path, meta=True)
     if not isinstance(networks, LatentNetworks):
         return choices[0]  # its restorer chooses tiles by the budget of each call
     memory = MemoryModel(networks, device, text_parameters=networks.parameters_per_part().get("text encoder", (0, 0))[0])
+    sizes: dict[str, Any] = {"size": networks.size(), "vae_scale": memory.zoom, "tile": tile, "vae_tile": "auto", "overlap": None}
     fitting, lacking = [], []
     for choice in choices:
         try:
-            plan = _plan_at_training_size(networks, memory.at(choice.dtype), Room(budget, strict=True, offload=choice.offload), tile)
+            room = Room(budget, strict=True, offload=choice.offload)
+            plan = plan_tiles(1, 1, memory=partial(memory.at, choice.dtype), room=room, **sizes)
         except NotEnoughMemory as error:
             lacking.append(error.least or 0)
             continue
@@ -69,20 +75,3 @@ def place(family: Family, path: Path, device: torch.device, dtype: str, budget: 
             f"memory_budget: {shown_bytes(budget)} is too little for this model; the least that would do is {shown_bytes(min(lacking))}."
         )
     return fitting[0]
-
-
-def _plan_at_training_size(networks: LatentNetworks, memory: MemoryModel, room: Room, tile: Tile) -> TilePlan:
-    return plan_tiles(
-        1, 1, size=networks.size(), vae_scale=memory.zoom, memory=lambda: memory, room=room, tile=tile, overlap=None, vae_tile="auto"
-    )
-
-
-def check_tile_of(family: Family, path: Path, tile: Tile) -> None:
-    """Raises UserError for a tile that this model cannot halve as often as it does; says nothing about incomplete models."""
-    if not isinstance(tile, int):
-        return
-    try:
-        size = family.read(path, meta=True).size()
-    except UserError:
-        return
-    check_tile(tile, size.multiple_of, "tile")

@@ -1,20 +1,12 @@
 """What an output folder remembers of how its pictures were made: one JSON line per event, so a crash costs at most the last."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 RECORD_NAME = ".sslsr-infer.jsonl"
-
-
-def digest_of(settings: Mapping[str, Any]) -> str:
-    """A short name for a set of JSON-able settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class Record:
@@ -26,11 +18,7 @@ class Record:
     def __init__(self, folder: Path) -> None:
         self.file = folder / RECORD_NAME
         self._last: dict[str, dict[str, Any]] = {}
-        try:
-            lines = self.file.read_bytes().splitlines()
-        except FileNotFoundError:
-            lines = []
-        for line in lines:
+        for line in self.file.read_bytes().splitlines() if self.file.exists() else ():
             try:
                 event = json.loads(line)
             except ValueError:  # cut off by a crash
@@ -65,11 +53,8 @@ class Record:
     def _append(self, event: dict[str, Any]) -> None:
         # one write of one line, begun on a fresh line: several processes may share the folder, and one may have been cut off
         line = b"\n" + json.dumps(event).encode() + b"\n"  # ASCII: surrogates of odd names survive as \udc..
-        handle = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            os.write(handle, line)
-        finally:
-            os.close(handle)
+        with self.file.open("ab", buffering=0) as file:
+            file.write(line)
         self._last[event["output"]] = event
 
 

@@ -1,9 +1,9 @@
 """Upscale files, folders and patterns: every good picture is done, every bad one named, nothing else touched."""
 
-from __future__ import annotations
-
 import glob as globbing
 import hashlib
+import itertools
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,20 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import (
-    SUFFIXES,
-    Image,
-    format_of,
-    list_images,
-    printable,
-    read_image,
-    resize_bicubic,
-    suffixes_of,
-    to_array,
-    to_tensor,
-    write_image,
-)
-from sslsr_diffusion.inference.record import RECORD_NAME, Record, digest_of
+from sslsr_diffusion.images import SUFFIXES, Image, format_of, list_images, printable, read_image, suffixes_of, write_image
+from sslsr_diffusion.images.tensors import resize_bicubic, to_array, to_tensor
+from sslsr_diffusion.inference.record import RECORD_NAME, Record, sha256
 from sslsr_diffusion.inference.restorer import Restorer
 
 log = logging.getLogger(__name__)
@@ -50,7 +39,7 @@ class RunnerOptions:
     def digest(self) -> str:
         call = {name: value for name, value in self.call.items() if name != "memory_budget"}  # how, not what
         kept = {"scale": self.scale, "seed": self.seed, "call": call, "quality": self.quality, "model": self.model}
-        return digest_of(kept)
+        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ class RunnerReport:
     failed: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     renamed: list[tuple[str, str]] = field(default_factory=list)  # name, output: another picture had taken its name
     replaced: list[str] = field(default_factory=list)  # of those to be made: a result, of other settings for example, is there already
-    notes: list[tuple[str, str]] = field(default_factory=list)  # name, what could not be kept
+    notes: list[tuple[str, str]] = field(default_factory=list)  # name ("": of every picture), what could not be kept or had no effect
 
 
 @dataclass
@@ -94,14 +83,10 @@ def upscale_files(
     *,
     progress: Progress | None = None,
 ) -> RunnerReport:
-    """Upscale every picture of `inputs` into `output_dir`, sub-folders kept.
+    """Upscale every picture of `inputs` (file, folder or glob pattern, or several) into `output_dir`, sub-folders kept.
 
-    Args:
-        restorer: is called with a tensor and output_type="pt".
-        inputs: file, folder or glob pattern, or several.
-        progress: called before each picture and at the end.
-    Raises:
-        UserError: nothing to read, nowhere to write, or the output folder is the input folder. One bad picture raises nothing.
+    `progress` is called before each picture and at the end. UserError: nothing to read, nowhere to write, the output folder is the
+    input folder, or the restorer refuses the options. One bad picture raises nothing.
     """
     return run_work(restorer, find_work(inputs, output_dir, options), progress=progress)
 
@@ -116,10 +101,9 @@ def find_work(inputs: str | Path | Sequence[str | Path], output_dir: str | Path,
         raise UserError(f"--input {', '.join(printable(str(s))[:200] for s in sources)}: cannot be read ({error}).") from None
     if not found:
         raise UserError(f"--input {', '.join(printable(str(s)) for s in sources)}: no pictures there.")
-    record = _open_output(output)
-    work = Work(output, options, [], RunnerReport(), record)
+    work = Work(output, options, [], RunnerReport(), _open_output(output))
     root, originals = output.resolve(), {path.resolve() for path, _ in found}
-    for item, relative in _items(found, options, record):
+    for item, relative in _items(found, options, work.record):
         if item.target != _plain_target(relative, item.format):
             work.report.renamed.append((item.name, printable(item.target)))
         reason = _obstacle(item, root, originals, work)
@@ -146,12 +130,7 @@ def _find(source: str | Path, output: Path) -> list[tuple[Path, Path]]:
 
 def _fixed_part(pattern: Path) -> Path:
     """The folder of a glob pattern before its first wildcard."""
-    fixed = Path(pattern.anchor)
-    for part in (pattern.parts[1:] if pattern.anchor else pattern.parts)[:-1]:
-        if globbing.has_magic(part):
-            break
-        fixed /= part
-    return fixed
+    return Path(*itertools.takewhile(lambda part: not globbing.has_magic(part), pattern.parts[:-1]))
 
 
 def _open_output(output: Path) -> Record:
@@ -227,13 +206,15 @@ def _obstacle(item: Picture, root: Path, originals: set[Path], work: Work) -> st
 
 
 def run_work(restorer: Restorer, work: Work, *, progress: Progress | None = None) -> RunnerReport:
-    """Make the pictures of some work, one after the other."""
+    """Make the pictures of some work, one after the other; UserError where the restorer refuses the options, whatever the picture."""
     report, total = work.report, len(work.todo)
+    report.notes.extend(("", note) for note in restorer.check(**work.options.call))
+    options = replace(work.options, call={name: value for name, value in work.options.call.items() if name in restorer.options})
     for position, item in enumerate(work.todo):
         if progress:
             progress(position, total, item.name)
         try:
-            notes = _make(restorer, item, work)
+            notes = _make(restorer, item, work, options)
         except Exception as error:  # whatever a picture does to the libraries, its neighbours are done
             log.debug("%s failed", item.name, exc_info=True)
             report.failed.append((item.name, _reason(error, item)))
@@ -256,12 +237,11 @@ def _reason(error: Exception, item: Picture) -> str:
     return text.removeprefix(f"{printable(item.source.name)}: ")[:300]
 
 
-def _make(restorer: Restorer, item: Picture, work: Work) -> tuple[str, ...]:
-    key, target, stat = item.target.as_posix(), work.output / item.target, item.source.stat()
-    with item.source.open("rb") as file:
-        input_hash = hashlib.file_digest(file, "sha256").hexdigest()  # before the work: the file may be replaced meanwhile
+def _make(restorer: Restorer, item: Picture, work: Work, options: RunnerOptions) -> tuple[str, ...]:
+    key, target = item.target.as_posix(), work.output / item.target
+    stat, input_hash = item.source.stat(), sha256(item.source)  # before the work: the file may be replaced meanwhile
     image = read_image(item.source)
-    result = upscale_image(restorer, image, work.options)
+    result = upscale_image(restorer, image, options)
     work.record.begin(key, item.source)
     target.parent.mkdir(parents=True, exist_ok=True)
     notes = write_image(target, result, format=item.format, quality=work.options.quality)
@@ -272,8 +252,7 @@ def _make(restorer: Restorer, item: Picture, work: Work) -> tuple[str, ...]:
 def upscale_image(restorer: Restorer, image: Image, options: RunnerOptions) -> Image:
     """The picture enlarged by the restorer, its alpha by bicubic, with profile, EXIF, depth and format of the original.
 
-    Raises:
-        ValueError: the restorer refused the picture, or answered with a wrong size.
+    Raises ValueError where the restorer refused the picture, or answered with a wrong size.
     """
     import torch
 

@@ -4,13 +4,12 @@ A sampler knows its model timesteps (descending), how the start is made, and one
 All latents are scaled [B, 4, h, w] float32; noise comes in as an argument.
 """
 
-from __future__ import annotations
-
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -42,7 +41,6 @@ def sample(
     """Walk x from the sampler's first timestep to a clean latent.
 
     Args:
-        sampler: timesteps and update rule.
         predict: (model input [B, 4, h, w], t) -> epsilon or v of the same shape, float32.
         x: what `sampler.start` made.
         noise: standard normal for the k-th step; asked for only where the step uses it.
@@ -67,11 +65,25 @@ def spaced_timesteps(num_steps: int, num_train_timesteps: int = 1000) -> list[in
     if num_steps == 1:
         return [num_train_timesteps - 1]
     stride = (num_train_timesteps - 1) / (num_steps - 1)
-    position, steps = 0.0, set()
-    for _ in range(num_steps):
-        steps.add(round(position))
-        position += stride
-    return sorted(steps)
+    return sorted({round(position) for position in itertools.accumulate([stride] * (num_steps - 1), initial=0.0)})
+
+
+@dataclass(frozen=True)
+class SamplerCall:
+    """What a sampler is made from."""
+
+    process: Process
+    num_steps: int
+    strength: float
+    eta: float
+    seeds: Sequence[int]
+    device: torch.device
+
+    def ddpm(self, name: str) -> DDPM:
+        """The process, where a sampler is made for the DDPM family alone."""
+        if not isinstance(self.process, DDPM):
+            raise UserError(f"sampler: {name} is of the DDPM family and this model's process is {type(self.process).__name__}; use ddim.")
+        return self.process
 
 
 class _Spaced:
@@ -108,7 +120,7 @@ class SpacedDDPM(_Spaced):
     process: DDPM
 
     @classmethod
-    def build(cls, call: SamplerCall) -> SpacedDDPM:
+    def build(cls, call: SamplerCall) -> Self:
         return cls(call.ddpm("ddpm"), call.num_steps, strength=call.strength)
 
     def coefficients(self, index: int) -> tuple[float, float, float]:
@@ -140,7 +152,7 @@ class SpacedDDIM(_Spaced):
         self.eta = eta
 
     @classmethod
-    def build(cls, call: SamplerCall) -> SpacedDDIM:
+    def build(cls, call: SamplerCall) -> Self:
         return cls(call.process, call.num_steps, strength=call.strength, eta=call.eta)
 
     def sigma(self, index: int) -> float:
@@ -168,7 +180,7 @@ class OriginalDDIM(SpacedDDIM):
     """
 
     @classmethod
-    def build(cls, call: SamplerCall) -> OriginalDDIM:
+    def build(cls, call: SamplerCall) -> Self:
         return cls(call.ddpm("ddim-original"), call.num_steps, strength=call.strength, eta=call.eta)
 
     def _levels_at(self, steps: list[int]) -> list[int]:
@@ -230,18 +242,15 @@ def build_sampler(
     seeds: Sequence[int] = (),
     device: torch.device | str = "cpu",
 ) -> Sampler:
-    """The sampler asked for by name.
+    """The sampler asked for by name; UserError for an unknown one, or one that does not fit the process.
 
     Args:
         name: a key of SAMPLERS, the class name of a diffusers scheduler of the process, or None: what `scheduler` stands for, else the
             process's own (ddpm; for a flow the straight way).
-        process: of the networks.
         num_steps: steps over the full process; `strength` keeps the last part of them.
         scheduler: a diffusers scheduler that the caller's pipeline has.
         eta: DDIM's share of fresh noise, 0 to 1.
         seeds: one per image, for schedulers that draw noise themselves.
-    Raises:
-        UserError: an unknown name, or one that does not fit the process.
     """
     spaced_timesteps(num_steps, process.last + 1)
     call = SamplerCall(process, num_steps, strength, eta, seeds, torch.device(device))
@@ -249,42 +258,22 @@ def build_sampler(
         return DiffusersSampler(type(scheduler).from_config(scheduler.config), call)
     name = name or OWN.get(type(scheduler).__name__) or ("ddpm" if isinstance(process, DDPM) else "ddim")
     where = SAMPLERS.get(name, f"diffusers:{name}")
-    if name not in SAMPLERS and not name.endswith("Scheduler"):
-        raise UserError(f"sampler: {name!r} is unknown; expected one of {', '.join(SAMPLERS)} or the name of a diffusers scheduler class.")
     if where.startswith("diffusers:"):
         return _by_class(where.removeprefix("diffusers:"), call)
     made: Sampler = named(f"sslsr_diffusion.inference.{where}").build(call)
     return made
 
 
-@dataclass(frozen=True)
-class SamplerCall:
-    """What a sampler is made from."""
-
-    process: Process
-    num_steps: int
-    strength: float
-    eta: float
-    seeds: Sequence[int]
-    device: torch.device
-
-    def ddpm(self, name: str) -> DDPM:
-        """The process, where a sampler is made for the DDPM family alone."""
-        if not isinstance(self.process, DDPM):
-            raise UserError(f"sampler: {name} is of the DDPM family and this model's process is {type(self.process).__name__}; use ddim.")
-        return self.process
-
-
 def _by_class(name: str, call: SamplerCall) -> Sampler:
     import diffusers
 
-    process, cls = call.ddpm(name), getattr(diffusers, name, None)
+    cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if cls is None:
         raise UserError(f"sampler: {name!r} is unknown; expected one of {', '.join(SAMPLERS)} or the name of a diffusers scheduler class.")
     try:
         # "linspace" begins at the last timestep, where the published start is noised; the others begin lower, but not with one step
         spacing = "linspace" if call.num_steps > 1 else "trailing"
-        made = cls.from_config(process.scheduler().config, timestep_spacing=spacing)
+        made = cls.from_config(call.ddpm(name).scheduler().config, timestep_spacing=spacing)
     except ImportError as error:
         raise MissingDependency(f"sampler: {name} needs a package that is not installed: {' '.join(str(error).split())}") from None
     if not hasattr(made, "add_noise") or not hasattr(made, "alphas_cumprod"):

@@ -5,10 +5,8 @@ A first pass over all tiles records the statistics of every GroupNorm, a second 
 computes the same function, and two tiles agree wherever the overlap exceeds the convolutions' reach.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,15 +20,11 @@ class SharedGroupNorm:
         self._norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
         self._seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        with _hooks(self._norms, self._record):
-            yield
+    def recording(self) -> AbstractContextManager[None]:
+        return _hooks(self._norms, self._record)
 
-    @contextmanager
-    def applying(self) -> Iterator[None]:
-        with _hooks(self._norms, self._apply):
-            yield
+    def applying(self) -> AbstractContextManager[None]:
+        return _hooks(self._norms, self._apply)
 
     def _record(self, norm: nn.GroupNorm, args: tuple[Tensor], output: Tensor) -> None:
         found = [torch.var_mean(group.float().flatten(1), dim=-1, correction=0) for group in args[0].chunk(norm.num_groups, dim=1)]
@@ -55,8 +49,7 @@ class SharedGroupNorm:
 
     def _pooled(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         """Over equally large tiles: the mean of the means; the mean variance plus the variance of the means."""
-        means = torch.cat([mean for mean, _ in self._seen[norm]])
-        variances = torch.cat([variance for _, variance in self._seen[norm]])
+        means, variances = (torch.cat(side) for side in zip(*self._seen[norm]))
         return means.mean(0), variances.mean(0) + means.var(0, correction=0)
 
 
@@ -71,9 +64,7 @@ def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _hooks(norms: list[nn.GroupNorm], hook: Any) -> Iterator[None]:
-    handles = [norm.register_forward_hook(hook) for norm in norms]
-    try:
+    with ExitStack() as handles:
+        for norm in norms:
+            handles.enter_context(norm.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,13 +1,13 @@
 """How a picture is padded and cut: whole where it fits, else the largest tiles that do; and what to try when memory runs out."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
-from sslsr_diffusion.devices import shown_bytes
+import torch
+
+from sslsr_diffusion.devices import is_out_of_memory, release_cached, shown_bytes
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.tiling import rounded_up
@@ -15,7 +15,10 @@ from sslsr_diffusion.models.size import SizeRequirements
 
 log = logging.getLogger(__name__)
 
+P = TypeVar("P")
+R = TypeVar("R")
 Tile = int | Literal["auto"] | None
+Cost = Callable[[str, int], int]  # bytes, from part and side
 Part = Literal["tile", "vae_tile"]  # whose tiles: the denoiser's or the autoencoder's
 
 _VAE_SIDES = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128)
@@ -50,7 +53,7 @@ class TilePlan:
     def side(self, part: Part) -> int:
         return (self.tile if part == "tile" else self.vae_tile) or max(self.height, self.width)
 
-    def smaller(self, part: Part) -> TilePlan | None:
+    def smaller(self, part: Part) -> "TilePlan | None":
         """The next thing to try when `part` ran out of memory: one sample per call, then smaller tiles; None: nothing is left."""
         if self.batch > 1:
             return replace(self, batch=1)
@@ -96,7 +99,6 @@ def plan_tiles(
     a picture that is smaller would be outside of what it has learned.
 
     Args:
-        size: of the networks.
         vae_scale: output pixels per latent pixel.
         memory: gives the estimates; called only for "auto" and for a budget.
         batch: samples per network call (the denoiser's are doubled when `guided`).
@@ -132,7 +134,7 @@ def plan_tiles(
     plan = TilePlan(
         *padded,
         tile=side if side < longest else None,
-        tile_overlap=_overlap(side if overlap is None else overlap, side, overlap is None, vae_scale),
+        tile_overlap=_overlap(overlap, side, vae_scale),
         vae_tile=vae_side if vae_side < longest else None,
         vae_overlap=rounded_up(vae_side // 4, vae_scale),
         vae_scale=vae_scale,
@@ -144,7 +146,7 @@ def plan_tiles(
     return plan
 
 
-def _choose(part: str, asked: int | None, sides: Sequence[int], limit: int | None, cost: Callable[[str, int], int], room: Room) -> int:
+def _choose(part: str, asked: int | None, sides: Sequence[int], limit: int | None, cost: Cost, room: Room) -> int:
     """The side that was asked for, or the largest that fits the room; below `limit` either way."""
     if asked is not None:
         return min(asked, limit or asked)
@@ -158,11 +160,7 @@ def _choose(part: str, asked: int | None, sides: Sequence[int], limit: int | Non
 
 
 def _check_budget(
-    chosen: Mapping[str, int],
-    asked: Mapping[str, int | None],
-    sides: Mapping[str, Sequence[int]],
-    cost: Callable[[str, int], int],
-    room: Room,
+    chosen: Mapping[str, int], asked: Mapping[str, int | None], sides: Mapping[str, Sequence[int]], cost: Cost, room: Room
 ) -> None:
     over = [part for part, side in chosen.items() if cost(part, side) > room.bytes]
     if not over:
@@ -172,7 +170,7 @@ def _check_budget(
     fixed = [f"{part} {asked[part]}" for part in over if asked[part] is not None]
     advice = f"{' and '.join(fixed)} would take {needed}; 'auto' needs" if fixed else "the least is"
     raise NotEnoughMemory(
-        f"memory budget: {shown_bytes(room.bytes)} is too little for this model and picture size; {advice} {shown_bytes(least)}.", least
+        f"memory_budget: {shown_bytes(room.bytes)} is too little for this model and picture size; {advice} {shown_bytes(least)}.", least
     )
 
 
@@ -205,9 +203,24 @@ def check_tile(tile: Tile, unit: int, name: str) -> None:
         raise UserError(f"{name}: expected a multiple of {unit} pixels, 'auto' or none, got {tile!r}.")
 
 
-def _overlap(overlap: int, tile: int, default: bool, vae_scale: int) -> int:
-    if default:
+def _overlap(overlap: int | None, tile: int, vae_scale: int) -> int:
+    if overlap is None:
         return tile // 2 // vae_scale * vae_scale
     if not 0 <= overlap < tile or overlap % vae_scale:
         raise UserError(f"tile_overlap: expected a multiple of {vae_scale} pixels below the tile ({tile}), got {overlap}.")
     return overlap
+
+
+def within_memory(run: Callable[[P], R], plan: P, smaller: Callable[[P], P], device: torch.device) -> tuple[R, P]:
+    """Run by a plan, or by smaller and smaller ones while memory runs out; the result and the plan that did.
+
+    `smaller` gives the plan to try next, or raises NotEnoughMemory where there is none.
+    """
+    while True:
+        try:
+            return run(plan), plan
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release_cached(device)  # outside of the handler, where the traceback would keep the failed call's tensors
+        plan = smaller(plan)

@@ -1,7 +1,5 @@
 """Overlapping tiles: where they lie, how they are weighed, how their results become one picture."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -21,7 +19,7 @@ class Box(NamedTuple):
     height: int
     width: int
 
-    def scaled(self, factor: int) -> Box:
+    def scaled(self, factor: int) -> "Box":
         return Box(*(factor * side for side in self))
 
     def of(self, image: Tensor) -> Tensor:
@@ -51,32 +49,35 @@ def tile_boxes(height: int, width: int, tile: int, overlap: int) -> list[Box]:
 def tile_weights(height: int, width: int, kind: str = "smooth", overlap: int = 0) -> Tensor:
     """How much a tile has to say at each of its pixels, [height, width] float64: w[y, x] = p(y; height) p(x; width).
 
-    smooth:   p(i; n) = sin^2(pi/2 min(1, (min(i, n-1-i) + 1/2) / overlap)), a ramp as long as the overlap
+    smooth:   p(i; n) = sin^2(pi/2 min(1, d / overlap)), d = min(i, n-1-i) + 1/2 the way to the border: a ramp as long as the overlap
     gaussian: p(i; n) = exp(-((i - (n-1)/2) / n)^2 / 0.02) / sqrt(0.02 pi)
     original: gaussian, but the vertical centre is n/2, as in StableSR's code
+    middle:   smooth, but its ramp is the middle half of the overlap (2 d / overlap - 1/2 in the place of d / overlap); in the outer
+              quarter, where a border may have made the tile wrong, nothing that its neighbour says otherwise leaves a trace
 
     The Gaussian is so narrow that one tile takes over from the next within 0.02 tiles: a step in tone where they disagree.
-
-    Raises:
-        UserError: an unknown kind.
     """
 
     def ramp(length: int) -> Tensor:
         i = torch.arange(length, dtype=torch.float64)
-        return torch.sin(((torch.minimum(i, length - 1 - i) + 0.5) / max(overlap, 1)).clamp(max=1) * torch.pi / 2) ** 2
+        way = (torch.minimum(i, length - 1 - i) + 0.5) / overlap
+        if kind == "smooth":
+            return torch.sin(way.clamp(max=1) * torch.pi / 2) ** 2
+        return (torch.sin((2 * way - 0.5).clamp(0, 1) * torch.pi / 2) ** 2).clamp(min=_TRACE)
 
     def gaussian(length: int, centre: float) -> Tensor:
         i = torch.arange(length, dtype=torch.float64)
         return torch.exp(-(((i - centre) / length) ** 2) / 0.02) / (0.02 * torch.pi) ** 0.5
 
-    if kind == "smooth":
-        return ramp(height)[:, None] * ramp(width) if overlap else torch.ones(height, width, dtype=torch.float64)
     if kind not in TILE_WEIGHTS:
         raise UserError(f"tile_weights: expected one of {', '.join(TILE_WEIGHTS)}, got {kind!r}.")
+    if kind in ("smooth", "middle"):
+        return ramp(height)[:, None] * ramp(width) if overlap else torch.ones(height, width, dtype=torch.float64)
     return gaussian(height, height / 2 if kind == "original" else (height - 1) / 2)[:, None] * gaussian(width, (width - 1) / 2)
 
 
-TILE_WEIGHTS = ("smooth", "gaussian", "original")
+TILE_WEIGHTS = ("smooth", "gaussian", "original", "middle")
+_TRACE = 1e-9  # below float32's precision beside a weight of 1, yet a weight where no other tile is
 
 
 def blend(
@@ -142,9 +143,8 @@ def pad_to(image: Tensor, height: int, width: int) -> Tensor:
     """[..., H, W] continued on the right and below by reflection, folded as often as a small picture needs."""
     if image.shape[-2:] == (height, width):
         return image
-    return image.index_select(-2, _folded(image.shape[-2], height, image.device)).index_select(
-        -1, _folded(image.shape[-1], width, image.device)
-    )
+    rows, columns = (_folded(length, wanted, image.device) for length, wanted in zip(image.shape[-2:], (height, width)))
+    return image.index_select(-2, rows).index_select(-1, columns)
 
 
 def _folded(length: int, wanted: int, device: torch.device) -> Tensor:

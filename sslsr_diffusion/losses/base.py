@@ -1,7 +1,5 @@
 """What every loss is: a small callable over `Outputs` that knows its unit and how many of them a batch holds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable

@@ -1,7 +1,5 @@
 """The diffusion loss: how well the noise (or v) was predicted."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

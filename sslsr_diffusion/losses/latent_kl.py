@@ -1,7 +1,5 @@
 """The autoencoder's latent loss: keeps the latents close to a unit Gaussian (task autoencoder)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

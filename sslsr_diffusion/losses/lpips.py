@@ -1,9 +1,7 @@
 """The perceptual loss: LPIPS of the decoded prediction and the ground truth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -37,7 +35,7 @@ class LpipsLoss(PixelLoss):
         self.distance: Any = distance
 
     @classmethod
-    def build(cls, settings: LpipsSettings, means: Means) -> LpipsLoss | None:
+    def build(cls, settings: LpipsSettings, means: Means) -> Self | None:
         return None if means.distance is None else cls(settings, distance=means.distance)
 
     def play(self, sr: Tensor, hr: Tensor) -> Tensor:

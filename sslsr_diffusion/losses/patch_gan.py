@@ -1,9 +1,7 @@
 """The adversarial loss: a discriminator of patches that learns beside the trained networks, on the same batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field
@@ -72,7 +70,7 @@ class PatchGANLoss(PixelLoss):
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr, betas=settings.betas)
 
     @classmethod
-    def build(cls, settings: PatchGANSettings, means: Means) -> PatchGANLoss:
+    def build(cls, settings: PatchGANSettings, means: Means) -> Self:
         return cls(settings, seed=means.seed)
 
     def play(self, sr: Tensor, hr: Tensor) -> Tensor:

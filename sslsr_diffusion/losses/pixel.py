@@ -1,7 +1,5 @@
 """The pixel loss: mean absolute difference of the decoded prediction and the ground truth."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,9 +1,7 @@
 """The self-similarity loss over a training step: gates, stride pattern and global row count around the public operator."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -37,7 +35,7 @@ class SelfSimilaritySettings(NoiseGate):
     )
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> SelfSimilaritySettings:
+    def _sizes_fit(self) -> Self:
         if self.search_size % 2 == 0 or self.window_size % 2 == 0:
             raise ValueError(f"search_size {self.search_size} and window_size {self.window_size} must both be odd.")
         if self.window_size > self.search_size:

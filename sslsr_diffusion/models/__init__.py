@@ -4,10 +4,9 @@ Published pipelines name their classes under `sslsr_diffusion.models` in model_i
 its base classes here too; so these names must stay, wherever the files move.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from sslsr_diffusion.tables import lazily
 
 _HOME = {
     "FAMILIES": "sslsr_diffusion.models.families",
@@ -27,14 +26,4 @@ if TYPE_CHECKING:
     from sslsr_diffusion.models.stablesr.structural_encoder import StructuralEncoder
     from sslsr_diffusion.models.stablesr.unet import SFTUNet2DConditionModel
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazily(__name__, _HOME)

@@ -1,7 +1,5 @@
 """Where a base model's files are: a local folder, or a hub id resolved to one commit and fetched once."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +38,7 @@ class Base:
         return (self.folder / part).is_dir()
 
     def config(self, part: str) -> dict[str, Any]:
-        """The component's config.json (scheduler: scheduler_config.json).
-
-        Raises:
-            UserError: the folder has no such component.
-        """
+        """The component's config.json (scheduler: scheduler_config.json); UserError where the folder has no such component."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         path = self.folder / part / name
         if not path.is_file():
@@ -60,8 +54,7 @@ class Base:
     def call_defaults(self) -> dict[str, float]:
         """`detail` and `antiring` that the pipeline in this folder has where a call names none.
 
-        Raises:
-            UserError: its model_index.json is no JSON object, or names something else than numbers from 0 to 1.
+        UserError where its model_index.json is no JSON object, or names something else than numbers from 0 to 1.
         """
         path = self.folder / "model_index.json"
         try:
@@ -85,8 +78,7 @@ def find_base(name: str, revision: str | None = None, parts: list[str] | None = 
         revision: branch, tag or commit of a hub id.
         parts: file patterns to fetch; default: everything that a pipeline needs.
 
-    Raises:
-        UserError: nothing of that name exists (HubError: on the hub, either), or the hub cannot be reached and nothing is cached.
+    UserError where nothing of that name exists (HubError: on the hub), or the hub cannot be reached and nothing is cached.
     """
     folder = local_folder(name)
     if folder.is_dir():
@@ -99,6 +91,6 @@ def find_base(name: str, revision: str | None = None, parts: list[str] | None = 
             f"or the folder of the old one's files (shipped_models/{name} in a version that had it)."
         )
     advice = ADVICE | ({"unreachable": GONE} if name.startswith("stabilityai/stable-diffusion-2") else {})
-    wanted = ["*.json", *(parts or WANTED)]
-    fetched = hub.fetch(name, revision, patterns=wanted, ignore=IGNORED, field="model.base", advice=advice)
+    patterns = ["*.json", *(parts or WANTED)]
+    fetched = hub.fetch(name, revision, patterns=patterns, ignore=IGNORED, field="model.base", advice=advice)
     return Base(name, fetched, fetched.name)

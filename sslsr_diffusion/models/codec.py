@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,21 +49,16 @@ class Codec(nn.Module):
         return (b, self.latent_channels, h // self.scale, w // self.scale)
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """mean + exp(logvar / 2) noise, normalised: the posterior's sample, never its mode.
+        """mean + exp(logvar / 2) noise, normalised: the posterior's sample, never its mode, [B, C, H/scale, W/scale] float32.
 
         Args:
             pixels: [B, 3, H, W] in [0, 1]; both sides divisible by `scale`.
             noise: [B, C, H/scale, W/scale], standard normal (`noise_shape`).
-
-        Returns:
-            [B, C, H/scale, W/scale] float32.
         """
-        self._check(pixels)
-        return self._sample(self.vae.encode(self._to_vae(pixels)).latent_dist, noise)
+        return self._sample(self._posterior(pixels), noise)
 
     def encode_with_features(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`encode`, and the encoder features that `decode` takes; only with a CFW autoencoder."""
-        self._check(pixels)
         posterior, features = self.vae.encode_with_features(self._to_vae(pixels))
         return self._sample(posterior, noise), features
 
@@ -75,17 +70,16 @@ class Codec(nn.Module):
             features: of `encode_with_features` for the low-resolution picture; None decodes plainly.
             fidelity: the fusion weight w of CFW, any real; 0 is the plain decoder.
         """
-        z = self._raw(latents.to(self.vae.dtype))
-        if features is None or fidelity == 0:
-            decoded = self.vae.decode(z, return_dict=False)[0]
-        else:
-            decoded = self.vae.decode(z, features=features, fidelity=fidelity, return_dict=False)[0]
-        return decoded.float() * 0.5 + 0.5
+        z = latents.to(self.vae.dtype)
+        offset, deviation = self._statistics(z)
+        z = z / self.vae.config.scaling_factor
+        z = z if offset is None else z * deviation + offset
+        fused = {} if features is None or fidelity == 0 else {"features": features, "fidelity": fidelity}
+        return self.vae.decode(z, return_dict=False, **fused)[0].float() * 0.5 + 0.5
 
     def autoencode(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Encode, draw, decode, all differentiable: the reconstruction of `pixels`, and mean and log-variance [B, 2*C, h, w]."""
-        self._check(pixels)
-        posterior = self.vae.encode(self._to_vae(pixels)).latent_dist
+        posterior = self._posterior(pixels)
         return self.decode(self._sample(posterior, noise)), torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     @torch.no_grad()
@@ -94,7 +88,7 @@ class Codec(nn.Module):
 
         The autoencoder's config has no shift, mean or deviation: this package's presets have none.
         """
-        posterior = self.vae.encode(self._to_vae(pixels)).latent_dist
+        posterior = self._posterior(pixels)
         factor = float(1.0 / (posterior.mean.float().var() + posterior.var.float().mean()).sqrt())
         self.vae.register_to_config(scaling_factor=factor)
         return factor
@@ -107,20 +101,16 @@ class Codec(nn.Module):
             vae.quant_conv.bias[self.latent_channels :] = -30
         return Codec(vae)
 
-    def _sample(self, posterior: object, noise: Tensor) -> Tensor:
-        mean, std = posterior.mean.float(), posterior.std.float()  # type: ignore[attr-defined]
+    def _posterior(self, pixels: Tensor) -> Any:
+        return self.vae.encode(self._to_vae(pixels)).latent_dist
+
+    def _sample(self, posterior: Any, noise: Tensor) -> Tensor:
+        mean, std = posterior.mean.float(), posterior.std.float()
         if noise.shape != mean.shape:
             raise ValueError(f"expected posterior noise of shape {tuple(mean.shape)} (Codec.noise_shape), got {tuple(noise.shape)}.")
-        return self._normalised(mean + std * noise.to(mean))
-
-    def _normalised(self, z: Tensor) -> Tensor:
+        z, factor = mean + std * noise.to(mean), self.vae.config.scaling_factor
         offset, deviation = self._statistics(z)
-        return (z - offset) * self.vae.config.scaling_factor / deviation if offset is not None else z * self.vae.config.scaling_factor
-
-    def _raw(self, z: Tensor) -> Tensor:
-        offset, deviation = self._statistics(z)
-        scaled = z / self.vae.config.scaling_factor
-        return scaled if offset is None else scaled * deviation + offset
+        return z * factor if offset is None else (z - offset) * factor / deviation
 
     def _statistics(self, like: Tensor) -> tuple[Tensor | float | None, Tensor | float]:
         """What is taken off and divided by, beside the scaling factor; None: nothing."""
@@ -131,6 +121,7 @@ class Codec(nn.Module):
         return (shift, 1.0) if shift else (None, 1.0)
 
     def _to_vae(self, pixels: Tensor) -> Tensor:
+        self._check(pixels)
         return (pixels * 2 - 1).to(self.vae.dtype)
 
     def _check(self, pixels: Tensor) -> None:

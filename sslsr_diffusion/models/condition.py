@@ -1,7 +1,5 @@
 """What a denoiser is told beside the noisy latent and the timestep."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

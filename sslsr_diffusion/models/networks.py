@@ -1,7 +1,5 @@
 """What a family's networks are to everyone above: sizes, parts, files; and the two ways in which networks make a picture."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from copy import deepcopy
 from pathlib import Path
@@ -18,14 +16,10 @@ from sslsr_diffusion.models.size import SizeRequirements
 
 
 class Networks(nn.Module):
-    """All networks of one model, moved in place by `.to(device)`. A family builds one of the two kinds below.
-
-    Args:
-        base: what they were built from, as the user wrote it.
-        revision: commit of a base that was fetched from the hub.
-    """
+    """All networks of one model, moved in place by `.to(device)`. A family builds one of the two kinds below."""
 
     def __init__(self, base: str, revision: str | None = None) -> None:
+        """`base`: what they were built from, as the user wrote it; `revision`: commit of one that was fetched from the hub."""
         super().__init__()
         self.base, self.revision = base, revision
 
@@ -64,18 +58,19 @@ class Networks(nn.Module):
 
     def economize(self, *, gradient_checkpointing: bool, channels_last: bool) -> None:
         """What saves memory or time and leaves the mathematics alone."""
-        for part in self.components().values():
+        for part in self.modules() if gradient_checkpointing else ():
             enable = getattr(part, "enable_gradient_checkpointing", None)
-            if gradient_checkpointing and callable(enable):
+            if callable(enable):
                 enable()
-            if channels_last and isinstance(part, nn.Module):
-                part.to(memory_format=torch.channels_last)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
 
 
 class PixelNetworks(Networks):
     """Low-resolution pixels in, high-resolution pixels out, in one call."""
 
     scale: int  # enlargement
+    overlap: int = 16  # low-resolution pixels that neighbouring tiles share: four times as far as a pixel sees leaves no seam at all
 
     @abstractmethod
     def forward(self, lr: Tensor) -> Tensor:
@@ -88,10 +83,9 @@ class LatentNetworks(Networks):
     def __init__(
         self, codec: Codec, denoiser: nn.Module, process: Process, text: Tensor, *, base: str, revision: str | None = None
     ) -> None:
-        """
-        Args:
-            denoiser: (z_t [B, C, h, w], t [B], Condition) -> [B, C, h, w]; t is what `process.timestep` says.
-            text: [1, L, D] context of the recipe's prompt.
+        """`denoiser`: (z_t [B, C, h, w], t [B], Condition) -> [B, C, h, w], where t is what `process.timestep` says.
+
+        `text`: [1, L, D] context of the recipe's prompt.
         """
         super().__init__(base, revision)
         self.codec, self.denoiser, self.process = codec, denoiser, process
@@ -124,19 +118,14 @@ class LatentNetworks(Networks):
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Tensor:
         """Context [len(prompts), L, D] of texts; an empty one stands for the recipe's where no other can be encoded.
 
-        Raises:
-            UserError: a text is given and these networks know the recipe's prompt alone.
+        UserError where a text is given and these networks know the recipe's prompt alone.
         """
         if any(prompts):
             raise UserError(f"prompt: this model takes no text, got {max(prompts)!r}; leave prompt out.")
         return self.text.to(device).expand(len(prompts), -1, -1)
 
     def start_at(self, timestep: int) -> None:
-        """Shorten the process, so that sampling starts at this timestep.
-
-        Raises:
-            UserError: the process ends before it.
-        """
+        """Shorten the process, so that sampling starts at this timestep; UserError where it ends before."""
         self.process = self.process.until(timestep)
 
 

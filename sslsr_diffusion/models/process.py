@@ -15,7 +15,8 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.tables import named
 
 DDPM_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
-FLOW_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting")
+FLOW_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+OTHER_LEVELS = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")  # of a flow
 
 
 class Process(nn.Module):
@@ -28,27 +29,20 @@ class Process(nn.Module):
     spread: Tensor  # [T] float32
 
     def __init__(self, signal: Tensor, spread: Tensor, scheduler_config: Mapping[str, Any]) -> None:
-        """
-        Args:
-            signal, spread: [T] float64 factors of z_0 and of the noise.
-            scheduler_config: of the diffusers scheduler that stands for this process in a saved pipeline.
-        """
+        """`signal`, `spread`: [T] float64; `scheduler_config`: of the diffusers scheduler that a saved pipeline gets."""
         super().__init__()
         self.scheduler_config = dict(scheduler_config)
         self.register_buffer("signal", signal.float(), persistent=False)
         self.register_buffer("spread", spread.float(), persistent=False)
         self._levels = list(zip(signal.tolist(), spread.tolist()))
-        self._starts_from_lr = bool(signal[-1] ** 2 > spread[-1] ** 2)
+        # whether the last timestep still shows the picture: sampling then starts from the low-resolution one, not from next to nothing
+        self.starts_from_lr = bool(signal[-1] ** 2 > spread[-1] ** 2)
 
     @classmethod
     def of(cls, config: Mapping[str, Any], name: str | None = None) -> Process:
-        """The process that a scheduler config stands for.
+        """The process that scheduler_config.json's content stands for; `name`: the scheduler's class, None: what the config says.
 
-        Args:
-            config: scheduler_config.json's content.
-            name: the scheduler's class; None: what the config says.
-        Raises:
-            UserError: a scheduler class, prediction type or setting that is not known here; nothing is guessed.
+        UserError for a scheduler class, prediction type or setting that is not known here; nothing is guessed.
         """
         name = name or config.get("_class_name")
         if name not in PROCESSES:
@@ -64,11 +58,6 @@ class Process(nn.Module):
     def last(self) -> int:
         """The last timestep: the most noise."""
         return len(self.signal) - 1
-
-    @property
-    def starts_from_lr(self) -> bool:
-        """Whether the last timestep still shows the picture: sampling then starts from the low-resolution one, not from next to nothing."""
-        return self._starts_from_lr
 
     def level(self, t: int) -> tuple[float, float]:
         """signal_t and spread_t as plain numbers."""
@@ -96,12 +85,12 @@ class Process(nn.Module):
         return self.spread[t] / self.signal[t]
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network is told for timestep index t, [B]."""
-        raise NotImplementedError
+        """What the network is told for timestep index t, [B]: t itself, unless a process says otherwise."""
+        return t
 
     def timestep_of(self, t: int) -> float:
         """The same for one plain number."""
-        raise NotImplementedError
+        return t
 
     def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should say."""
@@ -116,11 +105,7 @@ class Process(nn.Module):
         raise NotImplementedError
 
     def until(self, last: int) -> Self:
-        """The same process with the timesteps 0 .. `last` only; timesteps keep their meaning.
-
-        Raises:
-            UserError: it ends before.
-        """
+        """The same process with the timesteps 0 .. `last` only; timesteps keep their meaning. UserError where it ends before."""
         raise NotImplementedError
 
     def scheduler(self) -> Any:
@@ -151,12 +136,6 @@ class DDPM(Process):
             )
         kept = {key: config[key] for key in DDPM_KEYS if key in config}
         return cls(_ddpm_scheduler(kept).alphas_cumprod, kept)
-
-    def timestep(self, t: Tensor) -> Tensor:
-        return t
-
-    def timestep_of(self, t: int) -> float:
-        return t
 
     def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """n for epsilon, v = sqrt(abar_t) n - sqrt(1 - abar_t) z_0 for v_prediction, z_0 for sample."""
@@ -206,6 +185,9 @@ class Flow(Process):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Flow:
+        odd = [key for key in OTHER_LEVELS if config.get(key)]
+        if odd:
+            raise UserError(f"scheduler: expected a flow without {odd[0]}, got {config[odd[0]]!r}; its noise levels are not known here.")
         kept = {key: config[key] for key in FLOW_KEYS if key in config}
         steps, shift = int(kept.get("num_train_timesteps", 1000)), float(kept.get("shift", 1.0))
         sigmas = torch.arange(1, steps + 1, dtype=torch.float64) / steps
@@ -231,9 +213,7 @@ class Flow(Process):
         return self.spread[t.to(self.spread.device)]
 
     def until(self, last: int) -> Flow:
-        if last > self.last:
-            raise UserError(f"expected a timestep of at most {self.last}, the last of this process; got {last}.")
-        return Flow(self.spread[: last + 1], self.scheduler_config)
+        raise UserError("expected a process with betas, got a flow, whose scheduler cannot say where it ends; leave start_timestep out.")
 
     def scheduler(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -247,25 +227,13 @@ def _ddpm_scheduler(kept: Mapping[str, Any]) -> Any:
     return DDPMScheduler(**kept, clip_sample=False, variance_type="fixed_small")
 
 
-_DDPM_SCHEDULERS = (
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "LCMScheduler",
+_OF_DDPM = (
+    "DDPM DDIM PNDM EulerDiscrete EulerAncestralDiscrete DPMSolverMultistep DPMSolverSinglestep UniPCMultistep DEISMultistep "
+    "HeunDiscrete LMSDiscrete KDPM2Discrete KDPM2AncestralDiscrete LCM TCD SASolver DDIMParallel DDPMParallel"
 )
 # scheduler class in a base's folder -> the process that it stands for
 PROCESSES: dict[str, str] = {
-    **dict.fromkeys(_DDPM_SCHEDULERS, "process:DDPM"),
+    **{f"{name}Scheduler": "process:DDPM" for name in _OF_DDPM.split()},
     "FlowMatchEulerDiscreteScheduler": "process:Flow",
     "FlowMatchHeunDiscreteScheduler": "process:Flow",
 }

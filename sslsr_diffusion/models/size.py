@@ -1,7 +1,5 @@
 """What sizes a family's networks take: the only derivation, read by training, tiles, estimates and checks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Whether a folder of safetensors holds what a network needs: names and shapes from the files' headers, no weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -15,11 +13,8 @@ FILES = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' nam
 def check_tensors(folder: Path, network: nn.Module | None, what: str) -> None:
     """Compare the headers of a component's weights with a network, which may be on the meta device.
 
-    Args:
-        network: None where its library gives tensors other names than its files have: the files must be whole then.
-        what: how messages call the component, for example "unet of owner/name".
-    Raises:
-        UserError: there are no safetensors (what lies there instead is named), a file is damaged, or a tensor is missing or misshapen.
+    UserError where there are no safetensors, a file is damaged, or a tensor is missing or misshapen; `what` is how messages call
+    the component, for example "unet of owner/name". Without a network (its library names tensors otherwise) the files must be whole.
     """
     found = _shapes(folder, what)
     if network is None:
@@ -40,7 +35,7 @@ def _shapes(folder: Path, what: str) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _files(folder, what):
+    for path in weight_files(folder, what):
         try:
             with safe_open(path, framework="pt") as stream:
                 shapes |= {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118 - no mapping
@@ -55,7 +50,8 @@ def _is_pointer(path: Path) -> bool:
     return path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
 
 
-def _files(folder: Path, what: str) -> list[Path]:
+def weight_files(folder: Path, what: str) -> list[Path]:
+    """The safetensors of a component; UserError, which names what lies there, where there are none."""
     for stem in FILES:
         if (folder / f"{stem}.safetensors").is_file():
             return [folder / f"{stem}.safetensors"]

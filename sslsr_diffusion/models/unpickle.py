@@ -1,14 +1,12 @@
 """Read a checkpoint file without running anything that is in it."""
 
-from __future__ import annotations
-
 import pickle
 import tarfile
 import types
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -39,32 +37,19 @@ class Checkpoint:
 class _Inert:
     """Stands for any foreign object: can be made, called, filled and given a state, and does nothing."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         return super().__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+    __init__ = __setstate__ = __setitem__ = append = extend = add = _nothing
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Self:
         return self
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
 
     def __hash__(self) -> int:
         return id(self)
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-    def add(self, item: Any) -> None:
-        pass
 
 
 def _restricted(foreign: set[str]) -> types.ModuleType:
@@ -87,23 +72,17 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     """The tensors of a .safetensors or a pickled .ckpt/.pt/.pth file (of its `state_dict` entry, if it has one).
 
     Globals outside a short list of torch's own tensor builders become inert placeholders, so no code of the file runs.
-
-    Raises:
-        UserError: there is no such file, it is of another kind, or it holds no named tensors.
+    UserError where there is no such file, it is of another kind, or it holds no named tensors.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"checkpoint: {path} is not a file; give the downloaded .ckpt or .safetensors file.")
     foreign: set[str] = set()
-    if path.suffix == ".safetensors":
-        content = _read_safetensors(path)
-    else:
-        content = _read_pickle(path, foreign)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, foreign)
+    content = content if isinstance(content, dict) else {}
+    if isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    tensors = (
-        {k: v.detach() for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    )
+    tensors = {k: v.detach() for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise UserError(f"checkpoint: {path.name} holds no named tensors; expected a state dict, or a dict with the entry `state_dict`.")
     return Checkpoint(tensors, sorted(foreign))

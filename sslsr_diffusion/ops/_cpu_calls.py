@@ -1,19 +1,19 @@
 """What the CPU backend calls: compiled entry points that pad images, sort pixels into tiles and walk the tiles of one thread."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from pathlib import Path
 
 import numba
 import numpy as np
-from numba.core.dispatcher import Dispatcher
 
 from sslsr_diffusion.ops import _cpu_pixels, _cpu_sums, _cpu_tiles, _simd
 from sslsr_diffusion.ops._cpu_pixels import weights
 from sslsr_diffusion.ops._cpu_tiles import LN2, ROW_EPS, Tile, set_factor, set_places, tile_exponents, tile_gradient, tile_loss
 
+# numba's cache watches the file of an entry point; the default of its last argument makes it watch all that the code is made of
+_SOURCES = (__file__, _cpu_tiles.__file__, _cpu_pixels.__file__, _cpu_sums.__file__, _simd.__file__)
+_STAMP = int(hashlib.sha256(b"".join(Path(source).read_bytes() for source in _SOURCES)).hexdigest()[:15], 16)
 TOP = 16  # rows of zeros above and below an image: vertical sums and blocks touch them
 
 
@@ -25,8 +25,8 @@ def _tile(number, tiles, positions, layout, s):
     return tile
 
 
-@numba.njit(nogil=True)
-def _loss_tiles(sr, gt, gradient, tiles, positions, layout, s, sums, scale, l1_weight, kl_weight, c, w):
+@numba.njit(nogil=True, cache=True)
+def loss_tiles(sr, gt, gradient, sums, l1_weight, kl_weight, tiles, positions, rows, layout, s, scale, c, w, stamp=_STAMP):
     gradient[:] = 0
     for t in range(len(tiles)):
         tile = _tile(t, tiles, positions, layout, s)
@@ -38,8 +38,8 @@ def _loss_tiles(sr, gt, gradient, tiles, positions, layout, s, sums, scale, l1_w
             tile_gradient(sr, gradient, tile, layout, s, c, w)
 
 
-@numba.njit(nogil=True)
-def _graph_tiles(image, out, tiles, positions, rows, layout, s, scale, c, w):
+@numba.njit(nogil=True, cache=True)
+def graph_tiles(image, out, tiles, positions, rows, layout, s, scale, c, w, stamp=_STAMP):
     entries = layout.search**2
     for t in range(len(tiles)):
         tile = _tile(t, tiles, positions, layout, s)
@@ -56,8 +56,8 @@ def _graph_tiles(image, out, tiles, positions, rows, layout, s, scale, c, w):
                 out[row, offset] = s.first[offset * used + p]
 
 
-@numba.njit(nogil=True)
-def _graph_gradient_tiles(image, out, out_gradient, gradient, tiles, positions, rows, layout, s, scale, c, w):
+@numba.njit(nogil=True, cache=True)
+def graph_gradient_tiles(image, out, out_gradient, gradient, tiles, positions, rows, layout, s, scale, c, w, stamp=_STAMP):
     entries, room = layout.search**2, layout.room
     gradient[:] = 0
     for t in range(len(tiles)):
@@ -80,8 +80,8 @@ def _graph_gradient_tiles(image, out, out_gradient, gradient, tiles, positions, 
         tile_gradient(image, gradient, tile, layout, s, c, w)
 
 
-@numba.njit(nogil=True)
-def _bucket(mask, height, width):
+@numba.njit(nogil=True, cache=True)
+def bucket(mask, height, width, stamp=_STAMP):
     """Masked pixels by tile: (counts per tile, position in the tile, row of the graph), tiles in raster order."""
     batch, rows, columns = mask.shape
     down, across = -(-rows // height), -(-columns // width)
@@ -107,8 +107,8 @@ def _bucket(mask, height, width):
     return counts, positions, order
 
 
-@numba.njit(nogil=True)
-def _pad(image, out, lead, layout):
+@numba.njit(nogil=True, cache=True)
+def pad(image, out, lead, layout, stamp=_STAMP):
     """out: the image [B, C, H, W] reflected by reach, TOP rows and `lead` columns of zeros before it and zeros after it."""
     batch, channels, height, width = image.shape
     reach, stride = layout.reach, layout.stride
@@ -130,9 +130,9 @@ def _reflected(i, size):
     return -i if i < 0 else 2 * (size - 1) - i if i >= size else i
 
 
-@numba.njit(nogil=True)
-def _fold(parts, part, workers, out, lead, share, layout):
-    """The adjoint of `_pad`, times share: the threads' gradients added up, borders folded onto the pixels they were reflected from."""
+@numba.njit(nogil=True, cache=True)
+def fold(parts, part, workers, out, lead, share, layout, stamp=_STAMP):
+    """The adjoint of `pad`, times share: the threads' gradients added up, borders folded onto the pixels they were reflected from."""
     batch, channels, height, width = out.shape
     reach, stride = layout.reach, layout.stride
     line = np.empty(stride, np.float32)
@@ -150,45 +150,3 @@ def _fold(parts, part, workers, out, lead, share, layout):
                 target[x] += line[lead + reach - x]
                 target[width - 1 - x] += line[lead + reach + width - 1 + x]
             target *= share
-
-
-def _compiled(stamp: str) -> tuple[Dispatcher, ...]:
-    """The entry points. numba's cache watches one file; the stamp in the closure makes it watch all that they are made of."""
-
-    @numba.njit(nogil=True, cache=True)
-    def loss_tiles(sr, gt, gradient, tiles, positions, layout, s, sums, scale, l1_weight, kl_weight, c, w):
-        stamp  # noqa: B018
-        _loss_tiles(sr, gt, gradient, tiles, positions, layout, s, sums, scale, l1_weight, kl_weight, c, w)
-
-    @numba.njit(nogil=True, cache=True)
-    def graph_tiles(image, out, tiles, positions, rows, layout, s, scale, c, w):
-        stamp  # noqa: B018
-        _graph_tiles(image, out, tiles, positions, rows, layout, s, scale, c, w)
-
-    @numba.njit(nogil=True, cache=True)
-    def graph_gradient_tiles(image, out, out_gradient, gradient, tiles, positions, rows, layout, s, scale, c, w):
-        stamp  # noqa: B018
-        _graph_gradient_tiles(image, out, out_gradient, gradient, tiles, positions, rows, layout, s, scale, c, w)
-
-    @numba.njit(nogil=True, cache=True)
-    def bucket(mask, height, width):
-        stamp  # noqa: B018
-        return _bucket(mask, height, width)
-
-    @numba.njit(nogil=True, cache=True)
-    def pad(image, out, lead, layout):
-        stamp  # noqa: B018
-        _pad(image, out, lead, layout)
-
-    @numba.njit(nogil=True, cache=True)
-    def fold(parts, part, workers, out, lead, share, layout):
-        stamp  # noqa: B018
-        _fold(parts, part, workers, out, lead, share, layout)
-
-    return loss_tiles, graph_tiles, graph_gradient_tiles, bucket, pad, fold
-
-
-_SOURCES = (__file__, _cpu_tiles.__file__, _cpu_pixels.__file__, _cpu_sums.__file__, _simd.__file__)
-loss_tiles, graph_tiles, graph_gradient_tiles, bucket, pad, fold = _compiled(
-    hashlib.sha256(b"".join(Path(source).read_bytes() for source in _SOURCES)).hexdigest()
-)

@@ -5,20 +5,19 @@ pool that a fork, a data-loader worker or a second caller could upset. Tiles are
 input gives the same bits for a given number of threads.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # numba is imported at first use
-    from sslsr_diffusion.ops._cpu_tiles import Layout, Scratch
+from sslsr_diffusion.ops import _cpu_calls as compiled
+from sslsr_diffusion.ops._cpu_tiles import LOG2E, SLACK, Layout, Scratch
+from sslsr_diffusion.ops.settings import GraphSettings
 
 _logger = logging.getLogger(__name__)
 _TILE_BYTES = 2_900_000  # of one graph of one tile: two for each thread keep a call on 512 pixels below 40 MB
@@ -41,24 +40,19 @@ class Call(NamedTuple):
     workers: int
     image: int  # size of a padded batch
     parts: dict[str, int]  # sizes of one thread's buffers
-
-    def part(self, worker: int) -> np.ndarray:
-        """One thread's tiles: every workers-th."""
-        return np.ascontiguousarray(self.tiles[worker :: self.workers])
+    numbers: tuple[float, tuple[int, ...], tuple[int, ...]]  # a distance's factor to the base-2 exponent; C and w as lengths (`_simd`)
 
 
 def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _shape_of_tiles(
-    height: int, width: int, images: int, search: int, window: int, workers: int, widest: int, tallest: int
-) -> tuple[int, int]:
+def _shape_of_tiles(height: int, width: int, images: int, s: GraphSettings, workers: int, widest: int, tallest: int) -> tuple[int, int]:
     """Even tiles of at most widest x tallest pixels whose maps fit the second-level cache."""
-    border = search // 2 + window // 2
+    border = s.reach + s.half
     tile_width = _round_up(-(-width // -(-width // widest)), 16)
     columns = -(-width // tile_width)
-    lines = _MAP_BYTES // (4 * search * _round_up(tile_width + border, 16))
+    lines = _MAP_BYTES // (4 * s.search * _round_up(tile_width + border, 16))
     tallest = max(8, min(tallest, (lines - border) // 8 * 8))
 
     def cost(tile_height: int) -> int:
@@ -68,16 +62,13 @@ def _shape_of_tiles(
     return min(range(tallest, 0, -8), key=cost), tile_width
 
 
-def lay_out(mask: Tensor, channels: int, search: int, window: int, normalize: bool) -> Call:
-    from sslsr_diffusion.ops import _cpu_calls as compiled
-    from sslsr_diffusion.ops._cpu_tiles import Layout
-
+def lay_out(mask: Tensor, channels: int, settings: GraphSettings) -> Call:
     batch, _, height, width = mask.shape
-    reach, half = search // 2, window // 2
+    search, reach, half = settings.search, settings.reach, settings.half
     marked = mask[:, 0].contiguous().numpy()
     workers = max(1, torch.get_num_threads())
     for widest, tallest in _TILE_SHAPES:
-        tile_height, tile_width = _shape_of_tiles(height, width, batch, search, window, workers, widest, tallest)
+        tile_height, tile_width = _shape_of_tiles(height, width, batch, settings, workers, widest, tallest)
         counts, positions, rows = compiled.bucket(marked, tile_height, tile_width)
         dense = counts > 0.6 * tile_height * tile_width
         most = int(np.where(dense, tile_height * tile_width, counts).max(initial=0))
@@ -91,21 +82,20 @@ def lay_out(mask: Tensor, channels: int, search: int, window: int, normalize: bo
     layout = Layout(
         search=search, reach=reach, half=half, inner=reach - half, height=tile_height, row=tile_width, margin=margin,
         lines=_round_up(tile_height + reach - half, 8) + _round_up(2 * half, 8), across=margin + _round_up(2 * half, 16),
-        room=_round_up(most, 16), plane=plane, stride=stride, normalize=int(normalize),
+        room=_round_up(most, 16), plane=plane, stride=stride, normalize=int(settings.normalize),
     )  # fmt: skip
     number = np.flatnonzero(counts)
     image, band, column = number // (down * across), number // across % down, number % across
     origin = image * channels * plane + (band * tile_height + reach + compiled.TOP) * stride + column * tile_width + lead + reach
     first = np.cumsum(counts) - counts
     tiles = np.stack([origin, first[number], counts[number], dense[number].astype(np.int64)], axis=1)
-    sizes = _sizes(layout, channels, window)
-    return Call(layout, lead, tiles, positions, rows, min(workers, len(tiles)), batch * channels * plane, sizes)
+    numbers = (-LOG2E / settings.kappa(channels), (0,) * channels, (0,) * settings.window)
+    sizes = _sizes(layout, channels, settings.window)
+    return Call(layout, lead, tiles, positions, rows, min(workers, len(tiles)), batch * channels * plane, sizes, numbers)
 
 
 def _sizes(layout: Layout, channels: int, window: int) -> dict[str, int]:
     """Floats of one thread's buffers, in the order of `Scratch`."""
-    from sslsr_diffusion.ops._cpu_tiles import SLACK
-
     entries, rows, half = layout.search**2, layout.height + 2 * layout.reach, layout.half
     row = channels * 16
     sizes = {
@@ -136,16 +126,18 @@ class Memory:
     not come to `keep`: its workers may still be writing.
     """
 
-    def __init__(self, call: Call, images: int, with_gradient: bool):
-        self.call, self.images, self.gradient = call, images, call.image if with_gradient else 0
+    def __init__(self, call: Call, images: tuple[Tensor, ...], with_gradient: bool):
+        self.call, self.images, self.gradient = call, len(images), call.image if with_gradient else 0
         self.own = self.gradient + sum(call.parts.values())
-        size = images * call.image + call.workers * self.own + 16
+        size = len(images) * call.image + call.workers * self.own + 16
         block, _kept.block = getattr(_kept, "block", None), None
         if block is None or len(block) < size:
             block = None  # freed before the larger one is made
             block = np.empty(size, np.float32)
         self.whole = block
         self.block = block[-(block.ctypes.data // 4) % 16 :]  # from a cache line on
+        for number, image in enumerate(images):
+            compiled.pad(image.detach().contiguous().numpy(), self.image(number), call.lead, call.layout)
 
     def keep(self) -> None:
         """The call is over and nothing of it is in use."""
@@ -155,22 +147,24 @@ class Memory:
     def image(self, number: int) -> np.ndarray:
         return self.block[number * self.call.image : (number + 1) * self.call.image]
 
-    def gradients(self) -> np.ndarray:
-        """All threads' gradients, `own` floats apart."""
-        return self.block[self.images * self.call.image :]
-
     def gradient_of(self, worker: int) -> np.ndarray:
-        return self.gradients()[worker * self.own : worker * self.own + self.gradient]
+        at = self.images * self.call.image + worker * self.own
+        return self.block[at : at + self.gradient]
 
-    def scratch(self, worker: int) -> Scratch:
-        from sslsr_diffusion.ops import _cpu_tiles as compiled
+    def fold_gradients(self, out: np.ndarray, share: float) -> None:
+        """out [B, C, H, W] = share times all threads' gradients, `own` floats apart."""
+        call, parts = self.call, self.block[self.images * self.call.image :]
+        compiled.fold(parts, self.own, call.workers, out, call.lead, share, call.layout)
 
-        at, parts = self.images * self.call.image + worker * self.own + self.gradient, {}
-        for name, size in self.call.parts.items():
+    def tiles(self, worker: int) -> tuple[object, ...]:
+        """One thread's tiles, every workers-th, and all that the compiled walks want to know beside pictures and results."""
+        call, at, parts = self.call, self.images * self.call.image + worker * self.own + self.gradient, {}
+        for name, size in call.parts.items():
             parts[name] = self.block[at : at + size]
             at += size
         parts["place"], parts["sums"] = parts["place"].view(np.uint32), parts["sums"].view(np.float64)
-        return compiled.Scratch(**parts)
+        tiles = np.ascontiguousarray(call.tiles[worker :: call.workers])
+        return tiles, call.positions, call.rows, call.layout, Scratch(**parts), *call.numbers
 
 
 def _announced(key: tuple[object, ...], run: Callable[[], None]) -> None:
@@ -186,7 +180,7 @@ def _announced(key: tuple[object, ...], run: Callable[[], None]) -> None:
         _ready.add(key)
 
 
-def share(call: Call, key: tuple[object, ...], work: Callable[[int], None]) -> None:
+def share(call: Call, kind: str, work: Callable[[int], None]) -> None:
     """work(0) .. work(workers - 1), the first on this thread."""
     failures: list[BaseException] = []
 
@@ -206,11 +200,4 @@ def share(call: Call, key: tuple[object, ...], work: Callable[[int], None]) -> N
         if failures:
             raise failures[0]
 
-    _announced(key, everything)
-
-
-def scale(channels: int, window: int, sigma: float) -> float:
-    """From a distance to the base-2 exponent."""
-    from sslsr_diffusion.ops._cpu_tiles import LOG2E
-
-    return -LOG2E / (channels * window**2 * sigma)
+    _announced((kind, *map(len, call.numbers[1:])), everything)

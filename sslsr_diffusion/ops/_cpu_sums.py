@@ -6,13 +6,11 @@ A rectangle is a vertical and a horizontal pass of binary doubling (9 = 8 + 1 ne
 through the loop in registers. Only additions: a running sum with subtraction would lose float32 digits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from llvmlite import ir
 
-from sslsr_diffusion.ops._simd import LANES, Pointer, Value, each, each_vector, kernel, loop, number, splat, window, zeros
+from sslsr_diffusion.ops._simd import LANES, Pointer, Value, each, each_vector, kernel, loop, window, zeros
 
 _ROWS = 8  # rows per step of the vertical sums
 
@@ -67,8 +65,9 @@ class _Running:
         return [value for level in self.past for value in level]
 
 
-def _for_each_count(builder: ir.IRBuilder, w: int, count: Value, write: Callable[[int], None]) -> None:
+def _for_each_count(w: int, count: Value, write: Callable[[int], None]) -> None:
     """A switch over the possible counts; each case is unrolled for its own."""
+    builder = count.b
     done = builder.append_basic_block("done")
     switch = builder.switch(count.v, done)
     for possible in range(w // 2 + 1, w + 1):
@@ -80,13 +79,7 @@ def _for_each_count(builder: ir.IRBuilder, w: int, count: Value, write: Callable
     builder.position_at_end(done)
 
 
-def _vertical(
-    builder: ir.IRBuilder,
-    count: int,
-    steps: Value,
-    read: Callable[[Value], Value],
-    write: Callable[[Value, Value], None],
-) -> None:
+def _vertical(count: int, steps: Value, read: Callable[[Value], Value], write: Callable[[Value, Value], None]) -> None:
     """write(row, sum of read(row) .. read(row + count - 1)) for 8 * steps rows; may read up to 7 rows above row 0."""
     warm = -(-(count - 1) // _ROWS)
 
@@ -98,17 +91,16 @@ def _vertical(
                 write(first + row, total)
         return running.history()
 
-    history = zeros(builder, _Running.size(count))
-    history = loop(builder, number(builder, warm), history, lambda i, past: step((i - warm) * _ROWS, past, store=False))
-    loop(builder, steps, history, lambda i, past: step(i * _ROWS, past, store=True))
+    history = zeros(steps, _Running.size(count))
+    history = loop(steps.like(warm), history, lambda i, past: step((i - warm) * _ROWS, past, store=False))
+    loop(steps, history, lambda i, past: step(i * _ROWS, past, store=True))
 
 
 @kernel
 def vertical_differences(
-    builder: ir.IRBuilder, blocks: Pointer, base: Value, moved: Value, out: Pointer, at: Value, out_stride: Value, steps: Value,
-    count: Value, c: int, w: int,
-) -> None:  # fmt: skip
-    """out[at + row * out_stride] = sum of `count` rows of sum_c (moved - base)^2, for 8 * steps rows of two blocks of `take_block`."""
+    blocks: Pointer, base: Value, moved: Value, out: Pointer, at: Value, out_stride: Value, steps: Value, count: Value, c: int, w: int
+) -> None:
+    """out[at + row * out_stride] = sum of `count` rows of sum_c (moved - base)^2, for 8 * steps rows of two blocks of `gather`."""
 
     def squared(row: Value) -> Value:
         total = None
@@ -122,39 +114,38 @@ def vertical_differences(
     def write(row: Value, total: Value) -> None:
         out.store(at + row * out_stride, total)
 
-    _for_each_count(builder, w, count, lambda possible: _vertical(builder, possible, steps, squared, write))
+    _for_each_count(w, count, lambda possible: _vertical(possible, steps, squared, write))
 
 
 @kernel
 def vertical_sums(
-    builder: ir.IRBuilder, source: Pointer, start: Value, stride: Value, out: Pointer, at: Value, out_stride: Value,
-    steps: Value, count: Value, w: int,
-) -> None:  # fmt: skip
+    source: Pointer, start: Value, stride: Value, out: Pointer, at: Value, out_stride: Value, steps: Value, count: Value, w: int
+) -> None:
     """out[at + row * out_stride] = sum of `count` rows of source from row on, for 8 * steps rows."""
 
     def write(row: Value, total: Value) -> None:
         out.store(at + row * out_stride, total)
 
     def variant(possible: int) -> None:
-        _vertical(builder, possible, steps, lambda row: source.load(start + row * stride), write)
+        _vertical(possible, steps, lambda row: source.load(start + row * stride), write)
 
-    _for_each_count(builder, w, count, variant)
+    _for_each_count(w, count, variant)
 
 
 @kernel
 def horizontal_sums(
-    builder: ir.IRBuilder, source: Pointer, start: Value, stride: Value, out: Pointer, at: Value, out_stride: Value,
+    source: Pointer, start: Value, stride: Value, out: Pointer, at: Value, out_stride: Value,
     rows: Value, vectors: Value, count: Value, w: int,
 ) -> None:  # fmt: skip
     """out[at + x] = source[start + x] + ... + source[start + x + count - 1] along `rows` rows of 16 * vectors floats."""
 
     def variant(possible: int) -> None:
-        each(builder, rows, lambda row: _sum_row(builder, source, start + row * stride, out, at + row * out_stride, vectors, possible))
+        each(rows, lambda row: _sum_row(source, start + row * stride, out, at + row * out_stride, vectors, possible))
 
-    _for_each_count(builder, w, count, variant)
+    _for_each_count(w, count, variant)
 
 
-def _sum_row(builder: ir.IRBuilder, source: Pointer, start: Value, out: Pointer, at: Value, vectors: Value, count: int) -> None:
+def _sum_row(source: Pointer, start: Value, out: Pointer, at: Value, vectors: Value, count: int) -> None:
     """From right to left, so that each vector's right-hand neighbours are already there, at every doubling level."""
     parts = _parts(count)
     reach = [0] * count.bit_length()  # neighbouring vectors needed per level
@@ -182,7 +173,7 @@ def _sum_row(builder: ir.IRBuilder, source: Pointer, start: Value, out: Pointer,
         out.store(at + x, total)
         return [value for values, depth in zip(levels, reach) for value in values[:depth]]
 
-    loop(builder, vectors, zeros(builder, sum(reach)), step)
+    loop(vectors, zeros(vectors, sum(reach)), step)
 
 
 def _lost(values: list[Value]) -> tuple[list[Value], Value]:
@@ -197,14 +188,14 @@ def _lost(values: list[Value]) -> tuple[list[Value], Value]:
 
 def _sums_from(values: list[Value]) -> list[Value]:
     """Sums of the first 0, 1, 2, ... values."""
-    sums = [splat(values[0].b, 0.0)]
+    sums = zeros(values[0], 1)
     for value in values:
         sums.append(sums[-1] + value)
     return sums
 
 
 @kernel
-def lost_columns(builder: ir.IRBuilder, values: Pointer, whole: Pointer, length: Value, vectors: Value, w: int) -> None:
+def lost_columns(values: Pointer, whole: Pointer, length: Value, vectors: Value, w: int) -> None:
     """[w][w][length], in place: each row of window columns becomes, for each horizontal cut, what it loses; whole [w][length]: all."""
 
     def step(uy: Value, x: Value) -> None:
@@ -214,11 +205,11 @@ def lost_columns(builder: ir.IRBuilder, values: Pointer, whole: Pointer, length:
             values.store(first + length * cut, part)
         whole.store(uy * length + x, everything)
 
-    each_vector(builder, number(builder, w), vectors, step)
+    each_vector(vectors.like(w), vectors, step)
 
 
 @kernel
-def lost_rows(builder: ir.IRBuilder, values: Pointer, whole: Pointer, length: Value, vectors: Value, w: int) -> None:
+def lost_rows(values: Pointer, whole: Pointer, length: Value, vectors: Value, w: int) -> None:
     """After `lost_columns`, in place: for each vertical cut, the lost columns of the rows it keeps and the whole of those it loses."""
     half = w // 2
 
@@ -231,4 +222,4 @@ def lost_rows(builder: ir.IRBuilder, values: Pointer, whole: Pointer, length: Va
             kept = top[w - cut] if cut >= 0 else end[w + cut]
             values.store(first + length * ((cut + half) * w), kept + lost[cut + half])
 
-    each_vector(builder, number(builder, w), vectors, step)
+    each_vector(vectors.like(w), vectors, step)

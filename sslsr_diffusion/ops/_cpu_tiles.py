@@ -7,26 +7,13 @@ walked by horizontal offset dx >= 0, then 16-pixel column block, then all vertic
 again stay in the first-level cache. `slide` is how far the two windows of a pair lie apart inside S_d, along one axis.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
 import numba
 import numpy as np
 
-from sslsr_diffusion.ops._cpu_pixels import (
-    add_rows,
-    adjoint,
-    compare,
-    copy_rows,
-    energies,
-    exponents,
-    hand_over,
-    interact,
-    settle,
-    take_block,
-)
+from sslsr_diffusion.ops._cpu_pixels import add_rows, adjoint, compare, copy_rows, energies, exponents, gather, hand_over, interact, settle
 from sslsr_diffusion.ops._cpu_sums import horizontal_sums, lost_columns, lost_rows, vertical_differences, vertical_sums
 
 LOG2E = 1 / math.log(2)
@@ -154,8 +141,8 @@ def _take_blocks(image, at, dx, layout, s, c):
     """A column block and its partners dx away, rows -reach - SLACK .. height + reach + SLACK; returns where the partners' row 0 is."""
     rows = layout.height + 2 * layout.reach + 2 * SLACK
     top = at - (layout.reach + SLACK) * layout.stride
-    take_block(image, top, layout.plane, layout.stride, s.blocks, rows, c)
-    take_block(image, top + dx, layout.plane, layout.stride, s.blocks[rows * len(c) * 16 :], rows, c)
+    gather(image, top, layout.plane, layout.stride, s.blocks, rows, c)
+    gather(image, top + dx, layout.plane, layout.stride, s.blocks[rows * len(c) * 16 :], rows, c)
     return (rows + layout.reach + SLACK) * len(c) * 16
 
 

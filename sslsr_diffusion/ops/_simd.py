@@ -32,9 +32,11 @@ class Value:
         self.b, self.v = builder, value
 
     def _other(self, other: Value | float) -> ir.Value:
-        if isinstance(other, Value):
-            return other.v
-        return splat(self.b, other).v if self.v.type == _VECTOR else ir.Constant(self.v.type, other)
+        return other.v if isinstance(other, Value) else _constant(other) if self.v.type == _VECTOR else ir.Constant(self.v.type, other)
+
+    def like(self, number: float) -> Value:
+        """A constant of the same type."""
+        return Value(self.b, self._other(number))
 
     def __add__(self, other: Value | float) -> Value:
         emit = self.b.add if self.v.type == _INDEX else self.b.fadd
@@ -48,23 +50,21 @@ class Value:
         emit = self.b.mul if self.v.type == _INDEX else self.b.fmul
         return Value(self.b, emit(self.v, self._other(other)))
 
-    def fma(self, factor: Value, addend: Value) -> Value:
+    def fma(self, factor: Value, addend: Value | float) -> Value:
         """self * factor + addend, rounded once."""
-        return Value(self.b, self.b.call(_function(self.b, "llvm.fma", 3), [self.v, factor.v, addend.v]))
+        return Value(self.b, self.b.call(_function(self.b, "llvm.fma", 3), [self.v, factor.v, self._other(addend)]))
 
-    def where(self, comparison: str, other: Value | float, yes: Value, no: Value) -> Value:
+    def where(self, comparison: str, other: Value | float, yes: Value | float, no: Value | float) -> Value:
         """Lane by lane: yes where `self comparison other`, else no."""
         compare = self.b.icmp_signed if self.v.type == _INDEX else self.b.fcmp_ordered
-        return Value(self.b, self.b.select(compare(comparison, self.v, self._other(other)), yes.v, no.v))
+        return Value(self.b, self.b.select(compare(comparison, self.v, self._other(other)), self._other(yes), self._other(no)))
 
     def at_least(self, other: Value | float) -> Value:
         """The larger of the two; NaN stays NaN."""
-        other = Value(self.b, self._other(other))
         return self.where("<", other, other, self)
 
     def at_most(self, other: Value | float) -> Value:
         """The smaller of the two; NaN stays NaN."""
-        other = Value(self.b, self._other(other))
         return self.where(">", other, other, self)
 
     def halved(self) -> Value:
@@ -78,35 +78,31 @@ class Value:
         """2^self to 1e-7 relative, for self >= -126: nearest integer into the exponent, a polynomial for the rest."""
         whole = Value(self.b, self.b.call(_function(self.b, "llvm.rint", 1), [self.v]))
         rest = self - whole
-        result = splat(self.b, _EXP2[0])
+        result = self.like(_EXP2[0])
         for coefficient in _EXP2[1:]:
-            result = result.fma(rest, splat(self.b, coefficient))
+            result = result.fma(rest, coefficient)
         shifted = self.b.shl(self.b.fptosi(whole.v, _WORDS), ir.Constant(_WORDS, [23] * LANES))
         return Value(self.b, self.b.bitcast(self.b.add(self.b.bitcast(result.v, _WORDS), shifted), _VECTOR))
 
 
 # 2^x on [-1/2, 1/2] at the seven Chebyshev nodes, highest power first: 3e-9 relative, exactly 1 at 0
 _EXP2 = (
-    0.00015461444724808513,
-    0.0013400428177711937,
-    0.00961805667843204,
-    0.05550327226669895,
-    0.24022650922289554,
-    0.6931472067028329,
-    1.0,
-)
+    0.00015461444724808513, 0.0013400428177711937, 0.00961805667843204, 0.05550327226669895, 0.24022650922289554, 0.6931472067028329, 1.0,
+)  # fmt: skip
 
 
 def _function(builder: ir.IRBuilder, name: str, operands: int) -> ir.Function:
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * operands), f"{name}.v{LANES}f32")
 
 
-def splat(builder: ir.IRBuilder, value: float | Value) -> Value:
-    """Sixteen copies of a constant or of a run-time float."""
-    if not isinstance(value, Value):
-        return Value(builder, ir.Constant(_VECTOR, [float(value)] * LANES))
-    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value.v, ir.Constant(_WORD, 0))
-    return Value(builder, builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_WORDS, [0] * LANES)))
+def _constant(number: float) -> ir.Constant:
+    return ir.Constant(_VECTOR, [float(number)] * LANES)
+
+
+def splat(value: Value) -> Value:
+    """Sixteen copies of a run-time float."""
+    first = value.b.insert_element(ir.Constant(_VECTOR, ir.Undefined), value.v, ir.Constant(_WORD, 0))
+    return Value(value.b, value.b.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_WORDS, [0] * LANES)))
 
 
 def window(left: Value, right: Value, shift: int) -> Value:
@@ -135,19 +131,14 @@ class Pointer:
         self.b.store(value.v, self._at(index), align=4)
 
 
-def zeros(builder: ir.IRBuilder, count: int) -> list[Value]:
-    return [splat(builder, 0.0) for _ in range(count)]
+def zeros(beside: Value, count: int) -> list[Value]:
+    """`count` times sixteen zeros, in the code that `beside` belongs to."""
+    return [Value(beside.b, _constant(0.0)) for _ in range(count)]
 
 
-def number(builder: ir.IRBuilder, value: int) -> Value:
-    return Value(builder, ir.Constant(_INDEX, value))
-
-
-def loop(
-    builder: ir.IRBuilder, count: Value, carried: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]
-) -> list[Value]:
+def loop(count: Value, carried: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]) -> list[Value]:
     """for i in range(count): carried = body(i, carried); the carried values stay in registers."""
-    before = builder.block
+    builder, before = count.b, count.b.block
     head, inside, after = (builder.append_basic_block(name) for name in ("loop", "body", "done"))
     builder.branch(head)
     builder.position_at_end(head)
@@ -169,24 +160,24 @@ def loop(
     return [Value(builder, phi) for phi in phis]
 
 
-def each(builder: ir.IRBuilder, count: Value, body: Callable[[Value], None]) -> None:
+def each(count: Value, body: Callable[[Value], None]) -> None:
     """for i in range(count): body(i)."""
 
     def once(i: Value, _: list[Value]) -> list[Value]:
         body(i)
         return []
 
-    loop(builder, count, [], once)
+    loop(count, [], once)
 
 
-def each_vector(builder: ir.IRBuilder, rows: Value, vectors: Value, body: Callable[[Value, Value], None]) -> None:
+def each_vector(rows: Value, vectors: Value, body: Callable[[Value, Value], None]) -> None:
     """body(row, x) for all rows, and x the places 0, 16, 32, ... of a row's vectors."""
-    each(builder, rows, lambda row: each(builder, vectors, lambda j: body(row, j * LANES)))
+    each(rows, lambda row: each(vectors, lambda j: body(row, j * LANES)))
 
 
 def kernel(emit: Callable[..., None]) -> Callable[..., None]:
-    """A numba intrinsic whose code is what emit(builder, *arguments) writes, once per combination of static integers."""
-    names = list(inspect.signature(emit).parameters)[1:]
+    """A numba intrinsic whose code is what emit(*arguments) writes, once per combination of static integers."""
+    names = inspect.signature(emit).parameters
 
     def typed(_context: object, *arguments: types.Type) -> tuple[Signature, Callable[..., ir.Value]]:
         static = [argument.count if isinstance(argument, types.UniTuple) else None for argument in arguments]
@@ -221,14 +212,8 @@ def _lowered(context: BaseContext, builder: ir.IRBuilder, kind: types.Type, valu
 def _write(function: ir.Function, emit: Callable[..., None], static: Sequence[int | None]) -> None:
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    incoming = iter(function.args)
-    arguments: list[int | Pointer | Value] = []
-    for fixed in static:
-        if fixed is not None:
-            arguments.append(fixed)
-            continue
-        value = next(incoming)
-        arguments.append((Pointer if isinstance(value.type, ir.PointerType) else Value)(builder, value))
-    emit(builder, *arguments)
+    incoming = ((Pointer if isinstance(value.type, ir.PointerType) else Value)(builder, value) for value in function.args)
+    arguments = [next(incoming) if fixed is None else fixed for fixed in static]
+    emit(*arguments)
     if not builder.block.is_terminated:
         builder.ret_void()

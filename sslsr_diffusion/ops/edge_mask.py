@@ -1,7 +1,5 @@
 """Edge masks: the pixels at which the self-similarity loss looks. torch alone, batched, on any device, without gradient."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

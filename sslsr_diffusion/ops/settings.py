@@ -1,12 +1,14 @@
-"""What every backend of the operator is told, besides its tensors."""
-
-from __future__ import annotations
+"""What every backend of the operator is told, besides its tensors; and what goes wrong when one is asked for by name."""
 
 import math
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend named explicitly cannot run here; the message says why and what to do. There is never a silent fallback."""
 
 
 class GraphSettings(NamedTuple):

@@ -1,7 +1,5 @@
 """The public operator: check, choose a backend, call it. Each backend module has `graph`, `loss` and `unavailable`."""
 
-from __future__ import annotations
-
 import math
 from numbers import Real
 from types import ModuleType
@@ -11,8 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sslsr_diffusion.ops import ssg_cpu, ssg_cuda, ssg_reference, ssg_torch
-from sslsr_diffusion.ops.errors import BackendUnavailable
-from sslsr_diffusion.ops.settings import GraphSettings
+from sslsr_diffusion.ops.settings import BackendUnavailable, GraphSettings
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 

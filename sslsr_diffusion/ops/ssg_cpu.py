@@ -5,8 +5,6 @@ thread and a few megabytes of tile buffers, whatever the mask. Registered as tor
 them, and inference neither computes nor keeps anything for a backward.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import logging
@@ -15,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.ops import _cpu_layout as layouts
 from sslsr_diffusion.ops import differentiable_operators
 from sslsr_diffusion.ops.settings import GraphSettings
 
@@ -50,25 +47,14 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see 
 
 @torch.library.custom_op("sslsr::graph_cpu", mutates_args=(), device_types="cpu")
 def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool) -> Tensor:
-    from sslsr_diffusion.ops import _cpu_calls as compiled
+    from sslsr_diffusion.ops import _cpu_layout as layouts  # here and below: numba is imported at first use
 
-    channels = image.shape[1]
-    call = layouts.lay_out(mask, channels, search, window, normalize)
+    call = layouts.lay_out(mask, image.shape[1], GraphSettings(search, window, sigma, normalize))
     out = image.new_empty(len(call.rows), search**2)
-    if len(out) == 0:
-        return out
-    memory = layouts.Memory(call, images=1, with_gradient=False)
-    rows, padded = out.numpy(), memory.image(0)
-    compiled.pad(image.detach().contiguous().numpy(), padded, call.lead, call.layout)
-
-    def work(worker: int) -> None:
-        compiled.graph_tiles(
-            padded, rows, call.part(worker), call.positions, call.rows, call.layout, memory.scratch(worker),
-            layouts.scale(channels, window, sigma), (0,) * channels, (0,) * window,
-        )  # fmt: skip
-
-    layouts.share(call, ("graph", channels, window), work)
-    memory.keep()
+    if len(out):
+        memory, rows = layouts.Memory(call, (image,), with_gradient=False), out.numpy()
+        layouts.share(call, "graph", lambda worker: layouts.compiled.graph_tiles(memory.image(0), rows, *memory.tiles(worker)))
+        memory.keep()
     return out
 
 
@@ -76,25 +62,20 @@ def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, 
 def _graph_backward(
     grad_out: Tensor, out: Tensor, image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool
 ) -> Tensor:
-    from sslsr_diffusion.ops import _cpu_calls as compiled
+    from sslsr_diffusion.ops import _cpu_layout as layouts
 
-    channels = image.shape[1]
     gradient = torch.zeros_like(image, memory_format=torch.contiguous_format)
-    call = layouts.lay_out(mask, channels, search, window, normalize)
+    call = layouts.lay_out(mask, image.shape[1], GraphSettings(search, window, sigma, normalize))
     if len(call.rows) == 0:
         return gradient
-    memory = layouts.Memory(call, images=1, with_gradient=True)
+    memory = layouts.Memory(call, (image,), with_gradient=True)
     padded, weights, pull = memory.image(0), out.detach().numpy(), grad_out.detach().contiguous().numpy()
-    compiled.pad(image.detach().contiguous().numpy(), padded, call.lead, call.layout)
 
     def work(worker: int) -> None:
-        compiled.graph_gradient_tiles(
-            padded, weights, pull, memory.gradient_of(worker), call.part(worker), call.positions, call.rows, call.layout,
-            memory.scratch(worker), layouts.scale(channels, window, sigma), (0,) * channels, (0,) * window,
-        )  # fmt: skip
+        layouts.compiled.graph_gradient_tiles(padded, weights, pull, memory.gradient_of(worker), *memory.tiles(worker))
 
-    layouts.share(call, ("graph gradient", channels, window), work)
-    compiled.fold(memory.gradients(), memory.own, call.workers, gradient.numpy(), call.lead, 1.0, call.layout)
+    layouts.share(call, "graph gradient", work)
+    memory.fold_gradients(gradient.numpy(), 1.0)
     memory.keep()
     return gradient
 
@@ -105,36 +86,29 @@ def _loss(
     l1_weight: float, kl_weight: float, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """total, l1, kl and the gradient of total: [] without with_gradient, since nothing would use it."""
-    from sslsr_diffusion.ops import _cpu_calls as compiled
+    from sslsr_diffusion.ops import _cpu_layout as layouts
 
-    channels = sr.shape[1]
-    call = layouts.lay_out(mask, channels, search, window, normalize)
+    settings = GraphSettings(search, window, sigma, normalize)
+    call = layouts.lay_out(mask, sr.shape[1], settings)
     gradient = sr.new_zeros(sr.shape[0] if with_gradient else 0, *sr.shape[1:])
     if len(call.rows) == 0:
         zero = sr.new_zeros(())
         return zero, zero.clone(), zero.clone(), gradient
-    memory = layouts.Memory(call, images=2, with_gradient=with_gradient)
-    for number, image in enumerate((sr, gt)):
-        compiled.pad(image.detach().contiguous().numpy(), memory.image(number), call.lead, call.layout)
+    memory = layouts.Memory(call, (sr, gt), with_gradient)
     sums = np.zeros((len(call.tiles), 2))  # by tile: the order of the sum does not depend on the number of threads
 
     def work(worker: int) -> None:
-        tiles = call.part(worker)
-        own = np.zeros((len(tiles), 2))
-        compiled.loss_tiles(
-            memory.image(0), memory.image(1), memory.gradient_of(worker), tiles, call.positions, call.layout,
-            memory.scratch(worker), own, layouts.scale(channels, window, sigma), l1_weight, kl_weight, (0,) * channels, (0,) * window,
-        )  # fmt: skip
+        own, images = sums[worker :: call.workers].copy(), (memory.image(0), memory.image(1))
+        layouts.compiled.loss_tiles(*images, memory.gradient_of(worker), own, l1_weight, kl_weight, *memory.tiles(worker))
         sums[worker :: call.workers] = own
 
-    layouts.share(call, ("loss", channels, window), work)
-    share = GraphSettings(search, window, sigma, normalize).per_entry(float(rows))
+    layouts.share(call, "loss", work)
+    share = settings.per_entry(float(rows))
     l1, kl = sums.sum(0) * share
-    total = l1_weight * l1 + kl_weight * kl
     if with_gradient:
-        compiled.fold(memory.gradients(), memory.own, call.workers, gradient.numpy(), call.lead, share, call.layout)
+        memory.fold_gradients(gradient.numpy(), share)
     memory.keep()
-    return sr.new_tensor(total), sr.new_tensor(l1), sr.new_tensor(kl), gradient
+    return sr.new_tensor(l1_weight * l1 + kl_weight * kl), sr.new_tensor(l1), sr.new_tensor(kl), gradient
 
 
-graph, loss = differentiable_operators.complete(_graph, _graph_backward, _loss)
+graph, loss = differentiable_operators.graph_call(_graph, _graph_backward), differentiable_operators.loss_call(_loss)

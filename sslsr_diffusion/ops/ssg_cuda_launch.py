@@ -4,10 +4,8 @@ A launcher is any callable that compiles `file`, a name in kernels/ or an absolu
 tensors and numpy scalars.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Protocol
 
@@ -47,19 +45,8 @@ class RowGeometry:
     shared_bytes: int
 
     def defines(self) -> tuple[str, ...]:
-        numbers = {
-            "SEARCH": self.search,
-            "WINDOW": self.window,
-            "GROUP": self.group,
-            "RUN": self.run,
-            "THREADS": self.threads,
-            "STRIDE": self.stride,
-            "PLANE": self.plane,
-            "SPLITS": self.splits,
-            "SHARED_BYTES": self.shared_bytes,
-            "MIN_BLOCKS": max(1, min(16, 640 // self.threads)),  # leaves a thread about 100 registers; a Turing has 16 blocks at most
-        }
-        return tuple(f"SSG_{name}={value}" for name, value in numbers.items())
+        blocks = max(1, min(16, 640 // self.threads))  # leaves a thread about 100 registers; a Turing has 16 blocks at most
+        return tuple(f"SSG_{name.upper()}={value}" for name, value in {**vars(self), "min_blocks": blocks}.items())
 
 
 def row_geometry(search: int, window: int, channels: int, shared_limit: int) -> RowGeometry:
@@ -128,23 +115,15 @@ def tile_geometry(shape: torch.Size, search: int, slot_bytes: int = SLOT_BYTES) 
 
 
 def run_loss(
-    launch: Launcher,
-    sr: Tensor,
-    gt: Tensor,
-    mask: Tensor,
-    settings: GraphSettings,
-    weights: tuple[float, float],
-    *,
-    with_gradient: bool,
-    shared_limit: int,
-    slot_bytes: int = SLOT_BYTES,
-) -> tuple[Tensor, Tensor]:
+    launch: Launcher, sr: Tensor, gt: Tensor, mask: Tensor, settings: GraphSettings, weights: tuple[float, float],
+    *, with_gradient: bool, shared_limit: int, slot_bytes: int = SLOT_BYTES,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sums over all rows and offsets, float64 [L1, KL], and the gradient of weights[0] * L1 + weights[1] * KL in sr (or [0])."""
     channels, height, width = sr.shape[1:]
     row = row_geometry(settings.search, settings.window, channels, shared_limit)
     tiling = tile_geometry(sr.shape, settings.search, slot_bytes)
     if not with_gradient:
-        tiling = _without_slots(tiling)
+        tiling = replace(tiling, tiles_per_launch=tiling.tiles, slot_floats=0)
     sums = sr.new_empty(tiling.tiles, 2, dtype=torch.float64)
     counts = sr.new_empty(tiling.tiles, dtype=torch.int32)
     slots = sr.new_empty(tiling.tiles_per_launch * tiling.slot_floats)
@@ -172,16 +151,9 @@ def run_graph(launch: Launcher, image: Tensor, pixels: Tensor, settings: GraphSe
 
 
 def run_graph_backward(
-    launch: Launcher,
-    image: Tensor,
-    mask: Tensor,
-    rows: Tensor,
-    rows_gradient: Tensor,
-    settings: GraphSettings,
-    *,
-    shared_limit: int,
-    slot_bytes: int = SLOT_BYTES,
-) -> Tensor:
+    launch: Launcher, image: Tensor, mask: Tensor, rows: Tensor, rows_gradient: Tensor, settings: GraphSettings,
+    *, shared_limit: int, slot_bytes: int = SLOT_BYTES,
+) -> Tensor:  # fmt: skip
     """The gradient of the image [B, C, H, W] from that of its rows [N, search^2]."""
     channels, height, width = image.shape[1:]
     row = row_geometry(settings.search, settings.window, channels, shared_limit)
@@ -192,14 +164,8 @@ def run_graph_backward(
     gradient = torch.empty_like(image)
     for tiles in tiling.launches():
         args: list[Argument] = [image, mask, row_of, rows, rows_gradient, np.int32(channels), np.int32(height), np.int32(width)]
-        args += [
-            *tiling.arguments(),
-            np.int32(tiles.start),
-            np.float32(1 / settings.kappa(channels)),
-            np.int32(settings.normalize),
-            counts,
-            slots,
-        ]
+        args += [*tiling.arguments(), np.int32(tiles.start), np.float32(1 / settings.kappa(channels)), np.int32(settings.normalize)]
+        args += [counts, slots]
         launch("ssg_graph.cu", "ssg_graph_backward", row.defines(), len(tiles), row.threads, row.shared_bytes, args)
         _gather(launch, tiling, tiles, settings.search, slots, counts, gradient)
     return gradient
@@ -209,7 +175,3 @@ def _gather(launch: Launcher, tiling: TileGeometry, tiles: range, search: int, s
     args: list[Argument] = [slots, counts, *(np.int32(side) for side in gradient.shape), np.int32(search // 2), *tiling.arguments()]
     args += [np.int32(tiles.start), np.int32(tiles.stop), gradient]
     launch("ssg_gather.cu", "ssg_gather", (), ceil(gradient.numel() / 256), 256, 0, args)
-
-
-def _without_slots(tiling: TileGeometry) -> TileGeometry:
-    return TileGeometry(tiling.tile_h, tiling.tile_w, tiling.tiles_y, tiling.tiles_x, tiling.tiles, tiling.tiles, 0)

@@ -1,7 +1,5 @@
 """The self-similarity loss as a module: pulls the graph of a restored image towards that of the ground truth."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Literal, overload

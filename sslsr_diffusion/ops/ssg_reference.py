@@ -4,8 +4,6 @@ It is the oracle of the tests and the baseline of the benchmark. It keeps C * wi
 pixel (608 kB at the published sizes, and several copies of it for autograd): use it on small crops.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -14,8 +14,6 @@ walked in horizontal bands with one row of offsets at a time, and no operation h
 Registered as torch operators, as those of the CPU: `torch.compile` traces past them instead of unrolling thousands of slices.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -267,7 +265,7 @@ def _loss(
     return l1_weight * l1 + kl_weight * kl, l1.clone(), kl.clone(), gradient
 
 
-graph, loss = differentiable_operators.complete(_graph, _graph_backward, _loss)
+graph, loss = differentiable_operators.graph_call(_graph, _graph_backward), differentiable_operators.loss_call(_loss)
 
 
 def _band_loss(

@@ -1,20 +1,28 @@
 """`--dry-run`: the resolved recipe, a line per check, parameters and memory on the meta device; no weights are read."""
 
-from __future__ import annotations
-
+import importlib.util
 import os
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from sslsr_diffusion import hub
+from sslsr_diffusion.data.sources import open_source
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.models.base import IGNORED, WANTED
+from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
+from sslsr_diffusion.runs.pin import pinned, recorded_state
 from sslsr_diffusion.runs.recipe import Recipe, resolved, run_folder
+from sslsr_diffusion.runs.start import check_one_way, validation_metric
 from sslsr_diffusion.runs.task import build_task
 from sslsr_diffusion.shipped_model import local_folder
 from sslsr_diffusion.tasks.task import Task
+from sslsr_diffusion.training.checkpoints import find_checkpoint, published_step
+from sslsr_diffusion.training.processes import check_trackers
+from sslsr_diffusion.training.resume import check_same_recipe
+from sslsr_diffusion.training.run_folder import RunFolder
 
 Verdict = Literal["ok", "missing", "refused", "not reachable"]
 
@@ -35,215 +43,172 @@ def dry_run(
         restart: whether an earlier run in the output folder would be moved aside.
         allow_recipe_change: whether the run would go on from a checkpoint of another recipe.
     """
-    from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
-
+    check_one_way(resume, restart)
     say(yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True).rstrip())
     checks = run_checks(recipe, empty=resume is None and not restart)
     if resume is not None:
         checks.append(check_resume(recipe, resume, allow_recipe_change))
-    task, built = _task(recipe)
-    checks += [built] if built is not None and built.detail not in {check.detail for check in checks} else []
+    built: list[Task] = []
+    checks += _checked("task", lambda: _task(recipe, built), "refused")
     say("\nchecks")
     for check in checks:
         say(f"  {check.what:<12} {check.verdict:<14} {check.detail}")
     say("")
-    for line in ["parameters and memory cannot be counted"] if task is None else [*describe_parameters(task), *describe_memory(recipe)]:
-        say(line)
+    try:
+        for line in [*(line for task in built for line in describe_parameters(task)), *describe_memory(recipe)]:
+            say(line)
+    except UserError as error:
+        say(f"parameters and memory cannot be counted: {error}")
     return all(check.verdict == "ok" for check in checks)
 
 
 def run_checks(recipe: Recipe, *, empty: bool = True) -> list[Check]:
-    """Data, model and output, one entry each; `empty`: the output folder must hold no run."""
-    checks = [
-        *_data(recipe),
-        *_model(recipe),
-        _losses(recipe),
-        _metrics(recipe),
-        _optimizer(recipe),
-        _trackers(recipe),
-        _output(recipe, empty),
-    ]
-    return [check for check in checks if check is not None]
-
-
-def _data(recipe: Recipe) -> list[Check | None]:
-    from sslsr_diffusion.data.sources import open_source
-
-    checks: list[Check | None] = []
-    groups = [("data", recipe.data.sources)] + ([("validation", recipe.data.validation)] if recipe.validation.limit else [])
-    if recipe.data.validation and not recipe.validation.limit:
-        checks.append(Check("validation", "ok", "none: validation.limit is 0"))
-    for what, sources in groups:
-        if not sources:
-            missing = what == "data"
-            checks.append(
-                Check(what, "missing", "data.sources is empty; give at least one source")
-                if missing
-                else Check(what, "ok", "none asked for")
-            )
-        for source in sources:
-            if source.kind == "hub" or "://" in str(source.path):
-                checks.append(_hub(what, str(source.path), getattr(source, "revision", None), "dataset"))
-                continue
-            try:
-                opened = open_source(source)
-                said = f"{source.kind} {source.path}: {len(opened)} pictures"
-                if what == "validation" and recipe.validation.limit < len(opened):
-                    said += f", {recipe.validation.limit} of all are measured (validation.limit)"
-                if opened.lost:
-                    said += f"; {len(opened.lost)} left out, the first: {opened.lost[0]}"
-                checks.append(Check(what, "ok", said))
-            except (UserError, MissingDependency, OSError) as error:
-                checks.append(Check(what, "missing", str(error)))
+    """Data, model, losses, metrics, optimizer, trackers and output; `empty`: the output folder must hold no run."""
+    checks = [*_data(recipe), *_model(recipe)]
+    for what, say, verdict in (
+        ("losses", _losses, "missing"),
+        ("metrics", _metrics, "missing"),
+        ("optimizer", _optimizer, "missing"),
+        ("trackers", _trackers, "missing"),
+        ("output", lambda recipe: _output(recipe, empty), "refused"),
+    ):
+        checks += _checked(what, lambda say=say: say(recipe), verdict)  # type: ignore[misc, arg-type]  # bound in this round
     return checks
 
 
-def _model(recipe: Recipe) -> list[Check | None]:
-    family, source = recipe.family, recipe.family.source(recipe.model)
-    checks: list[Check | None] = []
-    for key, check in family.check_files(recipe.model).items():
-        if key == "model" and source is not None and not local_folder(source).exists():
-            checks.append(_hub(key, source, recipe.model.revision, "model"))
-            continue
-        try:
-            checks.append(Check(key, "ok", check()))
-        except UserError as error:
-            checks.append(Check(key, "missing", _one_line(error)))
-    return checks
-
-
-def _task(recipe: Recipe) -> tuple[Task | None, Check | None]:
-    """The task from shapes alone, and whether its networks can take the recipe's crop; what the base decides is said."""
+def _checked(what: str, say: Callable[[], str | None], verdict: Verdict = "missing") -> list[Check]:
+    """What a check says; none where it has nothing to say, and `verdict` where it raises."""
     try:
-        task = build_task(recipe, meta=True)
-    except UserError as error:
-        return None, Check("task", "refused", _one_line(error))
+        said = say()
+    except hub.HubError as error:
+        verdicts: dict[str, Verdict] = {"unreachable": "not reachable", "gated": "refused", "refused": "refused"}
+        return [Check(what, verdicts.get(error.reason, "missing"), error.said)]
+    except (UserError, MissingDependency, OSError) as error:
+        return [Check(what, verdict, "; ".join(line.strip() for line in str(error).splitlines()))]
+    return [Check(what, "ok", said)] if said else []
+
+
+def _data(recipe: Recipe) -> Iterator[Check]:
+    looked = recipe.validation.limit
+    yield from _checked("data", lambda: None if recipe.data.sources else _missing("data.sources is empty; give at least one source"))
+    if not looked or not recipe.data.validation:
+        none = "none: validation.limit is 0" if recipe.data.validation else "none asked for" if looked else ""
+        yield from _checked("validation", lambda: none)
+    for what, sources in (("data", recipe.data.sources), ("validation", recipe.data.validation if looked else [])):
+        for source in sources:
+            yield from _checked(what, lambda what=what, source=source: _source(source, looked if what == "validation" else None))  # type: ignore[misc]
+
+
+def _missing(sentence: str) -> str:
+    raise UserError(sentence)
+
+
+def _source(source: Any, limit: int | None) -> str:
+    if source.kind == "hub" or "://" in str(source.path):
+        return _on_hub(str(source.path), getattr(source, "revision", None), "dataset")
+    opened = open_source(source)
+    said = f"{source.kind} {source.path}: {len(opened)} pictures"
+    if limit is not None and limit < len(opened):
+        said += f", {limit} of all are measured (validation.limit)"
+    return said + (f"; {len(opened.lost)} left out, the first: {opened.lost[0]}" if opened.lost else "")
+
+
+def _model(recipe: Recipe) -> Iterator[Check]:
+    source, files = recipe.family.source(recipe.model), recipe.family.check_files(recipe.model)
+    if source is not None and not local_folder(source).exists():
+        files["model"] = lambda: _on_hub(source, recipe.model.revision, "model")
+    for key, check in files.items():
+        yield from _checked(key, check)
+
+
+def _task(recipe: Recipe, built: list[Task]) -> str | None:
+    """Build the task from shapes alone, which checks the crop; say what the recipe leaves to the base."""
+    task = build_task(recipe, meta=True)
+    built.append(task)
     call = getattr(recipe.task, "inference", None)
-    if call is None or task.restorer is None:
-        return task, None
+    source = recipe.family.source(recipe.model)
+    if call is None or task.restorer is None or source is None or not local_folder(source).exists():  # it was not read
+        return None
     left = [key for key in type(call).model_fields if getattr(call, key) is None and key in task.restorer.defaults]
     said = ", ".join(f"{key} {task.restorer.defaults[key]:g}" for key in left)
-    return task, Check("task", "ok", f"the recipe leaves to the base: {said}") if left else None
+    return f"the recipe leaves to the base: {said}" if left else None
 
 
-def _hub(what: str, name: str, revision: str | None, kind: hub.Kind) -> Check:
-    """Whether a hub id is cached, or exists as far as the network can tell; asks for no files."""
+def _on_hub(name: str, revision: str | None, kind: hub.Kind) -> str:
+    """Whether a hub id is cached, or exists as far as the network can tell; asks for no files. Raises HubError."""
     if "://" in name:
-        return Check(what, "ok", f"{name} (a URL; it is opened when training starts)")
-    patterns = ["*.json", *WANTED] if kind == "model" else []
-    if hub.cached(name, revision, patterns=patterns, ignore=IGNORED, kind=kind):
-        return Check(what, "ok", f"{name} (in the local cache)")
-    try:
-        commit = hub.look_up(name, kind, revision).commit
-    except hub.HubError as error:
-        return Check(what, _verdict(error), error.said)
-    return Check(what, "ok", f"{name} on the hub, commit {commit[:12]}; it is downloaded when training starts")
+        return f"{name} (a URL; it is opened when training starts)"
+    if hub.cached(name, revision, patterns=["*.json", *WANTED] if kind == "model" else [], ignore=IGNORED, kind=kind):
+        return f"{name} (in the local cache)"
+    return f"{name} on the hub, commit {hub.look_up(name, kind, revision).commit[:12]}; it is downloaded when training starts"
 
 
-def _verdict(error: hub.HubError) -> Verdict:
-    verdicts: dict[hub.Reason, Verdict] = {"unreachable": "not reachable", "gated": "refused", "refused": "refused"}
-    return verdicts.get(error.reason, "missing")
+def _losses(recipe: Recipe) -> str | None:
+    asked = [loss for loss in recipe.losses if loss.kind == "lpips"]
+    if not asked:
+        return None
+    from sslsr_diffusion.evaluation.learned import unavailable  # imports torchvision
+
+    reason = unavailable("lpips-vgg", download=False)
+    if reason and not all(getattr(loss, "optional", False) for loss in asked):
+        raise UserError(f"lpips {reason}")
+    return f"lpips (optional) {reason}" if reason else "lpips and its weights"
 
 
-def _losses(recipe: Recipe) -> Check | None:
-    for loss in recipe.losses:
-        if loss.kind == "lpips":
-            from sslsr_diffusion.evaluation.perceptual import unavailable
-
-            reason, optional = unavailable(download=False), getattr(loss, "optional", False)
-            if reason is None:
-                return Check("losses", "ok", "lpips and its weights")
-            return Check("losses", "ok" if optional else "missing", f"lpips {'(optional) ' if optional else ''}{reason}")
-    return None
-
-
-def _optimizer(recipe: Recipe) -> Check | None:
+def _optimizer(recipe: Recipe) -> str | None:
     if recipe.training.optimizer.kind != "adamw8bit":
         return None
-    import importlib.util
-
-    found = importlib.util.find_spec("bitsandbytes") is not None
-    return Check(
-        "optimizer", "ok" if found else "missing", "bitsandbytes" if found else "adamw8bit needs: pip install 'sslsr-diffusion[adam8bit]'"
-    )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependency("adamw8bit needs: pip install 'sslsr-diffusion[adam8bit]'")
+    return "bitsandbytes"
 
 
-def _metrics(recipe: Recipe) -> Check | None:
-    from sslsr_diffusion.runs.start import validation_metric
-
-    if not recipe.validation.limit:
-        return None
-    try:
-        for name in recipe.validation.metrics:
-            validation_metric(name)
-    except UserError as error:
-        return Check("metrics", "missing", str(error))
-    return Check("metrics", "ok", ", ".join(recipe.validation.metrics))
+def _metrics(recipe: Recipe) -> str | None:
+    names = recipe.validation.metrics if recipe.validation.limit else ()
+    for name in names:
+        validation_metric(name)
+    return ", ".join(names)
 
 
-def _trackers(recipe: Recipe) -> Check | None:
-    from sslsr_diffusion.training.preflight import check_trackers
-
-    try:
-        check_trackers(recipe.output.trackers)
-    except (UserError, MissingDependency) as error:
-        return Check("trackers", "missing", str(error))
-    return Check("trackers", "ok", ", ".join(recipe.output.trackers)) if recipe.output.trackers else None
+def _trackers(recipe: Recipe) -> str:
+    check_trackers(recipe.output.trackers)
+    return ", ".join(recipe.output.trackers)
 
 
-def _output(recipe: Recipe, empty: bool) -> Check:
-    from sslsr_diffusion.training.run_folder import RunFolder
-
-    path = run_folder(recipe)
-    standing = path
+def _output(recipe: Recipe, empty: bool) -> str:
+    path = standing = run_folder(recipe)
     while not standing.exists() and standing != standing.parent:
         standing = standing.parent
     if not standing.is_dir() or not os.access(standing, os.W_OK):
-        return Check("output", "refused", f"{path}: {standing} is not a folder that can be written")
+        raise UserError(f"{path}: {standing} is not a folder that can be written")
     if empty:
-        try:
-            RunFolder(path).check_free()
-        except UserError as error:
-            return Check("output", "refused", str(error))
-    return Check("output", "ok", str(path))
+        RunFolder(path).check_free()
+    return str(path)
 
 
 def check_resume(recipe: Recipe, where: str, allow_recipe_change: bool = False) -> Check:
-    """Whether there is a whole checkpoint to go on from, and whether this recipe may."""
-    from sslsr_diffusion.runs.pin import pinned, recorded_state
-    from sslsr_diffusion.training.checkpoints import find_checkpoint
-    from sslsr_diffusion.training.resume import check_same_recipe
-
+    """Whether there is a whole checkpoint to go on from, on this machine or on the hub, and whether this recipe may."""
     if hub.is_hub_id(where, revision=True):
-        return _published_state(where)
-    try:
-        folder = find_checkpoint(where, run_folder(recipe))
-        state = recorded_state(folder)
-        if "world_size" not in state:
-            return Check("resume", "refused", f"{folder} holds weights alone, no state to go on from")
-    except UserError as error:
-        return Check("resume", "missing", _one_line(error))
-    try:
-        check_same_recipe(state, resolved(pinned(recipe, folder)), state["world_size"], allow=allow_recipe_change)
-    except UserError as error:
-        return Check("resume", "refused", _one_line(error))
-    return Check("resume", "ok", f"{folder}, step {state['progress']['step']} of {recipe.training.steps}")
+        return _checked("resume", lambda: _published_state(where))[0]
+    found = _checked("resume", lambda: str(find_checkpoint(where, run_folder(recipe))))[0]
+    if found.verdict != "ok":
+        return found
+    return _checked("resume", lambda: _continued(recipe, Path(found.detail), allow_recipe_change), "refused")[0]
 
 
-def _one_line(error: UserError) -> str:
-    return "; ".join(line.strip() for line in str(error).splitlines())
+def _continued(recipe: Recipe, folder: Path, allow_recipe_change: bool) -> str:
+    state = recorded_state(folder)
+    if "world_size" not in state:
+        raise UserError(f"{folder} holds weights alone, no state to go on from")
+    check_same_recipe(state, resolved(pinned(recipe, folder)), state["world_size"], allow=allow_recipe_change)
+    return f"{folder}, step {state['progress']['step']} of {recipe.training.steps}"
 
 
-def _published_state(where: str) -> Check:
+def _published_state(where: str) -> str:
     """Whether a repository of the hub holds the state of a run; nothing is downloaded."""
-    from sslsr_diffusion.training.published import published_step
-
     name, revision = hub.split_id(where)
-    try:
-        found = hub.look_up(name, revision=revision)
-    except hub.HubError as error:
-        return Check("resume", _verdict(error), error.said)
-    step = published_step(found.files)
+    there = hub.look_up(name, revision=revision)
+    step = published_step(there.files)
     if step is None:
-        return Check("resume", "missing", f"{where}: the repository holds no training state; output.push_state: true publishes it")
-    return Check("resume", "ok", f"{where} on the hub, commit {found.commit[:12]}, step {step}; downloaded when training starts")
+        raise UserError(f"{where}: the repository holds no training state; output.push_state: true publishes it")
+    return f"{where} on the hub, commit {there.commit[:12]}, step {step}; downloaded when training starts"

@@ -3,8 +3,6 @@
 hr/000000.png  lr/000000.png  latents/000000.safetensors (tensor `latents`, [c, h, w], scaled)  settings.json
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """From a checkpoint to the result that others load."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file

@@ -1,7 +1,5 @@
 """Parameters and memory of a recipe, counted on shapes alone: the task's own step is played on the meta device."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointError
 
-from sslsr_diffusion.evaluation.perceptual import PerceptualDistance
+from sslsr_diffusion.evaluation.learned import PerceptualDistance
 from sslsr_diffusion.inference.memory import LivePeak
 from sslsr_diffusion.losses import LOSSES, Loss, Means, build_losses
 from sslsr_diffusion.losses.base import Learner, PixelLoss

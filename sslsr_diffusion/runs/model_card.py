@@ -1,7 +1,5 @@
 """The model card: what was trained, from what, how good it is, how to use it. Nothing of the machine or its user gets into it."""
 
-from __future__ import annotations
-
 import contextlib
 import getpass
 import math
@@ -46,7 +44,6 @@ def model_card(
     """A README.md with YAML metadata.
 
     Args:
-        repo_id: `user/name` of the repository the card is for.
         recipe: the resolved recipe; keys of secrets and the output section are left out, absolute paths shortened.
         metrics: measured values by name; a row of the run's history does as well ("validation/psnr", with the same of
             bicubic enlargement as "validation_bicubic/psnr", and "step").
@@ -58,13 +55,17 @@ def model_card(
 
     known_base = base if base and is_hub_id(base) else None
     shipped = base == SMALL and shipped_folder(SMALL) is not None
-    licence = licence or _licence_of(base, SMALL if shipped else known_base)
+    origin = SMALL if shipped else known_base or ""
+    of_base = next((licence for prefix, licence in LICENCES.items() if origin.startswith(prefix)), "other")
+    licence = licence or ("apache-2.0" if base is None else of_base)
     link = f"[{known_base}](https://huggingface.co/{known_base})" if known_base else "a local model"
-    values = _metrics(metrics or {})
-    bicubic = _metrics(metrics or {}, "validation_bicubic/")
+    metrics = metrics or {}
+    values = _metrics(metrics, "validation/" if any(name.startswith("validation/") for name in metrics) else "")
+    bicubic = _metrics(metrics, "validation_bicubic/")
+    style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True}
     template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Markdown, not HTML
     return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        metadata=yaml.safe_dump(_metadata(repo_id, known_base, licence, values), sort_keys=False, allow_unicode=True),
+        metadata=yaml.safe_dump(_metadata(repo_id, known_base, licence, values), **style),
         title=repo_id.rpartition("/")[2],
         repo_id=repo_id,
         version=__version__,
@@ -74,47 +75,29 @@ def model_card(
         loss_names=_loss_names(recipe),
         scale=recipe.get("scale", 4),
         table=markdown_table(({"bicubic": bicubic} if bicubic else {}) | {"this model": values}) if values else None,
-        step=(metrics or {}).get("step"),
+        step=metrics.get("step"),
         pictures=[{"alt": Path(path).stem, "path": path.replace(" ", "%20")} for path in pictures],
-        recipe=yaml.safe_dump(scrub({k: v for k, v in recipe.items() if k != "output"}), sort_keys=False, allow_unicode=True).replace(
-            "```", "'''"
-        ),
+        recipe=yaml.safe_dump(scrub({k: v for k, v in recipe.items() if k != "output"}), **style).replace("```", "'''"),
         licence_text=f"`{licence}`" + (" (see the base model)" if licence == "other" else "") + ".",
     )
 
 
 def card_files(metrics: Mapping[str, Any], pictures: Sequence[Path], **card: Any) -> dict[str, Path | bytes]:
-    """What goes beside the pipeline: the card as README.md, and the pictures that it shows in samples/.
-
-    Args:
-        card: the further arguments of `model_card`: repo_id, recipe, base, ...
-    """
+    """What goes beside the pipeline: `model_card(**card)` as README.md, and the pictures that it shows in samples/."""
     named: dict[str, Path | bytes] = {f"samples/{scrub_text(picture.name)}": picture for picture in pictures}
     text = model_card(metrics=metrics, pictures=list(named), **card)
     return {"README.md": text.encode(), **named}
 
 
-def _licence_of(base: str | None, known_base: str | None) -> str:
-    if base is None:
-        return "apache-2.0"
-    return next((licence for prefix, licence in LICENCES.items() if (known_base or "").startswith(prefix)), "other")
-
-
-def _metrics(row: Mapping[str, Any], prefix: str = "validation/") -> dict[str, float]:
-    """Finite numbers; of a history row only what validation measured."""
-    if prefix == "validation/" and not any(str(name).startswith(prefix) for name in row):
-        prefix = ""
-    chosen = {str(name).removeprefix(prefix): value for name, value in row.items() if str(name).startswith(prefix) and name != "step"}
-    numbers = {name: float(value) for name, value in chosen.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+def _metrics(row: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    chosen = {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix) and name != "step"}
+    return {name: float(value) for name, value in chosen.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _metadata(repo_id: str, base: str | None, licence: str, metrics: Mapping[str, float]) -> dict[str, Any]:
     found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "image-to-image", "license": licence}
-    if licence == "other":
-        found |= {"license_name": "licence-of-the-base-model"}
-    if base:
-        found |= {"base_model": base}
+    found |= {"license_name": "licence-of-the-base-model"} if licence == "other" else {}
+    found |= {"base_model": base} if base else {}
     found["tags"] = ["super-resolution", "image-upscaling", "StableSR", "self-similarity", "sslsr-diffusion"]
     if metrics:
         result = {
@@ -129,7 +112,7 @@ def _metadata(repo_id: str, base: str | None, licence: str, metrics: Mapping[str
 def _loss_names(recipe: Mapping[str, Any]) -> str:
     kinds = [str(loss.get("kind", "")).replace("_", " ") for loss in recipe.get("losses", []) if isinstance(loss, Mapping)]
     words = [f"the {kind} loss" for kind in kinds if kind]
-    return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + words[-1] if words else ""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def scrub(value: Any) -> Any:
@@ -153,10 +136,8 @@ def scrub_text(text: str) -> str:
 def _last_part(path: str) -> str:
     """The name of the file or folder alone; not even that for a home folder."""
     parts = [part for part in re.split(r"[\\/]+", path) if part not in ("", ".", "..", "file:") and not part.startswith("~")]
-    homes = {"home", "Users"}
-    if not parts or (len(parts) == 2 and parts[0] in homes) or (len(parts) == 1 and parts[0] in homes):
-        return "(local path)"
-    return parts[-1]
+    home = len(parts) <= 2 and parts[:1] in (["home"], ["Users"])
+    return "(local path)" if home or not parts else parts[-1]
 
 
 def _private_names() -> Iterable[str]:

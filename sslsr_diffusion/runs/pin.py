@@ -1,7 +1,5 @@
 """What a run starts from, as its recipe records it, so that it goes on from the same: commits of hub ids, call defaults of its base."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

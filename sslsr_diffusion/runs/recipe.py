@@ -22,6 +22,8 @@ from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 
 __all__ = ["Recipe", "load_recipe", "resolved", "run_folder"]
 
+RESERVED = ("total", "weighted")  # names of curves that are no loss
+
 if TYPE_CHECKING:
     ModelEntry = FamilySettings
     TaskEntry = TaskSettings
@@ -84,6 +86,7 @@ class Recipe(Settings):
         for name, count in Counter(names).items():
             if count > 1:
                 yield f"losses: {name} stands there {count} times; each name once. Give one of them another `name`."
+        yield from (f"losses: {name} is what the logs call something else; give it another `name`." for name in names if name in RESERVED)
         gives = self.task_kind.gives
         possible = [kind for kind, loss in LOSSES.items() if loss.reads <= gives]
         side = self.task.picture_side(self.training.crop_size)

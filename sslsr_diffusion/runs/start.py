@@ -1,7 +1,5 @@
 """From a recipe to a run, from a name to an upscaler: what Python, the command line and the page call."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -14,8 +12,8 @@ from torch import Tensor
 from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.devices import device_bytes, is_out_of_memory
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.evaluation.learned import load_perceptual_distance
 from sslsr_diffusion.evaluation.metrics import METRICS
-from sslsr_diffusion.evaluation.perceptual import load_perceptual_distance
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Means, build_losses
 from sslsr_diffusion.runs.export import export_checkpoint
@@ -24,8 +22,7 @@ from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved, run_folde
 from sslsr_diffusion.runs.task import build_task
 from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import find_checkpoint
-from sslsr_diffusion.training.events import Event
-from sslsr_diffusion.training.job import Job, Publisher, TrainResult
+from sslsr_diffusion.training.job import Event, Job, Publisher, TrainResult
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.validation import Pair, Validation
@@ -54,8 +51,7 @@ def train(
             save some), or the numbers went wrong too often.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
-    if restart and resume is not None:
-        raise UserError("restart begins anew and resume goes on; choose one of them.")
+    check_one_way(resume, restart)
     main = int(os.environ.get("RANK", "0")) == 0
     folder = RunFolder(run_folder(recipe))
     if resume is None and main:
@@ -71,6 +67,12 @@ def train(
         if not is_out_of_memory(error):
             raise
         raise UserError(_memory_advice(recipe, error)) from None
+
+
+def check_one_way(resume: str | None, restart: bool) -> None:
+    """UserError where a run would both go on and begin anew."""
+    if restart and resume is not None:
+        raise UserError("restart begins anew and resume goes on; choose one of them.")
 
 
 def open_upscaler(

@@ -1,7 +1,5 @@
 """The task that a recipe describes, built; with `meta` from shapes alone."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

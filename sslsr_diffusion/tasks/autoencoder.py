@@ -1,23 +1,17 @@
 """Task `autoencoder`: a VAE from scratch; no diffusion in it."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.inference.reconstruction import Reconstruct
-from sslsr_diffusion.losses import Look
+from sslsr_diffusion.inference.tiled import Reconstruct
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks
 from sslsr_diffusion.tasks.frame import Frame, TaskSettings
-from sslsr_diffusion.tasks.pixels import all_pixels
-from sslsr_diffusion.tasks.task import Draws, per_sample_noise
+from sslsr_diffusion.tasks.task import Draws, TaskBase
 from sslsr_diffusion.types import Batch, Outputs
 
 CALIBRATION_PICTURES = 32  # crops from which a fresh autoencoder's scaling factor is measured
@@ -34,40 +28,29 @@ class AutoencoderTaskSettings(TaskSettings):
     )
 
 
-class AutoencoderTask:
+class AutoencoderTask(TaskBase):
     """sr = decode(sampled latents of hr)"""
 
+    networks: AutoencoderNetworks
     settings: ClassVar[type[TaskSettings]] = AutoencoderTaskSettings
     makes_upscaler: ClassVar[bool] = False
-    reads_latents: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"sr", "moments"})
-    label = "reconstruction"
-    restorer = None
+    label: ClassVar[str] = "reconstruction"
+    posteriors: ClassVar[tuple[str, ...]] = ("posterior_hr",)
 
     def __init__(self, networks: AutoencoderNetworks, *, seed: int, mean: bool = False, frame: Frame | None = None) -> None:
-        """
-        Args:
-            mean: save an encoder that gives the posterior's mean.
-            frame: gives the crops for the calibration.
-        """
+        """`mean`: save an encoder that gives the posterior's mean; `frame` gives the crops for the calibration."""
         self.networks, self.seed, self._mean, self._frame = networks, seed, mean, frame
         self.module: nn.Module = Autoencoder(networks.codec)
         self._reconstruct = Reconstruct(networks.codec)
 
     @classmethod
-    def build(cls, settings: AutoencoderTaskSettings, frame: Frame) -> AutoencoderTask:
+    def build(cls, settings: AutoencoderTaskSettings, frame: Frame) -> Self:
         networks = frame.build("autoencoder")
         assert isinstance(networks, AutoencoderNetworks)
         if settings.latents == "mean" and networks.codec.vae.quant_conv is None:
             raise UserError("task.latents: mean needs an autoencoder with quant_conv (use_quant_conv: true); take sample.")
         return cls(networks, seed=frame.seed, mean=settings.latents == "mean", frame=frame)
-
-    def to(self, device: torch.device) -> None:
-        self.networks.to(device)
-
-    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
-        noise = per_sample_noise(self.seed, batch.index.tolist(), "posterior_hr", self.networks.codec.noise_shape(batch.hr)[1:])
-        return Draws(all_pixels(batch), {"posterior_hr": noise.to(batch.hr.device)})
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         sr, moments = module(batch.hr, draws.noise["posterior_hr"])

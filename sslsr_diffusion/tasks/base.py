@@ -1,9 +1,7 @@
 """Task `base`: a latent diffusion model that sees no low-resolution picture, the start of task `diffusion`."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -30,16 +28,15 @@ class BaseTask(DiffusionTask):
 
     settings: ClassVar[type[TaskSettings]] = BaseTaskSettings
     makes_upscaler: ClassVar[bool] = False
-    reads_latents: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"pred"})
-    label = "denoised"
+    label: ClassVar[str] = "denoised"
 
     def __init__(self, networks: LatentNetworks, *, seed: int, sampling_steps: int = 20) -> None:
         super().__init__(networks, seed=seed)
         self.sampling_steps = sampling_steps
 
     @classmethod
-    def build(cls, settings: BaseTaskSettings, frame: Frame) -> BaseTask:  # type: ignore[override]  # settings of its own
+    def build(cls, settings: BaseTaskSettings, frame: Frame) -> Self:  # type: ignore[override]  # settings of its own
         networks = frame.build("base")
         assert isinstance(networks, LatentNetworks)
         return cls(networks, seed=frame.seed, sampling_steps=settings.sampling_steps)

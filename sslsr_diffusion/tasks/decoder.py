@@ -1,10 +1,7 @@
 """Task `decoder`: a decoder learns on what the frozen upscaler makes of lr, stored or sampled on the fly."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -14,14 +11,13 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.latents import sample_latents
 from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
-from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.seeding import derive_seed
-from sslsr_diffusion.tasks.diffusion import call_defaults, restored
+from sslsr_diffusion.tasks.diffusion import call_defaults
 from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
-from sslsr_diffusion.tasks.pixels import all_pixels, upsampled
-from sslsr_diffusion.tasks.task import Draws, per_sample_noise
+from sslsr_diffusion.tasks.pixels import upsampled
+from sslsr_diffusion.tasks.task import Draws, TaskBase
 from sslsr_diffusion.types import Batch, Outputs
 
 
@@ -38,14 +34,14 @@ class DecoderTaskSettings(TaskSettings):
     inference: CallSettings = Field(CallSettings(), description="How the upscaler is called in validation and by default.")
 
 
-class DecoderTask:
+class DecoderTask(TaskBase):
     """sr = decode(latents);  `fused` (StableSR stage 2): sr = decode(latents, features(bicubic(lr))), and only the fusion layers learn"""
 
+    networks: StableSRNetworks
     settings: ClassVar[type[TaskSettings]] = DecoderTaskSettings
-    makes_upscaler: ClassVar[bool] = True
     reads_latents: ClassVar[bool] = True
     gives: ClassVar[frozenset[str]] = frozenset({"sr"})
-    label = "prediction"
+    posteriors: ClassVar[tuple[str, ...]] = ("posterior_lr",)
 
     def __init__(
         self,
@@ -63,13 +59,17 @@ class DecoderTask:
         self.seed, self.synthesize, self.fused = seed, synthesize, fused
 
     @classmethod
-    def build(cls, settings: DecoderTaskSettings, frame: Frame) -> DecoderTask:
+    def build(cls, settings: DecoderTaskSettings, frame: Frame) -> Self:
         networks = frame.build()
         assert isinstance(networks, StableSRNetworks)
         fused = settings.part == "fusion"
         _check_upscaler(networks, settings, fused)
         if fused and not networks.codec.has_fidelity:
-            networks.fuse_decoder(_fused(networks.codec, frame))
+            from sslsr_diffusion.models import AutoencoderKLCFW
+
+            with torch.random.fork_rng(devices=[]), torch.device("meta" if frame.meta else "cpu"):
+                torch.manual_seed(derive_seed(frame.seed, "cfw"))
+                networks.codec = Codec(AutoencoderKLCFW.from_autoencoder(networks.codec.vae))
             networks.economize(gradient_checkpointing=frame.gradient_checkpointing, channels_last=frame.channels_last)
 
         def synthesize(z_lr: Tensor, indices: list[int]) -> Tensor:
@@ -78,20 +78,10 @@ class DecoderTask:
         restorer = restorer_of(networks, frame.family, scale=frame.scale, **call_defaults(settings.inference))
         return cls(networks, seed=frame.seed, synthesize=synthesize, fused=fused, restorer=restorer)
 
-    def to(self, device: torch.device) -> None:
-        self.networks.to(device)
-
-    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
-        noise = per_sample_noise(self.seed, batch.index.tolist(), "posterior_lr", self.networks.codec.noise_shape(batch.hr)[1:])
-        return Draws(all_pixels(batch), {"posterior_lr": noise.to(batch.hr.device)})
-
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
-        codec, noise, features = self.networks.codec, draws.noise["posterior_lr"], None
+        codec, seen = self.networks.codec, (upsampled(batch), draws.noise["posterior_lr"])
         with torch.no_grad():
-            if self.fused:
-                z_lr, features = codec.encode_with_features(upsampled(batch), noise)
-            else:
-                z_lr = codec.encode(upsampled(batch), noise)
+            z_lr, features = codec.encode_with_features(*seen) if self.fused else (codec.encode(*seen), None)
             latents = self.synthesize(z_lr.float(), batch.index.tolist()) if batch.latents is None else batch.latents
         if latents.shape != z_lr.shape:
             raise UserError(
@@ -99,14 +89,6 @@ class DecoderTask:
                 "make them again with `sslsr prepare cfw` and the model that is trained."
             )
         return Outputs(**vars(draws.given), sr=module(latents, features).float())
-
-    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
-        assert self.restorer is not None
-        return restored(self.restorer, lr, seed)
-
-    def save(self, folder: Path) -> None:
-        assert self.restorer is not None
-        self.restorer.save(folder)
 
 
 def _check_upscaler(networks: StableSRNetworks, settings: DecoderTaskSettings, fused: bool) -> None:
@@ -121,14 +103,6 @@ def _check_upscaler(networks: StableSRNetworks, settings: DecoderTaskSettings, f
     for key, steps in (("task.synthesis_steps", settings.synthesis_steps), ("task.inference.steps", settings.inference.steps)):
         if steps != 1:
             raise UserError(f"{key}: {networks.base} is a one-step model; expected 1, got {steps}.")
-
-
-def _fused(codec: Codec, frame: Frame) -> Codec:
-    from sslsr_diffusion.models import AutoencoderKLCFW
-
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if frame.meta else "cpu"):
-        torch.manual_seed(derive_seed(frame.seed, "cfw"))
-        return Codec(AutoencoderKLCFW.from_autoencoder(codec.vae))
 
 
 class TrainedDecoder(nn.Module):

@@ -1,9 +1,6 @@
 """Task `diffusion`: a denoiser that is steered by the low-resolution picture, with pixel losses on its decoded x0."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -19,7 +16,7 @@ from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.seeding import sample_generator
 from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
 from sslsr_diffusion.tasks.pixels import choose_pixels, upsampled
-from sslsr_diffusion.tasks.task import Draws, per_sample_noise
+from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise
 from sslsr_diffusion.types import Batch, Given, Outputs
 
 
@@ -65,7 +62,7 @@ class DiffusionTaskSettings(TaskSettings):
         return crop_size if self.decode_crop is None else min(crop_size, self.decode_crop * 4)
 
 
-class DiffusionTask:
+class DiffusionTask(TaskBase):
     """z0, z_lr = encode(hr), encode(bicubic(lr));  zt = add_noise(z0, n, t)
     pred = denoiser(zt, t, (z_lr, text));  sr = decode(x0 of pred)
 
@@ -73,11 +70,9 @@ class DiffusionTask:
     zt = add_noise(z_lr, n, t), and the noise that would lead there from z0 takes n's place in the target.
     """
 
+    networks: LatentNetworks
     settings: ClassVar[type[TaskSettings]] = DiffusionTaskSettings
-    makes_upscaler: ClassVar[bool] = True
-    reads_latents: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr"})
-    label = "prediction"
 
     def __init__(
         self,
@@ -89,11 +84,7 @@ class DiffusionTask:
         from_lr: bool = False,
         restorer: Restorer | None = None,
     ) -> None:
-        """
-        Args:
-            timesteps: the noise levels to train, each drawn equally often; None: all.
-            restorer: around the same networks; what is validated and saved.
-        """
+        """`timesteps`: the noise levels to train, each drawn equally often; None: all."""
         self.networks = networks
         self.module: nn.Module = networks.denoiser
         self.seed, self.decode_crop, self.from_lr = seed, decode_crop, from_lr
@@ -101,12 +92,7 @@ class DiffusionTask:
         self.restorer = restorer
 
     @classmethod
-    def build(cls, settings: DiffusionTaskSettings, frame: Frame) -> DiffusionTask:
-        """The task of a recipe.
-
-        Raises:
-            UserError: its networks cannot be built, or do not go with the settings.
-        """
+    def build(cls, settings: DiffusionTaskSettings, frame: Frame) -> Self:
         networks = frame.build(train=settings.train)
         assert isinstance(networks, LatentNetworks)
         start = settings.start_timestep
@@ -132,9 +118,6 @@ class DiffusionTask:
             from_lr=start is not None,
             restorer=restorer_of(networks, frame.family, scale=frame.scale, **call_defaults(settings.inference)),
         )
-
-    def to(self, device: torch.device) -> None:
-        self.networks.to(device)
 
     def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
         indices, device = batch.index.tolist(), batch.hr.device
@@ -170,26 +153,13 @@ class DiffusionTask:
             assert draws.given.hr is not None
             return draws.given.hr + 0 * z0.sum()
         z0 = z0[draws.given.decoded]
-        if draws.windows is None:
-            return self.networks.codec.decode(z0).float()
-        return draws.windows.cut_interior(self.networks.codec.decode(draws.windows.cut_latents(z0)).float(), self.networks.codec.scale)
-
-    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
-        assert self.restorer is not None
-        return restored(self.restorer, lr, seed)
-
-    def save(self, folder: Path) -> None:
-        assert self.restorer is not None
-        self.restorer.save(folder)
+        codec, windows = self.networks.codec, draws.windows
+        if windows is None:
+            return codec.decode(z0).float()
+        return windows.cut_interior(codec.decode(windows.cut_latents(z0)).float(), codec.scale)
 
 
 def call_defaults(settings: CallSettings) -> dict[str, Any]:
     """What the restorer takes where a call names nothing; a None is left to the base."""
     named = {"num_inference_steps": settings.steps, "detail": settings.detail, "antiring": settings.antiring}
     return {name: value for name, value in named.items() if value is not None}
-
-
-def restored(restorer: Restorer, lr: Tensor, seed: int) -> Tensor:
-    """[1, 3, h, w] in [0, 1] -> [1, 3, H, W] in [0, 1]; smaller tiles take over where memory runs out."""
-    images: Tensor = restorer(lr, generator=torch.Generator().manual_seed(seed), output_type="pt").images
-    return images

@@ -1,7 +1,5 @@
 """What a task knows of its run beside its own settings and the model's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,11 +28,7 @@ class Frame:
     crops: Callable[[int], Tensor] | None = None  # n -> [n, 3, H, W] training crops, for what is calibrated at the end
 
     def build(self, part: Literal["upscaler", "base", "autoencoder"] = "upscaler", train: str | None = None) -> Networks:
-        """The family's networks, checked against the crop.
-
-        Raises:
-            UserError: they cannot be built, or cannot take the crop.
-        """
+        """The family's networks; UserError where they cannot be built, or cannot take the crop."""
         networks = self.family.build(self.model, part=part, train=train, meta=self.meta, seed=self.seed)
         self.check_crop(networks)
         networks.economize(gradient_checkpointing=self.gradient_checkpointing, channels_last=self.channels_last)

@@ -1,7 +1,5 @@
 """The tasks by the recipe's `task.kind`: a new one is a file and a line here."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Protocol
 
 from sslsr_diffusion.tables import named

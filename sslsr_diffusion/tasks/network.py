@@ -1,24 +1,16 @@
 """Task `network`: a plain super-resolution network learns to enlarge pixels."""
 
-from __future__ import annotations
+from typing import Any, ClassVar, Literal, Self
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from sslsr_diffusion.inference.direct import check_scale
 from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
-from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.networks import PixelNetworks
-from sslsr_diffusion.tasks.diffusion import restored
 from sslsr_diffusion.tasks.frame import Frame, TaskSettings
-from sslsr_diffusion.tasks.pixels import all_pixels
-from sslsr_diffusion.tasks.task import Draws
+from sslsr_diffusion.tasks.task import Draws, TaskBase
 from sslsr_diffusion.types import Batch, Outputs
 
 
@@ -29,39 +21,23 @@ class NetworkTaskSettings(TaskSettings):
     train: str | None = Field(None, description="What of the network trains, by the family's names; null: the family's first.")
 
 
-class NetworkTask:
+class NetworkTask(TaskBase):
     """sr = network(lr)"""
 
+    networks: PixelNetworks
     settings: ClassVar[type[TaskSettings]] = NetworkTaskSettings
-    makes_upscaler: ClassVar[bool] = True
-    reads_latents: ClassVar[bool] = False
     gives: ClassVar[frozenset[str]] = frozenset({"sr"})
-    label = "prediction"
 
     def __init__(self, networks: PixelNetworks, *, restorer: Restorer | None = None) -> None:
         self.networks, self.restorer = networks, restorer
         self.module: nn.Module = networks
 
     @classmethod
-    def build(cls, settings: NetworkTaskSettings, frame: Frame) -> NetworkTask:
+    def build(cls, settings: NetworkTaskSettings, frame: Frame) -> Self:
         networks = frame.build(train=settings.train)
         assert isinstance(networks, PixelNetworks)
         check_scale(frame.scale, networks)
         return cls(networks, restorer=restorer_of(networks, frame.family, scale=frame.scale))
 
-    def to(self, device: torch.device) -> None:
-        self.networks.to(device)
-
-    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
-        return Draws(all_pixels(batch))
-
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         return Outputs(**vars(draws.given), sr=module(batch.lr).float())
-
-    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
-        assert self.restorer is not None
-        return restored(self.restorer, lr, seed)
-
-    def save(self, folder: Path) -> None:
-        assert self.restorer is not None
-        self.restorer.save(folder)

@@ -1,16 +1,62 @@
-"""Which pixels of a batch the losses of a step look at."""
+"""Which pixels of a batch the losses of a step look at: samples, and in them a window of the latent.
 
-from __future__ import annotations
+The window plus a margin is decoded, the losses see the interior.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.losses import Look
-from sslsr_diffusion.tasks.decode_window import Windows, draw_windows
+from sslsr_diffusion.seeding import sample_generator
 from sslsr_diffusion.types import Batch, Given
+
+MARGIN = 4  # latent pixels around the window; the decoder's influence from farther away is weak
+
+
+@dataclass(frozen=True)
+class Windows:
+    """One window per decoded sample, all in latent pixels: `size` inside a decoded patch of `patch`."""
+
+    start: Tensor  # [K, 2] int64 on the CPU: top left corner of the interior
+    patch_start: Tensor  # [K, 2] int64 on the CPU: top left corner of what is decoded
+    size: tuple[int, int]
+    patch: tuple[int, int]
+
+    def cut_latents(self, latents: Tensor) -> Tensor:
+        """[K, c, h, w] -> [K, c, patch_h, patch_w]"""
+        return _cut(latents, self.patch_start, self.patch)
+
+    def cut_interior(self, decoded: Tensor, scale: int) -> Tensor:
+        """[K, 3, patch_h * scale, patch_w * scale] -> [K, 3, size_h * scale, size_w * scale]"""
+        return _cut(decoded, self.start - self.patch_start, self.size, scale)
+
+    def cut_pixels(self, pixels: Tensor, scale: int) -> Tensor:
+        """The same window of a full crop [K, C, H, W]."""
+        return _cut(pixels, self.start, self.size, scale)
+
+
+def _cut(pictures: Tensor, corners: Tensor, size: tuple[int, int], scale: int = 1) -> Tensor:
+    """One window per picture; corners and size in latent pixels, of `scale` pixels each."""
+    height, width = size[0] * scale, size[1] * scale
+    return torch.stack([x[..., top : top + height, left : left + width] for x, (top, left) in zip(pictures, (corners * scale).tolist())])
+
+
+def draw_windows(indices: list[int], latent_size: tuple[int, int], side: int, seed: int) -> Windows:
+    """A window of `side` latent pixels per sample, drawn from (seed, global sample index)."""
+    size = tuple(min(side, full) for full in latent_size)
+    patch = tuple(min(side + 2 * MARGIN, full) for full in latent_size)
+    start = torch.empty(len(indices), 2, dtype=torch.int64)
+    for row, index in enumerate(indices):
+        generator = sample_generator(seed, index, "decode_crop")
+        for axis in (0, 1):
+            start[row, axis] = torch.randint(latent_size[axis] - size[axis] + 1, (), generator=generator)
+    room = torch.tensor(latent_size) - torch.tensor(patch)
+    patch_start = torch.minimum((start - MARGIN).clamp(min=0), room)
+    return Windows(start, patch_start, (size[0], size[1]), (patch[0], patch[1]))
 
 
 def upsampled(batch: Batch) -> Tensor:
@@ -35,10 +81,7 @@ def choose_pixels(
 ) -> tuple[Given, Windows | None]:
     """Add to `given` the pixels that some loss looks at: gated-out samples and everything outside the windows are never decoded.
 
-    Args:
-        given: timesteps and noise levels.
-        scale: pixels per latent pixel.
-        decode_crop: side of the window in latent pixels; None: the whole crop.
+    `scale` is in pixels per latent pixel, `decode_crop` the side of the window in latent pixels (None: the whole crop).
     """
     wanted = [loss.active(given) for loss in losses if "sr" in loss.reads]
     if not wanted:
@@ -50,4 +93,4 @@ def choose_pixels(
     if decode_crop is not None and decode_crop < max(latent) and len(decoded):
         windows = draw_windows(batch.index[decoded.cpu()].tolist(), latent, decode_crop, seed)
         hr, mask, origin = windows.cut_pixels(hr, scale), windows.cut_pixels(mask, scale), windows.start * scale
-    return Given(t=given.t, noise_level=given.noise_level, decoded=decoded, hr=hr, mask=mask, origin=origin), windows
+    return replace(given, decoded=decoded, hr=hr, mask=mask, origin=origin), windows

@@ -1,11 +1,9 @@
 """What a task is to the loop: one trained module, what is drawn, one forward, one picture restored, one result saved."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Look, Loss
 from sslsr_diffusion.models.networks import Networks
 from sslsr_diffusion.seeding import sample_generator
-from sslsr_diffusion.tasks.decode_window import Windows
+from sslsr_diffusion.tasks.pixels import Windows, all_pixels
 from sslsr_diffusion.types import Batch, Given, Outputs
 
 
@@ -26,7 +24,7 @@ class Draws:
     noise: dict[str, Tensor] = field(default_factory=dict)
     windows: Windows | None = None
 
-    def to(self, device: torch.device | str) -> Draws:
+    def to(self, device: torch.device | str) -> Self:
         """The tensors on a device; windows are read on the CPU."""
         return replace(self, given=self.given.to(device), noise={name: value.to(device) for name, value in self.noise.items()})
 
@@ -66,6 +64,39 @@ class Task(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the result with the present weights: what the family's own world loads."""
+
+
+class TaskBase:
+    """What tasks have in common: networks that move, a result that is the whole upscaler."""
+
+    makes_upscaler: ClassVar[bool] = True
+    reads_latents: ClassVar[bool] = False
+    label: ClassVar[str] = "prediction"
+    posteriors: ClassVar[tuple[str, ...]] = ()  # the noises that encoding draws
+    networks: Any
+    seed: int = 0
+    restorer: Restorer | None = None
+
+    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
+        """Every sample whole."""
+        noise = {}
+        for purpose in self.posteriors:
+            drawn = per_sample_noise(self.seed, batch.index.tolist(), purpose, self.networks.codec.noise_shape(batch.hr)[1:])
+            noise[purpose] = drawn.to(batch.hr.device)
+        return Draws(all_pixels(batch), noise)
+
+    def to(self, device: torch.device) -> None:
+        self.networks.to(device)
+
+    def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
+        """By the restorer, which takes smaller tiles where memory runs out."""
+        assert self.restorer is not None
+        images: Tensor = self.restorer(lr, generator=torch.Generator().manual_seed(seed), output_type="pt").images
+        return images
+
+    def save(self, folder: Path) -> None:
+        assert self.restorer is not None
+        self.restorer.save(folder)
 
 
 @dataclass(frozen=True)

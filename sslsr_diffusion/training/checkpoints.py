@@ -5,18 +5,17 @@
 The manifest lists sizes and hashes. A folder under a temporary name, or whose manifest does not match, is never picked.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sslsr_diffusion import hub
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import atomic_folder, remove_folder, remove_leftovers
 
@@ -26,6 +25,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
+_PUBLISHED = re.compile(rf"{hub.STATE}/checkpoint-(\d+)/{re.escape(MANIFEST)}")
 
 
 class Checkpoint(NamedTuple):
@@ -36,11 +36,7 @@ class Checkpoint(NamedTuple):
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    """Write a whole checkpoint folder, or nothing; its manifest last.
-
-    Raises:
-        OSError: it could not be written (for example a full disk); what was there before is untouched.
-    """
+    """Write a whole checkpoint folder, its manifest last, or nothing: an OSError (a full disk) leaves untouched what was there before."""
     from safetensors.torch import save_file
 
     with atomic_folder(folder) as new:
@@ -53,11 +49,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Everything in a checkpoint folder, after its manifest was verified.
-
-    Raises:
-        UserError: the folder is not a whole checkpoint (the message says what is wrong with it).
-    """
+    """Everything in a checkpoint folder, after its manifest was verified; UserError says what is wrong with one that is not whole."""
     from safetensors.torch import load_file
 
     wrong = what_is_wrong(folder)
@@ -100,23 +92,35 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def find_checkpoint(where: str, run: Path) -> Path:
-    """The folder for `--resume`: `latest`, a checkpoint folder, a run folder, or a hub id with a published state.
-
-    Raises:
-        UserError: there is no whole checkpoint there.
-    """
-    from sslsr_diffusion.hub import is_hub_id
-    from sslsr_diffusion.training.published import resolve_checkpoint_from_hub
-
+    """The folder for `--resume`: `latest`, a checkpoint folder, a run folder, or a hub id with a published state; else a UserError."""
     folder = run if where == "latest" else Path(where).expanduser()
     if where != "latest" and (folder / MANIFEST).is_file():
         return folder
     found = latest_checkpoint(folder)
-    if found is None and is_hub_id(where, revision=True):
+    if found is not None:
+        return found
+    if hub.is_hub_id(where, revision=True):
         return resolve_checkpoint_from_hub(where)
-    if found is None:
-        raise UserError(f"--resume {where}: no whole checkpoint in {folder}; leave --resume out to start from the beginning.")
-    return found
+    raise UserError(f"--resume {where}: no whole checkpoint in {folder}; leave --resume out to start from the beginning.")
+
+
+def published_step(files: Iterable[str]) -> int | None:
+    """The step of the newest whole checkpoint among a repository's files; None: it holds no training state."""
+    return max((int(match[1]) for file in files if (match := _PUBLISHED.fullmatch(file))), default=None)
+
+
+def resolve_checkpoint_from_hub(repo_id: str, *, endpoint: str | None = None, cache_dir: Path | None = None) -> Path:
+    """The folder of the checkpoint that a run published with `push_state`, downloaded: for `--resume user/name` or `user/name@revision`.
+
+    UserError when there is no such repository or revision, no state in it, or the hub cannot be reached.
+    """
+    name, revision = hub.split_id(repo_id)
+    patterns = [f"{hub.STATE}/*"]
+    folder = hub.fetch(name, revision, patterns=patterns, ignore=(), field="--resume", endpoint=endpoint, cache_dir=cache_dir)
+    step = published_step(path.relative_to(folder).as_posix() for path in folder.glob(f"{hub.STATE}/*/*"))
+    if step is None:
+        raise UserError(f"--resume: {repo_id} on the hub holds no training state; output.push_state: true publishes it.")
+    return folder / hub.STATE / f"checkpoint-{step}"
 
 
 def prune_checkpoints(run: Path, keep: int, step: int) -> None:

@@ -1,6 +1,4 @@
-"""What the loop is given and what it says at the end."""
-
-from __future__ import annotations
+"""What the loop is given, what it tells whoever started it (on the main process only), and what it says at the end."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,12 +9,11 @@ import torch
 
 from sslsr_diffusion.losses import Loss
 from sslsr_diffusion.tasks.task import Task
-from sslsr_diffusion.training.events import Event
+from sslsr_diffusion.training.processes import StopRequest
 from sslsr_diffusion.training.reporting import Reporter
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings, TrainingSettings
-from sslsr_diffusion.training.stop import StopRequest
 from sslsr_diffusion.training.validation import Validation
 from sslsr_diffusion.types import Batch
 
@@ -55,6 +52,48 @@ class Job:
     validation: Validation | None = None
     publisher: Publisher | None = None
     card: Callable[[dict[str, float], list[Path]], dict[str, Path | bytes]] | None = None  # metrics, pictures -> files beside the result
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer step; `values` by the names of history.jsonl (`loss/total`, `train/lr`, ...), not numbers where it was skipped."""
+
+    step: int
+    total: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Validated:
+    """One validation pass; `values` and `bicubic` are means by metric, `best` says whether these weights became the best."""
+
+    step: int
+    total: int
+    values: dict[str, float]
+    bicubic: dict[str, float]
+    best: bool
+
+
+@dataclass(frozen=True)
+class CheckpointWritten:
+    """A whole checkpoint that `resume` can go on from."""
+
+    step: int
+    total: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end, unless an error ended it: `stopped` says why it came early, else `result` is the folder of the result."""
+
+    step: int
+    total: int
+    stopped: str | None
+    result: Path | None
+
+
+Event = StepDone | Validated | CheckpointWritten | Finished
 
 
 @dataclass(frozen=True)

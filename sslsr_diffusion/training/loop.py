@@ -1,7 +1,5 @@
 """The training loop: build everything, load, then step, report, save, validate, until done or asked to stop."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable
@@ -11,16 +9,13 @@ from typing import Any
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training.checkpoints import find_checkpoint, latest_checkpoint, read_checkpoint
-from sslsr_diffusion.training.events import Event, Finished, StepDone, Validated
-from sslsr_diffusion.training.job import Job, Run, TrainResult
-from sslsr_diffusion.training.outputs import keep_best, save_checkpoint, write_result
-from sslsr_diffusion.training.preflight import check_precision, check_trackers
-from sslsr_diffusion.training.process_failure import lost_process_explained
+from sslsr_diffusion.training.job import Event, Finished, Job, Run, StepDone, TrainResult, Validated
+from sslsr_diffusion.training.outputs import keep_best, publish_best, save_checkpoint, write_result
+from sslsr_diffusion.training.processes import StopRequest, check_precision, check_trackers, lost_process_explained
 from sslsr_diffusion.training.reporting import Reporter
 from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.session import Session, StepReport
-from sslsr_diffusion.training.stop import StopRequest
 from sslsr_diffusion.training.validation import Validation, validate
 
 logger = logging.getLogger(__name__)
@@ -36,8 +31,7 @@ def train_job(
         on_event: gets what happens as it happens, on the main process; what it raises ends the run and comes out here.
 
     Raises:
-        UserError: the checkpoint does not fit, the numbers went wrong too often (a checkpoint is left behind), or another
-            process of the run is gone.
+        UserError: the checkpoint does not fit, the numbers went wrong too often (a checkpoint is left behind), or a process is gone.
     """
     settings, folder = job.training, RunFolder(Path(job.output.dir))
     check_trackers(job.output.trackers)
@@ -131,7 +125,7 @@ def _catch_up(run: Run) -> None:
     step = run.session.progress.step
     if step >= run.job.training.steps and run.session.main and run.job.publisher is not None and run.job.output.push_state:
         run.job.publisher.checkpoint(run.folder.path / f"checkpoint-{step}")
-    if any(run.session.gather([run.session.main and not run.folder.validated(step)])):
+    if any(run.session.gather([run.session.main and all(row["step"] != step for row in run.folder.validations())])):
         _validate_if_due(run)
 
 
@@ -165,12 +159,14 @@ def _validate(run: Run, validation: Validation) -> None:
             should_stop=lambda: run.stop.reason() is not None,
         )
         if result is not None:
-            run.reporter.validated(result)
             value = result.values.get(name)
             if value is not None and isnan(value):
                 logger.warning("validation.best: %s has no number for any held-out picture, so these weights cannot become the best", name)
             best = value is not None and validation.better(value, progress.best) and keep_best(run, value)
             if best:
                 progress.best, progress.best_step = value, progress.step  # only now: the record never names weights that are not there
+            run.reporter.validated(result)  # after best/: what is in the history is not done again when the run goes on
+            if best:
+                publish_best(run)
             run.tell(Validated(progress.step, job.training.steps, result.values, result.bicubic, best))
     job.task.module.train()

@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
 
-def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, eps=settings.eps)
-
-
-def _adamw8bit(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise MissingDependency(
-            "training.optimizer.kind: adamw8bit needs bitsandbytes: pip install 'sslsr-diffusion[adam8bit]', or use adamw."
-        ) from error
-    return AdamW8bit(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, eps=settings.eps)
+def build_optimizer(settings: OptimizerSettings, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's AdamW, or that of bitsandbytes (MissingDependency without it), which keeps its states in 8 bit."""
+    kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    if settings.kind == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise MissingDependency(
+                "training.optimizer.kind: adamw8bit needs bitsandbytes: pip install 'sslsr-diffusion[adam8bit]', or use adamw."
+            ) from error
+        kind = AdamW8bit
+    return kind(list(parameters), **settings.model_dump(exclude={"kind"}))
 
 
 def build_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
@@ -64,9 +64,3 @@ def averaged(ema: EMAModel | None, parameters: Iterable[nn.Parameter]) -> Iterat
         with torch.no_grad():
             for parameter, before in zip(parameters, kept):
                 parameter.copy_(before)
-
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], OptimizerSettings], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "adamw8bit": _adamw8bit,
-}

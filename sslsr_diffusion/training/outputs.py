@@ -1,7 +1,5 @@
 """What a run leaves behind: checkpoints, the best weights, the result. All processes call; the main one writes."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import shutil
@@ -12,9 +10,8 @@ import torch
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import TEMPORARY, atomic_folder, disk_errors
 from sslsr_diffusion.training.checkpoints import MANIFEST, prune_checkpoints, read_checkpoint, write_checkpoint
-from sslsr_diffusion.training.events import CheckpointWritten
-from sslsr_diffusion.training.job import Run
-from sslsr_diffusion.training.plots import plot_losses
+from sslsr_diffusion.training.job import CheckpointWritten, Run
+from sslsr_diffusion.training.reporting import plot_losses
 from sslsr_diffusion.training.state import full_tensor, load_trained
 
 logger = logging.getLogger(__name__)
@@ -48,7 +45,7 @@ def save_checkpoint(run: Run) -> None:
 
 
 def keep_best(run: Run, value: float) -> bool:
-    """Write best/ and offer it to the hub; whether it is on disk, the same answer on all processes."""
+    """Write best/; whether it is on disk, the same answer on all processes."""
     job, session, folder = run.job, run.session, run.folder
     tensors = {name: full_tensor(parameter) for name, parameter in session.parameters.items()}
     step, errors = session.progress.step, []
@@ -59,9 +56,13 @@ def keep_best(run: Run, value: float) -> bool:
         except OSError as error:
             logger.warning("the best weights could not be kept: %s", error)
             errors.append(str(error))
-    if session.gather(errors):
-        return False
-    if session.main and job.publisher is not None:
+    return not session.gather(errors)
+
+
+def publish_best(run: Run) -> None:
+    """Offer the weights that have just become the best to the hub, with what validation says of them."""
+    job, folder, step = run.job, run.folder, run.session.progress.step
+    if run.session.main and job.publisher is not None:
         target = folder.path / f"{TEMPORARY}publish"  # the publisher links the files, so the folder may go at once
         try:
             target.mkdir()
@@ -71,7 +72,6 @@ def keep_best(run: Run, value: float) -> bool:
         except OSError as error:
             logger.warning("the best weights are kept, but could not be prepared for the hub: %s", error)
         shutil.rmtree(target, ignore_errors=True)
-    return True
 
 
 def write_result(run: Run) -> Path:
@@ -111,6 +111,6 @@ def _card(run: Run, step: int) -> dict[str, Path | bytes]:
     """The model card, with the numbers and sample pictures of the newest validation pass up to the published step."""
     if run.job.card is None:
         return {}
-    measured = [row for row in run.folder.history() if row["step"] <= step and any(key.startswith("validation/") for key in row)]
+    measured = [row for row in run.folder.validations() if row["step"] <= step]
     pictures = [picture for picture in sorted(run.folder.pictures.glob("step-*.png")) if int(picture.stem.removeprefix("step-")) <= step]
     return run.job.card(measured[-1] if measured else {}, pictures[-1:])

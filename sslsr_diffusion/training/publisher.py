@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sslsr_diffusion.hub import Repository, without_tokens
-from sslsr_diffusion.training.published import MANIFEST, STATE
+from sslsr_diffusion.hub import STATE, Repository, without_tokens
 
 log = logging.getLogger(__name__)
+
+MANIFEST = "sslsr.json"  # which files of a repository are ours, so that only ours are ever deleted
 
 
 @dataclass
@@ -39,31 +40,22 @@ class _Publication:
 class HubPublisher:
     """Publishes folders to one repository from a thread of its own.
 
-    `publish` and `checkpoint` take hard links of the files and return at once; they never raise. What could not be published is
-    tried again at the next call of either, the newest state of things only, and once more by `close`.
+    `publish` and `checkpoint` take hard links of the files (beside the folder) and return at once; they never raise. What could not be
+    published is tried again at the next call of either, the newest state of things only, and once more by `close`.
 
     Args:
         repo_id: `user/name`; made if it is not there.
         token: a write token; None: the one that `hf auth login` stored.
         private: whether a newly made repository is private.
         endpoint: of another hub than the default.
-        scratch: folder for the hard links, on the file system of the run; default: beside what is published.
     """
 
-    def __init__(
-        self,
-        repo_id: str,
-        *,
-        token: str | None = None,
-        private: bool = True,
-        endpoint: str | None = None,
-        scratch: Path | None = None,
-    ) -> None:
+    def __init__(self, repo_id: str, *, token: str | None = None, private: bool = True, endpoint: str | None = None) -> None:
         self.repo_id = repo_id
         self.published: list[str] = []  # commit ids, oldest first
         self.failures = 0
         self._again = "tried again at the next checkpoint"
-        self._token, self._private, self._scratch = token, private, scratch
+        self._token, self._private = token, private
         self._repository = Repository(repo_id, token=token, endpoint=endpoint)
         self._changed = threading.Condition()
         self._waiting: _Publication | None = None
@@ -125,9 +117,8 @@ class HubPublisher:
     def _snapshot(self, folder: Path) -> tuple[Path, dict[str, Path | bytes]]:
         """Hard links of a folder's files: the run may prune, replace or delete the folder while they are being sent."""
         self._number += 1
-        base = self._scratch or folder.parent
-        snapshot = base / f".publishing-{os.getpid()}-{self._number}"
-        for leftover in base.glob(".publishing-*"):  # of a run that was killed
+        snapshot = folder.with_name(f".publishing-{os.getpid()}-{self._number}")
+        for leftover in folder.parent.glob(".publishing-*"):  # of a run that was killed
             if leftover == snapshot or not leftover.name.startswith(f".publishing-{os.getpid()}-"):
                 shutil.rmtree(leftover, ignore_errors=True)
         shutil.copytree(folder, snapshot, copy_function=_link)
@@ -149,17 +140,19 @@ class HubPublisher:
                     return
                 mine, self._waiting, self._wanted, self._busy = self._waiting, None, False, True
             assert mine is not None
-            failed, pause = False, None
+            failed: Exception | None = None
             try:
                 self.published.append(self._commit(mine))
                 log.info("hub: published to %s: %s", self.repo_id, mine.message)
             except Exception as error:  # a refused upload is never worth a run
-                failed, pause = True, getattr(error, "retry_after", None)
+                failed = error
                 self._warn(error)
             with self._changed:
                 if failed:
                     self._waiting = self._waiting.over(mine) if self._waiting else mine
-                if pause is not None:  # the hub asked for patience: try again by ourselves, not before
+                if (
+                    pause := getattr(failed, "retry_after", None)
+                ) is not None:  # the hub asked for patience: try again by ourselves, not before
                     self._changed.wait_for(lambda: self._closed, pause)
                     self._wanted = True
                 self._busy = False
@@ -185,15 +178,12 @@ class HubPublisher:
 
     def _ours(self, there: set[str]) -> dict[str, list[str]]:
         """The files of former publications, by part."""
-        empty: dict[str, list[str]] = {"pipeline": [], "state": []}
-        if MANIFEST not in there:
-            return empty
-        text = self._repository.read(MANIFEST)
+        text = self._repository.read(MANIFEST) if MANIFEST in there else ""
         try:
             listed = json.loads(text)["files"]
-            return {part: [path for path in listed.get(part, []) if isinstance(path, str)] for part in empty}
+            return {part: [path for path in listed.get(part, []) if isinstance(path, str)] for part in ("pipeline", "state")}
         except (ValueError, KeyError, TypeError, AttributeError):
-            return empty
+            return {"pipeline": [], "state": []}
 
     def _warn(self, error: Exception) -> None:
         self.failures += 1

@@ -1,25 +1,26 @@
 """Seeing a run: one progress bar, the tracker, the history file and the log. Only the main process shows or writes anything."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from torch import Tensor
 
-from sslsr_diffusion.training.plots import picture_grid
+from sslsr_diffusion.images import to_array
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.session import Session, StepReport
 from sslsr_diffusion.training.settings import TrainingSettings
 from sslsr_diffusion.training.validation import ValidationResult
 
 logger = logging.getLogger(__name__)
+
+_BAR = 18  # pixels of caption above each picture
+_GAP = 4
 
 
 class Reporter:
@@ -42,10 +43,10 @@ class Reporter:
         session.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}} if step else {})
         logger.info("%s at step %d of %d", f"resumed from {resumed}" if resumed else "started", step, settings.steps)
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._bar is not None:
             self._bar.close()
             if error is not None:
@@ -64,9 +65,11 @@ class Reporter:
         step = self.session.progress.step
         if step % self.settings.log_every and step != self.settings.steps:
             return
-        values = _means(self._rows)
-        self._rows = []
-        values |= {"train/lr": self.session.learning_rate(), "train/seconds_per_step": self._seconds_per_step()}
+        rows, self._rows = self._rows, []
+        values = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} if rows else {}
+        began, self._began = self._began, time.perf_counter()  # validation and checkpoints included: what the clock on the wall says
+        seconds = (self._began - began) / (step % self.settings.log_every or self.settings.log_every)
+        values |= {"train/lr": self.session.learning_rate(), "train/seconds_per_step": seconds}
         values |= {f"train/auto_weight/{name}": auto.value for name, auto in self.session.auto.items()}
         values["train/skipped"] = float(self.session.progress.skipped)
         self._write_down(step, values)
@@ -126,17 +129,6 @@ class Reporter:
             unique = list(dict.fromkeys(problems))
             logger.warning("%d training pictures could not be used: %s", len(unique), "; ".join(unique[:20]))
 
-    def _seconds_per_step(self) -> float:
-        """Over the steps since the last line, validation and checkpoints included: what the clock on the wall says."""
-        now = time.perf_counter()
-        steps = self.session.progress.step % self.settings.log_every or self.settings.log_every
-        seconds, self._began = (now - self._began) / steps, now
-        return seconds
-
-
-def _means(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} if rows else {}
-
 
 class _AboveTheBar(logging.Handler):
     """Warnings of the loop, the checkpoints and the hub on the terminal too; pictures are summed up at the end."""
@@ -149,3 +141,48 @@ class _AboveTheBar(logging.Handler):
         if record.name.startswith("sslsr_diffusion.training.") and record.name != __name__:
             with contextlib.suppress(OSError):  # a terminal that has gone is no reason to stop
                 self._bar.write(self.format(record), file=sys.stderr)
+
+
+def picture_grid(rows: Sequence[Sequence[Tensor]], captions: Sequence[Sequence[str]]) -> np.ndarray:
+    """Rows of equally large pictures [3, H, W] in about [0, 1] (clamped here), each below its caption, as [H_all, W_all, 3] uint8."""
+    from PIL import Image, ImageDraw
+
+    cell_h = max(p.shape[-2] for row in rows for p in row) + _BAR + _GAP
+    cell_w = max(p.shape[-1] for row in rows for p in row) + _GAP
+    sheet = Image.new("RGB", (cell_w * max(len(r) for r in rows) + _GAP, cell_h * len(rows) + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, (row, names) in enumerate(zip(rows, captions)):
+        for x, (picture, name) in enumerate(zip(row, names)):
+            left, top = x * cell_w + _GAP, y * cell_h + _GAP
+            draw.text((left, top + 2), name, fill="black")
+            sheet.paste(Image.fromarray(to_array(picture.float().cpu())), (left, top + _BAR))
+    return np.asarray(sheet)
+
+
+def plot_losses(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One panel per raw loss term and validation metric over the optimizer steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for row in history:
+        for key, value in row.items():
+            if key.startswith(("loss/", "validation/")) and isinstance(value, int | float):
+                steps, values = series.setdefault(key, ([], []))
+                steps.append(int(row["step"]))
+                values.append(float(value))
+    if not series:
+        return
+    figure, axes = plt.subplots(len(series), 1, figsize=(8, 2.2 * len(series)), sharex=True, squeeze=False)
+    for axis, (key, (steps, values)) in zip(axes[:, 0], series.items()):
+        axis.plot(steps, values, linewidth=1, marker="." if len(steps) < 60 else None)
+        axis.set_ylabel(key.split("/", 1)[1], fontsize=8)
+        axis.grid(alpha=0.3)
+        if key.startswith("loss/") and min(values) > 0:
+            axis.set_yscale("log")
+    axes[-1, 0].set_xlabel("optimizer step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,9 +1,7 @@
 """What may change in a recipe between a checkpoint and its continuation, and what may not."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +12,29 @@ from sslsr_diffusion.training.state import Progress
 logger = logging.getLogger(__name__)
 
 # Changing these leaves samples, numbers and tensors of the steps to come well-defined.
-CHANGEABLE = (
-    "training.steps",
-    "training.log_every",
-    "training.non_finite_limit",
-    "training.spike_factor",
-    "training.cpu_threads",
-    "training.tf32",
-    "training.gradient_checkpointing",
-    "training.channels_last",
-    "task.inference",
-    "validation",
-    "checkpoints",
-    "output",
-    "data.workers",
-    "data.prefetch",
-    "data.start_method",
-    "data.validation",
-)
-
-
+_OF_TRAINING = ("steps", "log_every", "non_finite_limit", "spike_factor", "cpu_threads", "tf32", "gradient_checkpointing", "channels_last")
+_OF_DATA = ("workers", "prefetch", "start_method", "validation")
+CHANGEABLE = {f"training.{key}" for key in _OF_TRAINING} | {f"data.{key}" for key in _OF_DATA}
+CHANGEABLE |= {"task.inference", "task.sampling_steps", "validation", "checkpoints", "output"}
 # Changing these makes another number of the metric that chooses best/.
-MEASURED_BY = (
-    "task.inference",
-    "validation.best",
-    "validation.size",
-    "validation.limit",
-    "validation.seed",
-    "data.validation",
-)
+_MEASURING = ("best", "size", "limit", "seed")
+MEASURED_BY = {"task.inference", "task.sampling_steps", "data.validation"} | {f"validation.{key}" for key in _MEASURING}
 
 
 def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     """Key path -> (value then, value now) of everything that differs; a missing key counts as None."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        found: dict[str, tuple[Any, Any]] = {}
-        for key in dict.fromkeys([*before, *now]):
-            found |= differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
-        return found
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        found = {}
-        for index, (a, b) in enumerate(zip(before, now)):
-            found |= differences(a, b, f"{path}.{index}")
-        return found
-    return {} if before == now else {path: (before, now)}
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return {} if before == now else {path: (before, now)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*before, *now]):
+        found |= differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+    return found
 
 
 def check_same_recipe(state: Mapping[str, Any], recipe: Mapping[str, Any], world_size: int, *, allow: bool) -> None:
-    """List what changed since the checkpoint and refuse what cannot be continued.
-
-    Raises:
-        UserError: a change would make the run something else than a continuation, and `allow` is False.
-    """
+    """List what changed since the checkpoint; UserError where that makes the run no continuation, unless `allow`."""
     found = differences(state["recipe"], recipe)
     if _samples_per_step(state["recipe"], state["world_size"]) == _samples_per_step(recipe, world_size):
         found.pop("training.batch_size", None)
@@ -85,11 +54,7 @@ def check_same_recipe(state: Mapping[str, Any], recipe: Mapping[str, Any], world
 
 
 def check_same_step(steps: Sequence[int]) -> None:
-    """All processes go on from the same checkpoint.
-
-    Raises:
-        UserError: they found different ones.
-    """
+    """UserError when the processes found different checkpoints to go on from."""
     if len(set(steps)) > 1:
         raise UserError(
             f"--resume: the processes found checkpoints of different steps ({', '.join(map(str, steps))} by rank); "
@@ -103,24 +68,20 @@ def agree_on_best(progress: Progress, best: Path, recipe: Mapping[str, Any]) -> 
         return
     try:
         state = read_checkpoint(best).state
-        value, step = float(state["progress"]["best"]), int(state["progress"]["step"])
+        progress.best, progress.best_step = float(state["progress"]["best"]), int(state["progress"]["step"])
         changed = [key for key in differences(state["recipe"], recipe) if _under(key, MEASURED_BY)]
+        trouble = f"value so far was measured otherwise ({', '.join(changed)} changed)" if changed else None
     except (UserError, KeyError, TypeError, ValueError) as error:
-        logger.warning("the best weights so far cannot be used (%s); the next validation chooses anew", error)
+        trouble = f"weights so far cannot be used ({error})"
+    if trouble:
+        logger.warning("the best %s; the next validation chooses anew", trouble)
         progress.best = progress.best_step = None
-        return
-    if changed:
-        logger.warning("the best value so far was measured otherwise (%s changed); the next validation chooses anew", ", ".join(changed))
-        progress.best = progress.best_step = None
-        return
-    progress.best, progress.best_step = value, step
 
 
 def data_state(state: Mapping[str, Any], rank: int, world_size: int, batch_size: int, *, allow: bool) -> dict[str, Any]:
     """Where this process's data goes on; on another number of processes the global sample index decides.
 
-    Raises:
-        UserError: a pool or a stream is divided among the processes and cannot be divided anew, and `allow` is False.
+    UserError where a pool or a stream is divided among the processes and cannot be divided anew, unless `allow`.
     """
     positions, before = state["data"], int(state["recipe"]["training"]["batch_size"])
     if state["world_size"] == world_size and before == batch_size:
@@ -143,5 +104,5 @@ def _samples_per_step(recipe: Mapping[str, Any], world_size: int) -> int | None:
         return None
 
 
-def _under(key: str, roots: Sequence[str]) -> bool:
+def _under(key: str, roots: Set[str]) -> bool:
     return any(key == root or key.startswith(f"{root}.") for root in roots)

@@ -1,7 +1,5 @@
 """A run folder that explains itself: resolved recipe, versions, log, history, checkpoints, pictures, pipeline."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -37,11 +35,7 @@ class RunFolder:
         self.best = path / "best"
 
     def check_free(self) -> None:
-        """Refuse to mix a new run into an old one.
-
-        Raises:
-            UserError: the folder already holds a run, or cannot be written.
-        """
+        """Refuse, with a UserError, to mix a new run into an old one."""
         if self.recipe.exists() or latest_checkpoint(self.path):
             raise UserError(
                 f"output.dir: {self.path} already holds a run; --resume latest continues it, --restart moves it aside, "
@@ -82,11 +76,7 @@ class RunFolder:
         return handler
 
     def append_history(self, row: Mapping[str, Any]) -> None:
-        """Add a row; numbers that are not finite become null, which JSON can say.
-
-        Raises:
-            OSError: it could not be written; the rows before it are untouched.
-        """
+        """Add a row; numbers that are not finite become null, which JSON can say. An OSError leaves the rows before it untouched."""
         before = self.history_file.stat().st_size if self.history_file.exists() else 0
         try:
             with self.history_file.open("a", encoding="utf-8") as stream:
@@ -109,9 +99,9 @@ class RunFolder:
                 rows.append(row)
         return rows
 
-    def validated(self, step: int) -> bool:
-        """Whether a validation pass of this step is in the history."""
-        return any(row["step"] == step and any(key.startswith("validation/") for key in row) for row in self.history())
+    def validations(self) -> list[dict[str, Any]]:
+        """The rows of validation passes."""
+        return [row for row in self.history() if any(key.startswith("validation/") for key in row)]
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -137,11 +127,8 @@ def versions() -> dict[str, Any]:
 
     found: dict[str, Any] = {"sslsr_diffusion": __version__, "python": sys.version.split()[0], "platform": platform.platform()}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cuda"] = torch.version.cuda
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return found

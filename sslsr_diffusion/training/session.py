@@ -1,11 +1,9 @@
 """The live objects of a run: accelerator, engine, schedule, average, counters. All processes call every method."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,10 +14,9 @@ from sslsr_diffusion.losses import Loss
 from sslsr_diffusion.losses.base import Learner
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.task import Draws, Task, apply_losses
-from sslsr_diffusion.training.accelerator import distribution, make_accelerator
 from sslsr_diffusion.training.checkpoints import Checkpoint
-from sslsr_diffusion.training.engines import Engine, PlainEngine
-from sslsr_diffusion.training.optimizers import OPTIMIZERS, averaged, build_ema, build_schedule
+from sslsr_diffusion.training.engines import Engine, Zero2Engine, distribution, make_accelerator
+from sslsr_diffusion.training.optimizers import averaged, build_ema, build_optimizer, build_schedule
 from sslsr_diffusion.training.settings import TrainingSettings
 from sslsr_diffusion.training.state import (
     AutoWeight,
@@ -33,7 +30,6 @@ from sslsr_diffusion.training.state import (
     set_rng_state,
     trained_parameters,
 )
-from sslsr_diffusion.training.zero2 import Zero2Engine
 from sslsr_diffusion.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -51,7 +47,6 @@ class StepReport:
     grad_norm: float
     mask_density: float
     updated: bool
-    names: tuple[str, ...] = field(default=(), repr=False)
 
     def values(self) -> dict[str, float]:
         """By the names of history and trackers."""
@@ -76,9 +71,9 @@ class Session:
         seed_everything(derive_seed(seed, "global", self.rank))
         task.to(self.device)
         task.module.train()
-        optimizer = OPTIMIZERS[settings.optimizer.kind](list(trained_parameters(task.module).values()), settings.optimizer)
-        engine = Zero2Engine if kind == "DEEPSPEED" else PlainEngine
-        self.engine: Engine = engine(self.accelerator, task.module, optimizer, settings)
+        optimizer = build_optimizer(settings.optimizer, trained_parameters(task.module).values())
+        engine = Zero2Engine if kind == "DEEPSPEED" else Engine
+        self.engine = engine(self.accelerator, task.module, optimizer, settings)
         self.parameters = self.engine.parameters
         self.schedule = build_schedule(settings.schedule, self.engine.optimizer, settings.steps)
         self.ema = build_ema(settings.ema, self.parameters.values())
@@ -107,8 +102,9 @@ class Session:
             density = batch.mask.float().mean() / len(batches)
             for name, value in {"": result.loss.detach(), ".mask": density, **weighted, **result.raw, **learned}.items():
                 sums[name] = sums.get(name, 0) + value.float()
+        means = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")  # over the processes
         names = tuple(name for batch in micro for name in batch.names)
-        return self._update(self._mean_over_processes(sums), names)
+        return self._update(dict(zip(sums, means.tolist())), names)
 
     def _update(self, terms: dict[str, float], names: tuple[str, ...]) -> StepReport:
         """Move the weights if the numbers can be trusted (one host sync per optimizer step: the decision), and all that follows them."""
@@ -125,7 +121,7 @@ class Session:
             self._average_gradients(learner.network)
             learner.update(sound=sound)
         self._count(loss, names, sound=sound, overflow=overflow)
-        return StepReport(loss, terms, norm, density, sound, names)
+        return StepReport(loss, terms, norm, density, sound)
 
     def _count(self, loss: float, names: tuple[str, ...], *, sound: bool, overflow: bool) -> None:
         progress, settings = self.progress, self.settings
@@ -151,15 +147,9 @@ class Session:
         """Per loss: units over all micro-batches and processes, divided by the number of processes (DDP averages gradients)."""
         own = [sum((loss.count(draw.given) for draw in draws), torch.zeros((), device=self.device)) for loss in self.losses]
         vector = torch.stack([*own, torch.tensor(float(stop), device=self.device)])  # float32 counts exactly up to 2^24 rows
-        total = self.accelerator.reduce(vector, reduction="sum") if self.world_size > 1 else vector
+        total = self.accelerator.reduce(vector, reduction="sum")
         self.stop_asked = bool(total[-1] > 0) if self.world_size > 1 else stop
         return {loss.name: total[i] / self.world_size for i, loss in enumerate(self.losses)}
-
-    def _mean_over_processes(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        vector = torch.stack(list(sums.values()))
-        if self.world_size > 1:
-            vector = self.accelerator.reduce(vector, reduction="mean")
-        return dict(zip(sums, vector.tolist()))
 
     def _average_gradients(self, network: nn.Module) -> None:
         """What DDP does for the trained networks."""
@@ -169,13 +159,10 @@ class Session:
             parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the networks hold the weights that are validated and published."""
         return averaged(self.ema, self.parameters.values())
 
     def gather(self, value: Sequence[T]) -> list[T]:
         """Lists of all processes, joined."""
-        if self.world_size == 1:
-            return list(value)
         from accelerate.utils import gather_object
 
         return gather_object(list(value))
@@ -212,14 +199,15 @@ class Session:
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
             "ema": None if self.ema is None else {k: v for k, v in self.ema.state_dict().items() if k != "shadow_params"},
             "auto_weights": {name: asdict(auto) for name, auto in self.auto.items()},
+            "learners": {},
             "data": self.gather([data]),  # one position per process
             "world_size": self.world_size,
         }
         for learner in self.learners:
             parameters = dict(learner.network.named_parameters())
-            tensors[learner.name] = {name: full_tensor(p).clone() for name, p in parameters.items()}
-            tensors[f"{learner.name}_optimizer"], others = optimizer_state_dict(learner.optimizer, list(parameters))
-            state[learner.name] = {"step": learner.step, "optimizer": others}
+            tensors[f"learner-{learner.name}"] = {name: full_tensor(p).clone() for name, p in parameters.items()}
+            tensors[f"learner-{learner.name}-optimizer"], others = optimizer_state_dict(learner.optimizer, list(parameters))
+            state["learners"][learner.name] = {"step": learner.step, "optimizer": others}
         return Checkpoint(tensors, state)
 
     def load_state_dict(self, checkpoint: Checkpoint, *, what: str) -> None:
@@ -235,16 +223,13 @@ class Session:
             steps = {"optimization_step": state["ema"]["optimization_step"]} if state["ema"] else {}
             self.ema.load_state_dict({**self.ema.state_dict(), **steps, "shadow_params": [s.data for s in shadows.values()]})
         for learner in self.learners:
-            if learner.name in state:  # not where the loss was added to the recipe afterwards
+            if learner.name in state["learners"]:  # not where the loss was added to the recipe afterwards
+                known, file = state["learners"][learner.name], f"learner-{learner.name}"
                 parameters = dict(learner.network.named_parameters())
-                load_trained(parameters, tensors[learner.name], what=what)
-                load_optimizer_state_dict(
-                    learner.optimizer, parameters, tensors[f"{learner.name}_optimizer"], state[learner.name]["optimizer"]
-                )
-                learner.step = state[learner.name]["step"]
-        known = {f.name for f in fields(Progress)}
-        self.progress = Progress(**{k: v for k, v in state["progress"].items() if k in known})
-        self.progress.skipped_in_a_row = 0
+                load_trained(parameters, tensors[file], what=what)
+                load_optimizer_state_dict(learner.optimizer, parameters, tensors[f"{file}-optimizer"], known["optimizer"])
+                learner.step = known["step"]
+        self.progress = Progress(**{**state["progress"], "skipped_in_a_row": 0})
         self.auto = {name: AutoWeight(**{**state["auto_weights"].get(name, {}), "steps": auto.steps}) for name, auto in self.auto.items()}
         streams = {name.split("/", 1)[1]: value for name, value in tensors["rng"].items() if name.startswith(f"{self.rank}/")}
         if streams:

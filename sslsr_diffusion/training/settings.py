@@ -1,24 +1,20 @@
 """The sections of a recipe that belong to the loop: training, validation, checkpoints, output."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from sslsr_diffusion.config import Settings
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerSettings(Settings):
     """The optimizer, by name."""
 
-    kind: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="adamw: torch's AdamW; adamw8bit: bitsandbytes, states in 8 bit (CUDA)."
-    )
+    kind: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw: torch's AdamW; adamw8bit: bitsandbytes, 8-bit states (CUDA).")
     lr: float = Field(5e-5, gt=0, description="Learning rate after warm-up (StableSR: 5e-5).")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="Decay of the first and second moment (StableSR: 0.9, 0.999)."
-    )
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Decay of the first and second moment (StableSR: 0.9, 0.999).")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay (StableSR: 0.01).")
     eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
 
@@ -35,7 +31,7 @@ class ScheduleSettings(Settings):
 class EMASettings(Settings):
     """Exponential moving average of the trained weights; what is validated and published."""
 
-    decay: float = Field(0.9999, ge=0, lt=1, description="Largest decay per optimizer step.")
+    decay: Decay = Field(0.9999, description="Largest decay per optimizer step.")
     warmup: bool = Field(True, description="Begin with a small decay that grows with the step count; false: `decay` from the start.")
     power: float = Field(0.75, gt=0, le=1, description="Exponent of the warm-up, 1 - (1 + step)^-power.")
 
@@ -45,9 +41,7 @@ class TrainingSettings(Settings):
 
     steps: int = Field(20000, ge=1, description="Optimizer steps of the whole run.")
     batch_size: int = Field(1, ge=1, description="Samples per micro-batch and process.")
-    accumulate: int = Field(
-        1, ge=1, description="Micro-batches per optimizer step; all means run over the whole of them, on all processes."
-    )
+    accumulate: int = Field(1, ge=1, description="Micro-batches per optimizer step; all means run over all of them, on all processes.")
     crop_size: int = Field(512, ge=16, description="Side of the square HR crop in pixels.")
     # YAML reads a bare no as False
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)] = Field(
@@ -61,9 +55,7 @@ class TrainingSettings(Settings):
     ema: EMASettings | None = Field(None, description="Moving average of the trained weights; null: off.")
     log_every: int = Field(10, ge=1, description="Optimizer steps between two lines in the tracker.")
     non_finite_limit: int = Field(20, ge=1, description="Stop after this many steps in a row with a loss or gradient that is not a number.")
-    spike_factor: float = Field(
-        10.0, gt=1, description="A loss this many times its running mean is logged with the file names of its batch."
-    )
+    spike_factor: float = Field(10.0, gt=1, description="A loss this many times its running mean is logged with its batch's file names.")
     tf32: bool = Field(True, description="Allow TF32 in float32 matrix products (CUDA).")
     cpu_threads: int | None = Field(None, ge=1, description="Threads of torch on the CPU; null: torch's own choice.")
 

@@ -1,7 +1,5 @@
 """What a resume needs besides the frozen networks: counters, tensors and random streams, out of the live objects and back in."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -79,11 +77,7 @@ def copy_full(target: Tensor, value: Tensor) -> None:
 
 
 def load_trained(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], *, what: str) -> None:
-    """Copy saved tensors into the trained parameters.
-
-    Raises:
-        UserError: the names or shapes differ from those of the model that this recipe builds.
-    """
+    """Copy saved tensors into the trained parameters; UserError where names or shapes are not those of the model of this recipe."""
     missing, extra = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
     if missing or extra:
         example = (missing or extra)[0]

@@ -1,7 +1,5 @@
 """A pass over held-out pictures: metrics, and a grid LR bicubic · prediction · ground truth."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hub_server import HubServer
 
-from sslsr_diffusion.training.published import MANIFEST
-from sslsr_diffusion.training.publisher import HubPublisher
+from sslsr_diffusion.training.publisher import MANIFEST, HubPublisher
 
 REPO = "someone/upscaler"
 STEPS = {

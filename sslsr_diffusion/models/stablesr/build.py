@@ -1,7 +1,5 @@
 """Settings to networks: from a base model's folder or hub id, or drawn at random from a shipped architecture."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from sslsr_diffusion.models.stablesr.cfw import AutoencoderKLCFW
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identity, start_near_identity
 from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks, StableSRNetworks
-from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS, StableSRSettings, load_preset
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings, load_preset
 from sslsr_diffusion.models.stablesr.structural_encoder import StructuralEncoder
 from sslsr_diffusion.models.stablesr.text import empty_context, encode_prompt
 from sslsr_diffusion.models.stablesr.unet import SFTUNet2DConditionModel
@@ -43,8 +41,7 @@ def build_networks(
         meta: shapes only (the dry run): no weights are read and, unless `base` is a folder, no network is used.
         seed: of freshly drawn layers.
 
-    Raises:
-        UserError: the base or the autoencoder cannot be found, or does not fit.
+    UserError where the base or the autoencoder cannot be found, or does not fit.
     """
     if settings.init == "random" or (meta and not local_folder(settings.base).is_dir()):
         networks = _from_preset(settings, plain=plain, meta=meta, seed=seed)
@@ -66,7 +63,7 @@ def build_autoencoder(settings: StableSRSettings, *, meta: bool = False, seed: i
         if not meta and can_start_near_identity(vae):
             start_near_identity(vae)
     else:
-        vae = _load_vae_of(find_base(settings.base, settings.revision, parts=["vae/*"]), meta=False)
+        vae = _loaded_vae(find_base(settings.base, settings.revision, parts=["vae/*"]), meta=False)
     vae.train()
     return AutoencoderNetworks(Codec(vae), settings.base if settings.init == "pretrained" else f"random:{settings.preset}")
 
@@ -77,19 +74,15 @@ def read_pipeline(folder: Path, *, meta: bool = False) -> StableSRNetworks:
 
 
 def load_vae(folder: str | Path, *, meta: bool = False) -> AutoencoderKL:
-    """An autoencoder from its own folder or from a pipeline folder that holds one in vae/.
-
-    Raises:
-        UserError: neither is there.
-    """
+    """An autoencoder from its own folder or from a pipeline folder that holds one in vae/; UserError where neither is there."""
     base, part = _find_vae(str(folder))
-    return _load_vae_of(base, meta=meta, part=part)
+    return _loaded_vae(base, meta, part)
 
 
 def check_vae_folder(folder: str) -> str:
     """What a run would find in the folder of its own autoencoder, from config and headers alone; UserErrors as in `load_vae`."""
     base, part = _find_vae(folder)
-    check_tensors(base.folder / part, _load_vae_of(base, meta=True, part=part), base.part(part))
+    check_tensors(base.folder / part, _loaded_vae(base, True, part), base.part(part))
     return folder
 
 
@@ -113,7 +106,7 @@ def _own_vae(settings: StableSRSettings, meta: bool) -> AutoencoderKL | None:
         raise
 
 
-def _load_vae_of(base: Base, *, meta: bool, part: str = "vae") -> AutoencoderKL:
+def _loaded_vae(base: Base, meta: bool, part: str = "vae") -> AutoencoderKL:
     return _loaded(_vae_class(base, part), base, part, meta)
 
 
@@ -133,10 +126,8 @@ def _from_preset(settings: StableSRSettings, *, plain: bool, meta: bool, seed: i
         widths = {name: value for name, value in preset["unet"].items() if name not in SFT_ARGUMENTS}
         denoiser = Denoiser(_drawn(UNet2DConditionModel, widths, meta, seed), None)
     else:
-        denoiser = Denoiser(
-            _drawn(SFTUNet2DConditionModel, preset["unet"], meta, seed),
-            _drawn(StructuralEncoder, preset["structural_encoder"], meta, seed),
-        )
+        encoder = _drawn(StructuralEncoder, preset["structural_encoder"], meta, seed)
+        denoiser = Denoiser(_drawn(SFTUNet2DConditionModel, preset["unet"], meta, seed), encoder)
     return StableSRNetworks(
         Codec(vae),
         denoiser,
@@ -159,23 +150,19 @@ def _from_base(settings: StableSRSettings, base: Base, *, plain: bool, meta: boo
     else:
         text = empty_context(denoiser.unet)
     return StableSRNetworks(
-        Codec(_own_vae(settings, meta) or _load_vae_of(base, meta=meta)),
+        Codec(_own_vae(settings, meta) or _loaded_vae(base, meta)),
         denoiser,
         process_of(base),
         text,
         base=base.name,
         source=base,
         text_config=base.config("text_encoder") if base.has("text_encoder") else None,
-        call_defaults=dict(CALL_DEFAULTS) if plain else base.call_defaults(),
+        call_defaults=None if plain else base.call_defaults(),
     )
 
 
 def process_of(base: Base) -> Process:
-    """The noise process of a base's scheduler.
-
-    Raises:
-        UserError: it is not known, or not the one that this family's networks are made for.
-    """
+    """The noise process of a base's scheduler; UserError where it is not the one that this family's networks are made for."""
     config = base.config("scheduler")
     try:
         process = Process.of(config)
@@ -206,23 +193,19 @@ def _upscaler(settings: StableSRSettings, base: Base, meta: bool, seed: int) -> 
 
 def _encoder_config(unet: SFTUNet2DConditionModel) -> dict[str, Any]:
     """StableSR's encoder for a Stable Diffusion UNet; a narrower one, in proportion, for a narrower UNet."""
-    config = dict(load_preset("sd21")["structural_encoder"])
     widths = unet.config.block_out_channels
-    config.update(in_channels=unet.config.in_channels, out_channels=unet.config.feature_channels)
+    config = load_preset("sd21")["structural_encoder"]
+    config |= {"in_channels": unet.config.in_channels, "out_channels": unet.config.feature_channels}
     if tuple(widths) != (320, 640, 1280, 1280):
-        config.update(
-            block_out_channels=list(widths),
-            attention_levels=[*[True] * (len(widths) - 1), False],
-            norm_num_groups=unet.config.norm_num_groups,
-        )
+        config |= {"block_out_channels": list(widths), "attention_levels": [*[True] * (len(widths) - 1), False]}
+        config["norm_num_groups"] = unet.config.norm_num_groups
     return config
 
 
 def check_base_folder(settings: StableSRSettings) -> str:
     """What a run would find in the base's folder, from configs and headers alone.
 
-    Raises:
-        UserError: a component is missing, its weights are not there or not whole, or the scheduler is of another process.
+    UserError where a component is missing, its weights are not there or not whole, or the scheduler is of another process.
     """
     base = Base(settings.base, local_folder(settings.base))
     has = [part for part in ("unet", "vae", "scheduler") if base.has(part)]
@@ -230,8 +213,7 @@ def check_base_folder(settings: StableSRSettings) -> str:
         raise UserError(f"{base.name}: found {', '.join(has) or 'no unet, vae or scheduler'}; expected unet, vae and scheduler.")
     process_of(base)
     ours = base.has("structural_encoder")
-    parts: dict[str, Any] = {"unet": SFTUNet2DConditionModel if ours else UNet2DConditionModel}
-    parts |= {"structural_encoder": StructuralEncoder} if ours else {}
+    parts = {"unet": SFTUNet2DConditionModel, "structural_encoder": StructuralEncoder} if ours else {"unet": UNet2DConditionModel}
     parts |= {} if settings.vae else {"vae": _vae_class(base, "vae")}
     for part, cls in parts.items():
         check_tensors(base.folder / part, _loaded(cls, base, part, meta=True), base.part(part))

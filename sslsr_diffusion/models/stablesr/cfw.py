@@ -1,9 +1,7 @@
 """Controllable feature wrapping: an autoencoder whose decoder is fed with encoder features of the low-resolution picture."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL
@@ -89,7 +87,7 @@ class AutoencoderKLCFW(AutoencoderKL):
         )
 
     @classmethod
-    def from_autoencoder(cls, vae: AutoencoderKL, num_fuse_blocks: int = 2) -> AutoencoderKLCFW:
+    def from_autoencoder(cls, vae: AutoencoderKL, num_fuse_blocks: int = 2) -> Self:
         """A CFW autoencoder that shares `vae`'s tensors; its fusion blocks are new."""
         model = cls(**{k: v for k, v in vae.config.items() if not k.startswith("_")}, num_fuse_blocks=num_fuse_blocks)
         for name, child in vae.named_children():

@@ -1,7 +1,5 @@
 """Extend a diffusers model's constructor without repeating its fifty arguments."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

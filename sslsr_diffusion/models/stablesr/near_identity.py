@@ -7,8 +7,6 @@ everything is trained from there. Bilinear, because latents that a denoiser pred
 what the decoder makes of missing detail should be smooth, and a nearest-neighbour start left a raster of latent pixels there.
 """
 
-from __future__ import annotations
-
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D

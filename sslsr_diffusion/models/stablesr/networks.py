@@ -1,9 +1,7 @@
 """StableSR's networks: an AutoencoderKL, a Stable Diffusion UNet with SFT layers, the structural encoder; and parts of them alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +42,6 @@ class StableSRNetworks(LatentNetworks):
             text: [1, L, D] context of the recipe's prompt.
             source: where the text encoder lies that `components` writes along, if there is one.
             text_config: its CLIPTextConfig, which the dry run counts.
-            call_defaults: of the base's pipeline.
         """
         super().__init__(codec, denoiser, process, text, base=base, revision=source.revision if source else None)
         self.source, self.text_config = source, text_config
@@ -79,28 +76,26 @@ class StableSRNetworks(LatentNetworks):
             return super().encode_prompts(prompts, device)
         return encode_texts(prompts, self.text_encoder, self.tokenizer, device)
 
-    def shapes(self) -> StableSRNetworks:
+    def shapes(self) -> Self:
         """From the configs, because hooks of offload would be copied with the modules."""
-        unet, encoder, vae = (
-            None if part is None else _on_meta(part) for part in (self.denoiser.unet, self.denoiser.structural_encoder, self.codec.vae)
-        )
+        unet, encoder, vae = map(_on_meta, (self.denoiser.unet, self.denoiser.structural_encoder, self.codec.vae))
         text = torch.empty(1, max(77, self.text.shape[1]), self.text.shape[2], device="meta")
-        found = StableSRNetworks(Codec(vae), Denoiser(unet, encoder), self.process, text, base=self.base, text_config=self.text_config)
+        found = type(self)(Codec(vae), Denoiser(unet, encoder), self.process, text, base=self.base, text_config=self.text_config)
         for parameter, real in zip(found.parameters(), self.parameters()):
             parameter.requires_grad_(real.requires_grad)
         return found
 
     def components(self) -> dict[str, Any]:
         """The diffusers components of the pipeline; the text encoder, freed after the prompt was encoded, is read again."""
-        text = self.source is not None and self.source.has("text_encoder") and not self.text.is_meta
+        source = self.source if self.source is not None and self.source.has("text_encoder") and not self.text.is_meta else None
         encoder = self.denoiser.structural_encoder
         return {
             "vae": self.codec.vae,
             "unet": self.denoiser.unet,
             **({} if encoder is None else {"structural_encoder": encoder}),
             "scheduler": self.process.scheduler(),
-            "text_encoder": load_text_encoder(self.source) if text and self.source else None,
-            "tokenizer": load_tokenizer(self.source) if text and self.source else None,
+            "text_encoder": load_text_encoder(source) if source else None,
+            "tokenizer": load_tokenizer(source) if source else None,
         }
 
     def save(self, folder: Path, **call: Any) -> None:
@@ -117,21 +112,9 @@ class StableSRNetworks(LatentNetworks):
             counts["text encoder"] = (count_text_encoder(self.text_config), 0)
         return counts
 
-    def economize(self, *, gradient_checkpointing: bool, channels_last: bool) -> None:
-        parts: tuple[Any, ...] = (self.denoiser, self.codec.vae)
-        for part in parts:
-            if gradient_checkpointing:
-                part.enable_gradient_checkpointing()
-            if channels_last:
-                part.to(memory_format=torch.channels_last)
-
     def set_trainable(self, which: str) -> list[str]:
         self.codec.requires_grad_(False)
         return self.denoiser.set_trainable(which)
-
-    def fuse_decoder(self, codec: Codec) -> None:
-        """Put a CFW autoencoder in the plain one's place."""
-        self.codec = codec
 
     def check_fit(self) -> None:
         """Raises UserError unless denoiser, structural encoder and autoencoder belong together."""
@@ -173,6 +156,8 @@ class AutoencoderNetworks(Networks):
 
 
 def _on_meta(network: Any) -> Any:
+    if network is None:
+        return None
     network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
     with torch.device("meta"):
         return nn.Module.to(type(network).from_config(network.config), network.dtype)  # not diffusers' own to(), which warns

@@ -1,7 +1,5 @@
 """What a recipe says about the model, and the architectures that ship with the package."""
 
-from __future__ import annotations
-
 import json
 from numbers import Real
 from pathlib import Path
@@ -9,7 +7,6 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.family import FamilySettings
 
 PRESETS = Path(__file__).resolve().parent / "presets"
@@ -58,12 +55,5 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> dict[str, dict[str, Any]]:
-    """The architecture JSON of a preset: component -> constructor arguments.
-
-    Raises:
-        UserError: there is no such preset.
-    """
-    path = PRESETS / f"{name}.json"
-    if name not in preset_names():
-        raise UserError(f"model.preset: {name!r} is not a preset; expected one of {', '.join(preset_names())}.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The architecture JSON of a preset: component -> constructor arguments."""
+    return json.loads((PRESETS / f"{name}.json").read_text(encoding="utf-8"))

@@ -1,7 +1,5 @@
 """StableSR's time-aware structural encoder: the low-resolution latent, seen at every level of the UNet."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -67,26 +65,22 @@ class StructuralEncoder(ModelMixin, ConfigMixin):
             ResnetBlock2D(in_channels=c, out_channels=out_channels, temb_channels=temb_channels, groups=norm_num_groups, eps=EPS)
             for c in block_out_channels
         )
-        self._start_residual_branches_at_zero()
-
-    def _start_residual_branches_at_zero(self) -> None:
-        for module in self.modules():
+        for module in self.modules():  # residual branches start at zero
             if isinstance(module, ResnetBlock2D):
                 _zero(module.conv2)
             elif type(module).__name__ == "Attention":
                 _zero(module.to_out[0])
 
     def forward(self, latents: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """Features of the low-resolution latent at timestep t.
+        """Features of the low-resolution latent at timestep t: [B, out_channels, h_k, w_k] per level k, finest first.
+
+        h_{k+1} = ceil(h_k / 2)
 
         Args:
             latents: [B, C, h, w], scaled; any sizes.
             t: [B] (or a single number) on the 0..999 scale, also when the sampler takes fewer steps.
-
-        Returns:
-            One [B, out_channels, h_k, w_k] per level k, finest first, h_{k+1} = ceil(h_k / 2).
         """
-        t = _as_batch(t, latents)
+        t = torch.as_tensor(t, device=latents.device).reshape(-1).expand(latents.shape[0])
         temb = self.time_embedding(self.time_proj(t).to(latents.dtype))
         h, taps = self.conv_in(latents), []
         for block in self.down_blocks:
@@ -94,10 +88,6 @@ class StructuralEncoder(ModelMixin, ConfigMixin):
             taps.append(states[-2] if block.downsamplers is not None else h)  # what enters the down-sampler
         taps[-1] = self.mid_block(h, temb)
         return tuple(tap(x, temb) for tap, x in zip(self.taps, taps, strict=True))
-
-
-def _as_batch(t: Tensor | int | float, like: Tensor) -> Tensor:
-    return torch.as_tensor(t, device=like.device).reshape(-1).expand(like.shape[0])
 
 
 def _zero(module: nn.Module) -> None:

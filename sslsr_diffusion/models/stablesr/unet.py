@@ -1,9 +1,7 @@
 """Stable Diffusion's UNet with one SPADE layer per residual block, fed by the structural encoder's features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -112,21 +110,15 @@ class SFTUNet2DConditionModel(UNet2DConditionModel):
             self.time_embedding = ConditioningEmbedding(embedding.linear_1.in_features, embedding.linear_1.out_features)
         for name, child in embedding.named_children():
             setattr(self.time_embedding, name, child)
-        for level, block in self._blocks_with_level():
+        last = len(self.down_blocks) - 1
+        up = [(last - position, block) for position, block in enumerate(self.up_blocks)]
+        for level, block in (*enumerate(self.down_blocks), (last, self.mid_block), *up):
             block.resnets = nn.ModuleList(
                 SFTResnetBlock2D(resnet, level, feature_channels, spade_hidden_channels) for resnet in block.resnets
             )
 
-    def _blocks_with_level(self) -> list[tuple[int, Any]]:
-        last = len(self.down_blocks) - 1
-        down = list(enumerate(self.down_blocks))
-        up = [(last - position, block) for position, block in enumerate(self.up_blocks)]
-        return [*down, (last, self.mid_block), *up]
-
     @classmethod
-    def from_unet(
-        cls, unet: UNet2DConditionModel, feature_channels: int = 256, spade_hidden_channels: int = 128
-    ) -> SFTUNet2DConditionModel:
+    def from_unet(cls, unet: UNet2DConditionModel, feature_channels: int = 256, spade_hidden_channels: int = 128) -> Self:
         """A UNet that takes over the tensors of a plain Stable Diffusion one; the SPADE layers are new."""
         config = {k: v for k, v in unet.config.items() if not k.startswith("_")}
         with torch.device("meta"):

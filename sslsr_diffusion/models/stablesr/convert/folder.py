@@ -1,9 +1,5 @@
 """A whole checkpoint to the components of a pipeline, and a pipeline folder back to the original's naming."""
 
-from __future__ import annotations
-
-import json
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +12,12 @@ from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, St
 from sslsr_diffusion.models.base import Base, find_base
 from sslsr_diffusion.models.process import Process
 from sslsr_diffusion.models.stablesr.build import load_vae
-from sslsr_diffusion.models.stablesr.convert import shapes, stablesr
-from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET, VAE, Part, State
+from sslsr_diffusion.models.stablesr.convert import shapes
+from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET, VAE, Converted, State, convert, restore
 from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.stablesr.text import load_text_encoder, load_tokenizer
+from sslsr_diffusion.models.tensor_names import weight_files
 from sslsr_diffusion.models.unpickle import read_checkpoint
-
-log = logging.getLogger(__name__)
 
 ORIGINAL_HEADS = load_preset("sd21")["structural_encoder"]["num_attention_heads"]
 FROM_BASE = ["vae/*", "text_encoder/*", "tokenizer/*"]
@@ -94,23 +89,15 @@ def components_from_checkpoint(
     if read.foreign:
         result.notes.append(f"not loaded from {Path(checkpoint).name}: {', '.join(read.foreign)}")
     state, found_base = read.tensors, find_base(base, parts=FROM_BASE) if base else None
-    parts: list[Part] = []
-
     config = {**shapes.unet_config(state, head_channels), "sample_size": preset.sample_size}
     if chosen == "768v":
         config["upcast_attention"] = True
-    unet = _on_meta(SFTUNet2DConditionModel, config)
-    parts.append(_fill(unet, stablesr.convert_unet(state, unet.state_dict(), unet.config.layers_per_block)))
-    config = shapes.encoder_config(state)
-    encoder = _on_meta(StructuralEncoder, config)
-    heads, layers = config["num_attention_heads"], config["layers_per_block"]
-    parts.append(_fill(encoder, stablesr.convert_structural_encoder(state, encoder.state_dict(), layers, heads)))
-
-    vae, vae_part = _autoencoder(state, vqgan, found_base, result.notes)
-    text_encoder, text_part = _text_encoder(state, found_base, result.notes)
-    parts += [part for part in (vae_part, text_part) if part]
+    unet, unknown = _converted("unet", SFTUNet2DConditionModel, config, state)
+    encoder, more = _converted("structural_encoder", StructuralEncoder, shapes.encoder_config(state), state)
+    vae, of_vae = _autoencoder(state, vqgan, found_base, result.notes)
+    text_encoder, of_text = _text_encoder(state, found_base, result.notes)
     tokenizer = load_tokenizer(found_base) if found_base else None
-    if text_encoder is not None and tokenizer is None:
+    if tokenizer is None:
         result.notes.append("no tokenizer: only the empty prompt works; give --base for prompts")
     scheduler = Process.of({**load_preset("sd21")["scheduler"], "prediction_type": preset.prediction_type}).scheduler()
     result.components.update(
@@ -118,60 +105,58 @@ def components_from_checkpoint(
     )
     if vqgan and shapes.has_part(state, VAE):
         result.notes.append(f"the checkpoint's own autoencoder gave way to {Path(vqgan).name}'s")
-    taken = {UNET, ENCODER, *((VAE,) if vae_part else ()), *((TEXT,) if text_part else ())}
-    result.unknown = sorted({n for part in parts for n in part.unknown} | {n for n in state if not n.startswith(tuple(taken))})
+    taken = (UNET, ENCODER, *(() if of_vae is None else (VAE,)), *(() if of_text is None else (TEXT,)))
+    result.unknown = sorted({*unknown, *more, *(of_vae or ()), *(of_text or ()), *(n for n in state if not n.startswith(taken))})
     for component in (unet, encoder, vae):
         component.eval()
     return result
 
 
-def _autoencoder(state: State, vqgan: Path | str | None, base: Base | None, notes: list[str]) -> tuple[Any, Part | None]:
+def _autoencoder(state: State, vqgan: Path | str | None, base: Base | None, notes: list[str]) -> tuple[Any, list[str] | None]:
     prefix = VAE
     if vqgan:
-        state, prefix = read_checkpoint(vqgan).tensors, ""
         # the CFW file also carries the losses' networks under `loss.`
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
+        state, prefix = {name: t for name, t in read_checkpoint(vqgan).tensors.items() if not name.startswith("loss.")}, ""
     if shapes.has_part(state, f"{prefix}encoder.") and shapes.has_part(state, f"{prefix}decoder."):
         from diffusers import AutoencoderKL
 
         config = shapes.vae_config(state, prefix)
-        vae = _on_meta(AutoencoderKLCFW if "num_fuse_blocks" in config else AutoencoderKL, config)
-        if vqgan and "num_fuse_blocks" not in config:
+        fused = "num_fuse_blocks" in config
+        if vqgan and not fused:
             notes.append(f"{Path(vqgan).name} has no fusion layers: `fidelity` will have no effect")
-        return vae, _fill(vae, stablesr.convert_vae(state, vae.state_dict(), len(config["block_out_channels"]), prefix))
+        return _converted("vae", AutoencoderKLCFW if fused else AutoencoderKL, config, state, prefix)
     if base is None or not base.has("vae"):
         raise UserError("the checkpoint holds no autoencoder; give --vqgan with the CFW file or --base with a Stable Diffusion 2.1 folder.")
     notes.append(f"autoencoder from {base.name}")
     return load_vae(base.folder), None
 
 
-def _text_encoder(state: State, base: Base | None, notes: list[str]) -> tuple[Any, Part | None]:
+def _text_encoder(state: State, base: Base | None, notes: list[str]) -> tuple[Any, list[str] | None]:
     if shapes.has_part(state, f"{TEXT}transformer."):
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        with torch.device("meta"):
-            model = CLIPTextModel(CLIPTextConfig(**shapes.text_config(state)))
-        part = stablesr.convert_text_encoder(state, model.state_dict())
-        fresh = CLIPTextModel(model.config)  # its position ids are no weights and cannot stay on the meta device
-        return fresh, _fill(fresh, part)
+        model = CLIPTextModel(CLIPTextConfig(**shapes.text_config(state)))  # its position ids are no weights: no meta device
+        return model, _fill(model, convert("text_encoder", state, model.state_dict(), model.config))
     if base is None or not base.has("text_encoder"):
         raise UserError("the checkpoint holds no text encoder; give --base with a Stable Diffusion 2.1 folder or hub id.")
     notes.append(f"text encoder from {base.name}")
     return load_text_encoder(base), None
 
 
-def _on_meta(cls: Any, config: dict[str, Any]) -> Any:
+def _converted(part: str, cls: Any, config: dict[str, Any], state: State, prefix: str | None = None) -> tuple[Any, list[str]]:
+    """The network that the config describes, filled, and the names that it does not take."""
     with torch.device("meta"):
-        return cls.from_config(config)
+        model = cls.from_config(config)
+    return model, _fill(model, convert(part, state, model.state_dict(), model.config, prefix=prefix))
 
 
-def _fill(model: Any, part: Part) -> Part:
+def _fill(model: Any, part: Converted) -> list[str]:
     own = model.state_dict()
     wrong = [f"{n} {tuple(t.shape)} instead of {tuple(own[n].shape)}" for n, t in part.tensors.items() if t.shape != own[n].shape]
     if wrong:
         raise UserError(f"the checkpoint's tensors do not fit: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}.")
     model.load_state_dict(part.tensors, assign=True)
-    return part
+    return part.unknown
 
 
 def original_from_folder(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -181,21 +166,23 @@ def original_from_folder(folder: Path | str) -> tuple[dict[str, Tensor], dict[st
         UserError: the folder holds no StableSR pipeline, or one that the original's configuration cannot describe.
     """
     base = find_base(str(folder))
-    unet, encoder, vae = base.config("unet"), base.config("structural_encoder"), base.config("vae")
-    state = stablesr.restore_unet(_tensors(base, "unet"), unet["layers_per_block"])
-    layers, heads = encoder["layers_per_block"], encoder["num_attention_heads"]
+    configs = {part: base.config(part) for part in ("unet", "structural_encoder", "vae")}
+    heads = configs["structural_encoder"]["num_attention_heads"]
     if heads != ORIGINAL_HEADS:  # the order of q, k, v in a tensor of the original follows the heads, which leave no trace in its shape
         raise UserError(
             f"{folder}: expected a structural encoder with {ORIGINAL_HEADS} attention heads, which the original's configuration has, got "
             f"{heads}; its code would read the attention of this one in another order."
         )
-    state |= stablesr.restore_structural_encoder(_tensors(base, "structural_encoder"), layers, heads)
-    autoencoder, levels = _tensors(base, "vae"), len(vae["block_out_channels"])
-    plain = {name: tensor for name, tensor in autoencoder.items() if not name.startswith("fusion_layers.")}
-    state |= stablesr.restore_vae(plain, levels)
     if base.has("text_encoder"):
-        state |= stablesr.restore_text_encoder(_tensors(base, "text_encoder"))
-    cfw = stablesr.restore_vae(autoencoder, levels, prefix="") if len(plain) < len(autoencoder) else {}
+        configs["text_encoder"] = {}
+    tensors = {part: _tensors(base, part) for part in configs}
+    cfw = {}
+    if any(name.startswith("fusion_layers.") for name in tensors["vae"]):
+        cfw = restore("vae", tensors["vae"], configs["vae"], prefix="")
+    tensors["vae"] = {name: tensor for name, tensor in tensors["vae"].items() if not name.startswith("fusion_layers.")}
+    state: dict[str, Tensor] = {}
+    for part, config in configs.items():
+        state |= restore(part, tensors[part], config)
     return state, cfw
 
 
@@ -204,15 +191,7 @@ def _tensors(base: Base, part: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     folder = base.folder / part
-    indices = sorted(folder.glob("*.safetensors.index.json"))
     try:
-        if indices:
-            named = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values())
-            files = sorted(folder / Path(name).name for name in named)
-        else:
-            files = [f for f in sorted(folder.glob("*.safetensors")) if ".fp16." not in f.name and "non_ema" not in f.name][:1]
-        if not files:
-            raise UserError(f"{folder} holds no .safetensors weights; expected a saved pipeline.")
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
-    except (SafetensorError, json.JSONDecodeError, OSError, KeyError, TypeError, AttributeError) as error:
+        return {name: tensor for file in weight_files(folder, str(folder)) for name, tensor in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: its weights cannot be read ({type(error).__name__}: {error}); save the pipeline again.") from None

@@ -1,18 +1,11 @@
 """The architecture of an original checkpoint, read off its tensors' shapes."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET
+from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET, State
 from sslsr_diffusion.models.stablesr.settings import load_preset
-
-State = Mapping[str, Tensor]
 
 
 def has_part(state: State, prefix: str) -> bool:
@@ -42,15 +35,13 @@ def unet_config(state: State, head_channels: int = 64) -> dict[str, Any]:
     """Constructor arguments of SFTUNet2DConditionModel; channels per attention head leave no trace in the shapes."""
     spade = _shape(state, f"{UNET}input_blocks.1.0.spade.mlp_shared.0.weight")
     widths, attends, layers = _levels(state, UNET)
-    down = ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends]
-    up = ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)]
     return {
         **load_preset("sd21")["unet"],
         "in_channels": _shape(state, f"{UNET}input_blocks.0.0.weight")[1],
         "out_channels": _shape(state, f"{UNET}out.2.weight")[0],
         "block_out_channels": widths,
-        "down_block_types": down,
-        "up_block_types": up,
+        "down_block_types": ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)],
         "layers_per_block": layers,
         "attention_head_dim": [max(1, width // head_channels) for width in widths],
         "cross_attention_dim": _shape(state, f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],

@@ -1,0 +1,194 @@
+"""A batch of pictures through latent networks, within memory: encode, read the prompts, denoise in tiles, decode."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back
+from sslsr_diffusion.errors import NotEnoughMemory
+from sslsr_diffusion.inference.memory import MemoryModel, Offload
+from sslsr_diffusion.inference.noise import ImageNoise
+from sslsr_diffusion.inference.options import LatentOptions
+from sslsr_diffusion.inference.sampling import Sampler, build_sampler, sample
+from sslsr_diffusion.inference.tile_plan import Part, Room, TilePlan, check_tile, plan_tiles, within_memory
+from sslsr_diffusion.inference.tiled import TiledCodec, TiledDenoiser
+from sslsr_diffusion.inference.tiling import pad_to, tile_boxes
+from sslsr_diffusion.models.networks import LatentNetworks
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+Prompts = tuple[list[str], list[str]]  # wanted and not wanted, one per picture
+
+
+class Host:
+    """Networks that stay on their device, and no bar for the steps."""
+
+    def __init__(self, networks: Any) -> None:
+        self._networks = networks
+
+    @property
+    def device(self) -> torch.device:
+        return self._networks.device
+
+    def offload(self) -> Offload:
+        return "none"
+
+    def release(self) -> None:
+        """Send networks that wait on the CPU back there."""
+
+    def progress(self, total: int) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+
+class LatentWork:
+    """What was found out about memory holds for later pictures, too."""
+
+    def __init__(self, networks: LatentNetworks, host: Host, scheduler: Any = None) -> None:
+        """`scheduler`: a diffusers scheduler that chooses the sampler where the options name none."""
+        self._networks, self._host, self._scheduler = networks, host, scheduler
+        self._memory: dict[Any, MemoryModel] = {}
+        self._limits: dict[str, int] = {}  # sides above which memory ran out
+
+    def check(self, options: LatentOptions) -> None:
+        """Raises UserError for tiles and samplers that these networks cannot have."""
+        check_tile(options.tile, self._networks.size().multiple_of, "tile")
+        check_tile(options.vae_tile, 4 * self._networks.codec.scale, "vae_tile")
+        self._sampler(options, [0])
+
+    def __call__(
+        self, upsampled: Tensor, seeds: list[int], prompts: Prompts, options: LatentOptions, notes: list[str]
+    ) -> tuple[Tensor, TilePlan]:
+        """Enlarged pictures [B, 3, H, W] in [0, 1] -> restored ones, about [0, 1], not clamped; and the tiles that they were cut into.
+
+        No phase needs the others' networks on the device. `notes` gets a sentence for each time that memory ran out.
+        """
+        height, width = upsampled.shape[-2:]
+        codec, plan = self._networks.codec, self._plan(height, width, len(seeds), options)
+        padded = pad_to(upsampled, plan.height, plan.width)
+        noise = ImageNoise(seeds, codec.noise_shape(padded)[1:], padded.device)
+
+        def encode(plan: TilePlan) -> Tensor:
+            return TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).encode(padded, noise("posterior"))
+
+        z_lr, plan = self._within_memory("vae_tile", plan, encode, notes)
+        encode_texts = self._networks.encode_prompts
+        texts = encode_texts(prompts[0], padded.device), encode_texts(prompts[1], padded.device) if options.guided else None
+        self._host.release()
+
+        def denoise(plan: TilePlan) -> Tensor:
+            return self._denoise(z_lr, noise, seeds, texts, plan, options)
+
+        latents, plan = self._within_memory("tile", plan, denoise, notes)
+
+        def decode(plan: TilePlan) -> Tensor:
+            fused = padded if codec.has_fidelity else None
+            return TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).decode(latents, fused, options.fidelity)
+
+        restored, plan = self._within_memory("vae_tile", plan, decode, notes)
+        return restored[..., :height, :width], plan
+
+    def _within_memory(self, part: Part, plan: TilePlan, run: Callable[[TilePlan], R], notes: list[str]) -> tuple[R, TilePlan]:
+        def released(plan: TilePlan) -> R:
+            result = run(plan)
+            self._host.release()
+            return result
+
+        def smaller(plan: TilePlan) -> TilePlan:
+            found = plan.smaller(part)
+            if found is None:
+                raise NotEnoughMemory(
+                    f"out of memory even with {part} {plan.side(part)}, the smallest; a picture of {plan.width} x {plan.height} pixels is "
+                    "too large here: lower the scale, use a half-precision dtype, or another device."
+                )
+            self._limits.update({part: found.side(part), "batch": found.batch})
+            what = f"{part} {plan.side(part)} -> {found.side(part)}" if found.batch == plan.batch else "one sample per network call"
+            notes.append(f"out of memory: {what}")
+            log.warning("out of memory with %s %d: going on with %s", part, plan.side(part), what)
+            return found
+
+        return within_memory(released, plan, smaller, self._host.device)
+
+    def _denoise(
+        self,
+        z_lr: Tensor,
+        noise: ImageNoise,
+        seeds: Sequence[int],
+        texts: tuple[Tensor, Tensor | None],
+        plan: TilePlan,
+        options: LatentOptions,
+    ) -> Tensor:
+        """Latents of the enlarged pictures -> latents of the restored ones, both [B, C, h, w] normalised float32."""
+        tile, overlap = plan.tile_cells
+        predict = TiledDenoiser(
+            self._networks.denoiser,
+            z_lr,
+            texts[0],
+            tile_boxes(z_lr.shape[-2], z_lr.shape[-1], tile, overlap),
+            negative_text=texts[1],
+            guidance_scale=options.guidance_scale,
+            batch_size=plan.batch,
+            overlap=overlap,
+            weights=options.tile_weights,
+        )
+        sampler = self._sampler(options, seeds)
+        x = sampler.start(z_lr, noise("start"), from_lr=options.start == "lr")
+        with self._host.progress(len(sampler.timesteps)) as progress:
+
+            def on_step_end(index: int, t: float, latents: Tensor) -> Tensor:
+                if progress is not None:
+                    progress.update()
+                called = options.callback_on_step_end
+                replaced = called(index, t, {"latents": latents}) if called else None
+                return replaced.get("latents", latents) if replaced else latents
+
+            return sample(sampler, predict, x, lambda index: noise("step", index), on_step_end)
+
+    def _sampler(self, options: LatentOptions, seeds: Sequence[int]) -> Sampler:
+        return build_sampler(
+            options.sampler,
+            self._networks.process,
+            options.num_inference_steps,
+            scheduler=self._scheduler,
+            strength=options.strength,
+            eta=options.eta,
+            seeds=seeds,
+            device=self._host.device,
+        )
+
+    def _plan(self, height: int, width: int, pictures: int, options: LatentOptions) -> TilePlan:
+        return plan_tiles(
+            height,
+            width,
+            size=self._networks.size(),
+            vae_scale=self._networks.codec.scale,
+            memory=self.memory_model,
+            room=self._room(options.memory_budget),
+            tile=options.tile,
+            overlap=options.tile_overlap,
+            vae_tile=options.vae_tile,
+            pictures=pictures,
+            batch=options.tile_batch_size,
+            guided=options.guided,
+            limits=self._limits,
+        )
+
+    def _room(self, budget: int | None) -> Room:
+        device, offload = self._host.device, self._host.offload()
+        if budget is None:
+            return Room(free_bytes(device), offload=offload)
+        if device.type == "cpu":
+            hand_freed_blocks_back()
+        return Room(budget, strict=True, offload=offload)
+
+    def memory_model(self) -> MemoryModel:
+        """What a tile of these networks takes; measured on shapes alone, once per device and precision."""
+        networks, device = self._networks, self._host.device
+        key = (next(networks.denoiser.parameters()).dtype, next(networks.codec.parameters()).dtype, device.type)
+        if key not in self._memory:
+            self._memory[key] = MemoryModel(networks, device, text_parameters=networks.text_parameters())
+        return self._memory[key]

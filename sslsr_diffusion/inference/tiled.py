@@ -1,0 +1,152 @@
+"""The networks in overlapping tiles: encoding and decoding of large pictures, one prediction for a whole latent, a picture through
+an autoencoder and back (how an autoencoder alone is judged)."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sslsr_diffusion.errors import NotEnoughMemory
+from sslsr_diffusion.inference.shared_norm import SharedGroupNorm
+from sslsr_diffusion.inference.tile_plan import within_memory
+from sslsr_diffusion.inference.tiling import Box, blend, tile_boxes
+from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.condition import Condition
+
+log = logging.getLogger(__name__)
+
+_TILES = (None, 512, 256, 128)  # of Reconstruct, in pixels; None: whole
+_OVERLAP = 4  # a quarter of such a tile is shared
+
+
+class TiledCodec:
+    """A Codec for pictures of any size; with `tile` None, or pictures no larger, it is the Codec itself."""
+
+    def __init__(self, codec: Codec, tile: int | None = None, overlap: int = 0, batch_size: int = 1) -> None:
+        """Tile and overlap in latent pixels; `batch_size` tiles, or whole pictures, per call of the network."""
+        self.codec, self.tile, self.overlap, self.batch_size = codec, tile, overlap, batch_size
+
+    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """`Codec.encode`. Samples are linear in mean and deviation: blending those of one noise field blends both."""
+        return self._by_picture(lambda tiles, _: self.codec.encode(*tiles), [pixels, noise], [self.codec.scale, 1], noise.shape[-2:])
+
+    def decode(self, latents: Tensor, picture: Tensor | None = None, fidelity: float = 1.0) -> Tensor:
+        """`Codec.decode`, with CFW's features taken from `picture` [B, 3, H, W] tile by tile where it is given."""
+        size = latents.shape[-2:]
+        if picture is None or fidelity == 0:
+            return self._by_picture(lambda tiles, _: self.codec.decode(tiles[0]), [latents], [1], size)
+
+        def run(tiles: list[Tensor], _: list[int]) -> Tensor:
+            z, pixels = tiles
+            _z, features = self.codec.encode_with_features(pixels, torch.zeros_like(z))
+            return self.codec.decode(z, features, fidelity)
+
+        return self._by_picture(run, [latents, picture], [1, self.codec.scale], size)
+
+    def _by_picture(
+        self, run: Callable[[list[Tensor], list[int]], Tensor], inputs: Sequence[Tensor], zooms: Sequence[int], size: Sequence[int]
+    ) -> Tensor:
+        """Picture by picture, because the tiles of one share their GroupNorm statistics; all together when there is nothing to tile."""
+        height, width = size
+        boxes = tile_boxes(height, width, self.tile or max(size), self.overlap if self.tile else 0)
+        if len(boxes) == 1:
+            return blend(run, inputs, boxes, zooms=zooms, batch_size=self.batch_size)
+        pictures = []
+        for sample in range(len(inputs[0])):
+            own = [x[sample : sample + 1] for x in inputs]
+            norms = SharedGroupNorm(self.codec.vae)
+            with norms.recording():
+                for box in boxes:
+                    run([box.scaled(z).of(x) for x, z in zip(own, zooms)], [0])
+            with norms.applying():
+                pictures.append(blend(run, own, boxes, zooms=zooms, batch_size=self.batch_size, overlap=self.overlap))
+        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
+
+
+class TiledDenoiser:
+    """(x_t, t) -> the prediction for the whole latent canvas.
+
+    Every tile sees its own part of the low-resolution latent; guided predictions are u + g (c - u), with the features
+    of the low-resolution latent computed once for both (Condition.z_lr).
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        z_lr: Tensor,
+        text: Tensor,
+        boxes: Sequence[Box],
+        *,
+        negative_text: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        batch_size: int = 1,
+        overlap: int = 0,
+        weights: str = "smooth",
+    ) -> None:
+        """
+        Args:
+            denoiser: (z_t, t, Condition) -> prediction.
+            z_lr: [B, C, h, w] float32 latent of the enlarged low-resolution pictures.
+            text: [1 or B, L, D] context; `negative_text` likewise, None: no guidance.
+            boxes: tiles of equal size that cover h x w.
+            batch_size: tiles per network call (twice as many samples with guidance).
+            overlap: latent pixels that neighbouring tiles share; `weights`: see `tile_weights`.
+        """
+        self._denoiser, self._dtype, self._z_lr = denoiser, next(denoiser.parameters()).dtype, z_lr
+        self._text = text.expand(len(z_lr), -1, -1)
+        self._negative = None if negative_text is None else negative_text.expand(len(z_lr), -1, -1)
+        self._guidance_scale = guidance_scale
+        self._blend = partial(blend, boxes=boxes, batch_size=batch_size, overlap=overlap, weights=weights)
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        kind = torch.long if float(t).is_integer() else torch.float32
+        timestep = torch.tensor([t], device=x.device, dtype=kind)
+
+        def run(tiles: list[Tensor], samples: list[int]) -> Tensor:
+            return self._predict(tiles[0], tiles[1], timestep, samples)
+
+        return self._blend(run, [x, self._z_lr])
+
+    def _predict(self, x: Tensor, z_lr: Tensor, timestep: Tensor, samples: list[int]) -> Tensor:
+        x, z_lr, text = x.to(self._dtype), z_lr.to(self._dtype), self._text[samples]
+        if self._negative is None:
+            return self._denoiser(x, timestep.expand(len(x)), Condition(z_lr, text.to(self._dtype))).float()
+        both = torch.cat([self._negative[samples], text]).to(self._dtype)
+        pred = self._denoiser(torch.cat([x, x]), timestep.expand(2 * len(x)), Condition(z_lr, both)).float()
+        unconditional, conditional = pred.chunk(2)
+        return unconditional + self._guidance_scale * (conditional - unconditional)
+
+
+class Reconstruct:
+    """decode(encode(picture)), picture by picture; a tile size at which memory ran out is not tried again."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._tile: int | None = _TILES[0]
+
+    def __call__(self, picture: Tensor, seed: int) -> Tensor:
+        """[1, 3, H, W] in [0, 1] of any size -> the same size, about [0, 1]; the posterior's noise is drawn from `seed`.
+
+        Raises NotEnoughMemory where the smallest tiles are too large.
+        """
+        device = next(self._codec.vae.parameters()).device
+        return within_memory(lambda tile: self._run(picture.to(device), seed, tile), self._tile, self._smaller, device)[0]
+
+    def _smaller(self, tile: int | None) -> int | None:
+        if tile == _TILES[-1]:
+            raise NotEnoughMemory(f"out of memory even with tiles of {tile} pixels; lower validation.size.")
+        self._tile = _TILES[_TILES.index(tile) + 1]
+        log.warning("out of memory with tiles of %s pixels: going on with %s", tile or "all", self._tile)
+        return self._tile
+
+    def _run(self, picture: Tensor, seed: int, tile: int | None) -> Tensor:
+        height, width = picture.shape[-2:]
+        scale = self._codec.scale
+        padded = F.pad(picture, (0, -width % scale, 0, -height % scale), mode="replicate")
+        noise = torch.randn(self._codec.noise_shape(padded), generator=torch.Generator().manual_seed(seed)).to(picture)
+        cells = (None, 0) if tile is None else (tile // scale, tile // scale // _OVERLAP)
+        codec = TiledCodec(self._codec, *cells)
+        return codec.decode(codec.encode(padded, noise))[..., :height, :width]

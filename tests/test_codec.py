@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
 from golden_models import golden_inputs, golden_outputs, golden_vae, random_like, relative_error
 
 from sslsr_diffusion.models.codec import Codec
@@ -91,3 +100,42 @@ def test_without_variance_every_draw_is_the_mean() -> None:
         assert relative_error(quiet.encode(pixels, noise), mean) < 1e-5
         assert relative_error(codec.encode(pixels, noise), drawn) == 0  # the original keeps its posterior
     assert relative_error(drawn, mean) > 1e-4
+
+
+def statistics(kind: str) -> tuple[AutoencoderKL, Any, dict[str, Any]]:
+    """An autoencoder whose config has numbers of this kind, diffusers' own img2img pipeline around it, and its encoding's arguments."""
+    numbers = {"shift": {"shift_factor": 0.6}, "mean": {"latents_mean": [0.5, -1.0, 0.25, 2.0], "latents_std": [2.0, 0.5, 4.0, 1.5]}}[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=1.3, **_blocks(2), **numbers)
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    if kind == "mean":
+        pipe: Any = StableDiffusionXLImg2ImgPipeline(vae, **parts, unet=None, scheduler=EulerDiscreteScheduler())
+        return vae, pipe, {"add_noise": False}
+    more = dict.fromkeys(("text_encoder_3", "tokenizer_3"))
+    pipe = StableDiffusion3Img2ImgPipeline(transformer=None, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, **parts, **more)
+    pipe.scheduler.scale_noise = lambda latents, timestep, noise: latents  # what it adds afterwards
+    return vae, pipe, {}
+
+
+def _blocks(levels: int) -> dict[str, Any]:
+    return {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["shift", "mean"])
+def test_latents_are_normalised_as_diffusers_own_pipelines_do(kind: str) -> None:
+    vae, pipe, more = statistics(kind)
+    codec, cpu = Codec(vae), torch.device("cpu")
+    pixels = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    want = pipe.prepare_latents(pixels * 2 - 1, None, 2, 1, torch.float32, cpu, torch.Generator().manual_seed(2), **more)
+    noise = torch.randn(codec.noise_shape(pixels), generator=torch.Generator().manual_seed(2))
+    latents = codec.encode(pixels, noise)
+    assert torch.allclose(latents, want, atol=1e-6)
+    posterior = vae.encode(pixels * 2 - 1).latent_dist
+    raw = posterior.mean + posterior.std * noise
+    assert not torch.allclose(latents, raw * 1.3, atol=0.1)  # the numbers do something
+    assert torch.allclose(codec.decode(latents) * 2 - 1, vae.decode(raw).sample, atol=1e-5)
+    restored, moments = codec.autoencode(pixels, noise)
+    assert torch.allclose(restored, codec.decode(latents), atol=1e-6)
+    assert torch.equal(moments, torch.cat([posterior.mean, posterior.logvar], dim=1))

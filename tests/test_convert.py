@@ -9,6 +9,7 @@ import pytest
 import torch
 from golden_models import HEAD_CHANNELS, golden_inputs, golden_outputs, open_clip, original_state, random_like, relative_error, write_base
 from safetensors.torch import load_file, save_file
+from tiny_runs import save_upscaler
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -146,3 +147,18 @@ def test_mistakes_get_one_sentence(files: tuple[Path, Path], tmp_path: Path) -> 
         assert expected in str(result.exception)
     with pytest.raises(UserError, match="has no structural_encoder"):
         original_from_folder(write_base(tmp_path / "base", text=False))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_another_number_of_heads_cannot_go_back(tmp_path: Path, heads: int) -> None:
+    """The original keeps q, k and v together per head: its code would read these weights in another order, without a word."""
+    save_upscaler(tmp_path / "model")
+    path = tmp_path / "model/structural_encoder/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_attention_heads": heads}))
+    sentence = rf"model: expected a structural encoder with 4 attention heads, which .* has, got {heads}; its code would read"
+    with pytest.raises(UserError, match=sentence):
+        original_from_folder(tmp_path / "model")
+    command = ["convert", "stablesr", "--to-original", "--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "x.ckpt")]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, UserError)
+    assert not list(tmp_path.glob("x*"))

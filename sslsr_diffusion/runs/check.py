@@ -49,16 +49,15 @@ def dry_run(
     if resume is not None:
         checks.append(check_resume(recipe, resume, allow_recipe_change))
     built: list[Task] = []
-    checks += _checked("task", lambda: _task(recipe, built), "refused")
+    known = {check.detail for check in checks}  # a base that is not whole is said once
+    checks += [check for check in _checked("task", lambda: _task(recipe, built), "refused") if check.detail not in known]
     say("\nchecks")
     for check in checks:
         say(f"  {check.what:<12} {check.verdict:<14} {check.detail}")
     say("")
-    try:
-        for line in [*(line for task in built for line in describe_parameters(task)), *describe_memory(recipe)]:
-            say(line)
-    except UserError as error:
-        say(f"parameters and memory cannot be counted: {error}")
+    counted = [line for task in built for line in (*describe_parameters(task), *describe_memory(recipe))]
+    for line in counted or ["parameters and memory cannot be counted"]:
+        say(line)
     return all(check.verdict == "ok" for check in checks)
 
 

@@ -136,7 +136,7 @@ def test_two_processes_equal_one(tmp_path):
     run(tmp_path / "one", 1, {**shared, "batch_size": 2})
     run(tmp_path / "two", 2, {**shared, "batch_size": 1})
     one, two = (read_checkpoint(tmp_path / name / "checkpoint-3").tensors for name in ("one", "two"))
-    for stem in ("trained", "patch_gan"):
+    for stem in ("trained", "learner-patch_gan"):
         for name, value in one[stem].items():
             # the order of float32 sums differs, and Adam's first steps divide it by itself: hundredths of a step of 1e-2
             assert torch.allclose(value, two[stem][name], atol=3e-4), name

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslsr_diffusion.data import operations
-from sslsr_diffusion.data.blur_kernels import kernel_from, pad_kernel
+from sslsr_diffusion.data.blur_kernels import kernel_from
 from sslsr_diffusion.data.degradation import DEGRADATIONS, Degradation, DegradationSettings
 from sslsr_diffusion.data.jpeg import _matrices, quality_factor
 from sslsr_diffusion.data.resizing import cubic_matrix
@@ -41,7 +41,8 @@ def plain_run(image: Tensor, ops: list, generator: torch.Generator) -> Tensor:
 
 
 def plain_blur(image: Tensor, generator: torch.Generator, **kernel) -> Tensor:
-    weights = torch.from_numpy(pad_kernel(kernel_from(kernel), 21).copy()).to(image)
+    drawn = torch.from_numpy(kernel_from(kernel)).to(image)
+    weights = F.pad(drawn, (max(0, (21 - len(drawn)) // 2),) * 4)  # as published: to the largest size, so that kernels stack
     padded = F.pad(image, (10,) * 4, mode="reflect")
     return F.conv2d(padded, weights.expand(3, 1, 21, 21), groups=3)
 

@@ -290,7 +290,7 @@ def test_read_only_output(tmp_path):
     (tmp_path / "out").mkdir()
     code = (
         "import sys; from sslsr_diffusion.inference.runner import *\n"
-        f"try: upscale_files(None, {str(tmp_path / 'in')!r}, {str(tmp_path / 'out')!r}, RunnerOptions())\n"
+        f"try: find_work({str(tmp_path / 'in')!r}, {str(tmp_path / 'out')!r}, RunnerOptions())\n"
         "except UserError as error: print(error)"
     )
     shell = f'mount --bind -o ro {tmp_path}/out {tmp_path}/out && mount -o remount,ro,bind {tmp_path}/out && exec "$0" -c "$1"'

@@ -99,7 +99,7 @@ def open_upscaler(
     from sslsr_diffusion.inference.open import default_model, find_model, open_model
 
     found = find_model(str(model) if model is not None else default_model(Path("runs"))[0], revision)
-    budget = parse_bytes(memory_budget) if isinstance(memory_budget, str) else memory_budget
+    budget = parse_bytes(memory_budget, "memory_budget") if isinstance(memory_budget, str) else memory_budget
     return open_model(found, device=device, dtype=dtype, memory_budget=budget)
 
 

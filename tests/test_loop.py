@@ -11,9 +11,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import pytest
 import torch
-from test_two_processes import environment
+from test_two_processes import HERE, environment
 from toys import toy_job, toy_losses, toy_validation
 
 from sslsr_diffusion.errors import UserError
@@ -287,10 +288,8 @@ def test_what_a_listener_raises_comes_out(tmp_path):
     assert "ended by KeyError" in (tmp_path / "run/log.txt").read_text()
 
 
-def start(folder: Path, *launcher: str) -> subprocess.Popen[bytes]:
-    options = json.dumps({"steps": 100000, "batch_size": 1, "log_every": 1})
-    command = [sys.executable, *launcher, str(Path(__file__).parent / "toy_run.py"), str(folder), options]
-    return subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+def endless(folder: Path) -> list[str]:
+    return [str(HERE / "toy_run.py"), str(folder), json.dumps({"steps": 100000, "batch_size": 1, "log_every": 1})]
 
 
 def wait_for(condition, seconds: float = 90) -> bool:
@@ -309,10 +308,12 @@ def started(folder: Path) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint(tmp_path, number):
-    process = start(tmp_path / "run")
+    where = {"cwd": tmp_path, "path": [HERE, HERE.parent], "environment": {"ACCELERATE_USE_CPU": "1"}, "said": str(tmp_path / "said")}
+    process = forks.begin(*endless(tmp_path / "run"), **where)
     assert wait_for(lambda: started(tmp_path / "run"))
-    process.send_signal(number)
-    assert process.wait(timeout=30) == 0
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 0
     assert latest_checkpoint(tmp_path / "run") is not None
     assert f"{signal.Signals(number).name} received" in (tmp_path / "run/log.txt").read_text()
 
@@ -321,7 +322,8 @@ def test_a_signal_leaves_a_checkpoint(tmp_path, number):
 @pytest.mark.parametrize("whom", ["launcher", "group"])
 def test_the_launchers_death_leaves_a_checkpoint(tmp_path, whom):
     """`accelerate launch` does not forward SIGTERM to its child; the child notices that its parent is gone."""
-    process = start(tmp_path / "run", "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", *endless(tmp_path / "run")]
+    process = subprocess.Popen(launcher, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
     assert wait_for(lambda: started(tmp_path / "run"))
     if whom == "launcher":
         os.kill(process.pid, signal.SIGKILL)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -100,20 +100,20 @@ for budget, side in json.loads(sys.argv[2]):
 def test_peak_memory_above_the_loaded_model_stays_below_the_budget(model: Path) -> None:
     """Stricter than the promise: weights and peak together stay below; a process's first call, which loads libraries, counts as well."""
     rows = []
-    for cases in ([("150MB", 256)], [("250MB", 512), ("700MB", 1024), ("1.2GB", 1024)]):
+    for cases in ([("150MB", 256)], [("250MB", 512), ("400MB", 512)]):
         done = subprocess.run([sys.executable, "-c", CALL, str(model), json.dumps(cases)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         rows += zip(cases, map(json.loads, done.stdout.splitlines()[-len(cases) :]))
-    assert len(rows) == 4
+    assert len(rows) == 3
     tiles = []
     for (budget, side), (above, weights, _, _, vae_tile) in rows:
         assert above + weights <= parse_bytes(budget), rows
         tiles.append((parse_bytes(budget), side, vae_tile or side))
-    large = [tile for _, side, tile in sorted(tiles) if side == 1024]
+    large = [tile for _, side, tile in sorted(tiles) if side == 512]
     assert large == sorted(large)
     assert large[0] < large[-1]  # more memory, larger tiles
     (_, generous) = rows[-1]
-    assert generous[0] > 0.3 * 1.2e9, rows  # the room is used: an estimate that always fears the worst would pass the rest
+    assert generous[0] > 0.3 * 400e6, rows  # the room is used: an estimate that always fears the worst would pass the rest
 
 
 @pytest.mark.cuda
@@ -166,14 +166,10 @@ for budget in json.loads(sys.argv[1]):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
-def test_direct_networks_stay_below_the_budget_too_and_use_it() -> None:
+def test_direct_networks_stay_below_the_budget_too_and_use_it(tmp_path: Path) -> None:
     budgets = [240 * 10**6, 320 * 10**6, 10**9]
-    done = subprocess.run(
-        [sys.executable, "-c", DIRECT, json.dumps(budgets)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-    )
+    here = Path(__file__).parent
+    done = forks.python("-c", DIRECT, json.dumps(budgets), cwd=tmp_path, path=[here, here.parent])
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(peak <= budget for budget, (peak, _) in zip(budgets, rows)), rows

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from test_train_cli import small, sslsr
@@ -81,8 +79,7 @@ def test_the_estimate_is_near_what_steps_on_a_cpu_take(tmp_path: Path) -> None:
     full size). Below: shapes are not always alive together.
     """
     cases = {name: [recipe, *COMMON, *values] for name, (recipe, *values) in CASES.items()}
-    command, environment = [sys.executable, "-c", STEPS, json.dumps(cases)], {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = forks.python("-c", STEPS, json.dumps(cases), cwd=tmp_path, path=[ROOT])
     measured = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert measured.keys() == cases.keys(), done.stderr[-3000:]
     estimated = {name: sum(step_bytes(load_recipe(recipe, values)).values()) for name, (recipe, *values) in cases.items()}

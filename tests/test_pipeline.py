@@ -6,9 +6,9 @@ import dataclasses
 import functools
 import inspect
 import json
-import subprocess
-import sys
+from pathlib import Path
 
+import forks
 import numpy as np
 import PIL.Image
 import pytest
@@ -365,13 +365,15 @@ def test_saved_pipeline_loads_elsewhere_and_gives_the_same_picture(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     torch.save(photo(), tmp_path / "photo.pt")
     code = (
-        "import torch\n"
+        "import torch, warnings\n"
+        "warnings.simplefilter('error', FutureWarning)\n"
         "from sslsr_diffusion import StableSRPipeline\n"
         "pipe = StableSRPipeline.from_pretrained('../pipeline')\n"
         "out = pipe(torch.load('../photo.pt'), num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type='pt')\n"
         "torch.save(out.images, '../result.pt')\n"
     )
-    subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", code], check=True, cwd=tmp_path / "elsewhere", capture_output=True)
+    done = forks.python("-c", code, cwd=tmp_path / "elsewhere", path=[Path(__file__).parent.parent])
+    assert done.returncode == 0, done.stderr
     # 1e-5: another process may have another thread count, and sums in another order
     torch.testing.assert_close(torch.load(tmp_path / "result.pt"), run(pipe, photo()), atol=1e-5, rtol=0)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -22,11 +21,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
 
 
-def run(folder: Path, processes: int, options: dict, *extra: str) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(HERE / "toy_run.py"), str(folder), json.dumps(options), *extra]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+def run(folder: Path, processes: int, options: dict, *extra: str) -> list[forks.Ended]:
+    return script(processes, folder.parent, "toy_run.py", str(folder), json.dumps(options), *extra)
+
+
+def script(processes: int, folder: Path, name: str, *arguments: str) -> list[forks.Ended]:
+    """Runs a file beside this one in so many processes, on gloo if there are two."""
+    where = {"cwd": folder, "path": [HERE, HERE.parent], "environment": {"ACCELERATE_USE_CPU": "1"}}
+    command = (str(HERE / name), *arguments)
+    done = forks.ranks(processes, *command, **where) if processes > 1 else [forks.python(*command, **where)]
+    for one in done:
+        assert one.returncode == 0, one.stderr[-4000:]
     return done
 
 
@@ -41,10 +46,11 @@ def test_two_processes_equal_one(tmp_path):
         assert (two.tensors["trained"][name] - value).norm() <= 1e-6 * value.norm(), name
     assert one.state["progress"]["samples"] == two.state["progress"]["samples"] == 4
     assert two.state["progress"]["mean_loss"] == pytest.approx(one.state["progress"]["mean_loss"], rel=1e-5)
-    assert "gloo" not in done.stdout  # no thread of the connection outlives the run: at the interpreter's end it might abort
-    assert done.stdout.count("threads:") == 2
-    assert done.stderr.count("1/1") >= 1
-    assert done.stderr.count("train:   0%") == 1  # one progress bar
+    stdout, stderr = "".join(one.stdout for one in done), "".join(one.stderr for one in done)
+    assert "gloo" not in stdout  # no thread of the connection outlives the run: at the interpreter's end it might abort
+    assert stdout.count("threads:") == 2
+    assert stderr.count("1/1") >= 1
+    assert stderr.count("train:   0%") == 1  # one progress bar
     assert len(list((tmp_path / "two").glob("checkpoint-*"))) == 1
     assert len((tmp_path / "two/log.txt").read_text().split("started at step 0")) == 2  # one log
     assert {name.split("/")[0] for name in two.tensors["rng"]} == {"0", "1"}
@@ -63,11 +69,6 @@ def test_resume_on_another_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_sharded_state_goes_out_whole_and_comes_back():
+def test_sharded_state_goes_out_whole_and_comes_back(tmp_path):
     """FSDP2's fully_shard on gloo: accelerate ignores its FSDP plugin on the CPU, so the module is sharded directly."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, str(HERE / "sharded_run.py")], env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "equal" in done.stdout
+    assert any("equal" in one.stdout for one in script(2, tmp_path, "sharded_run.py"))

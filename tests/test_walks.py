@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,9 +43,8 @@ class Copy:
 
     def __init__(self, folder: Path, *walks: Walk) -> None:
         self.folder = folder
-        skipped = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "sslsr_diffusion", folder / "sslsr_diffusion", ignore=skipped)
-        shutil.copytree(ROOT / "configs", folder / "configs", ignore=skipped)
+        shutil.copytree(ROOT / "sslsr_diffusion", folder / "sslsr_diffusion")  # with what is compiled: times of change are kept
+        shutil.copytree(ROOT / "configs", folder / "configs")
         for one in walks:
             path = folder / one.file
             assert not path.exists()
@@ -65,8 +62,7 @@ class Copy:
         Image.fromarray(wave[:16, :24].astype(np.uint8)).save(folder / "small.png")
 
     def python(self, *arguments: str, fails: bool = False) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([sys.executable, *arguments], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300)
+        done = forks.python(*arguments, cwd=self.folder, path=[self.folder])
         assert (done.returncode != 0) == fails, done.stdout + done.stderr
         return done.stdout + done.stderr
 

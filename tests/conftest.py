@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two xdist workers on two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of xdist share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

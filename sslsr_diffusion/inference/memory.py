@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.networks import LatentNetworks
@@ -23,6 +23,8 @@ CALL_BYTES = 64 << 20  # compiled kernels, thread buffers, libraries' pages at f
 _PICTURES = 6  # float32 copies of the whole padded picture at once, at most: enlarged, padded, decoded, colours
 _LATENTS = 8  # the same of its latent: start, noise, prediction, blended
 Offload = Literal["none", "model", "sequential"]
+_NORMS = {getattr(torch.ops.aten, f"native_{kind}_norm{way}").default for kind in ("group", "layer") for way in ("", "_backward")}
+_normed: dict[str, Any] = {}  # the meta device takes norms apart in Python, slowly; the same shapes get the same answer
 
 
 class LivePeak(TorchDispatchMode):
@@ -38,7 +40,7 @@ class LivePeak(TorchDispatchMode):
         self._known.discard(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _norm(func, args) if func in _NORMS else func(*args, **(kwargs or {}))
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
@@ -49,6 +51,13 @@ class LivePeak(TorchDispatchMode):
                     weakref.finalize(storage, self._free, key, storage.nbytes())
         self.peak = max(self.peak, self.live)
         return out
+
+
+def _norm(func: Any, args: Any) -> Any:
+    key = str((func, [(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args]))
+    if key not in _normed:
+        _normed[key] = func(*args)
+    return tree_map_only(Tensor, torch.empty_like, _normed[key])
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -36,11 +36,8 @@ def default_model(runs: Path) -> tuple[str, str]:
     found = [result for result in runs.glob(f"*/{RESULT}") if family_of(result) is not None]
     if not found:
         return SMALL, f"the small model that comes with sslsr-diffusion; there is no finished run in {runs}/"
-    return str(max(found, key=_written)), "the newest finished run"
-
-
-def _written(folder: Path) -> int:
-    return max(path.stat().st_mtime_ns for path in folder.iterdir())
+    newest = max(found, key=lambda folder: max(path.stat().st_mtime_ns for path in folder.iterdir()))
+    return str(newest), "the newest finished run"
 
 
 def family_of(path: Path) -> Family | None:

@@ -165,6 +165,7 @@ def plot_losses(history: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     series: dict[str, tuple[list[int], list[float]]] = {}
     for row in history:
@@ -182,6 +183,8 @@ def plot_losses(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
         if key.startswith("loss/") and min(values) > 0:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
     axes[-1, 0].set_xlabel("optimizer step")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

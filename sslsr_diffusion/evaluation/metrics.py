@@ -10,8 +10,8 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation import learned
 from sslsr_diffusion.evaluation.fidelity import psnr, ssg_terms, ssim
 from sslsr_diffusion.evaluation.niqe import niqe
-from sslsr_diffusion.evaluation.weights import WEIGHTS, digest
 from sslsr_diffusion.tables import named
+from sslsr_diffusion.weights import WEIGHTS, digest
 
 __all__ = ["METRICS", "Metric", "convention", "psnr", "select", "ssim", "unavailable"]
 

@@ -91,6 +91,8 @@ class Recipe(Settings):
         for i, loss in enumerate(self.losses):
             if loss.kind not in possible:
                 yield f"losses.{i}.kind: {loss.kind} is impossible in task {self.task.kind}; possible are {', '.join(possible)}."
+            elif "sr_ema" in LOSSES[loss.kind].reads and self.training.ema is None:
+                yield f"losses.{i}.kind: {loss.kind} compares with the averaged weights' picture; set training.ema: {{decay: 0.999}}."
             for key, why in loss.misfits(side=side, alone=len(names) == 1):
                 yield f"losses.{i}.{key}: {why}"
 

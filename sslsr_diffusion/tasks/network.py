@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from sslsr_diffusion.inference.direct import check_scale
 from sslsr_diffusion.inference.open import restorer_of
@@ -22,15 +22,17 @@ class NetworkTaskSettings(TaskSettings):
 
 
 class NetworkTask(TaskBase):
-    """sr = network(lr)"""
+    """sr = network(lr), or (sr, branch) = network(lr) where a loss reads the branch"""
 
     networks: PixelNetworks
     settings: ClassVar[type[TaskSettings]] = NetworkTaskSettings
-    gives: ClassVar[frozenset[str]] = frozenset({"sr"})
+    gives: frozenset[str] = frozenset({"sr", "lr", "sr_ema", "branch"})
 
     def __init__(self, networks: PixelNetworks, *, restorer: Restorer | None = None) -> None:
         self.networks, self.restorer = networks, restorer
-        self.module: nn.Module = networks
+        self.module: nn.Module = WithBranch(networks) if networks.has_branch else networks
+        if not networks.has_branch:
+            self.gives = self.gives - {"branch"}
 
     @classmethod
     def build(cls, settings: NetworkTaskSettings, frame: Frame) -> Self:
@@ -40,4 +42,19 @@ class NetworkTask(TaskBase):
         return cls(networks, restorer=restorer_of(networks, frame.family, scale=frame.scale))
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        if "branch" in draws.reads:
+            sr, branch = module(batch.lr, with_branch=True)
+            return Outputs(**vars(draws.given), sr=sr.float(), branch=branch.float())
         return Outputs(**vars(draws.given), sr=module(batch.lr).float())
+
+
+class WithBranch(nn.Module):
+    """A network with a branch as one trained module, whose forward gives that too where it is wanted."""
+
+    def __init__(self, networks: PixelNetworks) -> None:
+        super().__init__()
+        self.networks = networks
+
+    def forward(self, lr: Tensor, *, with_branch: bool = False) -> Any:
+        """[B, 3, h, w] -> the picture [B, 3, H, W], or that and the branch [B, 3, H, W]"""
+        return self.networks.forward_with_branch(lr) if with_branch else self.networks(lr)

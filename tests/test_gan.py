@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from test_two_processes import run
 from toys import assert_same_checkpoint, smooth, toy_job, toy_losses
 
 from sslsr_diffusion.config import RecipeError, parse
+from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.losses import Means
 from sslsr_diffusion.losses.gan import GANLoss, GANSettings
+from sslsr_diffusion.losses.local import flat_areas, gradient_map
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.training.checkpoints import read_checkpoint
+from sslsr_diffusion.training.job import CheckpointWritten
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.types import Outputs
 
@@ -114,21 +115,39 @@ def test_gates_and_bad_steps():
     assert all(p.grad is None for p in loss.network.parameters())
 
 
-def losses() -> list:
-    return [*toy_losses(max_timestep=600), small(start_step=4)]
+DISCRIMINATORS = {
+    "patch": {**SMALL, "start_step": 4},
+    "vgg": {"discriminator": "vgg", "objective": "relativistic", "width": 2},  # batch norm: its buffers are state as well
+    "unet_sn": {"discriminator": "unet_sn", "objective": "vanilla", "width": 2, "r1_weight": 1.0},  # the power iteration's vectors, too
+}
 
 
-def test_a_run_that_stops_goes_on_bit_by_bit(tmp_path):
-    train_job(toy_job(tmp_path / "whole", losses=losses(), accumulate=2, batch_size=1))
-    first = toy_job(tmp_path / "parts", losses=losses(), accumulate=2, batch_size=1)
-    train_job(replace(first, training=first.training.model_copy(update={"steps": 10})))
+def losses(kind: str) -> list:
+    return [*toy_losses(), GANLoss(GANSettings(**DISCRIMINATORS[kind]), Means(seed=2, side=32))]
+
+
+def stop_after_ten(event) -> None:
+    """Ends a run just after its checkpoint-10; a shorter run would have another schedule."""
+    if isinstance(event, CheckpointWritten):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", DISCRIMINATORS)
+def test_a_run_that_stops_goes_on_bit_by_bit(tmp_path, kind):
+    sizes = {"accumulate": 2, "batch_size": 2, "schedule": {"kind": "cosine"}}
+    train_job(toy_job(tmp_path / "whole", losses=losses(kind), **sizes))
+    first = toy_job(tmp_path / "parts", losses=losses(kind), **sizes)
+    with pytest.raises(KeyboardInterrupt):
+        train_job(first, on_event=stop_after_ten)
     half = read_checkpoint(tmp_path / "parts/checkpoint-10")
     assert half.state["learners"]["gan"]["step"] == 11
-    train_job(toy_job(tmp_path / "parts", losses=losses(), accumulate=2, batch_size=1), resume="latest")
+    train_job(toy_job(tmp_path / "parts", losses=losses(kind), **sizes), resume="latest")
     assert_same_checkpoint(tmp_path / "whole/checkpoint-20", tmp_path / "parts/checkpoint-20")
     end = read_checkpoint(tmp_path / "parts/checkpoint-20").tensors
     assert not all(torch.equal(value, half.tensors["learner-gan"][name]) for name, value in end["learner-gan"].items())
     assert any("exp_avg" in name for name in end["learner-gan-optimizer"])
+    state = {name.rpartition(".")[2] for name in end["learner-gan"]}
+    assert {"patch": set(), "vgg": {"running_mean", "running_var"}, "unet_sn": {"weight_u", "weight_v"}}[kind] <= state
 
 
 @pytest.mark.slow
@@ -157,3 +176,93 @@ def test_the_recipe_knows_where_it_fits():
     parse(Recipe, {**values, "task": {"kind": "autoencoder"}})  # it gives pictures, so it can have it
     with pytest.raises(RecipeError, match=r"losses\.1\.kind: gan is impossible in task base; possible are diffusion\."):
         parse(Recipe, {**values, "task": {"kind": "base"}})
+
+
+def test_what_does_not_fit_is_said():
+    base = {"task": {"kind": "autoencoder"}, "data": {"sources": []}, "validation": {"limit": 0}}
+    for values, side, said in (
+        ({"discriminator": "vgg"}, 48, "losses.1.discriminator: vgg needs pictures of at least 64 pixels a side, these have 48."),
+        ({}, 44, "losses.1.discriminator: unet_sn needs pictures of a multiple of 8 pixels a side, these have 44."),
+        ({"layers": 2}, 64, "losses.1.layers: is of discriminator patch, here it is unet_sn; leave it out."),
+        ({"init": "orthogonal", "file": "d.pth"}, 64, "losses.1.init: orthogonal has no effect on weights that come from a file"),
+    ):
+        losses = [{"kind": "pixel_l1"}, {"kind": "gan", **values}]
+        with pytest.raises(RecipeError) as caught:
+            parse(Recipe, {**base, "losses": losses, "training": {"crop_size": side}})
+        assert said in str(caught.value)
+
+
+def test_the_discriminator_may_learn_before_it_counts():
+    loss, given = small(start_step=3, learn_step=2), outputs()
+    learned, counted = [], []
+    for _ in range(3):
+        counted.append(bool(loss(given)[0] != 0))
+        learned.append(bool(loss.learn(given)["gan/discriminator"] != 0))
+        loss.update(sound=True)
+    assert learned == [False, True, True]
+    assert counted == [False, False, True]
+
+
+def test_the_rate_follows_the_run_or_stays():
+    for schedule, want in (("run", 0.25e-2), ("constant", 1e-2)):
+        loss, given = small(lr_schedule=schedule), outputs()
+        loss.learn(given)
+        loss.update(sound=True, pace=0.25)
+        assert loss.optimizer.param_groups[0]["lr"] == pytest.approx(want)
+
+
+def test_flat_areas_and_gradients_are_what_it_sees():
+    given, seen = outputs(2), []
+    flat = flat_areas(given.hr)
+    loss = small(mask="flat", on="gradient")
+    loss.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    loss(given)
+    loss.learn(given)
+    assert torch.equal(seen[1], gradient_map(given.hr) * ~flat)
+    assert torch.equal(seen[0], gradient_map(given.sr) * ~flat)
+    assert torch.equal(seen[2], seen[0])
+    assert flat.any()
+    assert not flat.all()
+
+
+def test_the_r1_penalty_is_the_slope_at_the_truth():
+    given = outputs()
+    plain, punished = small(), small(r1_weight=10.0)
+    first, second = plain.learn(given), punished.learn(given)
+    assert first == second  # the raw term is the objective's own
+    hr = given.hr.clone().requires_grad_()
+    network = small().network
+    (slope,) = torch.autograd.grad(network(hr).sum(), hr, create_graph=True)
+    (10.0 / 2 * slope.square().sum(dim=(1, 2, 3)).mean()).backward()
+    for a, b, c in zip(plain.network.parameters(), punished.network.parameters(), network.parameters()):
+        own = torch.zeros_like(a) if c.grad is None else c.grad
+        assert torch.allclose(b.grad - a.grad, own, rtol=1e-3, atol=1e-6)
+
+
+def test_it_may_start_from_a_file(tmp_path):
+    settings = {"discriminator": "vgg", "width": 2}
+    drawn = GANLoss(GANSettings(**settings), Means(seed=1, side=64)).network.state_dict()
+    torch.save({"params": {f"module.{name}": value for name, value in drawn.items()}}, tmp_path / "d.pth")
+    asked = GANSettings(**settings, file=str(tmp_path / "d.pth"))
+    read = GANLoss.build(asked, Means(seed=2, side=64)).network.state_dict()
+    assert all(torch.equal(value, drawn[name]) for name, value in read.items())
+    assert "tensors in" in GANLoss.check(asked)
+    with pytest.raises(UserError, match=r"losses: gan\.file: .*d\.pth: linear1\.weight has shape \[100, 64\], expected \[100, 256\]\."):
+        GANLoss.build(asked, Means(side=128))
+    with pytest.raises(UserError, match=r"gan\.file: .* belongs to another network: 28 tensors are missing in it"):
+        GANLoss.build(GANSettings(width=2, file=str(tmp_path / "d.pth")), Means())
+    with pytest.raises(UserError, match=r"gan\.file: nowhere\.pth is not a file"):
+        GANLoss.check(GANSettings(file="nowhere.pth"))
+    (tmp_path / "broken.pth").write_bytes(b"no pickle")
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    for name in ("broken.pth", "broken.safetensors"):
+        with pytest.raises(UserError, match=r"gan\.file: .* cannot be read as named tensors") as caught:
+            GANLoss.check(GANSettings(file=str(tmp_path / name)))
+        assert "\n" not in str(caught.value)
+
+
+def test_bsrgans_start():
+    network = GANLoss(GANSettings(width=4, init="orthogonal")).network
+    rows = network.conv1.weight_orig.flatten(1)
+    assert torch.allclose(rows @ rows.T, 0.04 * torch.eye(len(rows)), atol=1e-5)
+    assert not network.conv9.bias.any()

@@ -77,7 +77,7 @@ def test_without_an_average_there_is_one_sentence(tmp_path):
     parse(Recipe, {**values, "training": {"ema": EMA}})
     job = toy_job(tmp_path, losses=[LDLLoss(LDLSettings())])
     with pytest.raises(
-        UserError, match="losses: ldl compares with the picture by the averaged weights, and there is none; set training.ema"
+        UserError, match=r"losses: ldl compares with the picture by the averaged weights, and there is none; set training\.ema"
     ):
         Session(job.task, job.losses, job.training.model_copy(update={"ema": None}), seed=3, trackers=(), run=tmp_path)
 

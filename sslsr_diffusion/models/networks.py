@@ -70,17 +70,15 @@ class PixelNetworks(Networks):
     """Low-resolution pixels in, high-resolution pixels out, in one call."""
 
     scale: int  # enlargement
+    has_branch: bool = False  # whether they make something beside the picture, for a loss
     overlap: int = 16  # low-resolution pixels that neighbouring tiles share: four times as far as a pixel sees leaves no seam at all
 
-    has_branch: bool = False  # whether it can make a second picture, for a loss: then it has `forward_with_branch`
-
     @abstractmethod
-    def forward(self, lr: Tensor) -> Tensor:
-        """[B, 3, h, w] in [0, 1] -> [B, 3, scale h, scale w], about [0, 1], not clamped."""
+    def forward(self, lr: Tensor) -> Any:
+        """[B, 3, h, w] in [0, 1] -> [B, 3, scale h, scale w], about [0, 1], not clamped.
 
-    def forward_with_branch(self, lr: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` gives, and a second picture of the same shape."""
-        raise NotImplementedError
+        Networks with `has_branch` take `branch=True`, too: the picture and their second output, of the same shape.
+        """
 
 
 class LatentNetworks(Networks):

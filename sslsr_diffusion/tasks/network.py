@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from sslsr_diffusion.inference.direct import check_scale
 from sslsr_diffusion.inference.open import restorer_of
@@ -30,7 +30,7 @@ class NetworkTask(TaskBase):
 
     def __init__(self, networks: PixelNetworks, *, restorer: Restorer | None = None) -> None:
         self.networks, self.restorer = networks, restorer
-        self.module: nn.Module = WithBranch(networks) if networks.has_branch else networks
+        self.module: nn.Module = networks
         if not networks.has_branch:
             self.gives = self.gives - {"branch"}
 
@@ -43,18 +43,6 @@ class NetworkTask(TaskBase):
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         if "branch" in draws.reads:
-            sr, branch = module(batch.lr, with_branch=True)
+            sr, branch = module(batch.lr, branch=True)
             return Outputs(**vars(draws.given), sr=sr.float(), branch=branch.float())
         return Outputs(**vars(draws.given), sr=module(batch.lr).float())
-
-
-class WithBranch(nn.Module):
-    """A network with a branch as one trained module, whose forward gives that too where it is wanted."""
-
-    def __init__(self, networks: PixelNetworks) -> None:
-        super().__init__()
-        self.networks = networks
-
-    def forward(self, lr: Tensor, *, with_branch: bool = False) -> Any:
-        """[B, 3, h, w] -> the picture [B, 3, H, W], or that and the branch [B, 3, H, W]"""
-        return self.networks.forward_with_branch(lr) if with_branch else self.networks(lr)

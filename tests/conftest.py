@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of xdist share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,13 +21,25 @@ except ImportError:
     pass
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+    slow: Counter[str] = Counter()
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+        if config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+        slow[_group(item)] += item.get_closest_marker("slow") is not None
+    items.sort(key=lambda item: -slow[_group(item)])  # long ones first: no worker is left alone with one at the end
+
+
+def _group(item: pytest.Item) -> str:
+    """What one worker runs: a file, or all files whose tests share one server of forks."""
+    module = item.getparent(pytest.Module)
+    assert module is not None
+    return "forks" if hasattr(module.obj, "forks") else module.name
 
 
 def pytest_collection_finish() -> None:

@@ -6,6 +6,7 @@ package itself nothing is loaded before the fork, so each process takes it from 
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+HERE = Path(__file__).parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -61,6 +64,21 @@ def ranks(count: int, *arguments: str, cwd: Path, path: Sequence[Path], environm
     return together([arguments] * count, cwd=cwd, path=path, environments=places)
 
 
+def script(processes: int, folder: Path, name: str, *arguments: str) -> list[Ended]:
+    """Runs a file beside this one on the CPU in so many processes, on gloo if there are two."""
+    where: dict[str, Any] = {"cwd": folder, "path": [HERE, HERE.parent], "environment": {"ACCELERATE_USE_CPU": "1"}}
+    command = (str(HERE / name), *arguments)
+    done = ranks(processes, *command, **where) if processes > 1 else [python(*command, **where)]
+    for one in done:
+        assert one.returncode == 0, one.stderr[-4000:]
+    return done
+
+
+def toy(folder: Path, processes: int, options: dict[str, Any], *extra: str) -> list[Ended]:
+    """`toy_run.py` of a run folder."""
+    return script(processes, folder.parent, "toy_run.py", str(folder), json.dumps(options), *extra)
+
+
 def together(
     commands: Sequence[Sequence[str]], *, cwd: Path, path: Sequence[Path], environments: Sequence[dict[str, str]], timeout: float = 300
 ) -> list[Ended]:
@@ -98,8 +116,7 @@ def _become(command: Sequence[str], cwd: str, path: list[str], environment: dict
     os.environ.update({**environment, "PYTHONPATH": os.pathsep.join(path)})
     os.chdir(cwd)
     assert "sslsr_diffusion" not in sys.modules
-    here = str(Path(__file__).parent)
-    rest = [entry for entry in sys.path if entry not in (here, "", *path)]
+    rest = [entry for entry in sys.path if entry not in (str(HERE), "", *path)]
     if command[0] == "-c":
         sys.argv, sys.path[:] = ["-c", *command[2:]], [cwd, *path, *rest]
         exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import forks
 import pytest
 import torch
-from test_two_processes import run
 from toys import assert_same_checkpoint, smooth, toy_job, toy_losses
 
 from sslsr_diffusion.config import RecipeError, parse
@@ -154,8 +154,8 @@ def test_a_run_that_stops_goes_on_bit_by_bit(tmp_path, kind):
 def test_two_processes_equal_one(tmp_path):
     """Also where one process has samples below the gate and the other has none."""
     shared = {"steps": 3, "max_timestep": 600, "gan": {**SMALL, "start_step": 2, "max_timestep": 600}, "checkpoints": {"every": 3}}
-    run(tmp_path / "one", 1, {**shared, "batch_size": 2})
-    run(tmp_path / "two", 2, {**shared, "batch_size": 1})
+    forks.toy(tmp_path / "one", 1, {**shared, "batch_size": 2})
+    forks.toy(tmp_path / "two", 2, {**shared, "batch_size": 1})
     one, two = (read_checkpoint(tmp_path / name / "checkpoint-3").tensors for name in ("one", "two"))
     for stem in ("trained", "learner-gan"):
         for name, value in one[stem].items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -21,26 +20,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
 
 
-def run(folder: Path, processes: int, options: dict, *extra: str) -> list[forks.Ended]:
-    return script(processes, folder.parent, "toy_run.py", str(folder), json.dumps(options), *extra)
-
-
-def script(processes: int, folder: Path, name: str, *arguments: str) -> list[forks.Ended]:
-    """Runs a file beside this one in so many processes, on gloo if there are two."""
-    where = {"cwd": folder, "path": [HERE, HERE.parent], "environment": {"ACCELERATE_USE_CPU": "1"}}
-    command = (str(HERE / name), *arguments)
-    done = forks.ranks(processes, *command, **where) if processes > 1 else [forks.python(*command, **where)]
-    for one in done:
-        assert one.returncode == 0, one.stderr[-4000:]
-    return done
-
-
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """With gates, masks of very different sizes, accumulation and windows at once; 1e-6 of the norm is float32's sum in another order."""
     options = {**LINEAR, "steps": 1, "max_timestep": 800, "decode_crop": 4}
-    run(tmp_path / "one", 1, {**options, "batch_size": 4})
-    done = run(tmp_path / "two", 2, {**options, "batch_size": 1, "accumulate": 2})
+    forks.toy(tmp_path / "one", 1, {**options, "batch_size": 4})
+    done = forks.toy(tmp_path / "two", 2, {**options, "batch_size": 1, "accumulate": 2})
     one, two = (read_checkpoint(tmp_path / name / "checkpoint-1") for name in ("one", "two"))
     for name, value in one.tensors["trained"].items():
         assert (two.tensors["trained"][name] - value).norm() <= 1e-6 * value.norm(), name
@@ -60,9 +45,9 @@ def test_two_processes_equal_one(tmp_path):
 def test_resume_on_another_number_of_processes(tmp_path):
     """Two steps on two processes and one more on one: the global sample index goes on where it was."""
     options = {**LINEAR, "batch_size": 2}
-    run(tmp_path / "whole", 1, {**options, "batch_size": 4})
-    run(tmp_path / "parts", 2, {**options, "steps": 2})
-    run(tmp_path / "parts", 1, {**options, "batch_size": 4}, "--resume")
+    forks.toy(tmp_path / "whole", 1, {**options, "batch_size": 4})
+    forks.toy(tmp_path / "parts", 2, {**options, "steps": 2})
+    forks.toy(tmp_path / "parts", 1, {**options, "batch_size": 4}, "--resume")
     one, two = (read_checkpoint(tmp_path / name / "checkpoint-3") for name in ("whole", "parts"))
     for name, value in one.tensors["trained"].items():
         torch.testing.assert_close(two.tensors["trained"][name], value, rtol=1e-5, atol=1e-6)
@@ -71,4 +56,4 @@ def test_resume_on_another_number_of_processes(tmp_path):
 @pytest.mark.slow
 def test_sharded_state_goes_out_whole_and_comes_back(tmp_path):
     """FSDP2's fully_shard on gloo: accelerate ignores its FSDP plugin on the CPU, so the module is sharded directly."""
-    assert any("equal" in one.stdout for one in script(2, tmp_path, "sharded_run.py"))
+    assert any("equal" in one.stdout for one in forks.script(2, tmp_path, "sharded_run.py"))

@@ -158,6 +158,13 @@ def test_impossible_layers(values, said):
     assert said in str(caught.value)
 
 
+def test_a_layer_that_sees_nothing_is_said():
+    said = [("layers", "conv5_4 sees nothing of pictures of 15 pixels a side.")]
+    assert list(PerceptualSettings().misfits(side=15, alone=False)) == said
+    assert list(PerceptualSettings().misfits(side=16, alone=False)) == []
+    assert list(PerceptualSettings(layers={"conv4_4": 1}).misfits(side=15, alone=False)) == []
+
+
 def test_rankers_of_any_width_are_read(tmp_path):
     ranker = Ranker(3)
     path = str(tmp_path / "ranker.pth")

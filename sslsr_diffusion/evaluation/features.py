@@ -31,7 +31,7 @@ def feature_distance(restored: Tensor, reference: Tensor, *, crop_border: int = 
     (x - 0.498) / 0.502 of both pictures, |.| their length over the channels. LPIPS' form (Zhang et al., CVPR 2018) without learned
     weights. No resizing.
 
-    A picture goes through the network alone, block by block, each block by strips of rows: 12 megapixels take about 1.3 GB beside the
+    A picture goes through the network alone, block by block, each block by strips of rows: 12 megapixels take about 0.9 GB beside the
     pictures, and the numbers are those of whole pictures.
 
     Args:

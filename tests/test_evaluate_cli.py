@@ -124,6 +124,18 @@ def test_a_model_upscales_first_and_is_not_asked_twice(tmp_path, call, monkeypat
     assert len(loads) == 1
 
 
+def test_interrupted_while_the_model_loads(tmp_path, call, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    folders(tmp_path / "set", 1)
+    monkeypatch.setattr(models, "find_model", lambda path: found_as("fingerprint", path))
+    monkeypatch.setattr(models, "open_model", interrupted)
+    result = call("--model", "m=some/model", "--dataset", tmp_path / "set", "--metrics", "psnr")
+    assert result.exit_code == 130
+    assert result.stderr.endswith("interrupted; the same command goes on from here\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

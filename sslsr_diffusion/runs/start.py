@@ -13,7 +13,7 @@ from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.devices import device_bytes, is_out_of_memory
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation.learned import load_perceptual_distance
-from sslsr_diffusion.evaluation.metrics import METRICS
+from sslsr_diffusion.evaluation.metrics import METRICS, unavailable
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Means, build_losses
 from sslsr_diffusion.runs.pin import pinned
@@ -160,7 +160,15 @@ def _validation(recipe: Recipe) -> Validation | None:
     if not pairs:
         return None
     metrics = {name: validation_metric(name) for name in settings.metrics}
-    higher = {name: METRICS[name].higher_is_better for name in settings.metrics}
+    for name, said in lacking_metrics(recipe).items():
+        logger.warning("validation goes without %s", said)
+        del metrics[name]
+    if settings.best not in metrics and recipe.output.pipeline == "best":
+        raise UserError(
+            f"output.pipeline: best needs validation.best: {settings.best}, which cannot be measured here (see the warning above, or "
+            "--dry-run); mend that, take another of validation.metrics as best, or set output.pipeline: last."
+        )
+    higher = {name: METRICS[name].higher_is_better for name in metrics}
     return Validation(pairs, metrics, settings, higher)
 
 
@@ -171,6 +179,20 @@ def validation_metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         usable = [key for key, entry in METRICS.items() if not entry.whole_set]
         raise UserError(f"validation.metrics: {name!r} cannot be measured per picture; expected some of {', '.join(usable)}.")
     return lambda restored, reference: metric.fn(restored, reference if metric.needs_reference else None, crop_border=0, y_channel=False)
+
+
+def lacking_metrics(recipe: Recipe, *, download: bool = True) -> dict[str, str]:
+    """Those of validation.metrics that cannot be computed here: name -> a sentence with what to do, and what a run does until then.
+
+    No other metric takes the place of `validation.best`: it would choose other weights than the recipe says (PSNR the smoothest).
+    """
+    found = {name: unavailable(name, download=download) for name in recipe.validation.metrics}
+    said = {name: f"{name}: {reason}" for name, reason in found.items() if reason is not None}
+    best, instead = recipe.validation.best, next((name for name in found if name not in said), None)
+    if best in said:
+        advice = f" (--set validation.best={instead} chooses by that)" if instead else ""
+        said[best] += f"; without it no weights are kept as the best{advice}"
+    return said
 
 
 def _perceptual_distance(recipe: Recipe) -> Any:

@@ -57,9 +57,9 @@ class DiffusionTaskSettings(TaskSettings):
             )
         return self
 
-    def picture_side(self, crop_size: int) -> int:
-        """That of the window, for a codec with 4 pixels per latent pixel."""
-        return crop_size if self.decode_crop is None else min(crop_size, self.decode_crop * 4)
+    def picture_side(self, crop_size: int, codec_scale: int) -> int:
+        """That of the window."""
+        return crop_size if self.decode_crop is None else min(crop_size, self.decode_crop * codec_scale)
 
 
 class DiffusionTask(TaskBase):

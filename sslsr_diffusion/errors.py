@@ -16,6 +16,10 @@ def _visible(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+class Refused(UserError):
+    """What was named is there and whole, and cannot be used here: another one has to be chosen."""
+
+
 class MissingDependency(ImportError):
     """An optional package is needed for what was asked; the message carries the `pip install` line that mends it."""
 

@@ -14,21 +14,27 @@ from pathlib import Path
 TEMPORARY = ".tmp-"  # how the name of everything that is not whole begins
 
 
-def atomic_write(path: Path | str, data: bytes) -> None:
-    """Write one file: a crash leaves the old one or the new one.
+@contextlib.contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """A new file to write; when the block ends, it takes the place of `path`: a crash leaves the old one or the new one.
     Raises OSError: it could not be written (for example a full disk); the old one is untouched.
     """
     path = Path(path)
     temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"  # without the file's name, which may be as long as names can be
     try:
-        with temporary.open("xb") as stream:
-            stream.write(data)
+        yield temporary
         sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def atomic_write(path: Path | str, data: bytes) -> None:
+    """Write one file as `atomic_file` does."""
+    with atomic_file(path) as new, new.open("xb") as stream:
+        stream.write(data)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ import os
 import shutil
 import tempfile
 import urllib.request
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -60,6 +62,15 @@ def digest(path: Path) -> str:
 def _digest(path: Path, size: int, mtime_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def named_origin(package: str, files: Iterable[Path]) -> str:
+    """`pyiqa 0.1.16; weights NAME (sha256 ...)`: what numbers came from; empty where the package or the files are not there."""
+    there = [f"{path.name} (sha256 {digest(path)[:16]})" for path in files if path.is_file()]
+    try:
+        return f"{package} {version(package)}; weights {', '.join(there)}" if there else ""
+    except PackageNotFoundError:
+        return ""
 
 
 def _fetch(file: Weights) -> str | None:

@@ -113,7 +113,7 @@ SCHEDULERS = {
 }
 
 
-def check_refused(recipe: Recipe, sentence: str, folder: Path) -> None:
+def check_refused(recipe: Recipe, sentence: str, folder: Path, verdict: str = "missing") -> None:
     """By the dry run, with exit code 2, and by the training, as one line of the same words."""
     (folder / "recipe.yaml").write_text(json.dumps(resolved(recipe)))
     with pytest.raises(UserError, match=sentence) as caught:
@@ -122,7 +122,7 @@ def check_refused(recipe: Recipe, sentence: str, folder: Path) -> None:
     assert not (folder / "run").exists()
     dry = CliRunner().invoke(app, ["train", "--config", str(folder / "recipe.yaml"), "--dry-run"], catch_exceptions=False)
     assert dry.exit_code == 2
-    assert re.search(rf"^  model(\.vae)? +missing +{re.escape(str(caught.value))}$", dry.output, re.MULTILINE), dry.output
+    assert re.search(rf"^  model(\.vae)? +{verdict} +{re.escape(str(caught.value))}$", dry.output, re.MULTILINE), dry.output
     assert dry.output.count(str(caught.value)) == 1
 
 
@@ -146,7 +146,7 @@ def test_a_scheduler_of_another_process(whole: dict[str, Path], photos: Path, tm
     shutil.copytree(whole["upscaler"], tmp_path / "model")
     damage(tmp_path / "model/scheduler")
     recipe = tiny(photos, tmp_path / "run", model=base_model(tmp_path / "model"))
-    check_refused(recipe, rf"^model\.base: .*model: {sentence}", tmp_path)
+    check_refused(recipe, rf"^model\.base: .*model: {sentence}", tmp_path, "refused")
 
 
 def test_an_autoencoder_of_its_own_that_is_not_whole(whole: dict[str, Path], photos: Path, tmp_path: Path) -> None:

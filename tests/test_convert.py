@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from golden_models import HEAD_CHANNELS, golden_inputs, golden_outputs, open_clip, original_state, random_like, relative_error, write_base
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_runs import save_upscaler
 from torch import Tensor
 from typer.testing import CliRunner
 
-from sslsr_diffusion.cli import app
+from sslsr_diffusion.cli import app, convert
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models import AutoencoderKLCFW
 from sslsr_diffusion.models.condition import Condition
@@ -95,6 +96,22 @@ def test_command_writes_a_pipeline_and_the_original_back_bit_by_bit(files: tuple
     for part in ("unet", "structural_encoder", "vae", "text_encoder"):
         saved = getattr(pipe, part).state_dict()
         assert all(torch.equal(tensor, saved[name]) for name, tensor in again[part].state_dict().items()), part
+
+
+@pytest.mark.parametrize(("suffix", "saver"), [("safetensors", "safetensors.torch.save_file"), ("ckpt", "torch.save")])
+def test_a_write_that_is_cut_off_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, suffix, saver) -> None:
+    path = tmp_path / f"{'long' * 60}.{suffix}"  # a name that has no room for an addition
+    convert._write({"a": torch.ones(3)}, path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0") if saver == "torch.save" else SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(saver, full)
+    with pytest.raises(UserError, match=r"cannot be written \(.*(disk full|No space left).*\); name a file in a folder of yours"):
+        convert._write({"a": torch.zeros(3)}, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_text_encoder_and_vae_come_from_the_base_where_the_checkpoint_has_none(tmp_path: Path) -> None:

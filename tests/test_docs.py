@@ -21,8 +21,7 @@ from sslsr_diffusion.data.degradation import DEGRADATIONS
 from sslsr_diffusion.data.settings import MaskSettings
 from sslsr_diffusion.data.steps import Step
 from sslsr_diffusion.evaluation.metrics import METRICS
-from sslsr_diffusion.inference.color_fix import COLOR_FIXES
-from sslsr_diffusion.inference.sampling import SAMPLERS
+from sslsr_diffusion.inference.choices import COLOR_FIXES, SAMPLERS
 from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.process import PROCESSES

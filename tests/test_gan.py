@@ -13,6 +13,7 @@ from sslsr_diffusion.losses import Means
 from sslsr_diffusion.losses.gan import GANLoss, GANSettings
 from sslsr_diffusion.losses.local import flat_areas, gradient_map
 from sslsr_diffusion.runs.recipe import Recipe
+from sslsr_diffusion.runs.task import means_of
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.job import CheckpointWritten
 from sslsr_diffusion.training.loop import train_job
@@ -169,8 +170,11 @@ def test_the_recipe_knows_where_it_fits():
     assert parse(Recipe, values).losses[1].start_step == 1
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):
         parse(Recipe, {**values, "training": {"crop_size": 16}})
+    small = {**values, "model": {"kind": "stablesr", "init": "random", "preset": "small"}}
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):  # what is decoded counts, not what is read
-        parse(Recipe, {**values, "task": {"kind": "diffusion", "decode_crop": 4}, "training": {"crop_size": 128}})
+        parse(Recipe, {**small, "task": {"kind": "diffusion", "decode_crop": 4}, "training": {"crop_size": 128}})
+    wide = parse(Recipe, {**values, "task": {"kind": "diffusion", "decode_crop": 4}, "training": {"crop_size": 128}})
+    assert means_of(wide).side == 32  # 8 pixels per latent one: what a discriminator is built for
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):
         parse(Recipe, {**values, "task": {"kind": "diffusion", "decode_crop": 16}, "training": {"crop_size": 16}})
     parse(Recipe, {**values, "task": {"kind": "autoencoder"}})  # it gives pictures, so it can have it

@@ -10,7 +10,7 @@ import torch
 from tiny_runs import DRAWN
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import SIZE, toy_batch, toy_job, toy_losses, toy_task
+from toys import toy_batch, toy_job, toy_losses, toy_task
 
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import UserError
@@ -137,9 +137,3 @@ def test_a_model_without_a_branch_says_so():
             UserError, match=r"^losses\.1\.kind: gradient_branch reads branch, which this model does not make; leave it out\.$"
         ):
             build_task(recipe)
-
-
-def test_pictures_of_a_window_have_the_side_that_a_discriminator_is_built_for():
-    assert toy_task().picture_side(SIZE) == SIZE
-    assert toy_task(decode_crop=5).picture_side(SIZE) == 5 * 4
-    assert toy_task(decode_crop=50).picture_side(SIZE) == SIZE

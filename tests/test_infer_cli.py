@@ -156,6 +156,39 @@ def test_interrupted_in_the_middle(desk, monkeypatch):
     assert "goes on from here" in result.output
 
 
+def test_interrupted_while_the_model_is_found_or_loaded(desk, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("open_model", "find_model"):
+        monkeypatch.setattr(f"sslsr_diffusion.inference.open.{name}", interrupted)
+        result = run("--input", "in")
+        assert result.exit_code == 130, name
+        assert result.output.endswith("interrupted; the same command goes on from here\n"), name
+
+
+def test_interrupted_after_a_failure_still_says_how_to_go_on(desk, monkeypatch):
+    class Interrupted(Nearest):
+        def enlarge(self, pictures, scale, generator):
+            raise KeyboardInterrupt
+
+    (desk / "in" / "0.png").write_bytes(b"")
+    monkeypatch.setattr("sslsr_diffusion.inference.open.open_model", lambda found, **_: Interrupted())
+    result = run("--input", "in")
+    assert result.exit_code == 130
+    assert "failed: 0.png: the file is empty." in result.output
+    assert "goes on from here" in result.output
+
+
+def test_the_help_is_made_of_the_tables():
+    from sslsr_diffusion.inference.choices import COLOR_FIXES, FORMATS, SAMPLERS
+
+    shown = "".join(run("--help").output.split())
+    assert f"[{'|'.join(COLOR_FIXES)}]" in shown
+    assert f"[{'|'.join(FORMATS)}]" in shown
+    assert all(name in shown for name in SAMPLERS)
+
+
 def test_help_is_quick_and_imports_nothing_heavy():
     """0.3 s of processor time on an idle machine; the bound leaves room for a busy one."""
     spent = []

@@ -11,6 +11,7 @@ import pytest
 from sslsr_diffusion.config import RecipeError, parse, shipped_recipes
 from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.models.families import FAMILIES
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 from sslsr_diffusion.runs import memory
 from sslsr_diffusion.runs.check import dry_run
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COUNTED = {"demo", "tiny", "tiny_autoencoder", "small_base", "small_decoder"}  # their memory is estimated; test_train_cli.py: at full size
 
 BASE = {"data": {"sources": [{"kind": "folder", "path": "photos"}]}, "losses": [{"kind": "diffusion"}]}
+
+SMALL = {"model": {"kind": "stablesr", "init": "random", "preset": "small"}}  # 4 pixels per latent pixel
 
 
 @pytest.mark.parametrize(
@@ -50,8 +53,8 @@ BASE = {"data": {"sources": [{"kind": "folder", "path": "photos"}]}, "losses": [
         ({"output": {"push_state": True}}, "output.push_state: has no effect without"),
         ({"losses": [{"kind": "self_similarity", "weight": "auto"}]}, "losses.0.weight: auto compares with the other losses"),
         (
-            {"losses": [{"kind": "self_similarity", "search_size": 63}], "task": {"kind": "diffusion", "decode_crop": 6}},
-            "losses.0.search_size: 63 is too large for pictures of 24 pixels a side.",
+            {"losses": [{"kind": "self_similarity", "search_size": 63}], "task": {"kind": "diffusion", "decode_crop": 4}, **SMALL},
+            "losses.0.search_size: 63 is too large for pictures of 16 pixels a side.",
         ),
         ({"losses": [{"kind": "self_similarity", "window_size": 27}]}, "losses.0: window_size 27 must not exceed search_size 25."),
         (
@@ -168,3 +171,18 @@ def test_every_shipped_recipe_can_be_planned_without_weights(name: str, tmp_path
     counted = next(line for line in lines if line.startswith("  all "))
     assert float(re.search(r"trained +([\d.]+) M", counted)[1]) > 0.1
     assert re.search(r"as it is +\d+\.\d\d GiB", lines[-1])
+
+
+def test_the_codecs_scale_is_known_without_its_networks(tmp_path):
+    def scale(**model: object) -> int:
+        return StableSRSettings(**model).codec_scale()  # type: ignore[arg-type]
+
+    assert scale() == 8  # of a base that is not on this machine: the preset's
+    assert scale(init="random", preset="small") == 4
+    assert scale(base="small-v3") == 4  # its own, whatever the preset
+    (tmp_path / "run" / "vae").mkdir(parents=True)
+    (tmp_path / "run" / "vae" / "config.json").write_text('{"block_out_channels": [8, 8]}')
+    for folder in ("run", "run/vae"):
+        assert scale(base="small-v3", vae=str(tmp_path / folder)) == 2
+    (tmp_path / "run" / "vae" / "config.json").write_text('{"block_out_channels": 3}')
+    assert scale(base=str(tmp_path / "run")) == 8  # damaged, which the run will say

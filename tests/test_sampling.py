@@ -12,8 +12,8 @@ from goldens import load_golden
 from torch import Tensor
 
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.inference.choices import SAMPLERS
 from sslsr_diffusion.inference.sampling import (
-    SAMPLERS,
     OriginalDDIM,
     SpacedDDIM,
     SpacedDDPM,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from goldens import load_golden
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.tile_plan import Room, TilePlan, plan_tiles
 from sslsr_diffusion.inference.tiling import Box, blend, pad_to, rounded_up, tile_boxes, tile_offsets, tile_weights
+from sslsr_diffusion.models.size import SizeRequirements
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (48, 64)])
@@ -144,3 +148,32 @@ def test_padding_folds_as_often_as_needed(size, wanted):
 def test_rounded_up():
     assert [rounded_up(n, 8) for n in (1, 8, 9)] == [8, 8, 16]
     assert rounded_up(3, 8, least=17) == 24
+
+
+def planned(side: int, size: SizeRequirements, *, room: int, tile: int | str | None = "auto") -> TilePlan:
+    """For a picture of side x side where a network call takes as many bytes as it sees latent pixels."""
+    memory = SimpleNamespace(picture_bytes=lambda *_: 0, denoise_bytes=lambda h, w, *_, **__: h * w, codec_bytes=lambda *_, **__: 0)
+    options = {"vae_scale": 8, "room": Room(room), "overlap": None, "vae_tile": None}
+    return plan_tiles(side, side, size=size, memory=lambda: memory, tile=tile, **options)
+
+
+def test_no_tile_is_smaller_than_what_the_networks_take():
+    size = SizeRequirements(multiple_of=16, minimum=200, trained=256)
+    plan = planned(1024, size, room=0)  # nothing fits: the smallest
+    assert plan.tile == 208
+    assert plan.smaller("tile") is None
+    assert planned(1024, SizeRequirements(multiple_of=16, trained=256), room=0).tile == 64
+    large = planned(1024, size, room=10**9)
+    assert large.tile == 512
+    tried = [large.tile]
+    while (following := large.smaller("tile")) is not None:
+        large = following
+        tried.append(large.tile)
+    assert tried == [512, 384, 256, 208]
+    assert planned(1024, size, room=0, tile=208).tile == 208
+    with pytest.raises(UserError, match=r"^tile: expected at least 208 pixels, the smallest that these networks take, got 192\.$"):
+        planned(1024, size, room=0, tile=192)
+
+
+def test_a_picture_of_the_smallest_side_is_one_tile_though_the_training_size_is_far_below_it():
+    assert planned(10, SizeRequirements(multiple_of=16, minimum=640, trained=64), room=0).tile is None

@@ -1,4 +1,3 @@
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,23 +67,22 @@ def _to_original(folder: Path, output: Path, vqgan: Path | None) -> None:
 
 def _write(state: "dict[str, Tensor]", path: Path) -> None:
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
+
+    from sslsr_diffusion.files import atomic_file, disk_errors
 
     if path.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"--output {path}: expected a name that ends in .ckpt or .safetensors.")
     state = {name: tensor.contiguous() for name, tensor in state.items()}
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".ckpt":
-            torch.save({"state_dict": state}, temporary)
-        else:
-            save_file(state, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk in their own ways
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        with atomic_file(path) as new, disk_errors():
+            if path.suffix == ".ckpt":
+                with new.open("xb") as stream:
+                    torch.save({"state_dict": state}, stream)
+            else:
+                save_file(state, new)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk in its own way
         reason = getattr(error, "strerror", None) or ("is the disk full?" if isinstance(error, RuntimeError) else error)
         raise UserError(f"--output {path}: cannot be written ({reason}); name a file in a folder of yours.") from None
     typer.echo(f"{len(state)} tensors -> {path}")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslsr_diffusion.cli.flags import as_flags, flagged, progress_bar
+from sslsr_diffusion.cli.flags import as_flags, flagged, interruptible, progress_bar
 from sslsr_diffusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _upscale(path: str, pairs: "Dataset", folder: Path, seeds: range, steps: int
 
     restorer: Restorer | None = None
     folders = [folder / f"seed{seed}" for seed in seeds]
-    with as_flags(*FLAGS):
+    with interruptible(), as_flags(*FLAGS):
         found = find_model(path)
         for seed, output in zip(seeds, folders):
             call = {} if steps is None else {"num_inference_steps": steps}

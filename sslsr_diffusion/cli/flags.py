@@ -1,8 +1,8 @@
-"""What several verbs say alike: flags where messages carry a keyword, and a bar that Ctrl-C ends in one sentence."""
+"""What several verbs say alike: flags where messages carry a keyword, a bar, and what Ctrl-C gets."""
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import typer
@@ -19,6 +19,18 @@ def flagged(text: str, *names: str) -> str:
     return text if found is None or name not in names else f"--{name.replace('_', '-')}{text[found.end() :]}"
 
 
+def one_of(table: Iterable[str], help: str) -> Any:
+    """The option that is one of a table's names, which its help shows; another one is refused by the parser."""
+    names = list(table)
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names:
+            raise typer.BadParameter(f"expected one of {', '.join(names)}, got {value!r}.")
+        return value
+
+    return typer.Option(help=help, metavar=f"[{'|'.join(names)}]", callback=check)
+
+
 @contextlib.contextmanager
 def as_flags(*names: str) -> Iterator[None]:
     """A UserError that begins with one of these keywords begins with the flag of that name instead."""
@@ -32,16 +44,21 @@ def as_flags(*names: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def interruptible(at_stop: Callable[[], None] | None = None) -> Iterator[None]:
+    """Ctrl-C calls `at_stop`, says how to go on and exits with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if at_stop:
+            at_stop()
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
 def progress_bar(total: int, at_stop: Callable[[], None] | None = None, **options: Any) -> Iterator[Any]:
-    """tqdm's bar; Ctrl-C closes it, calls `at_stop` and exits with 130."""
+    """tqdm's bar around what is `interruptible`."""
     from tqdm import tqdm
 
-    with tqdm(total=total, dynamic_ncols=True, **options) as bar:
-        try:
-            yield bar
-        except KeyboardInterrupt:
-            bar.close()
-            if at_stop:
-                at_stop()
-            typer.echo("interrupted; the same command goes on from here", err=True)
-            raise typer.Exit(130) from None
+    with interruptible(at_stop), tqdm(total=total, dynamic_ncols=True, **options) as bar:
+        yield bar

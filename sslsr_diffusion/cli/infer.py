@@ -4,15 +4,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslsr_diffusion.cli.flags import RENAMED, as_flags, flagged, progress_bar
+from sslsr_diffusion.cli.flags import RENAMED, as_flags, flagged, interruptible, one_of, progress_bar
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.choices import COLOR_FIXES, FORMATS, SAMPLERS
 
 if TYPE_CHECKING:
     from sslsr_diffusion.inference.restorer import Restorer
     from sslsr_diffusion.inference.runner import RunnerReport
 
-ColorFix = StrEnum("ColorFix", "wavelet adain none")
-Format = StrEnum("Format", "png jpg webp tif")
 Dtype = StrEnum("Dtype", "auto float32 float16 bfloat16")
 
 FLAGS = (
@@ -30,6 +29,8 @@ Model = Annotated[
         "small model."
     ),
 ]
+ColorFix = Annotated[str | None, one_of(COLOR_FIXES, "Colours of the input. [default: wavelet; none for plain networks]")]
+Format = Annotated[str | None, one_of(FORMATS, "Format of the results; without it the input's, and png for gif, bmp, ...")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is done with the same settings, replace files of others.")]
 MemoryBudget = Annotated[
     str | None, typer.Option(help="For model and work together, such as 8GB: chooses dtype, tile and CPU offload that stay below it.")
@@ -57,9 +58,7 @@ def infer(
     fidelity: Annotated[
         float | None, typer.Option(min=0, max=1, help="Models with CFW: how much of the input the decoder takes over. [default: 0.5]")
     ] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="ddpm, ddim, ddim-original, dpm++, unipc, euler or a diffusers scheduler. [default: the model's]")
-    ] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"{', '.join(SAMPLERS)} or a diffusers scheduler. [default: the model's]")] = None,
     strength: Annotated[
         float | None,
         typer.Option(min=0.001, max=1, help="1 all steps; 0.3 the last 30 % of them, from a less noised picture. [default: 1]"),
@@ -67,21 +66,21 @@ def infer(
     prompt: Annotated[str | None, typer.Option(help="Text, for models with a text encoder.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the guidance leads away from.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, max=30, help="Strength of the guidance; 1 is off. [default: 1]")] = None,
-    color_fix: Annotated[ColorFix | None, typer.Option(help="Colours of the input. [default: wavelet; none for plain networks]")] = None,
-    format: Annotated[Format | None, typer.Option(help="Format of the results; without it the input's, and png for gif, bmp, ...")] = None,
+    color_fix: ColorFix = None,
+    format: Format = None,
     overwrite: Overwrite = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, float32 on the CPU.")] = Dtype.auto,
     memory_budget: MemoryBudget = None,
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done with these settings is skipped."""
-    given = {**locals(), "num_inference_steps": steps, "color_fix": color_fix and color_fix.value}
+    given = {**locals(), "num_inference_steps": steps}
     call: dict[str, Any] = {"tile": _tile(tile), **{name: given[name] for name in CALL if given[name] is not None}}
-    from sslsr_diffusion.devices import find_device, parse_bytes
-    from sslsr_diffusion.inference.open import default_model, find_model, open_model
-    from sslsr_diffusion.inference.runner import FORMATS, RunnerOptions, find_work, run_work
+    with interruptible(), as_flags(*FLAGS):
+        from sslsr_diffusion.devices import find_device, parse_bytes
+        from sslsr_diffusion.inference.open import default_model, find_model, open_model
+        from sslsr_diffusion.inference.runner import RunnerOptions, find_work, run_work
 
-    with as_flags(*FLAGS):
         where: dict[str, Any] = {"device": device, "dtype": dtype.value}
         if memory_budget is not None:
             call["memory_budget"] = parse_bytes(memory_budget)
@@ -91,7 +90,7 @@ def infer(
             model, why = default_model(Path("runs"))
             typer.echo(f"model: {model} ({why}; --model chooses another)")
         found = find_model(model, revision)
-        options = RunnerOptions(scale, seed, call, FORMATS[format.value] if format else None, overwrite=overwrite, model=found.fingerprint)
+        options = RunnerOptions(scale, seed, call, FORMATS[format] if format else None, overwrite=overwrite, model=found.fingerprint)
         work = find_work(input, output, options)
         if work.todo:
             restorer = open_model(found, **where)
@@ -104,6 +103,8 @@ def infer(
 
                 run_work(restorer, work, progress=progress)
     _show(work.report, output)
+    if work.report.failed:
+        raise typer.Exit(1)
 
 
 def _tile(text: str) -> int | str | None:
@@ -144,5 +145,3 @@ def _show(report: "RunnerReport", output: Path) -> None:
     typer.echo(f"{', '.join(parts)}; results in {printable(output)}")
     for name, reason in report.failed:
         typer.echo(f"failed: {name}: {flagged(reason, *FLAGS)}", err=True)
-    if report.failed:
-        raise typer.Exit(1)

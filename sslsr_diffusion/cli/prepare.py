@@ -7,9 +7,8 @@ from sslsr_diffusion.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.")
 
-Text = str | None
-Place = Annotated[Text, typer.Argument(metavar="INPUT", help="A folder, a picture or a pattern.", show_default=False)]
-Input = Annotated[Text, typer.Option("--input", help="The same by name.", show_default=False)]
+Place = Annotated[str | None, typer.Argument(metavar="INPUT", help="A folder, a picture or a pattern.", show_default=False)]
+Input = Annotated[str | None, typer.Option("--input", help="The same by name.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", help="Folder for the results; what is there already is kept.")]
 Processes = Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe (repeatable).")]
@@ -100,16 +99,20 @@ def cfw(
 @app.command()
 def check(
     place: Annotated[
-        Text, typer.Argument(metavar="INPUT", show_default=False, help="Folder, hr/ and lr/, picture, pattern, .txt list, .parquet, .tar.")
+        str | None,
+        typer.Argument(metavar="INPUT", show_default=False, help="Folder, hr/ and lr/, picture, pattern, .txt list, .parquet, .tar."),
     ] = None,
     source: Input = None,
-    config: Annotated[Text, typer.Option("--config", "-c", help="Instead: everything that this recipe reads, as it reads it.")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="Instead: everything that this recipe reads, as it reads it.")
+    ] = None,
     set_: Set = None,
     kind: Annotated[
-        Text, typer.Option(help="folder, files, pairs, cfw, hub, parquet or webdataset; default: by what is there.", show_default=False)
+        str | None,
+        typer.Option(help="folder, files, pairs, cfw, hub, parquet or webdataset; default: by what is there.", show_default=False),
     ] = None,
-    column: Annotated[Text, typer.Option(help="hub, parquet: the column of the pictures.", show_default="image")] = None,
-    lr_column: Annotated[Text, typer.Option(help="hub, parquet: the column of the partners.", show_default=False)] = None,
+    column: Annotated[str | None, typer.Option(help="hub, parquet: the column of the pictures.", show_default="image")] = None,
+    lr_column: Annotated[str | None, typer.Option(help="hub, parquet: the column of the partners.", show_default=False)] = None,
     crop_size: Annotated[int | None, typer.Option(min=1, help="Side of a crop in pixels.", show_default="the recipe's, or 512")] = None,
     scale: Annotated[int, typer.Option(min=1, max=8, help="Without a recipe: how many times larger the hr of a pair is.")] = 4,
     processes: Processes = 0,
@@ -148,8 +151,10 @@ def check(
 
 @app.command()
 def fit(
-    place: Annotated[Text, typer.Argument(metavar="LR_FOLDER", show_default=False, help="Folder of real low-resolution pictures.")] = None,
-    lr_folder: Annotated[Text, typer.Option("--lr-folder", help="The same by name.", show_default=False)] = None,
+    place: Annotated[
+        str | None, typer.Argument(metavar="LR_FOLDER", show_default=False, help="Folder of real low-resolution pictures.")
+    ] = None,
+    lr_folder: Annotated[str | None, typer.Option("--lr-folder", help="The same by name.", show_default=False)] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write the degradation section; default: print it.")] = None,
     scale: Annotated[int, typer.Option(min=1, max=8, help="The scale of the training.")] = 4,
 ) -> None:

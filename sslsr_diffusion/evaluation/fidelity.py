@@ -122,12 +122,18 @@ def crop(image: Tensor, border: int) -> Tensor:
     return image[..., border : image.shape[-2] - border, border : image.shape[-1] - border]
 
 
+def check_pair(restored: Tensor, reference: Tensor, *, channels: int | None = None) -> None:
+    """Raises UserError unless both are [B, C, H, W] of one shape, with so many channels where they are given."""
+    if restored.ndim != 4 or restored.shape != reference.shape or restored.shape[1] != (channels or restored.shape[1]):
+        raise UserError(
+            f"expected two images [B, {channels or 'C'}, H, W] of one shape, got restored {tuple(restored.shape)} and reference "
+            f"{tuple(reference.shape)}."
+        )
+
+
 def _prepare(restored: Tensor, reference: Tensor, border: int, y_channel: bool) -> tuple[Tensor, Tensor]:
     """Both images cut, on the 0..255 scale, in the widest float the device has."""
-    if restored.ndim != 4 or restored.shape != reference.shape:
-        raise UserError(
-            f"expected two images [B, C, H, W] of one shape, got restored {tuple(restored.shape)} and reference {tuple(reference.shape)}."
-        )
+    check_pair(restored, reference)
     dtype = torch.float32 if restored.device.type == "mps" else torch.float64
     a, b = (crop(x.to(dtype), border) for x in (restored, reference))
     return (luma(a), luma(b)) if y_channel else (a * 255, b * 255)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation.fidelity import crop
-from sslsr_diffusion.weights import WEIGHTS, missing
+from sslsr_diffusion.weights import WEIGHTS, missing, named_origin
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,11 @@ def unavailable(name: str, *, download: bool = True) -> str | None:
     except Exception as error:  # an import can fail in any way: a broken binary package raises OSError, an old one AttributeError
         return f'needs pyiqa, whose import failed ({type(error).__name__}: {error}); pip install "sslsr-diffusion[eval]"'
     return missing(WEIGHTS[name], download=download)
+
+
+def origin(name: str) -> str:
+    """pyiqa and the weights that are there, for the convention."""
+    return named_origin("pyiqa", [file.path for file in WEIGHTS[name]])
 
 
 def _check(name: str, message: str) -> None:

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.evaluation import learned
+from sslsr_diffusion.evaluation import features, learned
 from sslsr_diffusion.evaluation.fidelity import psnr, ssg_terms, ssim
 from sslsr_diffusion.evaluation.niqe import niqe
 from sslsr_diffusion.tables import named
-from sslsr_diffusion.weights import WEIGHTS, digest
 
 __all__ = ["METRICS", "Metric", "convention", "psnr", "select", "ssim", "unavailable"]
 
@@ -29,6 +29,8 @@ class Metric:
     default: bool = True  # computed when nothing is asked for by name
     whole_set: Callable[..., float] | None = None  # one number for all images (FID) from both sets of features [N, D], which fn gives
     joint: Callable[..., dict[str, Tensor]] | None = None  # gives this and its sisters in one pass
+    lacks: Callable[..., str | None] = lambda *, download: None  # why it cannot be computed here and what to do about it
+    origin: Callable[[], str] = lambda: ""  # package and weights with their hash, where they are there
 
 
 def select(names: str) -> list[str]:
@@ -48,7 +50,7 @@ def select(names: str) -> list[str]:
 
 def unavailable(name: str, *, download: bool = True) -> str | None:
     """Why a metric cannot be computed here and what to do about it, or None. Missing weights are downloaded unless told not to."""
-    return learned.unavailable(name, download=download) if name in WEIGHTS else None
+    return METRICS[name].lacks(download=download)
 
 
 def convention(name: str, *, crop_border: int, y_channel: bool) -> str:
@@ -56,22 +58,22 @@ def convention(name: str, *, crop_border: int, y_channel: bool) -> str:
     metric = METRICS[name]
     channels = "Y of YCbCr (BT.601, 16..235)" if y_channel else "RGB"
     text = metric.convention.format(channels=channels, border=f"border {crop_border} px cut")
-    files = [f"{file.name} (sha256 {digest(file.path)[:16]})" for file in WEIGHTS.get(name, ()) if file.path.is_file()]
-    if not files:
-        return text
-    from importlib.metadata import version
-
-    return f"{text}; pyiqa {version('pyiqa')}; weights {', '.join(files)}"
+    return "; ".join(filter(None, [text, metric.origin()]))
 
 
 def _learned(name: str, higher_is_better: bool, needs_reference: bool, digits: int, text: str) -> Metric:
     fn = learned.learned(name, needs_reference=needs_reference)
-    return Metric(fn, higher_is_better, needs_reference, name.upper(), digits, text)
+    return Metric(fn, higher_is_better, needs_reference, name.upper(), digits, text, **_through_pyiqa(name))
+
+
+def _through_pyiqa(name: str) -> dict[str, Any]:
+    return {"lacks": partial(learned.unavailable, name), "origin": partial(learned.origin, name)}
 
 
 _SSIM = "data range 255, 11 x 11 Gaussian sigma 1.5, valid area, {border}"
 _SSIM_PYIQA = "{channels}, rounded to 8 bits, negative structure counts 0 (pyiqa's convention), " + _SSIM
 _SSIM_BASICSR = "{channels} (BasicSR's convention), " + _SSIM
+_FEATURES = "EfficientNet-Lite0, blocks 0, 2, 4, 7, 10, 15, unit length over the channels, RGB (x - 0.498) / 0.502, no resize, {border}"
 _FID = "InceptionV3 (FID weights), pool3 2048, RGB -1..1, bilinear to 299, whole images (no border is cut)"
 _NIQE = "blocks of 96 x 96, 2 scales, border repeated, published parameters (shipped); {border}"
 _NIQE_PYIQA = "full-range luma rounded to 8 bits (pyiqa's convention), " + _NIQE
@@ -84,9 +86,12 @@ METRICS: dict[str, Metric] = {
     "psnr": Metric(psnr, True, True, "PSNR (dB)", 3, "{channels}, not rounded, data range 255, {border}"),
     "ssim": Metric(partial(ssim, convention="pyiqa"), True, True, "SSIM", 4, _SSIM_PYIQA),
     "ssim_basicsr": Metric(ssim, True, True, "SSIM (BasicSR)", 4, _SSIM_BASICSR, default=False),
+    "features": Metric(
+        features.feature_distance, False, True, "Features", 4, _FEATURES, lacks=features.unavailable, origin=features.origin
+    ),
     "lpips": _learned("lpips", False, True, 4, "AlexNet v0.1, RGB -1..1, no resize, {border}"),
     "dists": _learned("dists", False, True, 4, "RGB 0..1, no resize, {border}"),
-    "fid": Metric(learned.inception_features, False, True, "FID", 2, _FID, whole_set=learned.frechet_distance),
+    "fid": Metric(learned.inception_features, False, True, "FID", 2, _FID, whole_set=learned.frechet_distance, **_through_pyiqa("fid")),
     "niqe": Metric(partial(niqe, convention="pyiqa"), False, False, "NIQE", 3, _NIQE_PYIQA),
     "niqe_basicsr": Metric(niqe, False, False, "NIQE (BasicSR)", 3, _NIQE_BASICSR, default=False),
     "clipiqa": _learned("clipiqa", True, False, 4, _CLIP),

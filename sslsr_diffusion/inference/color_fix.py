@@ -3,12 +3,12 @@
 Both are linear enough to run on float32 pictures of any size: no float64 copy of a whole picture is ever made.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.choices import COLOR_FIXES
+from sslsr_diffusion.tables import named
 
 _LEVELS = 5
 _EPS = 1e-5 / 4  # 1e-5 is meant for the variance of pixels in [-1, 1]; ours are in [0, 1]
@@ -29,7 +29,8 @@ def color_fix(kind: str | None, content: Tensor, style: Tensor) -> Tensor:
         raise UserError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, got {kind!r}.")
     if content.shape != style.shape:
         raise UserError(f"color_fix: content {list(content.shape)} and style {list(style.shape)} must have the same shape.")
-    return COLOR_FIXES[kind](content.float(), style.float())
+    fixed: Tensor = named(f"sslsr_diffusion.inference.{COLOR_FIXES[kind]}")(content.float(), style.float())
+    return fixed
 
 
 def wavelet(content: Tensor, style: Tensor) -> Tensor:
@@ -80,4 +81,5 @@ def _statistics(image: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), (square / max(count - 1, 1) + _EPS).sqrt().float()
 
 
-COLOR_FIXES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"wavelet": wavelet, "adain": adain, "none": lambda content, style: content}
+def unchanged(content: Tensor, style: Tensor) -> Tensor:
+    return content

@@ -17,11 +17,12 @@ from sslsr_diffusion.inference.noise import Generators
 from sslsr_diffusion.inference.options import CallOptions
 from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
-from sslsr_diffusion.inference.restorer import Output, by_size, check_call, enlarged, enlarged_size, settled
+from sslsr_diffusion.inference.restorer import AroundNetworks, Output, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import check_tile, within_memory
 from sslsr_diffusion.inference.tiling import blend, pad_to, rounded_up, tile_boxes
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import PixelNetworks
+from sslsr_diffusion.models.size import SizeRequirements
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +31,14 @@ _MEASURED = 64  # low-resolution pixels along a side of the shape run
 _PICTURES = 5  # float32 copies of the whole output picture at once, at most
 
 
-class DirectRestorer:
+class DirectRestorer(AroundNetworks[CallOptions]):
     """A restorer around PixelNetworks, which may still be training. Whole pictures stay where they are; tiles go to the networks."""
 
+    kind = CallOptions
+
     def __init__(self, networks: PixelNetworks, *, scale: float | None = None, defaults: Mapping[str, Any] | None = None) -> None:
-        """`scale` and `defaults` are those of calls that name none; the networks' own ones come second."""
         self.networks = networks
-        own = {"scale": networks.scale, "color_fix": "none", **networks.call_defaults, **(defaults or {})}
-        self.scale: float = own["scale"] if scale is None else scale
-        self.defaults: dict[str, Any] = {name: value for name, value in own.items() if name in self.options}
+        super().__init__(networks, scale, defaults, {"scale": networks.scale, "color_fix": "none"})
         self._limit: int | None = None  # side above which memory ran out in this process
         self._floats: float | None = None
 
@@ -47,10 +47,6 @@ class DirectRestorer:
         """A model's files as a restorer on a device."""
         networks = cast(PixelNetworks, family.read(path).eval().requires_grad_(False).to(placement.device, placement.dtype))
         return cls(networks, defaults=placement.defaults)
-
-    @property
-    def options(self) -> frozenset[str]:
-        return CallOptions.names()
 
     def check(self, **call: Any) -> list[str]:
         options, notes = settled(CallOptions, call, self.options, self.defaults)
@@ -62,9 +58,7 @@ class DirectRestorer:
         self, image: Any, *, scale: float | None = None, generator: Generators = None, output_type: str = "pil", **call: Any
     ) -> Output:
         """See `Restorer`; nothing in it is random, so `generator` has no effect. `call` are fields of CallOptions."""
-        scale = self.scale if scale is None else scale
-        check_call(scale, output_type)
-        options, notes = settled(CallOptions, call, self.options, self.defaults)
+        scale, options, notes = self._settled(call, scale, output_type)
         self._check_tiles(options)
         pictures = to_tensors(image)
         restored: list[Tensor] = []
@@ -75,8 +69,7 @@ class DirectRestorer:
         return Output(from_tensors(restored, output_type), notes)
 
     def save(self, folder: Path) -> None:
-        kept = {name: value for name, value in self.defaults.items() if name != "memory_budget"}  # that is this machine's
-        self.networks.save(folder, scale=self.scale, **kept)
+        self.networks.save(folder, scale=self.scale, **self.kept_defaults)
 
     @property
     def _unit(self) -> int:
@@ -90,9 +83,7 @@ class DirectRestorer:
 
     def _check_tiles(self, options: CallOptions) -> None:
         zoom, tile, overlap = self.networks.scale, options.tile, options.tile_overlap
-        check_tile(tile, self._unit * zoom, "tile")
-        if isinstance(tile, int) and tile < self._least * zoom:
-            raise UserError(f"tile: expected at least {self._least * zoom} pixels, the smallest that these networks take, got {tile}.")
+        check_tile("tile", tile, SizeRequirements(multiple_of=self._unit * zoom, minimum=self._least * zoom))
         if overlap is not None and (overlap < 0 or overlap % (self._unit * zoom) or (isinstance(tile, int) and overlap >= tile)):
             raise UserError(f"tile_overlap: expected a multiple of {self._unit * zoom} pixels below the tile, got {overlap}.")
 

@@ -16,7 +16,7 @@ from sslsr_diffusion.inference.noise import Generators, image_seeds
 from sslsr_diffusion.inference.options import STEPS, LatentOptions, per_picture
 from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
-from sslsr_diffusion.inference.restorer import Output, Restorer, by_size, check_call, enlarged, settled
+from sslsr_diffusion.inference.restorer import AroundNetworks, Output, Restorer, by_size, enlarged, settled
 from sslsr_diffusion.inference.tile_plan import TilePlan
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import LatentNetworks
@@ -50,8 +50,10 @@ def quiet_diffusers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class LatentRestorer:
+class LatentRestorer(AroundNetworks[LatentOptions]):
     """A restorer around LatentNetworks, which may still be training."""
+
+    kind = LatentOptions
 
     def __init__(
         self,
@@ -64,14 +66,12 @@ class LatentRestorer:
     ) -> None:
         """
         Args:
-            scale, defaults: of calls that name none; the networks' own ones come second.
+            scale, defaults: of calls that name none.
             host: moves the networks; None: they stay where they are.
             scheduler: a diffusers scheduler that chooses the sampler of a call that names none.
         """
         self.networks = networks
-        own = {"scale": SCALE, "num_inference_steps": STEPS, **networks.call_defaults, **(defaults or {})}
-        self.scale: float = own["scale"] if scale is None else scale
-        self.defaults: dict[str, Any] = {name: value for name, value in own.items() if name in self.options}
+        super().__init__(networks, scale, defaults, {"scale": SCALE, "num_inference_steps": STEPS})
         self._host = host or Host(networks)
         self._work = LatentWork(networks, self._host, scheduler)
 
@@ -87,7 +87,7 @@ class LatentRestorer:
     @property
     def options(self) -> frozenset[str]:
         lacking = frozenset() if self.networks.takes_prompts else _PROMPTED
-        return LatentOptions.names() - lacking - (frozenset() if self.networks.codec.has_fidelity else {"fidelity"})
+        return super().options - lacking - (frozenset() if self.networks.codec.has_fidelity else {"fidelity"})
 
     def check(self, **call: Any) -> list[str]:
         options, notes = settled(LatentOptions, call, self.options, self.defaults)
@@ -99,9 +99,7 @@ class LatentRestorer:
         self, image: Any, *, scale: float | None = None, generator: Generators = None, output_type: str = "pil", **call: Any
     ) -> LatentOutput:
         """See `Restorer`; `call` are fields of LatentOptions."""
-        scale = self.scale if scale is None else scale
-        check_call(scale, output_type)
-        options, notes = settled(LatentOptions, call, self.options, self.defaults)
+        scale, options, notes = self._settled(call, scale, output_type)
         pictures = to_tensors(image)
         seeds = image_seeds(generator, len(pictures))
         texts = [per_picture(getattr(options, name), len(pictures), name) for name in ("prompt", "negative_prompt")]
@@ -121,11 +119,6 @@ class LatentRestorer:
 
     def save(self, folder: Path) -> None:
         self.networks.save(folder, scale=self.scale, **self.kept_defaults)
-
-    @property
-    def kept_defaults(self) -> dict[str, Any]:
-        """The defaults that are the model's; how much memory there is, is this machine's."""
-        return {name: value for name, value in self.defaults.items() if name != "memory_budget"}
 
     def memory_model(self) -> MemoryModel:
         """What a tile of these networks takes."""

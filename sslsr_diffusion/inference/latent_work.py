@@ -14,7 +14,7 @@ from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import ImageNoise
 from sslsr_diffusion.inference.options import LatentOptions
 from sslsr_diffusion.inference.sampling import Sampler, build_sampler, sample
-from sslsr_diffusion.inference.tile_plan import Part, Room, TilePlan, check_tile, plan_tiles, within_memory
+from sslsr_diffusion.inference.tile_plan import Part, Room, TilePlan, check_tile, plan_tiles, vae_tiles, within_memory
 from sslsr_diffusion.inference.tiled import TiledCodec, TiledDenoiser
 from sslsr_diffusion.inference.tiling import pad_to, tile_boxes
 from sslsr_diffusion.models.networks import LatentNetworks
@@ -56,8 +56,8 @@ class LatentWork:
 
     def check(self, options: LatentOptions) -> None:
         """Raises UserError for tiles and samplers that these networks cannot have."""
-        check_tile(options.tile, self._networks.size().multiple_of, "tile")
-        check_tile(options.vae_tile, 4 * self._networks.codec.scale, "vae_tile")
+        check_tile("tile", options.tile, self._networks.size())
+        check_tile("vae_tile", options.vae_tile, vae_tiles(self._networks.codec.scale))
         self._sampler(options, [0])
 
     def __call__(

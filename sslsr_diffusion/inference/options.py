@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.antiring import antiring
-from sslsr_diffusion.inference.color_fix import COLOR_FIXES, color_fix
+from sslsr_diffusion.inference.choices import COLOR_FIXES
+from sslsr_diffusion.inference.color_fix import color_fix
 from sslsr_diffusion.inference.tile_plan import Tile
 from sslsr_diffusion.inference.tiling import TILE_WEIGHTS
 from sslsr_diffusion.models.base import is_share

@@ -221,8 +221,8 @@ class StableSRPipeline(DiffusionPipeline):
             tile_overlap: in output pixels; default half a tile, as published.
             tile_batch_size: tiles per network call.
             memory_budget: bytes for weights and work of this call together; "auto" then chooses tiles that stay below. None: what is free.
-            color_fix: "wavelet", "adain" or "none" (None): colours from the bicubically upsampled picture.
-            sampler: ddpm, ddim, ddim-original, dpm++, unipc, euler or a diffusers scheduler's class name; None: the pipeline's scheduler.
+            color_fix: a key of COLOR_FIXES, None is "none" (`inference/choices.py`): colours from the bicubically upsampled picture.
+            sampler: a key of SAMPLERS (there, too) or a diffusers scheduler's class name; None: the pipeline's scheduler.
             eta: DDIM's share of fresh noise.
             start: "lr" begins with the noised low-resolution latent, "noise" with noise alone.
             tile_weights: "smooth" ramps over the overlap, "middle" over half of it; "gaussian"; "original": the published, off centre.

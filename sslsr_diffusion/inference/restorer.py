@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.noise import Generators
 from sslsr_diffusion.inference.options import CallOptions
 from sslsr_diffusion.inference.pictures import OUTPUT_TYPES
+from sslsr_diffusion.models.networks import Networks
 
 O = TypeVar("O", bound=CallOptions)
 
@@ -109,6 +110,33 @@ def settled(kind: type[O], call: Mapping[str, Any], options: frozenset[str], def
     made = kind(**{**defaults, **{name: value for name, value in given.items() if value is not None or name in _WHOLE}})
     made.check()
     return made, notes + made.without_effect()
+
+
+class AroundNetworks(Generic[O]):
+    """What restorers around networks have in common: whose values a call takes where it names none, and what of them is the model's."""
+
+    kind: type[O]  # the options of a call
+
+    def __init__(self, networks: Networks, scale: float | None, defaults: Mapping[str, Any] | None, fallback: Mapping[str, Any]) -> None:
+        """`scale` and `defaults` are those of calls that name none; the networks' own ones come second, `fallback` last."""
+        own = {**fallback, **networks.call_defaults, **(defaults or {})}
+        self.scale: float = own["scale"] if scale is None else scale
+        self.defaults: dict[str, Any] = {name: value for name, value in own.items() if name in self.options}
+
+    @property
+    def options(self) -> frozenset[str]:
+        return self.kind.names()
+
+    @property
+    def kept_defaults(self) -> dict[str, Any]:
+        """The defaults that are the model's; how much memory there is, is this machine's."""
+        return {name: value for name, value in self.defaults.items() if name != "memory_budget"}
+
+    def _settled(self, call: Mapping[str, Any], scale: float | None, output_type: str) -> tuple[float, O, list[str]]:
+        """Scale and options of a call, checked, and notes."""
+        scale = self.scale if scale is None else scale
+        check_call(scale, output_type)
+        return scale, *settled(self.kind, call, self.options, self.defaults)
 
 
 def check_call(scale: float, output_type: str) -> None:

@@ -19,7 +19,6 @@ from sslsr_diffusion.inference.restorer import Restorer
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]  # done so far, total, name of the next picture ("" at the end)
-FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "tif": "TIFF"}  # --format
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.inference.choices import SAMPLERS
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.seeding import derive_seed, sample_generator
@@ -283,14 +284,6 @@ def _by_class(name: str, call: SamplerCall) -> Sampler:
 
 
 OWN = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}  # schedulers that stand for samplers of ours
-SAMPLERS: dict[str, str] = {
-    "ddpm": "sampling:SpacedDDPM",
-    "ddim": "sampling:SpacedDDIM",
-    "ddim-original": "sampling:OriginalDDIM",
-    "dpm++": "diffusers:DPMSolverMultistepScheduler",
-    "unipc": "diffusers:UniPCMultistepScheduler",
-    "euler": "diffusers:EulerDiscreteScheduler",
-}
 
 
 @torch.no_grad()

@@ -37,8 +37,7 @@ class TilePlan:
     vae_tile: int | None
     vae_overlap: int
     vae_scale: int
-    unit: int  # sides are multiples of it
-    trained: int  # the side that the denoiser was trained at
+    size: SizeRequirements  # of the denoiser's tiles
     batch: int = 1  # samples per network call
 
     @property
@@ -58,7 +57,7 @@ class TilePlan:
         if self.batch > 1:
             return replace(self, batch=1)
         longest = max(self.height, self.width)
-        sides = _sides(longest, self.trained, self.unit) if part == "tile" else _vae_sides(longest, self.vae_scale)
+        sides = _sides(longest, self.size) if part == "tile" else _vae_sides(longest, self.vae_scale)
         below = [side for side in sides if side < self.side(part)]
         if not below:
             return None
@@ -107,12 +106,11 @@ def plan_tiles(
         UserError: an impossible tile or overlap.
         NotEnoughMemory: the budget is below what the smallest tiles take (the message says how much that is).
     """
-    unit, trained = size.multiple_of, size.trained
     padded = size.padded(height), size.padded(width)
     longest, limits = max(padded), limits or {}
     batch = min(batch, limits.get("batch", batch))
-    asked = {"tile": _asked(tile, longest, unit, "tile"), "vae_tile": _asked(vae_tile, longest, 4 * vae_scale, "vae_tile")}
-    sides = {"tile": _sides(longest, trained or 512, unit), "vae_tile": _vae_sides(longest, vae_scale)}
+    asked = {"tile": _asked("tile", tile, longest, size), "vae_tile": _asked("vae_tile", vae_tile, longest, vae_tiles(vae_scale))}
+    sides = {"tile": _sides(longest, size), "vae_tile": _vae_sides(longest, vae_scale)}
 
     def cost(part: str, side: int) -> int:
         h, w = (min(side, edge) // vae_scale for edge in padded)
@@ -138,8 +136,7 @@ def plan_tiles(
         vae_tile=vae_side if vae_side < longest else None,
         vae_overlap=rounded_up(vae_side // 4, vae_scale),
         vae_scale=vae_scale,
-        unit=unit,
-        trained=trained or 512,
+        size=size,
         batch=batch,
     )
     log.info("padded to %d x %d, tile %s, vae tile %s (output pixels)", *padded, plan.tile or "none", plan.vae_tile or "none")
@@ -174,33 +171,42 @@ def _check_budget(
     )
 
 
-def _sides(longest: int, trained: int, unit: int) -> list[int]:
+def _sides(longest: int, size: SizeRequirements) -> list[int]:
     """Candidates of "auto", descending: the whole picture if it is not far beyond the training size, then shares of that."""
+    trained = size.trained or 512
     whole = [longest] if longest <= _LARGEST * trained else []
-    shares = {rounded_up(int(trained * share), unit) for share in _SHARES}
-    return whole + sorted((side for side in shares if side < longest), reverse=True)
+    shares = {size.rounded_up(int(trained * share), size.minimum) for share in _SHARES}
+    return (whole + sorted((side for side in shares if side < longest), reverse=True)) or [longest]
 
 
 def _vae_sides(longest: int, vae_scale: int) -> list[int]:
     return [longest, *(side for side in _VAE_SIDES if side < longest and side % vae_scale == 0)]
 
 
-def _asked(tile: Tile, longest: int, unit: int, name: str) -> int | None:
+def vae_tiles(vae_scale: int) -> SizeRequirements:
+    """What an autoencoder takes, with `vae_scale` pixels per latent pixel."""
+    return SizeRequirements(multiple_of=4 * vae_scale)
+
+
+def _asked(name: str, tile: Tile, longest: int, size: SizeRequirements) -> int | None:
     """The side of an explicit tile; None for "auto"."""
     if tile == "auto":
         return None
     if tile is None:
         return longest
-    check_tile(tile, unit, name)
+    check_tile(name, tile, size)
     return min(tile, longest)
 
 
-def check_tile(tile: Tile, unit: int, name: str) -> None:
-    """Raises UserError unless the networks can halve such a tile."""
+def check_tile(name: str, tile: Tile, size: SizeRequirements) -> None:
+    """Raises UserError unless the networks take such a tile."""
     if tile in ("auto", None):
         return
+    unit = size.multiple_of
     if not isinstance(tile, int) or tile < unit or tile % unit:
         raise UserError(f"{name}: expected a multiple of {unit} pixels, 'auto' or none, got {tile!r}.")
+    if not size.fits(tile):
+        raise UserError(f"{name}: expected at least {size.nearest(tile)} pixels, the smallest that these networks take, got {tile}.")
 
 
 def _overlap(overlap: int | None, tile: int, vae_scale: int) -> int:

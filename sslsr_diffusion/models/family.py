@@ -21,6 +21,10 @@ class FamilySettings(Settings):
     base: str | None = Field(None, description="File, folder or hub id that the networks are read from.")
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id; the commit is recorded either way.")
 
+    def codec_scale(self) -> int:
+        """Pixels per latent pixel along a side, as far as it is known without building networks; 1 where there are no latents."""
+        return 1
+
 
 class Family(Protocol):
     """One entry of the table of families. Light to import: networks and their libraries are imported inside the methods."""

@@ -10,13 +10,13 @@ import yaml
 
 from sslsr_diffusion import hub
 from sslsr_diffusion.data.sources import open_source
-from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.errors import MissingDependency, Refused, UserError
 from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.models.base import IGNORED, WANTED
 from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
 from sslsr_diffusion.runs.pin import pinned, recorded_state
 from sslsr_diffusion.runs.recipe import Recipe, resolved, run_folder
-from sslsr_diffusion.runs.start import check_one_way, validation_metric
+from sslsr_diffusion.runs.start import check_one_way, lacking_metrics, validation_metric
 from sslsr_diffusion.runs.task import build_task
 from sslsr_diffusion.shipped_model import local_folder
 from sslsr_diffusion.tasks.task import Task
@@ -37,7 +37,8 @@ class Check(NamedTuple):
 def dry_run(
     recipe: Recipe, say: Callable[[str], None], *, resume: str | None = None, restart: bool = False, allow_recipe_change: bool = False
 ) -> bool:
-    """Say everything about a run that can be known without starting it; False if something would keep it from running.
+    """Say everything about a run that can be known without starting it; False if something that the recipe asks for is not there or
+    cannot be used.
 
     Args:
         resume: what the run would go on from: `latest`, a checkpoint, a run folder or a hub id.
@@ -76,14 +77,15 @@ def run_checks(recipe: Recipe, *, empty: bool = True) -> list[Check]:
 
 
 def _checked(what: str, say: Callable[[], str | None], verdict: Verdict = "missing") -> list[Check]:
-    """What a check says; none where it has nothing to say, and `verdict` where it raises."""
+    """What a check says; none where it has nothing to say, and `verdict` where it raises an error that has none of its own."""
     try:
         said = say()
     except hub.HubError as error:
         verdicts: dict[str, Verdict] = {"unreachable": "not reachable", "gated": "refused", "refused": "refused"}
         return [Check(what, verdicts.get(error.reason, "missing"), error.said)]
     except (UserError, MissingDependency, OSError) as error:
-        return [Check(what, verdict, "; ".join(line.strip() for line in str(error).splitlines()))]
+        said = "; ".join(line.strip() for line in str(error).splitlines())
+        return [Check(what, "refused" if isinstance(error, Refused) else verdict, said)]
     return [Check(what, "ok", said)] if said else []
 
 
@@ -156,6 +158,9 @@ def _metrics(recipe: Recipe) -> str | None:
     names = recipe.validation.metrics if recipe.validation.limit else ()
     for name in names:
         validation_metric(name)
+    lacking = lacking_metrics(recipe, download=False) if names and recipe.data.validation else {}
+    if lacking:
+        raise MissingDependency("; ".join(lacking.values()))
     return ", ".join(names)
 
 

@@ -94,7 +94,7 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
     task = build_task(_one_sampling_step(recipe), meta=True)
     modules = nn.ModuleList([task.module, task.networks])
     every, trained = count_parameters(modules), count_parameters(modules, trained=True)
-    losses = build_losses(recipe.losses, means_of(recipe, task, shapes=True))
+    losses = build_losses(recipe.losses, means_of(recipe, shapes=True))
     learning = nn.ModuleList([loss.network for loss in losses if isinstance(loss, Learner)])
     beside = nn.ModuleList([network for loss in losses if (network := loss.network) is not None])  # float32, always
     batch = _batch(recipe, task)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.devices import device_bytes, is_out_of_memory
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.evaluation.metrics import METRICS
+from sslsr_diffusion.evaluation.metrics import METRICS, unavailable
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.runs.pin import pinned
@@ -122,7 +122,7 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
             device=device,
         )
 
-    losses = build_losses(recipe.losses, means_of(recipe, task))
+    losses = build_losses(recipe.losses, means_of(recipe))
     base = {"id": task.networks.base, "revision": task.networks.revision}
     trained_with = {loss.name for loss in losses}
     return Job(
@@ -159,7 +159,15 @@ def _validation(recipe: Recipe) -> Validation | None:
     if not pairs:
         return None
     metrics = {name: validation_metric(name) for name in settings.metrics}
-    higher = {name: METRICS[name].higher_is_better for name in settings.metrics}
+    for name, said in lacking_metrics(recipe).items():
+        logger.warning("validation goes without %s", said)
+        del metrics[name]
+    if settings.best not in metrics and recipe.output.pipeline == "best":
+        raise UserError(
+            f"output.pipeline: best needs validation.best: {settings.best}, which cannot be measured here (see the warning above, or "
+            "--dry-run); mend that, take another of validation.metrics as best, or set output.pipeline: last."
+        )
+    higher = {name: METRICS[name].higher_is_better for name in metrics}
     return Validation(pairs, metrics, settings, higher)
 
 
@@ -170,6 +178,20 @@ def validation_metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         usable = [key for key, entry in METRICS.items() if not entry.whole_set]
         raise UserError(f"validation.metrics: {name!r} cannot be measured per picture; expected some of {', '.join(usable)}.")
     return lambda restored, reference: metric.fn(restored, reference if metric.needs_reference else None, crop_border=0, y_channel=False)
+
+
+def lacking_metrics(recipe: Recipe, *, download: bool = True) -> dict[str, str]:
+    """Those of validation.metrics that cannot be computed here: name -> a sentence with what to do, and what a run does until then.
+
+    No other metric takes the place of `validation.best`: it would choose other weights than the recipe says (PSNR the smoothest).
+    """
+    found = {name: unavailable(name, download=download) for name in recipe.validation.metrics}
+    said = {name: f"{name}: {reason}" for name, reason in found.items() if reason is not None}
+    best, instead = recipe.validation.best, next((name for name in found if name not in said), None)
+    if best in said:
+        advice = f" (--set validation.best={instead} chooses by that)" if instead else ""
+        said[best] += f"; without it no weights are kept as the best{advice}"
+    return said
 
 
 def _publisher(recipe: Recipe) -> Publisher | None:

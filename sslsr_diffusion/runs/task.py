@@ -29,9 +29,9 @@ def build_task(recipe: Recipe, *, meta: bool = False) -> Task:
     return task
 
 
-def means_of(recipe: Recipe, task: Task, *, shapes: bool = False) -> Means:
+def means_of(recipe: Recipe, *, shapes: bool = False) -> Means:
     """What the losses of a recipe are built with; with `shapes` on the meta device, and nothing is read."""
-    return Means(seed=recipe.seed, side=task.picture_side(recipe.training.crop_size), shapes=shapes)
+    return Means(seed=recipe.seed, side=recipe.picture_side, shapes=shapes)
 
 
 def frame_of(recipe: Recipe, *, meta: bool = False) -> Frame:

@@ -57,9 +57,9 @@ class DiffusionTaskSettings(TaskSettings):
             )
         return self
 
-    def picture_side(self, crop_size: int) -> int:
-        """That of the window, for a codec with 4 pixels per latent pixel."""
-        return crop_size if self.decode_crop is None else min(crop_size, self.decode_crop * 4)
+    def picture_side(self, crop_size: int, codec_scale: int) -> int:
+        """That of the window."""
+        return crop_size if self.decode_crop is None else min(crop_size, self.decode_crop * codec_scale)
 
 
 class DiffusionTask(TaskBase):
@@ -144,9 +144,6 @@ class DiffusionTask(TaskBase):
         clean, _ = nets.process.clean_and_noise(pred, zt, t)
         gain = nets.process.clean_gain(t).to(pred.device)
         return Outputs(**vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=self._decode(clean, draws))
-
-    def picture_side(self, crop_size: int) -> int:
-        return crop_size if self.decode_crop is None else min(crop_size, self.decode_crop * self.networks.codec.scale)
 
     def _decode(self, z0: Tensor, draws: Draws) -> Tensor | None:
         """Pixels of the samples and windows that some loss looks at. Decoding with gradient is a step's memory peak."""

@@ -50,8 +50,8 @@ class TaskSettings(Settings):
 
     kind: str
 
-    def picture_side(self, crop_size: int) -> int:
-        """The least side, in pixels, of the pictures that pixel losses see."""
+    def picture_side(self, crop_size: int, codec_scale: int) -> int:
+        """The side, in pixels, of the pictures that pixel losses see; `codec_scale`: pixels per latent pixel."""
         return crop_size
 
 

@@ -63,9 +63,6 @@ class Task(Protocol):
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         """The networks' part; `module` is `self.module`, its wrapped form, or the same with other weights."""
 
-    def picture_side(self, crop_size: int) -> int:
-        """Side, in pixels, of the pictures in "sr"."""
-
     def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
         """[1, 3, h, w], [1, 3, H, W] -> [1, 3, H, W] in about [0, 1], from `lr` (an autoencoder: from `hr`), with the present weights."""
 
@@ -91,9 +88,6 @@ class TaskBase:
             drawn = per_sample_noise(self.seed, batch.index.tolist(), purpose, self.networks.codec.noise_shape(batch.hr)[1:])
             noise[purpose] = drawn.to(batch.hr.device)
         return Draws(all_pixels(batch), noise, reads=reads_of(losses))
-
-    def picture_side(self, crop_size: int) -> int:
-        return crop_size
 
     def to(self, device: torch.device) -> None:
         self.networks.to(device)

@@ -67,7 +67,11 @@ class ValidationSettings(Settings):
     limit: int = Field(8, ge=0, description="Held-out pictures per pass; 0: no validation at all.")
     size: int = Field(512, ge=16, description="Side of the held-out HR crop in pixels.")
     metrics: tuple[str, ...] = Field(("psnr", "ssim"), description="Names of metrics over the restored pictures.")
-    best: str = Field("psnr", description="The metric that decides which weights are the best.")
+    best: str = Field(
+        "psnr",
+        description="The metric that decides which weights are the best. psnr picks the smoothest of a model that makes up detail; "
+        "features (extra `features`) does not. One that cannot be measured here has no stand-in: no weights are kept as the best then.",
+    )
     pictures: int = Field(4, ge=0, description="Rows of the picture grid.")
     seed: int = Field(1234, ge=0, description="Seed of the sampler's noise; the same in every pass.")
 

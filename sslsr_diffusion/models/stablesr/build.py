@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.errors import Refused, UserError
 from sslsr_diffusion.models.base import Base, find_base
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.process import DDPM, Process
@@ -162,14 +162,14 @@ def _from_base(settings: StableSRSettings, base: Base, *, plain: bool, meta: boo
 
 
 def process_of(base: Base) -> Process:
-    """The noise process of a base's scheduler; UserError where it is not the one that this family's networks are made for."""
+    """The noise process of a base's scheduler; Refused where it is not the one that this family's networks are made for."""
     config = base.config("scheduler")
     try:
         process = Process.of(config)
     except UserError as error:
-        raise UserError(f"model.base: {base.name}: {error}") from None
+        raise Refused(f"model.base: {base.name}: {error}") from None
     if not isinstance(process, DDPM):
-        raise UserError(
+        raise Refused(
             f"model.base: {base.name}: expected a scheduler of the DDPM family, which StableSR's networks are made for, got "
             f"{config.get('_class_name')}, a flow; choose a Stable Diffusion 2.1 base."
         )

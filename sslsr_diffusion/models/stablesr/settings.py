@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from sslsr_diffusion.models.family import FamilySettings
+from sslsr_diffusion.shipped_model import local_folder
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 CALL_DEFAULTS = {"detail": 1.0, "antiring": 0.0}  # of a pipeline whose model_index.json names no own ones; both lie between 0 and 1
@@ -43,6 +44,17 @@ class StableSRSettings(FamilySettings):
         if value not in preset_names():
             raise ValueError(f"{value!r} is not a preset; expected one of {', '.join(preset_names())}.")
         return value
+
+    def codec_scale(self) -> int:
+        """By the config of the autoencoder that lies on this machine, else by the preset's."""
+        named = self.vae or (self.base if self.init == "pretrained" else None)
+        folder = None if named is None else local_folder(named)
+        for path in () if folder is None else (folder / "vae" / "config.json", folder / "config.json"):
+            try:
+                return 2 ** (len(json.loads(path.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
+            except (OSError, ValueError, LookupError, TypeError):
+                continue  # the base is not here, or damaged, which the run will say
+        return 2 ** (len(load_preset(self.preset)["vae"]["block_out_channels"]) - 1)
 
 
 def is_share(value: Any) -> bool:

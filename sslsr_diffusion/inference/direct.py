@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back, shown_bytes
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
-from sslsr_diffusion.images import resize_bicubic
+from sslsr_diffusion.images import pad_to, resize_bicubic
 from sslsr_diffusion.inference.memory import call_bytes, peak_activation_bytes
 from sslsr_diffusion.inference.noise import Generators
 from sslsr_diffusion.inference.options import CallOptions
@@ -19,7 +19,7 @@ from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
 from sslsr_diffusion.inference.restorer import AroundNetworks, Output, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import check_tile, within_memory
-from sslsr_diffusion.inference.tiling import blend, pad_to, rounded_up, tile_boxes
+from sslsr_diffusion.inference.tiling import blend, rounded_up, tile_boxes
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import PixelNetworks
 from sslsr_diffusion.models.size import SizeRequirements
@@ -45,8 +45,11 @@ class DirectRestorer(AroundNetworks[CallOptions]):
     @classmethod
     def open(cls, family: Family, path: Path, placement: Placement) -> Self:
         """A model's files as a restorer on a device."""
-        networks = cast(PixelNetworks, family.read(path).eval().requires_grad_(False).to(placement.device, placement.dtype))
-        return cls(networks, defaults=placement.defaults)
+        networks = cast(PixelNetworks, family.read(path)).eval().requires_grad_(False)
+        dtype = networks.taken(placement.dtype)
+        if dtype != placement.dtype:
+            log.warning("these networks do not work in %s: %s takes its place", placement.dtype, dtype)
+        return cls(networks.to(placement.device, dtype), defaults=placement.defaults)
 
     def check(self, **call: Any) -> list[str]:
         options, notes = settled(CallOptions, call, self.options, self.defaults)

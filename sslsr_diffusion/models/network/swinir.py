@@ -1,0 +1,51 @@
+"""SwinIR (Liang et al., ICCV Workshops 2021): spandrel's network, padded as the published training and test code pad it."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from spandrel.architectures.SwinIR import SwinIR as Windows
+from spandrel.architectures.SwinIR import SwinIRArch
+from torch import Tensor
+
+from sslsr_diffusion.images import pad_to
+
+
+class SwinIR(Windows):
+    """Pads both sides to multiples of the window, and cuts the picture again. Arguments and tensor names are the authors'.
+
+    Args:
+        extra_window: always pad by mirroring with the edge repeated, by one more window than is needed where the sides fit already:
+            what the authors' test script and the published SSL training do, so what published weights have seen. False: pad where
+            the sides do not fit, by reflection. The two differ over the whole picture, because windows and masks lie elsewhere.
+    """
+
+    multiple_of: int
+    has_branch: ClassVar[bool] = False
+    takes_half: ClassVar[bool] = False
+    sees = None
+
+    def __init__(self, *, extra_window: bool = True, **arguments: Any) -> None:
+        if not isinstance(extra_window, bool):
+            raise ValueError(f"extra_window: expected true or false, got {extra_window!r}")
+        super().__init__(**arguments)
+        self.extra_window, self.scale, self.multiple_of = extra_window, int(self.upscale), int(self.window_size)
+        self.arguments = {**self.hyperparameters, "extra_window": extra_window}
+
+    def forward(self, lr: Tensor) -> Tensor:
+        """[B, 3, h, w] -> [B, 3, scale h, scale w]"""
+        window, (height, width) = self.multiple_of, lr.shape[-2:]
+        more = 1 if self.extra_window else 0
+        sides = [((side + (0 if more else window - 1)) // window + more) * window for side in (height, width)]
+        picture = super().forward(pad_to(lr, sides[0], sides[1], repeat_edge=self.extra_window))
+        return picture[..., : height * self.scale, : width * self.scale]
+
+    @classmethod
+    def renamed(cls, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return tensors
+
+    @classmethod
+    def arguments_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """What spandrel finds by names and shapes; None also for a SwinIR that folds its input first, which spandrel reads alone."""
+        if not SwinIRArch().detect(tensors) or "conv_first.1.weight" in tensors:
+            return None
+        return dict(SwinIRArch().load(dict(tensors)).model.hyperparameters)

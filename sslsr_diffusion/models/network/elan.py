@@ -127,7 +127,8 @@ class _Block(nn.Module):
 class ELAN(Architecture):
     """head, blocks of shift convolutions and window attention with a skip around them, tail with a pixel shuffle.
 
-    `m_elan` counts attention layers, of which each block has n_share + 1. Works on (x - rgb_mean) img_range, padded on the right and below by reflection to a common multiple of the windows, and cut again.
+    `m_elan` counts attention layers, of which each block has n_share + 1. Works on (x - rgb_mean) img_range, padded on the right and
+    below by reflection to a common multiple of the windows, and cut again.
     """
 
     takes_half: ClassVar[bool] = False  # the unscaled products of attention leave float16's range

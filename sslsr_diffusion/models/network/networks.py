@@ -13,8 +13,9 @@ from sslsr_diffusion.models.network.settings import FILE, NetworkSettings
 from sslsr_diffusion.models.networks import PixelNetworks
 from sslsr_diffusion.models.size import SizeRequirements
 
-# Low-resolution pixels that tiles share at most. Of Real-ESRGAN, whose pixels could see 350 others to each side, a context of a
-# quarter of this leaves less than half an 8-bit step between tiles and the whole picture.
+# Low-resolution pixels that tiles share at most. Real-ESRGAN's pixels could see 350 others to each side; on two photographs what is
+# further away than 64 changed them by less than an 8-bit step, further than 32 by 0.2 to 1.1 steps on the mean. Tiles of such
+# networks differ a little from the whole picture; the ramp between them, half of this long, leaves no step.
 LARGEST_OVERLAP = 64
 
 

@@ -92,8 +92,8 @@ class RRDBNet(Architecture):
         found = {}
         for name, tensor in tensors.items():
             block = _BLOCK.fullmatch(name)
-            layer, _, kind = name.rpartition(".")
-            found["body.{}.rdb{}.conv{}.{}".format(*block.groups()) if block else f"{outer.get(layer, layer)}.{kind}"] = tensor
+            layer, dot, kind = name.rpartition(".")
+            found["body.{}.rdb{}.conv{}.{}".format(*block.groups()) if block else outer.get(layer, layer) + dot + kind] = tensor
         return found
 
     @classmethod

@@ -1,11 +1,13 @@
 """SwinIR (Liang et al., ICCV Workshops 2021): spandrel's network, padded as the published training and test code pad it."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 from spandrel.architectures.SwinIR import SwinIR as Windows
 from spandrel.architectures.SwinIR import SwinIRArch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sslsr_diffusion.images import pad_to
 
@@ -38,6 +40,12 @@ class SwinIR(Windows):
         sides = [((side + (0 if more else window - 1)) // window + more) * window for side in (height, width)]
         picture = super().forward(pad_to(lr, sides[0], sides[1], repeat_edge=self.extra_window))
         return picture[..., : height * self.scale, : width * self.scale]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Each block is computed again in the backward pass."""
+        for layer in self.layers:
+            for block in layer.residual_group.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     @classmethod
     def renamed(cls, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

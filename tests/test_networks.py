@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.inference.direct import DirectRestorer
 from sslsr_diffusion.models.network import known as table
 from sslsr_diffusion.models.network.family import Network
 from sslsr_diffusion.models.network.known import OWN, build, names, recognise
@@ -347,6 +348,23 @@ def test_files_that_hold_no_network_for_any_picture(tmp_path, monkeypatch):
     for metadata in ({"arguments": "[1"}, {"call": '{"scale": "x"}'}, {"call": '{"a": {"b": 1}}'}, {"call": "[" * 9000}):
         save_file(rrdb, tmp_path / "odd.safetensors", metadata=metadata)
         assert told(lambda: family.read(tmp_path / "odd.safetensors")).startswith("model odd.safetensors: expected ")
+
+
+def test_arguments_that_make_no_picture_or_a_file_that_reads_otherwise():
+    assert "SwinIR cannot be built with these (shape" in told(lambda: build("SwinIR", {"window_size": 7, "depths": [2], "num_heads": [2]}))
+    odd_ = {**TINY["SwinIR"], "ape": True}
+    assert "a file of this SwinIR would not be read as it is: looks like SwinIR, but " in told(lambda: build("SwinIR", odd_))
+    grl = {"stripe_shift": False, "depths": [1], "num_heads_window": [1], "num_heads_stripe": [1], "embed_dim": 8, "upscale": 4}
+    assert "GRL" in told(lambda: build("GRL", grl))
+    hat = {"depths": [1], "num_heads": [2], "embed_dim": 36, "window_size": 7, "upscale": 4, "upsampler": "pixelshuffle"}
+    assert "HAT" in told(lambda: build("HAT", hat))
+    assert build("SwinIR", {"depths": [1], "num_heads": [2], "embed_dim": 4})[1].arguments["mlp_ratio"] == 2
+
+
+def test_a_network_that_looks_at_numbers_is_measured_with_numbers():
+    network, known = build("SeemoRe", {"embedding_dim": 8, "num_layers": 1, "num_experts": 2})
+    restorer = DirectRestorer(SuperResolution(network, known, base="x").eval())
+    assert restorer(smooth(20, 20), memory_budget=2 * 10**9, output_type="pt").images.shape[-1] == 20 * known.scale
 
 
 def test_faces_and_holes_are_refused(monkeypatch):

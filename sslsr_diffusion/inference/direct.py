@@ -156,13 +156,23 @@ class DirectRestorer(AroundNetworks[CallOptions]):
         what = "this picture; the least is" if options.tile == "auto" else f"tile {sides[0] * zoom}, which would take"
         raise NotEnoughMemory(f"memory_budget: {shown_bytes(budget)} is too little for {what} {shown_bytes(least)}.", least)
 
+    def _peak(self, side: int) -> float:
+        """Numbers that are alive at once in a call on a picture of this side: on shapes alone, unless the networks look at numbers."""
+        shapes = self.networks.shapes().float().eval()
+        low = torch.zeros(1, 3, side, side)
+        try:
+            return peak_activation_bytes(shapes, lambda: shapes(low.to("meta"))) / 4
+        except RuntimeError:
+            parameter = next(self.networks.parameters())
+            real = low.to(parameter)
+            return peak_activation_bytes(self.networks, lambda: self.networks(real), parameter.device) / parameter.dtype.itemsize
+
     def _bytes(self, side: int, *, steady: bool) -> int:
         """Estimated peak of a call on one tile; activations grow with the area, so one shape run is enough."""
         parameter = next(self.networks.parameters())
         if self._floats is None:
             measured = rounded_up(_MEASURED, self._unit, self._least)
-            shapes, low = self.networks.shapes().float().eval(), torch.empty(1, 3, measured, measured, device="meta")
-            self._floats = peak_activation_bytes(shapes, lambda: shapes(low)) / 4 / measured**2
+            self._floats = self._peak(measured) / measured**2
         largest = max(p.numel() for p in self.networks.parameters())
         width = parameter.dtype.itemsize
         return call_bytes(self._floats * side * side * width, largest * width, parameter.device.type, steady)

@@ -52,7 +52,10 @@ class Network:
         return opened(path / FILE if path.is_dir() else path, base=str(path), meta=meta)
 
     def source(self, settings: NetworkSettings) -> str | None:
-        return settings.base
+        base = settings.base
+        if base is None or "#" in base or Path(base).suffix not in SUFFIXES:
+            return base
+        return str(Path(base).expanduser().absolute())  # weights/net.pth looks like owner/name
 
     def check_files(self, settings: NetworkSettings) -> dict[str, Callable[[], str]]:
         def check() -> str:

@@ -3,7 +3,7 @@
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ OWN = {  # asked before spandrel, which takes some of their tensors for another 
 _FOR_ANY = ("SR", "Restoration")  # spandrel's purposes of networks for any picture
 _NOT_FOR_ANY = ("GFPGAN", "RestoreFormer", "LaMa")
 _LARGEST_RATE = 255.0  # of a number that no tensor's shape tells
+_tried: set[str] = set()  # what made a picture in this process
 Call = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -41,7 +42,7 @@ class Known:
     architecture: str
     arguments: dict[str, Any]
     scale: int
-    call: Call
+    call: Call = field(repr=False)
     multiple_of: int = 1
     minimum: int = 0
     sees: int | None = None
@@ -76,9 +77,30 @@ def build(architecture: str, arguments: Mapping[str, Any], *, meta: bool = False
             module = make(**arguments)
         except Exception as error:  # whatever a network does with impossible arguments
             raise UserError(f"model.arguments: {architecture} cannot be built with these ({_first_line(error)}).") from None
-    if architecture in OWN:
+    if isinstance(module, Architecture):
         return module, _of_own(architecture, module)
-    return recognise(module.state_dict(), f"model.architecture {architecture}", built=module)
+    what = f"model.arguments: a file of this {architecture} would not be read as it is"
+    if architecture not in OWN:
+        module, known = recognise(module.state_dict(), what, built=module)
+    else:
+        known = _of_own(architecture, module)
+    if repr(known) not in _tried:
+        if architecture in OWN:
+            found = _telling(lambda: make.arguments_of(module.state_dict()), architecture, what)
+            _settled(architecture, found or {}, known.arguments, what)
+        _try(module, known)
+        _tried.add(repr(known))
+    return module, known
+
+
+def _try(module: nn.Module, known: Known) -> None:
+    """UserError where a network that could be built makes no picture: some check nothing before."""
+    side = max(known.multiple_of, known.minimum)
+    try:
+        with torch.no_grad():
+            known.call(module.eval(), torch.zeros(1, 3, side, side))
+    except Exception as error:
+        raise UserError(f"model.arguments: {known.architecture} makes no picture with these ({_first_line(error)}).") from None
 
 
 def recognise(
@@ -190,6 +212,8 @@ def _by_spandrel(tensors: Mapping[str, Tensor], what: str, told: Mapping[str, An
     arguments = dict(getattr(built or found.model, "hyperparameters", {}))
     settled = _settled(name, arguments, told, what)
     module = built or found.model
+    if built is not None and type(built) is kind:
+        _settled(name, dict(getattr(found.model, "hyperparameters", {})), plain(arguments), what)
     if settled != arguments:
         module = kind(**settled)
         module.load_state_dict(found.model.state_dict())

@@ -11,6 +11,17 @@ from torch.utils.checkpoint import checkpoint
 
 from sslsr_diffusion.images import pad_to
 
+_PUBLISHED = {  # SwinIR-M, where nothing else is given
+    "upscale": 4,
+    "img_size": 64,
+    "window_size": 8,
+    "depths": [6] * 6,
+    "embed_dim": 180,
+    "num_heads": [6] * 6,
+    "mlp_ratio": 2.0,
+    "upsampler": "pixelshuffle",
+}
+
 
 class SwinIR(Windows):
     """Pads both sides to multiples of the window, and cuts the picture again. Arguments and tensor names are the authors'.
@@ -29,7 +40,7 @@ class SwinIR(Windows):
     def __init__(self, *, extra_window: bool = True, **arguments: Any) -> None:
         if not isinstance(extra_window, bool):
             raise ValueError(f"extra_window: expected true or false, got {extra_window!r}")
-        super().__init__(**arguments)
+        super().__init__(**{**_PUBLISHED, **arguments})
         self.extra_window, self.scale, self.multiple_of = extra_window, int(self.upscale), int(self.window_size)
         self.arguments = {**self.hyperparameters, "extra_window": extra_window}
 

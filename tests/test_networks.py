@@ -412,6 +412,23 @@ def test_precisions_and_sizes_are_the_networks_own():
     assert tiny("SwinIR").overlap == 64
 
 
+@pytest.mark.parametrize("name", ["RRDBNet", "SPSRNet", "ELAN", "SwinIR"])
+@torch.no_grad()
+def test_bfloat16_works_within_itself(name):
+    """At a size that is not the one of SwinIR's stored masks, too."""
+    networks = tiny(name)
+    want = networks(smooth(24, 40))
+    got = networks.to(torch.bfloat16)(smooth(24, 40).bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - want).abs().max() < 0.05
+
+
+def test_every_parameter_has_a_gradient_though_the_branch_is_not_asked_for():
+    networks = tiny("SPSRNet").train()
+    networks(smooth(8, 8)).mean().backward()
+    assert [name for name, parameter in networks.named_parameters() if parameter.grad is None] == []
+
+
 def test_a_result_in_half_precision_keeps_what_it_says(tmp_path):
     from sslsr_diffusion.runs.task import halve
 

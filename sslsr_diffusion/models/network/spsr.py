@@ -74,7 +74,11 @@ class SPSRNet(Architecture):
     def forward(self, lr: Tensor, *, branch: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """[B, 3, h, w] -> [B, 3, 4 h, 4 w]; with `branch` also the branch's idea of that picture's gradient map, of the same shape."""
         picture, features = self._both(lr)
-        return (picture, self.conv_w(features)) if branch else picture
+        if branch:
+            return picture, self.conv_w(features)
+        if self.training and torch.is_grad_enabled():  # DDP waits for a gradient of every parameter
+            picture = picture + 0 * self.conv_w(features).mean()
+        return picture
 
     def _both(self, lr: Tensor) -> tuple[Tensor, Tensor]:
         """The picture, and the last features of the branch."""

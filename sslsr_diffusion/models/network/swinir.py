@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from spandrel.architectures.SwinIR import SwinIR as Windows
 from spandrel.architectures.SwinIR import SwinIRArch
+from spandrel.architectures.SwinIR.__arch.SwinIR import SwinTransformerBlock
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +24,21 @@ _PUBLISHED = {  # SwinIR-M, where nothing else is given
     "mlp_ratio": 2.0,
     "upsampler": "pixelshuffle",
 }
+
+
+class _Block(SwinTransformerBlock):
+    """spandrel's block with a mask in its own precision, made without a loop; else bfloat16 would meet float32."""
+
+    def calculate_mask(self, x_size: tuple[int, int]) -> Tensor:
+        """[windows, window^2, window^2]: -100 between pixels that the roll brought together, else 0."""
+        window, shift = self.window_size, self.shift_size
+        dtype = self.norm1.weight.dtype
+        if not shift:
+            return torch.zeros(1, window**2, window**2, dtype=dtype)
+        rows, columns = (np.digitize(np.arange(side), (side - window, side - shift)) for side in x_size)
+        region = rows[:, None] * 3 + columns
+        region = region.reshape(x_size[0] // window, window, x_size[1] // window, window).swapaxes(1, 2).reshape(-1, window**2)
+        return torch.from_numpy(np.where(region[:, None] == region[:, :, None], 0.0, -100.0)).to(dtype)
 
 
 class SwinIR(Windows):
@@ -42,6 +60,9 @@ class SwinIR(Windows):
             raise ValueError(f"extra_window: expected true or false, got {extra_window!r}")
         super().__init__(**{**_PUBLISHED, **arguments})
         self.extra_window, self.scale, self.multiple_of = extra_window, int(self.upscale), int(self.window_size)
+        for layer in self.layers:
+            for block in layer.residual_group.blocks:
+                block.__class__ = _Block
         self.arguments = {**self.hyperparameters, "extra_window": extra_window}
 
     def forward(self, lr: Tensor) -> Tensor:

@@ -220,6 +220,8 @@ def test_a_rate_that_no_shape_tells_comes_back_from_the_file_or_the_recipe(tmp_p
     kept = opened(path, base="x").known.arguments
     assert (kept["drop_path_rate"], kept["extra_window"]) == (0.3, False)
     asked = NetworkSettings(arguments={"drop_path_rate": 0, "depths": [2]})
+    with pytest.raises(UserError, match=r"holds SwinIR with mlp_ratio 2\.0, got 90000 for it"):
+        opened(path, base="x", settings=NetworkSettings(arguments={"mlp_ratio": 90000}))
     assert opened(path, base="x", settings=asked).known.arguments["drop_path_rate"] == 0
     with pytest.raises(UserError, match=r"model x: holds SwinIR with depths \[2\], got \[6, 6\] for it"):
         opened(path, base="x", settings=NetworkSettings(arguments={"depths": [6, 6]}))

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from sslsr_diffusion.models.unpickle import read_checkpoint
 
 ENTRIES = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net")  # where trainers put the weights
 _PREFIXES = ("module.", "netG.", "params_ema.", "params.")
+CALL = ("scale", "color_fix", "detail", "antiring")  # what a call takes from the model where it names nothing
 _LARGEST_TEXT = 1 << 16  # characters of an entry of the metadata
 
 
@@ -23,9 +24,8 @@ class Weights:
     """What a file holds."""
 
     tensors: dict[str, Tensor]
-    architecture: str | None = None  # this and the next two: of a file that was written here
-    arguments: dict[str, Any] = field(default_factory=dict)
-    call: dict[str, Any] = field(default_factory=dict)  # what a call takes where it names nothing
+    arguments: dict[str, Any]  # these and the next: of a file that was written here, else empty
+    call: dict[str, Any]
 
 
 def read_tensors(path: Path) -> Weights:
@@ -42,7 +42,7 @@ def read_tensors(path: Path) -> Weights:
     scale = call.get("scale", 1)
     if not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise UserError(f"model {path.name}: expected a positive number as the scale in its metadata, got {scale!r}; export it again.")
-    return Weights(found, told.get("architecture"), arguments, call)
+    return Weights(found, arguments, {name: value for name, value in call.items() if name in CALL})
 
 
 def write_tensors(

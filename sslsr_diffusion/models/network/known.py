@@ -24,7 +24,6 @@ OWN = {  # asked before spandrel, which takes some of their tensors for another 
 }
 _FOR_ANY = ("SR", "Restoration")  # spandrel's purposes of networks for any picture
 _NOT_FOR_ANY = ("GFPGAN", "RestoreFormer", "LaMa")
-_LARGEST_RATE = 255.0  # of a number that no tensor's shape tells
 _tried: set[str] = set()  # what made a picture in this process
 Call = Callable[[nn.Module, Tensor], Tensor]
 
@@ -184,7 +183,7 @@ def _settled(name: str, found: dict[str, Any], told: Mapping[str, Any], what: st
     """What the shapes tell, and what was told beside. A number that they do not tell (a rate of dropped paths) may be told anew."""
     settled = dict(found)
     for key, value in told.items():
-        rate = isinstance(found.get(key), float) and isinstance(value, int | float) and abs(value) <= _LARGEST_RATE
+        rate = isinstance(found.get(key), float) and isinstance(value, int | float) and ("drop" in key or key == "img_range")
         if key in found and not rate and plain({key: value}) != plain({key: found[key]}):
             raise UserError(f"{what}: holds {name} with {key} {found[key]}, got {value!r} for it; leave it out.")
         if key not in found or rate:

@@ -1,6 +1,8 @@
 """SwinIR (Liang et al., ICCV Workshops 2021): spandrel's network, padded as the published training and test code pad it."""
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -58,7 +60,8 @@ class SwinIR(Windows):
     def __init__(self, *, extra_window: bool = True, **arguments: Any) -> None:
         if not isinstance(extra_window, bool):
             raise ValueError(f"extra_window: expected true or false, got {extra_window!r}")
-        super().__init__(**{**_PUBLISHED, **arguments})
+        with _quiet():
+            super().__init__(**{**_PUBLISHED, **arguments})
         self.extra_window, self.scale, self.multiple_of = extra_window, int(self.upscale), int(self.window_size)
         for layer in self.layers:
             for block in layer.residual_group.blocks:
@@ -88,4 +91,13 @@ class SwinIR(Windows):
         """What spandrel finds by names and shapes; None also for a SwinIR that folds its input first, which spandrel reads alone."""
         if not SwinIRArch().detect(tensors) or "conv_first.1.weight" in tensors:
             return None
-        return dict(SwinIRArch().load(dict(tensors)).model.hyperparameters)
+        with _quiet():
+            return dict(SwinIRArch().load(dict(tensors)).model.hyperparameters)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's word on how the network calls meshgrid."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)
+        yield

@@ -245,7 +245,10 @@ def test_a_hub_file_is_looked_up_and_pinned(photos, tmp_path, monkeypatch):
     made = recipe(photos, tmp_path / "run", model=model)
     monkeypatch.setattr("sslsr_diffusion.runs.pin.commit_of", lambda name, kind, revision: "d" * 40 if name == "you/nets" else None)
     assert pinned(made).model.revision == "d" * 40
+    monkeypatch.setattr("sslsr_diffusion.hub.fetch", lambda *_, local_files_only=False, **__: None if local_files_only else 1 / 0)
     monkeypatch.setattr(hub, "look_up", lambda name, *_: hub.Found("e" * 40, ("net.pth", "README.md")))
+    unknown = said(recipe(photos, tmp_path / "run", model={"kind": "network", "base": "you/nets#net.pth"}))[1]
+    assert "give model.architecture, too, so that it can be counted before its download" in unknown
     assert "you/nets#net.pth on the hub, commit eeeeeeeeeeee" in said(made)[1]
     monkeypatch.setattr(hub, "look_up", lambda name, *_: hub.Found("e" * 40, ("README.md",)))
     assert "you/nets on the hub holds no file net.pth" in said(made)[1]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sslsr_diffusion import hub
 from sslsr_diffusion.errors import UserError
@@ -34,12 +34,17 @@ class Network:
     ) -> "Networks":
         from sslsr_diffusion.models.network.networks import drawn, opened
 
-        networks: Networks
-        if settings.base is None or (meta and settings.architecture is not None and not Path(settings.base).expanduser().exists()):
+        file = None
+        try:
+            file = find_file(settings.base, settings.revision, download=not meta) if settings.base is not None else None
+        except UserError:
+            if not meta or settings.architecture is None:  # else it is counted as the recipe describes it
+                raise
+        if file is None:
             networks = drawn(settings, meta=meta, seed=seed)
         else:
-            path, commit = find_file(settings.base, settings.revision)
-            networks = opened(path, base=settings.base, revision=commit, settings=settings, meta=meta)
+            path, commit = file
+            networks = opened(path, base=str(settings.base), revision=commit, settings=settings, meta=meta)
         networks.set_trainable(train or self.trains[0])
         return networks
 
@@ -68,9 +73,9 @@ class Network:
         return {"model": check}
 
 
-def find_file(base: str, revision: str | None) -> tuple[Path, str | None]:
+def find_file(base: str, revision: str | None, *, download: bool = True) -> tuple[Path, str | None]:
     """The file of weights that a recipe names, fetched first where it lies on the hub, and the commit then.
-    Raises UserError: there is no such file (HubError: on the hub).
+    Raises UserError: there is no such file (HubError: on the hub); without `download`, not in the hub's cache.
     """
     path = Path(base).expanduser()
     if path.is_file():
@@ -84,7 +89,11 @@ def find_file(base: str, revision: str | None) -> tuple[Path, str | None]:
     if not hub.has_id_shape(name) or (file is None and path.suffix in SUFFIXES):
         kinds = ", ".join(SUFFIXES)
         raise UserError(f"model.base: {base} is no file here; expected a file of weights ({kinds}), or owner/name#file of the hub.")
-    folder = hub.fetch(name, revision, patterns=[file or FILE], field="model.base")
-    if not (folder / (file or FILE)).is_file():
-        raise UserError(f"model.base: the repository {name} holds no {file or FILE}; name the file: {name}#FILE.")
-    return folder / (file or FILE), folder.name
+    wanted = file or FILE
+    ask: dict[str, Any] = {"patterns": [wanted]}
+    found = hub.fetch(name, revision, **ask, field="model.base") if download else hub.cached(name, revision, **ask)
+    if found is None:
+        raise UserError(f"model.base: {base} is not here yet; give model.architecture, too, so that it can be counted before its download.")
+    if not (found / wanted).is_file():
+        raise UserError(f"model.base: the repository {name} holds no {wanted}; name the file: {name}#FILE.")
+    return found / wanted, found.name

@@ -14,6 +14,7 @@ Kind = Literal["model", "dataset"]
 Reason = Literal["missing", "revision", "gated", "refused", "invalid", "unreachable"]
 
 PIPELINE_FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")  # nothing that could be a pickle
+WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt")  # how files of weights end
 STATE = "state"  # the folder in which a run publishes what it goes on from
 
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
@@ -58,8 +59,8 @@ class Found(NamedTuple):
 
 
 def has_id_shape(text: str) -> bool:
-    """Whether a text is `owner/name` as the hub allows it, whatever there may be of that name on this machine."""
-    return bool(_ID.fullmatch(text)) and "--" not in text and ".." not in text and not text.endswith(".git")
+    """Whether a text is `owner/name` as the hub allows it, whatever there may be of that name on this machine; no file of weights."""
+    return bool(_ID.fullmatch(text)) and "--" not in text and ".." not in text and not text.endswith((".git", *WEIGHTS))
 
 
 def is_hub_id(text: str, *, revision: bool = False) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sslsr_diffusion import hub
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.family import Card, Part
-from sslsr_diffusion.models.network.settings import FILE, SUFFIXES, NetworkSettings
+from sslsr_diffusion.models.network.settings import FILE, NetworkSettings
 
 if TYPE_CHECKING:
     from sslsr_diffusion.models.networks import Networks
@@ -49,7 +49,7 @@ class Network:
         return networks
 
     def reads(self, path: Path) -> bool:
-        return (path / FILE).is_file() or (path.suffix in SUFFIXES and path.is_file())
+        return (path / FILE).is_file() or (path.suffix in hub.WEIGHTS and path.is_file())
 
     def read(self, path: Path, *, meta: bool = False) -> "Networks":
         from sslsr_diffusion.models.network.networks import opened
@@ -57,10 +57,7 @@ class Network:
         return opened(path / FILE if path.is_dir() else path, base=str(path), meta=meta)
 
     def source(self, settings: NetworkSettings) -> str | None:
-        base = settings.base
-        if base is None or "#" in base or Path(base).suffix not in SUFFIXES:
-            return base
-        return str(Path(base).expanduser().absolute())  # weights/net.pth looks like owner/name
+        return settings.base
 
     def check_files(self, settings: NetworkSettings) -> dict[str, Callable[[], str]]:
         def check() -> str:
@@ -86,8 +83,8 @@ def find_file(base: str, revision: str | None, *, download: bool = True) -> tupl
                 return folder / FILE, None
         raise UserError(f"model.base: the folder {base} holds no {FILE}; expected a finished run's result, or a file of weights.")
     name, file = hub.split_file(base)
-    if not hub.has_id_shape(name) or (file is None and path.suffix in SUFFIXES):
-        kinds = ", ".join(SUFFIXES)
+    if not hub.has_id_shape(name):
+        kinds = ", ".join(hub.WEIGHTS)
         raise UserError(f"model.base: {base} is no file here; expected a file of weights ({kinds}), or owner/name#file of the hub.")
     wanted = file or FILE
     ask: dict[str, Any] = {"patterns": [wanted]}

@@ -7,7 +7,6 @@ from pydantic import Field
 from sslsr_diffusion.models.family import FamilySettings
 
 FILE = "network.safetensors"  # of a result
-SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 
 
 class NetworkSettings(FamilySettings):

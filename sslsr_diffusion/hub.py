@@ -14,11 +14,13 @@ Kind = Literal["model", "dataset"]
 Reason = Literal["missing", "revision", "gated", "refused", "invalid", "unreachable"]
 
 PIPELINE_FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")  # nothing that could be a pickle
+WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt")  # how files of weights end
 STATE = "state"  # the folder in which a run publishes what it goes on from
 
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
 _ID = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 _REVISION = re.compile(r"[\w./-]{1,128}", re.ASCII)
+_FILE = re.compile(r"[\w.+-]+(?:/[\w.+-]+)*", re.ASCII)
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}")
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # errors of this machine, not of the hub
 _LONGEST_WAIT_S = 600.0
@@ -57,8 +59,8 @@ class Found(NamedTuple):
 
 
 def has_id_shape(text: str) -> bool:
-    """Whether a text is `owner/name` as the hub allows it, whatever there may be of that name on this machine."""
-    return bool(_ID.fullmatch(text)) and "--" not in text and ".." not in text and not text.endswith(".git")
+    """Whether a text is `owner/name` as the hub allows it, whatever there may be of that name on this machine; no file of weights."""
+    return bool(_ID.fullmatch(text)) and "--" not in text and ".." not in text and not text.endswith((".git", *WEIGHTS))
 
 
 def is_hub_id(text: str, *, revision: bool = False) -> bool:
@@ -76,6 +78,16 @@ def split_id(text: str) -> tuple[str, str | None]:
     """`owner/name@revision` -> (owner/name, revision); None without one."""
     name, _, revision = text.partition("@")
     return name, revision or None
+
+
+def split_file(text: str) -> tuple[str, str | None]:
+    """`owner/name#folder/file.pth` -> (owner/name, folder/file.pth); None without one.
+    Raises UserError: what stands behind the # is no plain path inside a repository.
+    """
+    name, sharp, file = text.partition("#")
+    if sharp and has_id_shape(name) and (not _FILE.fullmatch(file) or ".." in file):
+        raise UserError(f"{text}: expected owner/name#file with the path of a file in the repository, got {file!r} behind the #.")
+    return name, file or None
 
 
 def fetch(

@@ -16,7 +16,7 @@ from sslsr_diffusion.inference.restorer import Output, settled
 from sslsr_diffusion.inference.runner import RunnerOptions, RunnerReport, find_work, run_work
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Condition
-from sslsr_diffusion.models.family import FamilySettings
+from sslsr_diffusion.models.family import Card, FamilySettings
 from sslsr_diffusion.models.networks import LatentNetworks, Networks, PixelNetworks
 from sslsr_diffusion.models.process import Process
 from sslsr_diffusion.models.size import SizeRequirements
@@ -145,6 +145,8 @@ class ToyFamily:
     kind, settings, restorer = "toy", FamilySettings, "latent"
     tasks = frozenset({"diffusion"})
     trains: tuple[str, ...] = ("all",)
+    files: tuple[str, ...] = ("toy.json", "toy.safetensors")
+    card = Card()
 
     def reads(self, path: Path) -> bool:
         return (path / "toy.json").is_file()

@@ -85,7 +85,7 @@ def test_a_hub_id_is_fetched_at_its_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = find_model("someone/upscaler", "main")
     assert (found.path, found.family.kind, found.fingerprint) == (commit, "toy", "someone/upscaler@" + "a" * 40)
-    assert asked == [("someone/upscaler", "main", opening.PIPELINE_FILES)]
+    assert asked == [("someone/upscaler", "main", [pattern for family in FAMILIES.values() for pattern in family.files])]
     (commit / "toy.json").unlink()
     assert told("someone/upscaler") == f"model someone/upscaler: that repository holds no model of {', '.join(FAMILIES)}."
 

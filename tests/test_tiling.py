@@ -10,8 +10,9 @@ import torch
 from goldens import load_golden
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.images import pad_to
 from sslsr_diffusion.inference.tile_plan import Room, TilePlan, plan_tiles
-from sslsr_diffusion.inference.tiling import Box, blend, pad_to, rounded_up, tile_boxes, tile_offsets, tile_weights
+from sslsr_diffusion.inference.tiling import Box, blend, rounded_up, tile_boxes, tile_offsets, tile_weights
 from sslsr_diffusion.models.size import SizeRequirements
 
 

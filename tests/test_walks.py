@@ -138,7 +138,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslsr_diffusion.models.family import FamilySettings
+from sslsr_diffusion.models.family import Card, FamilySettings
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.models.process import Process
 from sslsr_diffusion.models.size import SizeRequirements
@@ -203,7 +203,7 @@ class Toy(LatentNetworks):
 
 
 class Family:
-    kind, settings, restorer, trains = "toy", Settings, "latent", ("all",)
+    kind, settings, restorer, trains, files, card = "toy", Settings, "latent", ("all",), ("toy.json",), Card()
     tasks = frozenset({"diffusion"})
 
     def build(self, settings: Any, *, part: str = "upscaler", train: Any = None, meta: bool = False, seed: int = 0) -> Toy:

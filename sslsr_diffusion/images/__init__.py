@@ -7,7 +7,7 @@ and TIFF files, and `writers.py` encodes them. What a file format or a conversio
 from sslsr_diffusion.images.files import IMAGE_SUFFIXES, list_images, printable
 from sslsr_diffusion.images.picture import Image, Pixels, UnreadableImage
 from sslsr_diffusion.images.reader import MAX_PIXELS, format_of, read_image, size_of
-from sslsr_diffusion.images.tensors import resize_bicubic, to_array, to_tensor
+from sslsr_diffusion.images.tensors import pad_to, resize_bicubic, to_array, to_tensor
 from sslsr_diffusion.images.writers import SUFFIXES, suffixes_of, write_image
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "UnreadableImage",
     "format_of",
     "list_images",
+    "pad_to",
     "printable",
     "read_image",
     "resize_bicubic",

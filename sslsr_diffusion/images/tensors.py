@@ -6,6 +6,7 @@ from numpy.typing import DTypeLike, NDArray
 from sslsr_diffusion.images.picture import Pixels
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -66,3 +67,24 @@ def resize_bicubic(image: "Tensor", size: tuple[int, int]) -> "Tensor":
         return image
     shrinks = size[0] < image.shape[-2] or size[1] < image.shape[-1]
     return interpolate(image, size=size, mode="bicubic", align_corners=False, antialias=shrinks)
+
+
+def pad_to(image: "Tensor", height: int, width: int, *, repeat_edge: bool = False) -> "Tensor":
+    """[..., H, W] continued on the right and below by reflection, folded as often as a small picture needs.
+
+    `repeat_edge`: the last row and column come twice, as in a mirror (NumPy's "symmetric" in the place of its "reflect").
+    """
+    if image.shape[-2:] == (height, width):
+        return image
+    rows, columns = (_folded(length, wanted, repeat_edge, image.device) for length, wanted in zip(image.shape[-2:], (height, width)))
+    return image.index_select(-2, rows).index_select(-1, columns)
+
+
+def _folded(length: int, wanted: int, repeat_edge: bool, device: "torch.device") -> "Tensor":
+    """Indices 0 .. length-1 .. 0 .. length-1 ..."""
+    import torch
+
+    twice = 1 if repeat_edge else 0
+    period = max(1, 2 * (length - 1 + twice))
+    index = torch.arange(wanted, device=device) % period
+    return torch.minimum(index, period - twice - index) if length > 1 else torch.zeros_like(index)

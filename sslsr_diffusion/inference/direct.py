@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back, shown_bytes
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
-from sslsr_diffusion.images import resize_bicubic
+from sslsr_diffusion.images import pad_to, resize_bicubic
 from sslsr_diffusion.inference.memory import call_bytes, peak_activation_bytes
 from sslsr_diffusion.inference.noise import Generators
 from sslsr_diffusion.inference.options import CallOptions
@@ -19,7 +19,7 @@ from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
 from sslsr_diffusion.inference.restorer import AroundNetworks, Output, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import check_tile, within_memory
-from sslsr_diffusion.inference.tiling import blend, pad_to, rounded_up, tile_boxes
+from sslsr_diffusion.inference.tiling import blend, rounded_up, tile_boxes
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import PixelNetworks
 from sslsr_diffusion.models.size import SizeRequirements
@@ -45,8 +45,11 @@ class DirectRestorer(AroundNetworks[CallOptions]):
     @classmethod
     def open(cls, family: Family, path: Path, placement: Placement) -> Self:
         """A model's files as a restorer on a device."""
-        networks = cast(PixelNetworks, family.read(path).eval().requires_grad_(False).to(placement.device, placement.dtype))
-        return cls(networks, defaults=placement.defaults)
+        networks = cast(PixelNetworks, family.read(path)).eval().requires_grad_(False)
+        dtype = networks.taken(placement.dtype)
+        if dtype != placement.dtype:
+            log.warning("these networks do not work in %s: %s takes its place", placement.dtype, dtype)
+        return cls(networks.to(placement.device, dtype), defaults=placement.defaults)
 
     def check(self, **call: Any) -> list[str]:
         options, notes = settled(CallOptions, call, self.options, self.defaults)
@@ -153,13 +156,23 @@ class DirectRestorer(AroundNetworks[CallOptions]):
         what = "this picture; the least is" if options.tile == "auto" else f"tile {sides[0] * zoom}, which would take"
         raise NotEnoughMemory(f"memory_budget: {shown_bytes(budget)} is too little for {what} {shown_bytes(least)}.", least)
 
+    def _peak(self, side: int) -> float:
+        """Numbers that are alive at once in a call on a picture of this side: on shapes alone, unless the networks look at numbers."""
+        shapes = self.networks.shapes().float().eval()
+        low = torch.zeros(1, 3, side, side)
+        try:
+            return peak_activation_bytes(shapes, lambda: shapes(low.to("meta"))) / 4
+        except RuntimeError:
+            parameter = next(self.networks.parameters())
+            real = low.to(parameter)
+            return peak_activation_bytes(self.networks, lambda: self.networks(real), parameter.device) / parameter.dtype.itemsize
+
     def _bytes(self, side: int, *, steady: bool) -> int:
         """Estimated peak of a call on one tile; activations grow with the area, so one shape run is enough."""
         parameter = next(self.networks.parameters())
         if self._floats is None:
             measured = rounded_up(_MEASURED, self._unit, self._least)
-            shapes, low = self.networks.shapes().float().eval(), torch.empty(1, 3, measured, measured, device="meta")
-            self._floats = peak_activation_bytes(shapes, lambda: shapes(low)) / 4 / measured**2
+            self._floats = self._peak(measured) / measured**2
         largest = max(p.numel() for p in self.networks.parameters())
         width = parameter.dtype.itemsize
         return call_bytes(self._floats * side * side * width, largest * width, parameter.device.type, steady)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back
 from sslsr_diffusion.errors import NotEnoughMemory
+from sslsr_diffusion.images import pad_to
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import ImageNoise
 from sslsr_diffusion.inference.options import LatentOptions
 from sslsr_diffusion.inference.sampling import Sampler, build_sampler, sample
 from sslsr_diffusion.inference.tile_plan import Part, Room, TilePlan, check_tile, plan_tiles, vae_tiles, within_memory
 from sslsr_diffusion.inference.tiled import TiledCodec, TiledDenoiser
-from sslsr_diffusion.inference.tiling import pad_to, tile_boxes
+from sslsr_diffusion.inference.tiling import tile_boxes
 from sslsr_diffusion.models.networks import LatentNetworks
 
 log = logging.getLogger(__name__)

@@ -69,10 +69,10 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def peak_activation_bytes(shapes: nn.Module, run: Callable[[], object]) -> int:
-    """The largest sum of live activations while `run` calls a network that lies on the meta device; its weights are not counted."""
+def peak_activation_bytes(shapes: nn.Module, run: Callable[[], object], device: torch.device | str = "meta") -> int:
+    """The largest sum of live activations while `run` calls a network that lies on `device`; its weights are not counted."""
     peak = LivePeak(shapes.parameters())
-    with torch.no_grad(), torch.device("meta"), _FusedAttention(), peak:
+    with torch.no_grad(), torch.device(device), _FusedAttention(), peak:
         run()
     return peak.peak
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.hub import PIPELINE_FILES, fetch
+from sslsr_diffusion.hub import fetch, split_file
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.family import Family
@@ -58,15 +58,23 @@ def find_model(model: str, revision: str | None = None) -> FoundModel:
         family = family_of(path)
         if family is None:
             raise UserError(
-                f"model {model}: expected a model of {', '.join(FAMILIES)}, such as a folder with a model_index.json of StableSRPipeline; "
+                f"model {model}: expected a model of {_listed()}, such as a folder with a model_index.json of StableSRPipeline, or a file "
+                "of weights that ends in .safetensors or .pth; "
                 "a run folder has one in pipeline/ once the run is finished, and `sslsr export` makes one from a checkpoint."
             )
         return FoundModel(model, path, family, _fingerprint(path))
-    path = fetch(model, revision, patterns=PIPELINE_FILES, advice={"invalid": f"The shipped model is {SMALL}."})
+    name, file = split_file(model)
+    patterns = [file] if file else [pattern for family in FAMILIES.values() for pattern in family.files]
+    fetched = fetch(name, revision, patterns=patterns, advice={"invalid": f"The shipped model is {SMALL}."})
+    path = fetched / file if file else fetched
     family = family_of(path)
     if family is None:
-        raise UserError(f"model {model}: that repository holds no model of {', '.join(FAMILIES)}.")
-    return FoundModel(model, path, family, f"{model}@{path.name}")
+        raise UserError(f"model {model}: that repository holds no {f'file {file}' if file else f'model of {_listed()}'}.")
+    return FoundModel(model, path, family, f"{model}@{fetched.name}")
+
+
+def _listed() -> str:
+    return ", ".join(FAMILIES)
 
 
 def _fingerprint(path: Path) -> str:

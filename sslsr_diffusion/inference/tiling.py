@@ -139,21 +139,6 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + max(1, size)]
 
 
-def pad_to(image: Tensor, height: int, width: int) -> Tensor:
-    """[..., H, W] continued on the right and below by reflection, folded as often as a small picture needs."""
-    if image.shape[-2:] == (height, width):
-        return image
-    rows, columns = (_folded(length, wanted, image.device) for length, wanted in zip(image.shape[-2:], (height, width)))
-    return image.index_select(-2, rows).index_select(-1, columns)
-
-
-def _folded(length: int, wanted: int, device: torch.device) -> Tensor:
-    """Indices 0 .. length-1 .. 0 .. length-1 ..., without repeating the edge."""
-    period = max(1, 2 * (length - 1))
-    index = torch.arange(wanted, device=device) % period
-    return torch.minimum(index, period - index) if length > 1 else torch.zeros_like(index)
-
-
 def rounded_up(length: int, unit: int, least: int = 0) -> int:
     """The least multiple of `unit` that is not below `length` nor below `least`."""
     return -(-max(length, least) // unit) * unit

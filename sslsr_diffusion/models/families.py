@@ -7,5 +7,6 @@ FAMILIES: dict[str, Family] = {
     kind: named(f"sslsr_diffusion.models.{where}")()
     for kind, where in {
         "stablesr": "stablesr.family:StableSR",
+        "network": "network.family:Network",
     }.items()
 }

@@ -1,6 +1,7 @@
 """What a family is: its section of the recipe, and how its networks are built and read."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -26,6 +27,24 @@ class FamilySettings(Settings):
         return 1
 
 
+@dataclass(frozen=True)
+class Card:
+    """What the model card of a published result says about its family."""
+
+    what: str = "an upscaler"  # after "An upscaler for real photographs: "
+    library: str | None = None  # the hub's library_name; None: it has none for these
+    tags: tuple[str, ...] = ()
+    needs: str = "The networks live in the `sslsr-diffusion` package, so it must be installed."
+    python: str = (
+        "from PIL import Image\n"
+        "from sslsr_diffusion import open_upscaler\n\n"
+        'upscale = open_upscaler("{repo_id}")\n'
+        'image = upscale(Image.open("small.jpg"), scale={scale}).images[0]\n'
+        'image.save("large.png")'
+    )  # how it is called; {repo_id} and {scale} are filled in
+    citation: str = ""  # BibTeX beside the self-similarity loss's
+
+
 class Family(Protocol):
     """One entry of the table of families. Light to import: networks and their libraries are imported inside the methods."""
 
@@ -34,6 +53,8 @@ class Family(Protocol):
     restorer: str  # which of inference's restorers makes pictures with its upscalers
     tasks: frozenset[str]  # the kinds of task that can train it
     trains: tuple[str, ...]  # what of an upscaler may train (task.train), the first is the default
+    files: tuple[str, ...]  # patterns of the files of a result, as a repository of the hub holds them
+    card: Card
 
     def build(self, settings: Any, *, part: Part = "upscaler", train: str | None = None, meta: bool = False, seed: int = 0) -> "Networks":
         """The networks of a recipe's model section.

@@ -1,6 +1,7 @@
 """What a family's networks are to everyone above: sizes, parts, files; and the two ways in which networks make a picture."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
@@ -47,7 +48,7 @@ class Networks(nn.Module):
         return deepcopy(self, memo)
 
     @property
-    def call_defaults(self) -> dict[str, float]:
+    def call_defaults(self) -> Mapping[str, Any]:
         """Defaults of a call that the base brought along, for example `detail`."""
         return {}
 
@@ -70,11 +71,32 @@ class PixelNetworks(Networks):
     """Low-resolution pixels in, high-resolution pixels out, in one call."""
 
     scale: int  # enlargement
+    has_branch: bool = False  # whether they make something beside the picture, for a loss
     overlap: int = 16  # low-resolution pixels that neighbouring tiles share: four times as far as a pixel sees leaves no seam at all
 
     @abstractmethod
-    def forward(self, lr: Tensor) -> Tensor:
-        """[B, 3, h, w] in [0, 1] -> [B, 3, scale h, scale w], about [0, 1], not clamped."""
+    def forward(self, lr: Tensor) -> Any:
+        """[B, 3, h, w] in [0, 1] -> [B, 3, scale h, scale w], about [0, 1], not clamped.
+
+        Networks with `has_branch` take `branch=True`, too: the picture and their second output, of the same shape.
+        """
+
+    def taken(self, dtype: torch.dtype) -> torch.dtype:
+        """The precision that they work in where this one is asked for: itself, or one whose range holds their values."""
+        return dtype
+
+    def blend(self, other: "PixelNetworks", alpha: float) -> None:
+        """Every weight becomes alpha of its own and 1 - alpha of the other's   (network interpolation; Wang et al., ECCVW 2018)
+
+        UserError where the other's are not the same tensors.
+        """
+        own, theirs = ({**dict(nets.named_parameters()), **dict(nets.named_buffers())} for nets in (self, other))
+        if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in theirs.items()}:
+            raise UserError(f"blend: expected the same network as {self.base}, got {other.base}, whose tensors are others.")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if tensor.is_floating_point():
+                    tensor.mul_(alpha).add_(theirs[name].to(tensor), alpha=1 - alpha)
 
 
 class LatentNetworks(Networks):

@@ -4,6 +4,7 @@ import pickle
 import tarfile
 import types
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -68,8 +69,8 @@ def _restricted(foreign: set[str]) -> types.ModuleType:
     return module
 
 
-def read_checkpoint(path: Path | str) -> Checkpoint:
-    """The tensors of a .safetensors or a pickled .ckpt/.pt/.pth file (of its `state_dict` entry, if it has one).
+def read_checkpoint(path: Path | str, entries: Sequence[str] = ("state_dict",)) -> Checkpoint:
+    """The tensors of a .safetensors or a pickled .ckpt/.pt/.pth file: of the first of `entries` that it has, else of the file itself.
 
     Globals outside a short list of torch's own tensor builders become inert placeholders, so no code of the file runs.
     UserError where there is no such file, it is of another kind, or it holds no named tensors.
@@ -80,11 +81,11 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     foreign: set[str] = set()
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, foreign)
     content = content if isinstance(content, dict) else {}
-    if isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    content = next((content[entry] for entry in entries if isinstance(content.get(entry), dict)), content)
     tensors = {k: v.detach() for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
-        raise UserError(f"checkpoint: {path.name} holds no named tensors; expected a state dict, or a dict with the entry `state_dict`.")
+        known = ", ".join(f"`{entry}`" for entry in entries)
+        raise UserError(f"checkpoint: {path.name} holds no named tensors; expected a state dict, or a dict with the entry {known}.")
     return Checkpoint(tensors, sorted(foreign))
 
 

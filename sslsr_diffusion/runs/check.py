@@ -113,7 +113,7 @@ def _source(source: Any, limit: int | None) -> str:
 
 def _model(recipe: Recipe) -> Iterator[Check]:
     source, files = recipe.family.source(recipe.model), recipe.family.check_files(recipe.model)
-    if source is not None and not local_folder(source).exists():
+    if source is not None and hub.is_hub_id(hub.split_file(source)[0]) and not local_folder(source).exists():
         files["model"] = lambda: _on_hub(source, recipe.model.revision, "model")
     for key, check in files.items():
         yield from _checked(key, check)
@@ -133,12 +133,18 @@ def _task(recipe: Recipe, built: list[Task]) -> str | None:
 
 
 def _on_hub(name: str, revision: str | None, kind: hub.Kind) -> str:
-    """Whether a hub id is cached, or exists as far as the network can tell; asks for no files. Raises HubError."""
+    """Whether a hub id, or a file of one, is cached, or exists as far as the network can tell; asks for no files. Raises HubError."""
     if "://" in name:
         return f"{name} (a URL; it is opened when training starts)"
-    if hub.cached(name, revision, patterns=["*.json", *WANTED] if kind == "model" else [], ignore=IGNORED, kind=kind):
+    where, file = hub.split_file(name) if kind == "model" else (name, None)
+    patterns = [file] if file else ["*.json", *WANTED] if kind == "model" else []
+    folder = hub.cached(where, revision, patterns=patterns, ignore=IGNORED, kind=kind)
+    if folder and (file is None or (folder / file).is_file()):
         return f"{name} (in the local cache)"
-    return f"{name} on the hub, commit {hub.look_up(name, kind, revision).commit[:12]}; it is downloaded when training starts"
+    found = hub.look_up(where, kind, revision)
+    if file is not None and file not in found.files:
+        raise UserError(f"{where} on the hub holds no file {file}")
+    return f"{name} on the hub, commit {found.commit[:12]}; it is downloaded when training starts"
 
 
 def _losses(recipe: Recipe) -> str | None:

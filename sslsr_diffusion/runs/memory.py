@@ -49,6 +49,9 @@ def describe_memory(recipe: Recipe, available: int | None = None) -> list[str]:
         except CheckpointError:  # seen with the oldest versions that we allow: recomputed tensors leave the meta device
             lines.append(f"  {name:<34} cannot be estimated with the libraries here (torch {torch.__version__})")
             continue
+        except RuntimeError as error:  # of a network that looks at numbers, of which shapes have none
+            lines.append(f"  {name:<34} cannot be estimated: {str(error).splitlines()[0][:100]}")
+            continue
         total = sum(parts.values())
         verdict = "" if available is None else "   fits" if total <= _SHARE * available else "   too much"
         detail = "  ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())

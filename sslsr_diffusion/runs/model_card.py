@@ -14,7 +14,9 @@ import yaml
 
 from sslsr_diffusion import __version__
 from sslsr_diffusion.evaluation.summary import markdown_table
-from sslsr_diffusion.hub import is_hub_id
+from sslsr_diffusion.hub import is_hub_id, split_file
+from sslsr_diffusion.models.families import FAMILIES
+from sslsr_diffusion.models.family import Card
 from sslsr_diffusion.shipped_model import SMALL, shipped_folder
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -53,19 +55,23 @@ def model_card(
     """
     from jinja2 import Environment, StrictUndefined
 
-    known_base = base if base and is_hub_id(base) else None
+    family = FAMILIES.get((recipe.get("model") or {}).get("kind", ""))
+    card = family.card if family else Card()
+    known_base = base if base and is_hub_id(split_file(base)[0]) and not Path(base).exists() else None
     shipped = base == SMALL and shipped_folder(SMALL) is not None
     origin = SMALL if shipped else known_base or ""
     of_base = next((licence for prefix, licence in LICENCES.items() if origin.startswith(prefix)), "other")
     licence = licence or ("apache-2.0" if base is None else of_base)
-    link = f"[{known_base}](https://huggingface.co/{known_base})" if known_base else "a local model"
+    link = f"[{known_base}](https://huggingface.co/{split_file(known_base)[0]})" if known_base else "a local model"
     metrics = metrics or {}
     values = _metrics(metrics, "validation/" if any(name.startswith("validation/") for name in metrics) else "")
     bicubic = _metrics(metrics, "validation_bicubic/")
     style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True}
     template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Markdown, not HTML
     return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        metadata=yaml.safe_dump(_metadata(repo_id, known_base, licence, values), **style),
+        metadata=yaml.safe_dump(_metadata(repo_id, known_base and split_file(known_base)[0], licence, values, card), **style),
+        card=card,
+        python=card.python.format(repo_id=repo_id, scale=recipe.get("scale", 4)),
         title=repo_id.rpartition("/")[2],
         repo_id=repo_id,
         version=__version__,
@@ -73,7 +79,6 @@ def model_card(
         base_link=f"`{SMALL}`, the model that comes with sslsr-diffusion" if shipped else link,
         base_revision=base_revision if base_revision and re.fullmatch(r"[\w.-]+", base_revision) else None,
         loss_names=_loss_names(recipe),
-        scale=recipe.get("scale", 4),
         table=markdown_table(({"bicubic": bicubic} if bicubic else {}) | {"this model": values}) if values else None,
         step=metrics.get("step"),
         pictures=[{"alt": Path(path).stem, "path": path.replace(" ", "%20")} for path in pictures],
@@ -94,11 +99,12 @@ def _metrics(row: Mapping[str, Any], prefix: str) -> dict[str, float]:
     return {name: float(value) for name, value in chosen.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
-def _metadata(repo_id: str, base: str | None, licence: str, metrics: Mapping[str, float]) -> dict[str, Any]:
-    found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "image-to-image", "license": licence}
+def _metadata(repo_id: str, base: str | None, licence: str, metrics: Mapping[str, float], card: Card) -> dict[str, Any]:
+    found: dict[str, Any] = {"library_name": card.library} if card.library else {}
+    found |= {"pipeline_tag": "image-to-image", "license": licence}
     found |= {"license_name": "licence-of-the-base-model"} if licence == "other" else {}
     found |= {"base_model": base} if base else {}
-    found["tags"] = ["super-resolution", "image-upscaling", "StableSR", "self-similarity", "sslsr-diffusion"]
+    found["tags"] = ["super-resolution", "image-upscaling", *card.tags, "self-similarity", "sslsr-diffusion"]
     if metrics:
         result = {
             "task": {"type": "image-to-image", "name": "Image super-resolution"},

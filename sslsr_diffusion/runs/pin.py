@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sslsr_diffusion.hub import Kind, commit_of, is_hub_id
+from sslsr_diffusion.hub import Kind, commit_of, is_hub_id, split_file
 from sslsr_diffusion.runs.recipe import Recipe, resolved
 from sslsr_diffusion.training.checkpoints import STATE
 
@@ -36,7 +36,7 @@ def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
         commit = recorded.get("revision") if recorded.get("base" if kind == "model" else "path") == name else None
         if checkpoint is not None and not _COMMIT.fullmatch(str(commit)):
             continue  # nothing was recorded: the recipe must stay what it was
-        commit = commit or commit_of(name, kind, revision)
+        commit = commit or commit_of(split_file(name)[0] if kind == "model" else name, kind, revision)
         if commit is None:
             log.warning("%s: its commit cannot be found out now, so the run is not bound to it", name)
             continue
@@ -48,7 +48,7 @@ def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
 def _hub_ids(recipe: Recipe) -> Iterator[tuple[str, Kind, str, str | None]]:
     """(place in the recipe, kind, id, revision)."""
     source = recipe.family.source(recipe.model)
-    if source is not None and is_hub_id(source):
+    if source is not None and is_hub_id(split_file(source)[0]) and not Path(source).exists():
         yield "model", "model", source, recipe.model.revision
     for key in ("sources", "validation"):
         for index, source in enumerate(getattr(recipe.data, key)):

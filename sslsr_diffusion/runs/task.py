@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from sslsr_diffusion.config import parse
 from sslsr_diffusion.data import open_training_data
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import atomic_folder
+from sslsr_diffusion.inference.open import find_model
+from sslsr_diffusion.models.networks import PixelNetworks
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.frame import Frame
@@ -50,13 +53,16 @@ def training_crops(recipe: Recipe, count: int) -> Tensor:
         loader.close()
 
 
-def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True, half: bool = False) -> int:
+def export_checkpoint(
+    folder: Path, output: Path, *, averaged: bool = True, half: bool = False, blend: tuple[str, float] | None = None
+) -> int:
     """Write the result of a checkpoint: networks from its recipe and base, trained tensors from it; returns its step.
 
     Args:
         averaged: the moving average of the trained tensors, where the run kept one.
         half: float16 files, half the size; loading converts to whatever precision is asked for.
-    Raises UserError: the checkpoint is damaged, or belongs to a model that can no longer be built.
+        blend: another model, and the share of this one in every weight of the result; the rest is the other's.
+    Raises UserError: the checkpoint is damaged, or belongs to a model that can no longer be built; the other model is another network.
     """
     tensors, state = read_checkpoint(folder)
     recipe = parse(Recipe, state["recipe"])
@@ -66,6 +72,8 @@ def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True, half
     task = build_task(recipe)
     weights = tensors.get("ema", tensors["trained"]) if averaged else tensors["trained"]
     load_trained(trained_parameters(task.module), weights, what=str(folder))
+    if blend is not None:
+        _blend(task, recipe, *blend)
     task.module.eval()
 
     with atomic_folder(output) as new:
@@ -75,11 +83,25 @@ def export_checkpoint(folder: Path, output: Path, *, averaged: bool = True, half
     return int(state["progress"]["step"])
 
 
+def _blend(task: Task, recipe: Recipe, other: str, alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha: expected 0 (all of the other network) to 1 (all of this one), got {alpha}.")
+    if not isinstance(task.networks, PixelNetworks):
+        raise UserError(f"blend: expected a run of plain networks, this one is of model.kind {recipe.model.kind}; leave it out.")
+    found = find_model(other)
+    networks = found.family.read(found.path)
+    if not isinstance(networks, PixelNetworks):
+        raise UserError(f"blend: expected a plain network, {other} is of the family {found.family.kind}; choose another.")
+    task.networks.blend(networks, alpha)
+
+
 def halve(folder: Path) -> None:
     """Rewrite the weights below `folder` in float16; UserError for one that float16 cannot hold."""
     for file in folder.rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as stream:
+            metadata = stream.metadata()
         tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()}
         broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
         if broken is not None:
             raise UserError(f"half: {broken} has values that float16 cannot hold (above 65504); export without it.")
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(tensors, file, metadata=metadata or {"format": "pt"})

@@ -5,13 +5,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sslsr_diffusion.models.family import Part
+from sslsr_diffusion.hub import PIPELINE_FILES
+from sslsr_diffusion.models.family import Card, Part
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
 if TYPE_CHECKING:
     from sslsr_diffusion.models.networks import Networks
 
 PIPELINE_CLASS = "StableSRPipeline"
+_PYTHON = """from PIL import Image
+from sslsr_diffusion import StableSRPipeline
+
+pipe = StableSRPipeline.from_pretrained("{repo_id}")
+image = pipe(image=Image.open("small.jpg"), scale={scale}).images[0]
+image.save("large.png")"""
+_CITATION = """@article{wang2024stablesr,
+  title   = {Exploiting Diffusion Prior for Real-World Image Super-Resolution},
+  author  = {Wang, Jianyi and Yue, Zongsheng and Zhou, Shangchen and Chan, Kelvin C.K. and Loy, Chen Change},
+  journal = {International Journal of Computer Vision},
+  year    = {2024}
+}"""
 
 
 class StableSR:
@@ -22,6 +35,15 @@ class StableSR:
     restorer = "stablesr"
     tasks = frozenset({"diffusion", "base", "autoencoder", "decoder"})
     trains: tuple[str, ...] = ("sft", "all")
+    files: tuple[str, ...] = PIPELINE_FILES
+    card = Card(
+        what="a latent-diffusion model in the manner of StableSR",
+        library="diffusers",
+        tags=("StableSR",),
+        needs="The pipeline's networks live in the `sslsr-diffusion` package, so it must be installed.",
+        python=_PYTHON,
+        citation=_CITATION,
+    )
 
     def build(
         self, settings: StableSRSettings, *, part: Part = "upscaler", train: str | None = None, meta: bool = False, seed: int = 0

@@ -1,5 +1,5 @@
 # make demo   install, fine-tune the shipped small model for a minute, upscale examples/lr, print the table
-# make test   install with the dev, eval and networks extras, lint, types, tests
+# make test   install with the dev, eval, networks and perceptual extras, lint, types, tests
 # make small-model   makes a model like the shipped one: photographs (210 MB of Debian packages), six trainings, comparison (1.5 hours on two cores)
 # make chaos  kills a run at random moments until it is done and compares every bit; hub faults; fuzz (minutes)
 # TORCH=torch==2.13.0 make demo   chooses the torch build (for example a CPU wheel)
@@ -21,7 +21,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable ".[dev,eval,networks]" "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,eval,networks,perceptual]" "$(TORCH)"
 	touch $@
 
 demo: $(VENV)/.installed

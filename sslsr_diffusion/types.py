@@ -36,6 +36,7 @@ class Given:
     decoded: "Tensor | None" = None  # [K] int64: the samples that the pixel fields hold; None: no loss needs pixels
     hr: "Tensor | None" = None  # [K, 3, H, W] in [0, 1]
     mask: "Tensor | None" = None  # [K, 1, H, W] bool
+    lr: "Tensor | None" = None  # [K, 3, h, w] in [0, 1]: what the prediction was made from; None: no loss reads it
     origin: "Tensor | None" = None  # [K, 2] int64: row and column of the window in its crop; anchors the stride pattern
 
     def to(self, device: "torch.device | str") -> "Given":
@@ -51,4 +52,6 @@ class Outputs(Given):
     target: "Tensor | None" = None  # [B, C, h, w] what it should have predicted
     clean_gain: "Tensor | None" = None  # [B] |d x0 / d pred|: turns an error of the prediction into one of x0
     sr: "Tensor | None" = None  # [K, 3, H, W] the prediction in pixels, about [0, 1], not clamped, with gradient
+    sr_ema: "Tensor | None" = None  # [K, 3, H, W] the same prediction by the averaged weights, without gradient; None: no loss reads it
+    branch: "Tensor | None" = None  # [K, 3, H, W] a second output of the network, with gradient (SPSR: the gradient map)
     moments: "Tensor | None" = None  # [B, 2*c, h, w] mean and log-variance of the latents (task autoencoder)

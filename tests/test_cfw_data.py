@@ -133,7 +133,7 @@ def test_training_reads_the_latents_instead_of_sampling(world, made, tmp_path, m
         raise AssertionError("the upscaler ran")
 
     monkeypatch.setattr(decoder, "sample_latents", never)
-    losses = [{"kind": "pixel_l1"}, {"kind": "patch_gan", "start_step": 2, "width": 4}]
+    losses = [{"kind": "pixel_l1"}, {"kind": "gan", "discriminator": "patch", "start_step": 2, "width": 4}]
     recipe = stored_recipe(world, made, output={"dir": str(tmp_path / "run"), "trackers": []}, losses=losses)
     job = build_job(parse(Recipe, recipe))
     batch = next(iter(job.open_data(0, 1, None, torch.device("cpu"))))
@@ -143,7 +143,7 @@ def test_training_reads_the_latents_instead_of_sampling(world, made, tmp_path, m
     assert result.step == 2
     assert result.pipeline is not None
     assert (result.pipeline / "vae" / "config.json").is_file()
-    assert read_checkpoint(tmp_path / "run" / "checkpoint-2").state["learners"]["patch_gan"]["step"] == 3
+    assert read_checkpoint(tmp_path / "run" / "checkpoint-2").state["learners"]["gan"]["step"] == 3
     assert export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "exported") == 2
 
 

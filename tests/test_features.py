@@ -20,10 +20,10 @@ from sslsr_diffusion.config import shipped_recipes
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation import features
 from sslsr_diffusion.evaluation.metrics import METRICS, convention, unavailable
-from sslsr_diffusion.evaluation.weights import named_origin
 from sslsr_diffusion.runs.check import run_checks
 from sslsr_diffusion.runs.recipe import load_recipe
 from sslsr_diffusion.runs.start import train
+from sslsr_diffusion.weights import named_origin
 
 distance = METRICS["features"].fn
 installed = pytest.mark.skipif(features.unavailable() is not None, reason="the extra features is not installed")

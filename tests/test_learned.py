@@ -17,7 +17,7 @@ from scipy.linalg import sqrtm
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation import learned
 from sslsr_diffusion.evaluation.metrics import METRICS, convention, unavailable
-from sslsr_diffusion.evaluation.weights import WEIGHTS, use_folder
+from sslsr_diffusion.weights import WEIGHTS, use_folder
 
 
 def made_up(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:

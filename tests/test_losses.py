@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -99,8 +101,8 @@ def test_a_missing_input_is_named():
 
 
 def test_every_kind_can_be_built_from_its_defaults():
-    means = Means(distance=lambda sr, hr: (sr - hr).abs().mean(dim=(1, 2, 3)))
-    built = build_losses([loss.settings_class() for loss in LOSSES.values()], means)
+    given = {"rank": {"file": "ranker.pth"}}  # that must be given, and is not read where shapes are enough
+    built = build_losses([loss.settings_class(**given.get(kind, {})) for kind, loss in LOSSES.items()], Means(shapes=True))
     assert [loss.name for loss in built] == list(LOSSES)
 
 
@@ -113,5 +115,55 @@ def test_a_loss_has_the_name_that_the_recipe_gives_it():
         PixelL1Settings(name="../x")
 
 
-def test_an_optional_loss_without_its_means_is_left_out():
-    assert build_losses([LOSSES["lpips"].settings_class(optional=True)], Means()) == []
+OF_SAMPLES = ["pixel_l1", "pixel_l2", "charbonnier", "ldl", "best_buddy", "back_projection", "gradient", "gradient_branch"]
+
+
+def pictures() -> Outputs:
+    hr, sr, average, branch = (torch.stack([smooth(10 * k + i) for i in range(3)]) for k in range(4))
+    lr = torch.nn.functional.avg_pool2d(hr, 4)
+    t, level = torch.tensor([10, 400, 900]), torch.ones(3)
+    return Outputs(t=t, noise_level=level, decoded=torch.arange(3), hr=hr, sr=sr, lr=lr, sr_ema=average, branch=branch)
+
+
+def part(given: Outputs, *places: int) -> Outputs:
+    keep = list(places)
+    fields = {name: getattr(given, name)[keep] for name in ("t", "noise_level", "hr", "sr", "lr", "sr_ema", "branch")}
+    return Outputs(**fields, decoded=torch.arange(len(keep)))
+
+
+@pytest.mark.parametrize("kind", OF_SAMPLES)
+def test_micro_batches_add_up_and_gates_leave_samples_out(kind):
+    (loss,) = build_losses([LOSSES[kind].settings_class(weight=2.0)])
+    given, total = pictures(), torch.tensor(3.0)
+    value, terms = loss(given)
+    assert value > 0
+    assert value.item() == pytest.approx(2 * terms[kind].item(), rel=1e-6)
+    split = sum(loss(part(given, *places), total)[0].item() for places in ((0, 2), (1,)))
+    assert split == pytest.approx(value.item(), rel=1e-5)
+    (gated,) = build_losses([LOSSES[kind].settings_class(weight=2.0, max_timestep=500)])
+    assert gated(given)[0].item() == pytest.approx(loss(part(given, 0, 1))[0].item(), rel=1e-5)
+    (nothing,) = build_losses([LOSSES[kind].settings_class(max_timestep=5)])
+    given.sr.requires_grad_()
+    empty, _ = nothing(given)
+    empty.backward()
+    assert empty == 0
+    assert not given.sr.grad.any()
+
+
+def test_what_the_pixel_losses_are():
+    sr, hr = torch.full((1, 3, 4, 4), 0.5), torch.full((1, 3, 4, 4), 0.2)
+    given = outputs(1, sr=sr, hr=hr, decoded=torch.arange(1))
+    for kind, want in (("pixel_l1", 0.3), ("pixel_l2", 0.09), ("charbonnier", (0.09 + 0.01**2) ** 0.5)):
+        more = {"epsilon": 0.01} if kind == "charbonnier" else {}
+        (loss,) = build_losses([LOSSES[kind].settings_class(weight=1.0, **more)])
+        assert loss(given)[0].item() == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [("ldl", "sr_ema"), ("back_projection", "lr"), ("gradient_branch", "branch"), ("best_buddy", "sr")]
+)
+def test_what_a_loss_reads_and_does_not_get_is_named(kind, field):
+    given = pictures()
+    (loss,) = build_losses([LOSSES[kind].settings_class()])
+    with pytest.raises(ValueError, match=rf"Outputs\.{field}"):
+        loss(replace(given, **{field: None}))

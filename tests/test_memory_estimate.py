@@ -12,7 +12,7 @@ import torch
 from test_train_cli import small, sslsr
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.losses.patch_gan import PatchDiscriminator
+from sslsr_diffusion.losses.discriminators import PatchDiscriminator
 from sslsr_diffusion.runs.memory import describe_memory, step_bytes
 from sslsr_diffusion.runs.recipe import load_recipe
 
@@ -109,9 +109,9 @@ def test_every_task_is_estimated(name: str) -> None:
 
 def test_networks_of_losses_are_in_the_estimate() -> None:
     """A discriminator: its weights, its two moments, its gradients and what it keeps of the pictures."""
-    losses = "[{kind: pixel_l1}, {kind: patch_gan, width: 32, layers: 2}]"
+    losses = "[{kind: pixel_l1}, {kind: gan, discriminator: patch, width: 32, layers: 2}]"
     plain, beside = (step_bytes(load_recipe("tiny_autoencoder", [*COMMON, f"losses={one}"])) for one in ("[{kind: pixel_l1}]", losses))
-    network = sum(p.numel() for p in PatchDiscriminator(2, 32).parameters())
+    network = sum(p.numel() for p in PatchDiscriminator(32, 2).parameters())
     assert beside["weights"] - plain["weights"] == 4 * network
     assert beside["optimizer"] - plain["optimizer"] == 8 * network
     assert beside["activations and gradients"] > plain["activations and gradients"]

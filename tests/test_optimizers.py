@@ -24,11 +24,13 @@ def test_a_constant_rate_warms_up_as_long_as_the_recipe_says(kind, warmup_steps,
 
 @pytest.mark.parametrize(("warmup", "decays"), [(False, [0.9] * 4), (True, [1 - (1 + step) ** -0.75 for step in range(1, 5)])])
 def test_the_average_begins_with_the_decay_that_the_recipe_says(warmup, decays):
-    """The first update takes the weights as they are; then decay * average + (1 - decay) * weights."""
-    weight = torch.nn.Parameter(torch.zeros(1))
+    """decay * average + (1 - decay) * weights; with a warm-up the first update takes the weights as they are."""
+    weight = torch.nn.Parameter(torch.full((1,), -2.0))
     ema = build_ema(EMASettings(decay=0.9, warmup=warmup), [weight])
-    ema.step([weight])
-    average = 0.0
+    average = weight.item()
+    if warmup:
+        average = weight.data.fill_(0.5).item()
+        ema.step([weight])
     for value, decay in zip((1.0, 2.0, -1.0, 3.0), decays):
         weight.data.fill_(value)
         ema.step([weight])

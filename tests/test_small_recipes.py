@@ -16,7 +16,7 @@ def read(recipe: str) -> dict[str, Any]:
 
 def test_the_twins_differ_only_in_the_self_similarity_term() -> None:
     with_ssl, without = read("small_ssl"), read("small_nossl")
-    assert [loss["kind"] for loss in with_ssl["losses"]] == ["diffusion", "pixel_l1", "patch_gan", "self_similarity"]
+    assert [loss["kind"] for loss in with_ssl["losses"]] == ["diffusion", "pixel_l1", "gan", "self_similarity"]
     assert with_ssl["losses"][:3] == without["losses"]
     assert with_ssl["output"].pop("dir") != without["output"].pop("dir")
     del with_ssl["losses"], without["losses"]

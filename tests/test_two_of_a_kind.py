@@ -16,7 +16,7 @@ from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.start import train
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 
-GAN = {"kind": "patch_gan", "start_step": 1, "layers": 1, "width": 4}
+GAN = {"kind": "gan", "discriminator": "patch", "layers": 1, "width": 4}
 LOSSES = [
     {"kind": "pixel_l1"},
     {"kind": "pixel_l1", "name": "twice", "weight": 0.2},
@@ -67,9 +67,10 @@ def test_both_go_on_bit_by_bit(photos: Path, whole: Path, tmp_path: Path) -> Non
 
 
 def test_names_decide_where_a_discriminator_starts() -> None:
-    from sslsr_diffusion.losses.patch_gan import PatchGANLoss, PatchGANSettings
+    from sslsr_diffusion.losses import Means
+    from sslsr_diffusion.losses.gan import GANLoss, GANSettings
 
-    first, second, again = (PatchGANLoss(PatchGANSettings(**{**GAN, "name": name}), seed=3).network for name in ("a", "b", "a"))
+    first, second, again = (GANLoss(GANSettings(**{**GAN, "name": name}), Means(seed=3)).network for name in ("a", "b", "a"))
     assert not torch.equal(first[0].weight, second[0].weight)
     assert torch.equal(first[0].weight, again[0].weight)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.evaluation.weights import WEIGHTS, Weights, digest, missing, use_folder
+from sslsr_diffusion.weights import WEIGHTS, Weights, digest, missing, use_folder
 
 CONTENT = b"weights" * 1000
 HASH = hashlib.sha256(CONTENT).hexdigest()
@@ -89,12 +89,13 @@ def test_weights_dir_must_be_a_folder(tmp_path):
 def test_our_table_names_the_files_that_pyiqa_and_torchvision_read():
     pytest.importorskip("pyiqa", reason="the extra eval is not installed")
     from pyiqa.archs import clip_model, dists_arch, inception, lpips_arch, musiq_arch
-    from torchvision.models import AlexNet_Weights, VGG16_Weights
+    from torchvision.models import AlexNet_Weights, VGG16_Weights, VGG19_Weights
 
     theirs = {
         "lpips": [AlexNet_Weights.IMAGENET1K_V1.url, lpips_arch.default_model_urls["0.1_alex"]],
         "lpips-vgg": [VGG16_Weights.IMAGENET1K_V1.url, lpips_arch.default_model_urls["0.1_vgg"]],
         "dists": [VGG16_Weights.IMAGENET1K_V1.url, dists_arch.default_model_urls["url"]],
+        "vgg19": [VGG19_Weights.IMAGENET1K_V1.url],
         "musiq": [musiq_arch.default_model_urls["koniq10k"]],
         "clipiqa": [clip_model._MODELS["RN50"]],
         "fid": [inception.FID_WEIGHTS_URL],

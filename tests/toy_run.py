@@ -9,7 +9,7 @@ from pathlib import Path
 
 from toys import toy_job, toy_losses
 
-from sslsr_diffusion.losses.patch_gan import PatchGANLoss, PatchGANSettings
+from sslsr_diffusion.losses.gan import GANLoss, GANSettings
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.settings import CheckpointSettings
 
@@ -17,8 +17,8 @@ from sslsr_diffusion.training.settings import CheckpointSettings
 def main() -> None:
     run, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     losses = toy_losses(max_timestep=options.pop("max_timestep", None))
-    if "patch_gan" in options:
-        losses.append(PatchGANLoss(PatchGANSettings(**options.pop("patch_gan"))))
+    if "gan" in options:
+        losses.append(GANLoss(GANSettings(**options.pop("gan"))))
     checkpoints = CheckpointSettings(**options.pop("checkpoints", {"every": 0}))
     job = toy_job(run, losses=losses, dropout=0, decode_crop=options.pop("decode_crop", None), **options)
     train_job(replace(job, checkpoints=checkpoints), resume="latest" if "--resume" in sys.argv else None)

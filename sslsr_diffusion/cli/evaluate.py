@@ -64,7 +64,7 @@ def evaluate(
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if weights_dir:
-        from sslsr_diffusion.evaluation.weights import use_folder
+        from sslsr_diffusion.weights import use_folder
 
         use_folder(weights_dir)
     if list_metrics:

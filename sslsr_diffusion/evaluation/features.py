@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.evaluation.fidelity import check_pair, crop
-from sslsr_diffusion.evaluation.weights import digest, named_origin
+from sslsr_diffusion.weights import digest, named_origin
 
 BLOCKS = (0, 2, 4, 7, 10, 15)  # the last of every stage but the sixth
 LEAST = 32  # pixels: one position is left in the last of them

@@ -14,10 +14,19 @@ LOSSES: dict[str, Any] = {
     for kind, where in {
         "diffusion": "diffusion:DiffusionLoss",
         "pixel_l1": "pixel:PixelL1Loss",
+        "pixel_l2": "pixel:PixelL2Loss",
+        "charbonnier": "pixel:CharbonnierLoss",
         "self_similarity": "self_similarity:SelfSimilarityLoss",
         "latent_kl": "latent_kl:LatentKLLoss",
         "lpips": "lpips:LpipsLoss",
-        "patch_gan": "patch_gan:PatchGANLoss",
+        "perceptual": "perceptual:PerceptualLoss",
+        "gan": "gan:GANLoss",
+        "ldl": "ldl:LDLLoss",
+        "best_buddy": "best_buddy:BestBuddyLoss",
+        "back_projection": "back_projection:BackProjectionLoss",
+        "gradient": "gradient:GradientLoss",
+        "gradient_branch": "gradient:GradientBranchLoss",
+        "rank": "rank:RankLoss",
     }.items()
 }
 
@@ -28,6 +37,6 @@ else:
 
 
 def build_losses(entries: Sequence[Any], means: Means | None = None) -> list[Loss]:
-    """The callables of a recipe's list, in its order; an optional loss whose means cannot be had is left out."""
+    """The callables of a recipe's list, in its order; an optional loss that cannot be had is left out."""
     built = [LOSSES[entry.kind].build(entry, means or Means()) for entry in entries]
     return [loss for loss in built if loss is not None]

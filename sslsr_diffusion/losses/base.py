@@ -1,7 +1,8 @@
 """What every loss is: a small callable over `Outputs` that knows its unit and how many of them a batch holds."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
@@ -38,7 +39,7 @@ class LossSettings(Settings):
 class Look(Protocol):
     """What a task asks a loss before its networks run."""
 
-    reads: frozenset[str]  # of Outputs: "pred", "sr", "moments"; a task that gives all of them can have this loss
+    reads: frozenset[str]  # of Outputs: "pred", "sr", "sr_ema", ...; a task that gives all of them can have this loss
 
     def active(self, given: Given) -> Tensor:
         """[B] bool: the samples that this loss looks at."""
@@ -54,6 +55,13 @@ class Loss(Look, Protocol):
 
     name: str
 
+    @property
+    def network(self) -> nn.Module | None:
+        """What the loss brings along: a frozen network, or one that learns."""
+
+    def to(self, device: torch.device) -> None:
+        """Move that network in place."""
+
     def count(self, given: Given) -> Tensor:
         """Units in this micro-batch, 0-dim float32 on the device of `given`."""
 
@@ -63,10 +71,11 @@ class Loss(Look, Protocol):
 
 @dataclass(frozen=True)
 class Means:
-    """What some losses need beside their settings."""
+    """What losses are built with beside their settings."""
 
     seed: int = 0
-    distance: Callable[[Tensor, Tensor], Tensor] | None = None  # LPIPS of pictures [K, 3, H, W] -> [K]; None: it cannot be had
+    side: int = 128  # of the pictures that pixel losses see, in pixels
+    shapes: bool = False  # networks on the meta device: no file is read, and none has to be there
 
 
 class LatentLoss:
@@ -74,14 +83,27 @@ class LatentLoss:
 
     settings_class: ClassVar[type[LossSettings]]
     reads: frozenset[str] = frozenset({"pred"})
+    network: nn.Module | None = None
 
     def __init__(self, settings: Any) -> None:
         self.settings, self.name = settings, settings.called
 
     @classmethod
     def build(cls, settings: Any, means: Means) -> Self | None:
-        """The loss of a recipe's entry; None: it is optional and cannot be had."""
+        """The loss of a recipe's entry, with the network that it brings along; None: it is optional and cannot be had.
+
+        UserError or MissingDependency where a file or a package that it needs is missing or damaged.
+        """
         return cls(settings)
+
+    @classmethod
+    def check(cls, settings: Any) -> str | None:
+        """For the dry run: what of files and packages is there; None: it needs none. It raises what `build` would; nothing is fetched."""
+        return None
+
+    def to(self, device: torch.device) -> None:
+        if self.network is not None:
+            self.network.to(device)
 
     def active(self, given: Given) -> Tensor:
         return torch.ones_like(given.t, dtype=torch.bool)
@@ -101,9 +123,28 @@ class PixelLoss(LatentLoss):
     def count(self, given: Given) -> Tensor:
         return decoded_active(self, given).sum().float()
 
-    def play(self, sr: Tensor, hr: Tensor) -> Tensor:
+    def play(self, outputs: Outputs) -> Tensor:
         """A scalar through the same networks and about the same tensors, on shapes alone: what the memory estimate plays."""
+        sr, hr = pixels(outputs)
         return (sr - hr).abs().mean()
+
+
+class SampleLoss(PixelLoss):
+    """Base of losses that are a mean over the samples that pass the noise gate: a subclass says each sample's error."""
+
+    @abstractmethod
+    def errors(self, outputs: Outputs) -> Tensor:
+        """[K], of outputs that hold K >= 1 samples, all of which count; pixel fields are float32."""
+
+    def play(self, outputs: Outputs) -> Tensor:
+        return self.errors(outputs).mean()
+
+    def __call__(self, outputs: Outputs, count: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        kept = chosen(self, outputs)
+        assert kept.sr is not None
+        total = self.errors(kept).sum() if len(kept.sr) else 0 * kept.sr.sum()
+        value = share(total, count, self.count(outputs))
+        return self.settings.weight * value, {self.name: value.detach()}
 
 
 @runtime_checkable
@@ -124,8 +165,11 @@ class Learner(Protocol):
     def learn(self, outputs: Outputs, count: Tensor | None = None) -> dict[str, Tensor]:
         """Add one micro-batch to the network's gradient, `count` as in a loss; the raw terms, detached."""
 
-    def update(self, *, sound: bool) -> None:
-        """End an optimizer step: move the network unless the step was not `sound`, forget the gradient, count on."""
+    def update(self, *, sound: bool, pace: float = 1.0) -> None:
+        """End an optimizer step: move the network unless the step was not `sound`, forget the gradient, count on.
+
+        `pace`: the share of its first learning rate that the trained networks' schedule has come to.
+        """
 
 
 class NoiseGate(LossSettings):
@@ -137,6 +181,11 @@ class NoiseGate(LossSettings):
     min_snr: float | None = Field(
         None, gt=0, description="Only samples with at least this signal-to-noise ratio alphas_cumprod / (1 - alphas_cumprod); null: all."
     )
+
+    @property
+    def gated(self) -> bool:
+        """Whether any sample can be left out."""
+        return self.max_timestep is not None or self.min_snr is not None
 
     def passes(self, given: Given) -> Tensor:
         """[B] bool: the samples that are clean enough."""
@@ -153,6 +202,19 @@ def pixels(outputs: Outputs) -> tuple[Tensor, Tensor]:
     if outputs.sr is None or outputs.hr is None:
         raise ValueError("a pixel loss needs decoded pixels (Outputs.sr and Outputs.hr), which this step did not compute")
     return outputs.sr.float(), outputs.hr.float()
+
+
+_OF_SAMPLES = ("hr", "mask", "origin", "lr", "sr", "sr_ema", "branch")  # Outputs' fields that hold the K decoded samples
+
+
+def chosen(loss: LatentLoss, outputs: Outputs) -> Outputs:
+    """`outputs` with the samples alone that this loss looks at, pixels in float32."""
+    pixels(outputs)
+    found = {name: value for name in _OF_SAMPLES if (value := getattr(outputs, name)) is not None}
+    if loss.settings.gated:
+        keep = decoded_active(loss, outputs)
+        found = {name: value[keep.to(value.device)] for name, value in found.items()}
+    return replace(outputs, **{name: value.float() if value.is_floating_point() else value for name, value in found.items()})
 
 
 def decoded_active(loss: LatentLoss, given: Given) -> Tensor:

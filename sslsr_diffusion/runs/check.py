@@ -11,6 +11,7 @@ import yaml
 from sslsr_diffusion import hub
 from sslsr_diffusion.data.sources import open_source
 from sslsr_diffusion.errors import MissingDependency, Refused, UserError
+from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.models.base import IGNORED, WANTED
 from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
 from sslsr_diffusion.runs.pin import pinned, recorded_state
@@ -64,9 +65,8 @@ def dry_run(
 
 def run_checks(recipe: Recipe, *, empty: bool = True) -> list[Check]:
     """Data, model, losses, metrics, optimizer, trackers and output; `empty`: the output folder must hold no run."""
-    checks = [*_data(recipe), *_model(recipe)]
+    checks = [*_data(recipe), *_model(recipe), *_losses(recipe)]
     for what, say, verdict in (
-        ("losses", _losses, "missing"),
         ("metrics", _metrics, "missing"),
         ("optimizer", _optimizer, "missing"),
         ("trackers", _trackers, "missing"),
@@ -147,16 +147,9 @@ def _on_hub(name: str, revision: str | None, kind: hub.Kind) -> str:
     return f"{name} on the hub, commit {found.commit[:12]}; it is downloaded when training starts"
 
 
-def _losses(recipe: Recipe) -> str | None:
-    asked = [loss for loss in recipe.losses if loss.kind == "lpips"]
-    if not asked:
-        return None
-    from sslsr_diffusion.evaluation.learned import unavailable  # imports torchvision
-
-    reason = unavailable("lpips-vgg", download=False)
-    if reason and not all(getattr(loss, "optional", False) for loss in asked):
-        raise UserError(f"lpips {reason}")
-    return f"lpips (optional) {reason}" if reason else "lpips and its weights"
+def _losses(recipe: Recipe) -> Iterator[Check]:
+    for loss in recipe.losses:
+        yield from _checked("losses", lambda loss=loss: LOSSES[loss.kind].check(loss))  # type: ignore[misc]  # bound in this round
 
 
 def _optimizer(recipe: Recipe) -> str | None:

@@ -1,6 +1,7 @@
 """Parameters and memory of a recipe, counted on shapes alone: the task's own step is played on the meta device."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -9,13 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointError
 
-from sslsr_diffusion.evaluation.learned import PerceptualDistance
 from sslsr_diffusion.inference.memory import LivePeak
-from sslsr_diffusion.losses import LOSSES, Loss, Means, build_losses
+from sslsr_diffusion.losses import LOSSES, Loss, build_losses
 from sslsr_diffusion.losses.base import Learner, PixelLoss
 from sslsr_diffusion.models.networks import count_parameters
 from sslsr_diffusion.runs.recipe import Recipe
-from sslsr_diffusion.runs.task import build_task
+from sslsr_diffusion.runs.task import build_task, means_of
 from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.types import Batch, Given
 
@@ -97,10 +97,9 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
     task = build_task(_one_sampling_step(recipe), meta=True)
     modules = nn.ModuleList([task.module, task.networks])
     every, trained = count_parameters(modules), count_parameters(modules, trained=True)
-    distance = _distance(recipe)
-    losses = build_losses(recipe.losses, Means(distance=distance))
+    losses = build_losses(recipe.losses, means_of(recipe, shapes=True))
     learning = nn.ModuleList([loss.network for loss in losses if isinstance(loss, Learner)])
-    beside = nn.ModuleList([learning, *([] if distance is None else [distance])]).to("meta")  # the losses' networks: float32, always
+    beside = nn.ModuleList([network for loss in losses if (network := loss.network) is not None])  # float32, always
     batch = _batch(recipe, task)
     draws = task.draw(batch, [_Everything(loss) for loss in losses])
     _to_meta(task, torch.bfloat16 if half else torch.float32)
@@ -110,14 +109,16 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
     with torch.autograd.set_multithreading_enabled(False), torch.device("meta"), patch(_SDPA, _fused_attention), peak:
         batch, draws = batch.to("meta"), draws.to("meta")
         outputs = task.run(task.module, batch, draws)
+        if "sr_ema" in draws.reads:
+            with torch.no_grad():
+                outputs = replace(outputs, sr_ema=task.run(task.module, batch, draws).sr)
         total = torch.zeros((), device="meta")
         if outputs.pred is not None and outputs.target is not None:
             total = total + (outputs.pred - outputs.target).square().mean()
         if outputs.moments is not None:
             total = total + outputs.moments.square().mean()
         if outputs.sr is not None:
-            assert outputs.hr is not None
-            total = sum((loss.play(outputs.sr, outputs.hr) for loss in losses if isinstance(loss, PixelLoss)), total)
+            total = sum((loss.play(outputs) for loss in losses if isinstance(loss, PixelLoss)), total)
         total.backward()
         del outputs, total
     per_state = 2 if training.optimizer.kind == "adamw8bit" else 8
@@ -176,18 +177,6 @@ def _callable_parts(task: Task) -> Sequence[nn.Module]:
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _distance(recipe: Recipe) -> PerceptualDistance | None:
-    """LPIPS's network on shapes, where the recipe lists that loss."""
-    if not any(getattr(loss, "kind", None) == "lpips" for loss in recipe.losses):
-        return None
-    try:
-        from torchvision.models import vgg16
-    except Exception:  # torchvision fails in many ways when it does not fit the installed torch; training says so
-        return None
-    with torch.device("meta"):
-        return PerceptualDistance(vgg16(weights=None).features, [torch.empty(channels) for channels in (64, 128, 256, 512, 512)])
 
 
 class _FusedAttentionShape(torch.autograd.Function):

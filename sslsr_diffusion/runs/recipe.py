@@ -54,6 +54,11 @@ class Recipe(Settings):
     def task_kind(self) -> type[TaskKind]:
         return TASKS[self.task.kind]
 
+    @property
+    def picture_side(self) -> int:
+        """The side, in pixels, of the pictures that pixel losses see."""
+        return self.task.picture_side(self.training.crop_size, self.model.codec_scale())
+
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
         mistakes = [*self._task_fits(), *self._losses_fit(), *self._sizes_fit(), *self._output_fits()]
@@ -87,10 +92,12 @@ class Recipe(Settings):
         yield from (f"losses: {name} is what the logs call something else; give it another `name`." for name in names if name in RESERVED)
         gives = self.task_kind.gives
         possible = [kind for kind, loss in LOSSES.items() if loss.reads <= gives]
-        side = self.task.picture_side(self.training.crop_size, self.model.codec_scale())
+        side = self.picture_side
         for i, loss in enumerate(self.losses):
             if loss.kind not in possible:
                 yield f"losses.{i}.kind: {loss.kind} is impossible in task {self.task.kind}; possible are {', '.join(possible)}."
+            elif "sr_ema" in LOSSES[loss.kind].reads and self.training.ema is None:
+                yield f"losses.{i}.kind: {loss.kind} compares with the averaged weights' picture; set training.ema: {{decay: 0.999}}."
             for key, why in loss.misfits(side=side, alone=len(names) == 1):
                 yield f"losses.{i}.{key}: {why}"
 

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.devices import device_bytes, is_out_of_memory
-from sslsr_diffusion.errors import MissingDependency, UserError
-from sslsr_diffusion.evaluation.learned import load_perceptual_distance
+from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.metrics import METRICS, unavailable
 from sslsr_diffusion.inference.restorer import Restorer
-from sslsr_diffusion.losses import Means, build_losses
+from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.runs.pin import pinned
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved, run_folder
-from sslsr_diffusion.runs.task import build_task, export_checkpoint
+from sslsr_diffusion.runs.task import build_task, export_checkpoint, means_of
 from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import find_checkpoint
 from sslsr_diffusion.training.job import Event, Job, Publisher, TrainResult
@@ -123,7 +122,7 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
             device=device,
         )
 
-    losses = build_losses(recipe.losses, Means(seed=recipe.seed, distance=_perceptual_distance(recipe)))
+    losses = build_losses(recipe.losses, means_of(recipe))
     base = {"id": task.networks.base, "revision": task.networks.revision}
     trained_with = {loss.name for loss in losses}
     return Job(
@@ -193,20 +192,6 @@ def lacking_metrics(recipe: Recipe, *, download: bool = True) -> dict[str, str]:
         advice = f" (--set validation.best={instead} chooses by that)" if instead else ""
         said[best] += f"; without it no weights are kept as the best{advice}"
     return said
-
-
-def _perceptual_distance(recipe: Recipe) -> Any:
-    """What the loss lpips measures with; None where it is not asked for, or is optional and cannot be had."""
-    wanted = [loss for loss in recipe.losses if getattr(loss, "kind", None) == "lpips"]
-    if not wanted:
-        return None
-    try:
-        return load_perceptual_distance()
-    except (MissingDependency, UserError) as error:
-        if not all(getattr(loss, "optional", False) for loss in wanted):
-            raise
-        logger.warning("training goes without the optional loss: %s", error)
-        return None
 
 
 def _publisher(recipe: Recipe) -> Publisher | None:

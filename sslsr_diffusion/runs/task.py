@@ -12,6 +12,7 @@ from sslsr_diffusion.data import open_training_data
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import atomic_folder
 from sslsr_diffusion.inference.open import find_model
+from sslsr_diffusion.losses import LOSSES, Means
 from sslsr_diffusion.models.networks import PixelNetworks
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.seeding import derive_seed
@@ -23,7 +24,17 @@ from sslsr_diffusion.training.state import load_trained, trained_parameters
 
 def build_task(recipe: Recipe, *, meta: bool = False) -> Task:
     """The task of a recipe; with `meta` no weights are read and no hub is asked. UserError: a part cannot be built."""
-    return recipe.task_kind.build(recipe.task, frame_of(recipe, meta=meta))
+    task = recipe.task_kind.build(recipe.task, frame_of(recipe, meta=meta))
+    for i, loss in enumerate(recipe.losses):
+        lacking = sorted(LOSSES[loss.kind].reads - task.gives)
+        if lacking:
+            raise UserError(f"losses.{i}.kind: {loss.kind} reads {lacking[0]}, which this model does not make; leave it out.")
+    return task
+
+
+def means_of(recipe: Recipe, *, shapes: bool = False) -> Means:
+    """What the losses of a recipe are built with; with `shapes` on the meta device, and nothing is read."""
+    return Means(seed=recipe.seed, side=recipe.picture_side, shapes=shapes)
 
 
 def frame_of(recipe: Recipe, *, meta: bool = False) -> Frame:

@@ -34,7 +34,7 @@ class AutoencoderTask(TaskBase):
     networks: AutoencoderNetworks
     settings: ClassVar[type[TaskSettings]] = AutoencoderTaskSettings
     makes_upscaler: ClassVar[bool] = False
-    gives: ClassVar[frozenset[str]] = frozenset({"sr", "moments"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sr", "sr_ema", "moments"})
     label: ClassVar[str] = "reconstruction"
     posteriors: ClassVar[tuple[str, ...]] = ("posterior_hr",)
 

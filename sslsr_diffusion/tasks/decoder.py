@@ -40,7 +40,7 @@ class DecoderTask(TaskBase):
     networks: StableSRNetworks
     settings: ClassVar[type[TaskSettings]] = DecoderTaskSettings
     reads_latents: ClassVar[bool] = True
-    gives: ClassVar[frozenset[str]] = frozenset({"sr"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sr", "lr", "sr_ema"})
     posteriors: ClassVar[tuple[str, ...]] = ("posterior_lr",)
 
     def __init__(

@@ -16,7 +16,7 @@ from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.seeding import sample_generator
 from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
 from sslsr_diffusion.tasks.pixels import choose_pixels, upsampled
-from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise
+from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise, reads_of
 from sslsr_diffusion.types import Batch, Given, Outputs
 
 
@@ -72,7 +72,7 @@ class DiffusionTask(TaskBase):
 
     networks: LatentNetworks
     settings: ClassVar[type[TaskSettings]] = DiffusionTaskSettings
-    gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr"})
+    gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr", "sr_ema"})
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class DiffusionTask(TaskBase):
         shape = codec.noise_shape(batch.hr)[1:]
         noise = {p: per_sample_noise(self.seed, indices, p, shape).to(device) for p in ("posterior_hr", "posterior_lr", "noise")}
         given, windows = choose_pixels(given, batch, losses, scale=codec.scale, decode_crop=self.decode_crop, seed=self.seed)
-        return Draws(given, noise, windows)
+        return Draws(given, noise, windows, reads_of(losses))
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         nets, t = self.networks, draws.given.t

@@ -22,15 +22,17 @@ class NetworkTaskSettings(TaskSettings):
 
 
 class NetworkTask(TaskBase):
-    """sr = network(lr)"""
+    """sr = network(lr), or (sr, branch) = network(lr) where a loss reads the branch"""
 
     networks: PixelNetworks
     settings: ClassVar[type[TaskSettings]] = NetworkTaskSettings
-    gives: ClassVar[frozenset[str]] = frozenset({"sr"})
+    gives: frozenset[str] = frozenset({"sr", "lr", "sr_ema", "branch"})
 
     def __init__(self, networks: PixelNetworks, *, restorer: Restorer | None = None) -> None:
         self.networks, self.restorer = networks, restorer
         self.module: nn.Module = networks
+        if not networks.has_branch:
+            self.gives = self.gives - {"branch"}
 
     @classmethod
     def build(cls, settings: NetworkTaskSettings, frame: Frame) -> Self:
@@ -40,4 +42,7 @@ class NetworkTask(TaskBase):
         return cls(networks, restorer=restorer_of(networks, frame.family, scale=frame.scale))
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        if "branch" in draws.reads:
+            sr, branch = module(batch.lr, branch=True)
+            return Outputs(**vars(draws.given), sr=sr.float(), branch=branch.float())
         return Outputs(**vars(draws.given), sr=module(batch.lr).float())

@@ -72,6 +72,7 @@ def all_pixels(batch: Batch) -> Given:
         noise_level=torch.zeros(samples, device=device),
         decoded=torch.arange(samples, device=device),
         hr=batch.hr,
+        lr=batch.lr,
         mask=batch.mask,
     )
 

@@ -23,6 +23,7 @@ class Draws:
     given: Given
     noise: dict[str, Tensor] = field(default_factory=dict)
     windows: Windows | None = None
+    reads: frozenset[str] = frozenset()  # what the losses of the step read of Outputs
 
     def to(self, device: torch.device | str) -> Self:
         """The tensors on a device; windows are read on the CPU."""
@@ -36,7 +37,10 @@ class Task(Protocol):
 
     @property
     def gives(self) -> frozenset[str]:
-        """Of "pred", "sr", "moments": what `run` computes; a loss is possible where its `reads` are among them."""
+        """Of "pred", "sr", "lr", "sr_ema", "branch", "moments": a loss is possible where its `reads` are among them.
+
+        `run` computes them, but for "sr_ema": that is the "sr" of a second run, with a `module` that has the averaged weights.
+        """
 
     @property
     def label(self) -> str:
@@ -57,7 +61,7 @@ class Task(Protocol):
         """Timesteps, noises and windows of each sample, from (seed, global sample index) alone."""
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
-        """The networks' part; `module` is `self.module` or its wrapped form."""
+        """The networks' part; `module` is `self.module`, its wrapped form, or the same with other weights."""
 
     def restore(self, lr: Tensor, hr: Tensor, seed: int) -> Tensor:
         """[1, 3, h, w], [1, 3, H, W] -> [1, 3, H, W] in about [0, 1], from `lr` (an autoencoder: from `hr`), with the present weights."""
@@ -83,7 +87,7 @@ class TaskBase:
         for purpose in self.posteriors:
             drawn = per_sample_noise(self.seed, batch.index.tolist(), purpose, self.networks.codec.noise_shape(batch.hr)[1:])
             noise[purpose] = drawn.to(batch.hr.device)
-        return Draws(all_pixels(batch), noise)
+        return Draws(all_pixels(batch), noise, reads=reads_of(losses))
 
     def to(self, device: torch.device) -> None:
         self.networks.to(device)
@@ -121,6 +125,11 @@ def apply_losses(
         weighted[loss.name] = value.detach()
         raw.update(terms)
     return StepResult(total, weighted, raw)
+
+
+def reads_of(losses: Sequence[Look]) -> frozenset[str]:
+    """What any of them reads of Outputs."""
+    return frozenset[str]().union(*(loss.reads for loss in losses))
 
 
 def per_sample_noise(seed: int, indices: Sequence[int], purpose: str, shape: Sequence[int]) -> Tensor:

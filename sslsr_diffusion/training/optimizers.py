@@ -43,8 +43,10 @@ def build_ema(settings: EMASettings | None, parameters: Iterable[nn.Parameter]) 
         return None
     from diffusers.training_utils import EMAModel
 
-    least = 0.0 if settings.warmup else settings.decay  # without it diffusers warms up all the same, by another formula
-    return EMAModel(list(parameters), decay=settings.decay, min_decay=least, use_ema_warmup=settings.warmup, power=settings.power)
+    if settings.warmup:
+        return EMAModel(list(parameters), decay=settings.decay, use_ema_warmup=True, power=settings.power)
+    # diffusers warms up all the same, by another formula, which the least decay overrules; after step -1, or the first step would copy
+    return EMAModel(list(parameters), decay=settings.decay, min_decay=settings.decay, update_after_step=-1)
 
 
 @contextmanager

@@ -3,13 +3,15 @@
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.losses import Loss
 from sslsr_diffusion.losses.base import Learner
 from sslsr_diffusion.seeding import derive_seed
@@ -30,7 +32,7 @@ from sslsr_diffusion.training.state import (
     set_rng_state,
     trained_parameters,
 )
-from sslsr_diffusion.types import Batch
+from sslsr_diffusion.types import Batch, Outputs
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,8 +82,12 @@ class Session:
         self.progress = Progress()
         self.auto = {loss.name: AutoWeight(loss.settings.auto_steps) for loss in self.losses if getattr(loss, "auto", False)}  # type: ignore[attr-defined]
         self.learners: list[Learner] = [loss for loss in self.losses if isinstance(loss, Learner)]
-        for learner in self.learners:
-            learner.to(self.device)
+        for loss in self.losses:
+            loss.to(self.device)
+        self.compares = [loss.name for loss in self.losses if "sr_ema" in loss.reads]
+        if self.compares and (self.ema is None or self.sharded):
+            why = "FSDP divides it; use another way to run" if self.sharded else "there is none; set training.ema"
+            raise UserError(f"losses: {self.compares[0]} compares with the picture by the averaged weights, and {why}.")
         self.stop_asked = False
 
     def step(self, micro: Sequence[Batch], *, stop: bool = False) -> StepReport:
@@ -95,6 +101,8 @@ class Session:
             with self.engine.accumulating(last=last):
                 with self.engine.autocast():
                     outputs = self.task.run(self.engine.model, batch, draw)
+                    if self.compares:
+                        outputs = replace(outputs, sr_ema=self._by_averaged_weights(batch, draw))
                 result = apply_losses(outputs, self.losses, counts, scales)
                 self.engine.backward(result.loss, last=last)
             weighted = {f"weighted/{name}": value for name, value in result.weighted.items()}
@@ -106,10 +114,21 @@ class Session:
         names = tuple(name for batch in micro for name in batch.names)
         return self._update(dict(zip(sums, means.tolist())), names)
 
+    @torch.no_grad()
+    def _by_averaged_weights(self, batch: Batch, draws: Draws) -> Tensor | None:
+        """What the task's networks make of the same draws with the moving average of what trains, in evaluation mode."""
+        assert self.ema is not None
+        module, average = self.task.module, dict(zip(self.parameters, self.ema.shadow_params))
+        module.eval()
+        outputs: Outputs = self.task.run(lambda *args, **kwargs: functional_call(module, average, args, kwargs), batch, draws)
+        module.train()
+        return outputs.sr
+
     def _update(self, terms: dict[str, float], names: tuple[str, ...]) -> StepReport:
         """Move the weights if the numbers can be trusted (one host sync per optimizer step: the decision), and all that follows them."""
         loss, density = terms.pop(""), terms.pop(".mask")
         weighted = {name.removeprefix("weighted/"): terms.pop(name) for name in list(terms) if name.startswith("weighted/")}
+        pace = self.learning_rate() / self.settings.optimizer.lr
         norm, sound, overflow = self.engine.update(loss)
         if sound:
             self.schedule.step()
@@ -119,7 +138,7 @@ class Session:
                 auto.observe(weighted[name], [value for other, value in weighted.items() if other != name])
         for learner in self.learners:
             self._average_gradients(learner.network)
-            learner.update(sound=sound)
+            learner.update(sound=sound, pace=pace)
         self._count(loss, names, sound=sound, overflow=overflow)
         return StepReport(loss, terms, norm, density, sound)
 
@@ -204,8 +223,8 @@ class Session:
             "world_size": self.world_size,
         }
         for learner in self.learners:
-            parameters = dict(learner.network.named_parameters())
-            tensors[f"learner-{learner.name}"] = {name: full_tensor(p).clone() for name, p in parameters.items()}
+            parameters, kept = dict(learner.network.named_parameters()), learner.network.state_dict()
+            tensors[f"learner-{learner.name}"] = {name: full_tensor(value).clone() for name, value in kept.items()}
             tensors[f"learner-{learner.name}-optimizer"], others = optimizer_state_dict(learner.optimizer, list(parameters))
             state["learners"][learner.name] = {"step": learner.step, "optimizer": others}
         return Checkpoint(tensors, state)
@@ -226,7 +245,7 @@ class Session:
             if learner.name in state["learners"]:  # not where the loss was added to the recipe afterwards
                 known, file = state["learners"][learner.name], f"learner-{learner.name}"
                 parameters = dict(learner.network.named_parameters())
-                load_trained(parameters, tensors[file], what=what)
+                load_trained(learner.network.state_dict(), tensors[file], what=what)
                 load_optimizer_state_dict(learner.optimizer, parameters, tensors[f"{file}-optimizer"], known["optimizer"])
                 learner.step = known["step"]
         self.progress = Progress(**{**state["progress"], "skipped_in_a_row": 0})

@@ -1,7 +1,7 @@
 """What a resume needs besides the frozen networks: counters, tensors and random streams, out of the live objects and back in."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -76,7 +76,7 @@ def copy_full(target: Tensor, value: Tensor) -> None:
     target.detach().copy_(value)
 
 
-def load_trained(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], *, what: str) -> None:
+def load_trained(parameters: Mapping[str, Tensor], tensors: dict[str, Tensor], *, what: str) -> None:
     """Copy saved tensors into the trained parameters; UserError where names or shapes are not those of the model of this recipe."""
     missing, extra = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
     if missing or extra:

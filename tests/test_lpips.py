@@ -13,14 +13,13 @@ from toys import smooth
 
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import MissingDependency, UserError
-from sslsr_diffusion.evaluation import learned
-from sslsr_diffusion.evaluation.weights import WEIGHTS, use_folder
-from sslsr_diffusion.losses import Means, build_losses
-from sslsr_diffusion.losses.lpips import LpipsLoss, LpipsSettings
+from sslsr_diffusion.losses import build_losses
+from sslsr_diffusion.losses.lpips import LpipsLoss, LpipsSettings, load_perceptual_distance
 from sslsr_diffusion.runs.check import run_checks
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.start import build_job
 from sslsr_diffusion.types import Outputs
+from sslsr_diffusion.weights import WEIGHTS, use_folder
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def pictures() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_the_distance_and_its_gradient_are_pyiqas(weights):
     restored, reference = pictures()
-    distance = learned.load_perceptual_distance()
+    distance = load_perceptual_distance()
     value = distance(restored.requires_grad_(), reference)
     assert value.shape == (2,)
     assert 0 < value[0] < value[1]
@@ -94,7 +93,7 @@ def theirs_state(model, features, linear) -> dict[str, torch.Tensor]:
 
 def test_a_flat_picture_has_a_finite_gradient(weights):
     flat = torch.full((1, 3, 32, 32), 0.5, requires_grad=True)
-    learned.load_perceptual_distance()(flat, smooth(1)[None]).sum().backward()
+    load_perceptual_distance()(flat, smooth(1)[None]).sum().backward()
     assert torch.isfinite(flat.grad).all()
 
 
@@ -152,7 +151,7 @@ def test_without_weights_or_torchvision_the_sentence_says_what_to_do(hub, monkey
 
 
 def test_training_uses_it_where_it_is_there(weights):
-    losses = build_losses(recipe({"kind": "lpips"}).losses, Means(distance=learned.load_perceptual_distance()))
+    losses = build_losses(recipe({"kind": "lpips"}).losses)
     sr, hr = pictures()
     value, _ = losses[0](Outputs(t=torch.zeros(2), noise_level=torch.ones(2), sr=sr, hr=hr, decoded=torch.arange(2)))
     assert torch.isfinite(value)

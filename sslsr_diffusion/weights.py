@@ -1,4 +1,4 @@
-"""Weights of the learned metrics: which files, where they lie, and how they get there."""
+"""Weights of learned metrics and losses: which files, where they lie, and how they get there."""
 
 import functools
 import hashlib
@@ -118,6 +118,7 @@ _CLIP_RN50 = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"
 WEIGHTS: dict[str, tuple[Weights, ...]] = {
     "lpips": (_torchvision("alexnet-owt-7be5be79.pth", "7be5be79", 233), _pyiqa("LPIPS_v0.1_alex-df73285e.pth", "df73285e", 1)),
     "lpips-vgg": (_torchvision("vgg16-397923af.pth", "397923af", 528), _pyiqa("LPIPS_v0.1_vgg-a78928a0.pth", "a78928a0", 1)),
+    "vgg19": (_torchvision("vgg19-dcbb9e9d.pth", "dcbb9e9d", 548),),
     "dists": (_torchvision("vgg16-397923af.pth", "397923af", 528), _pyiqa("DISTS_weights-f5e65c96.pth", "f5e65c96", 1)),
     "musiq": (_pyiqa("musiq_koniq_ckpt-e95806b9.pth", "e95806b9", 104),),
     "clipiqa": (Weights("clip", "RN50.pt", f"https://openaipublic.azureedge.net/clip/models/{_CLIP_RN50}/RN50.pt", _CLIP_RN50, 244),),

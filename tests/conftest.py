@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
-        if config.pluginmanager.hasplugin("xdist"):
+        if hasattr(config, "workerinput"):  # a worker of xdist
             item.add_marker(pytest.mark.xdist_group(_group(item)))
         slow[_group(item)] += item.get_closest_marker("slow") is not None
     items.sort(key=lambda item: -slow[_group(item)])  # long ones first: no worker is left alone with one at the end

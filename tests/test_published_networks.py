@@ -1,4 +1,4 @@
-"""The published networks' numbers (tests/golden/gan), and RankSRGAN's ranker."""
+"""The published networks' numbers (tests/golden/gan)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from typing import Any
 import pytest
 import torch
 from goldens import load_golden
-from network_cases import save
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.network.known import recognise
-from sslsr_diffusion.models.network.ranker import Ranker, load_ranker
 
 
 def weights(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
@@ -72,36 +68,3 @@ def pattern(seed: int, *shape: int) -> Tensor:
     value = value + (noise >> 20) % 25 - 12
     flat = (x // 24 + y // 20 + seed) % 3 == 0
     return torch.where(flat, 90 + 20 * c + (noise >> 22) % 3, value).clamp(0, 255).float() / 255
-
-
-def test_published_ranker(tmp_path):
-    _, tensors, golden = weights("ranker")
-    save_file(tensors, tmp_path / "ranker.safetensors")
-    torch.save({"params": tensors}, tmp_path / "ranker.pth")
-    ranker, again = load_ranker(tmp_path / "ranker.safetensors"), load_ranker(tmp_path / "ranker.pth")
-    lr = pattern(72, 3, 3, 96, 96).requires_grad_(True)
-    assert not ranker.training
-    assert error(ranker(lr), golden["out.eval"]) < 2e-4
-    assert torch.equal(ranker(lr), again(lr))
-    made = ranker.train()(lr)
-    assert error(made, golden["out.train"]) < 2e-4
-    gradient = torch.autograd.grad(made.square().sum(), lr)[0]
-    assert error(gradient[..., ::8, ::8], golden["out.grad_x"]) < 2e-4
-    assert error(gradient.norm()[None].double(), golden["out.grad_norm"]) < 2e-4
-    for name, value in golden.items():
-        if name.startswith("out.after."):
-            assert error(ranker.state_dict()[name.removeprefix("out.after.")], value) < 2e-4, name
-    assert load_ranker(tmp_path / "ranker.pth", meta=True)(lr.detach().to("meta")).shape == (3, 1)
-
-
-def test_what_is_no_ranker_is_one_sentence(tmp_path):
-    path = save(tmp_path / "net")
-    with pytest.raises(UserError, match=r"expected a Ranker_VGG12_296 .* got body\.0\.rdb1"):
-        load_ranker(path)
-    tensors = Ranker(nf=2).state_dict()
-    del tensors["conv3_1.weight"]
-    save_file(tensors, tmp_path / "cut.safetensors")
-    with pytest.raises(UserError, match=r"conv3_1\.weight is missing, unknown or misshaped"):
-        load_ranker(tmp_path / "cut.safetensors")
-    with pytest.raises(UserError, match="at least 32 pixels"):
-        Ranker(nf=2)(torch.zeros(1, 3, 31, 40))

@@ -1,14 +1,11 @@
 """Weights of a loss's network, out of a file of the user's."""
 
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
-
-_INSIDE = ("params", "params_ema", "state_dict")  # under which published files keep their tensors
+from sslsr_diffusion.unpickle import read_checkpoint
 
 
 def read_tensors(path: str, key: str) -> dict[str, Tensor]:
@@ -16,24 +13,13 @@ def read_tensors(path: str, key: str) -> dict[str, Tensor]:
 
     `key`: of the recipe, for messages. UserError where there is no such file or it holds something else.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
+    if not Path(path).expanduser().is_file():
         raise UserError(f"{key}: {path} is not a file; give the file with the network's weights.")
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(file)
-        else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is damaged can raise anything
-        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        raise UserError(f"{key}: {path} cannot be read as named tensors ({reason}); expected a whole file of tensors alone.") from None
-    if isinstance(content, dict):
-        content = next((content[name] for name in _INSIDE if isinstance(content.get(name), dict)), content)
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{key}: {path} holds no named tensors; expected a state dict, or a dict with the entry `params`.")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
+        tensors = read_checkpoint(path, entries=("params", "params_ema", "state_dict")).tensors
+    except UserError as error:
+        raise UserError(f"{key}: {str(error).removeprefix('checkpoint: ')}") from None
+    return {name.removeprefix("module."): value for name, value in tensors.items()}
 
 
 def load_into(network: nn.Module, tensors: dict[str, Tensor], *, path: str, key: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from sslsr_diffusion.ops import _cpu_pixels, _cpu_sums, _cpu_tiles, _simd
 from sslsr_diffusion.ops._cpu_pixels import weights
 from sslsr_diffusion.ops._cpu_tiles import LN2, ROW_EPS, Tile, set_factor, set_places, tile_exponents, tile_gradient, tile_loss
+from sslsr_diffusion.ops._simd import inner
 
 # numba's cache watches the file of an entry point; the default of its last argument makes it watch all that the code is made of
 _SOURCES = (__file__, _cpu_tiles.__file__, _cpu_pixels.__file__, _cpu_sums.__file__, _simd.__file__)
@@ -17,7 +18,7 @@ _STAMP = int(hashlib.sha256(b"".join(Path(source).read_bytes() for source in _SO
 TOP = 16  # rows of zeros above and below an image: vertical sums and blocks touch them
 
 
-@numba.njit(nogil=True)
+@inner
 def _tile(number, tiles, positions, layout, s):
     base, first, count, dense = tiles[number, 0], tiles[number, 1], tiles[number, 2], tiles[number, 3] > 0
     tile = Tile(base, positions[first : first + count], dense, layout.height * layout.row if dense else (count + 15) // 16 * 16)
@@ -125,7 +126,7 @@ def pad(image, out, lead, layout, stamp=_STAMP):
                     line[lead + reach + width - 1 + x] = source[width - 1 - x]
 
 
-@numba.njit(nogil=True)
+@inner
 def _reflected(i, size):
     return -i if i < 0 else 2 * (size - 1) - i if i >= size else i
 

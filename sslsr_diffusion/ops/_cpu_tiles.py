@@ -15,6 +15,7 @@ import numpy as np
 
 from sslsr_diffusion.ops._cpu_pixels import add_rows, adjoint, compare, copy_rows, energies, exponents, gather, hand_over, interact, settle
 from sslsr_diffusion.ops._cpu_sums import horizontal_sums, lost_columns, lost_rows, vertical_differences, vertical_sums
+from sslsr_diffusion.ops._simd import inner
 
 LOG2E = 1 / math.log(2)
 LN2 = math.log(2)
@@ -93,7 +94,7 @@ def _pair(side, dx, dy, layout):
     return layout.search**2 - 1 - number, w * w - 1 - variant, (0 if dy >= 0 else slide_y) * layout.across
 
 
-@numba.njit(nogil=True)
+@inner
 def _pick(source, start, tile, layout, place, out, at):
     """out[at + i] = source[start + place of pixel i]."""
     if tile.dense:
@@ -104,7 +105,7 @@ def _pick(source, start, tile, layout, place, out, at):
             picked[i] = moved[place[i]]
 
 
-@numba.njit(nogil=True)
+@inner
 def _put(values, at, target, start, tile, layout, place):
     """The adjoint of `_pick`: target[start + place of pixel i] += values[at + i]."""
     if tile.dense:
@@ -115,7 +116,7 @@ def _put(values, at, target, start, tile, layout, place):
             moved[place[i]] += put[i]
 
 
-@numba.njit(nogil=True)
+@inner
 def set_places(tile, layout, place):
     """The pixels' positions in rows of `across` floats."""
     for i in range(len(tile.positions)):
@@ -123,7 +124,7 @@ def set_places(tile, layout, place):
         place[i] = tile.positions[i] + y * np.uint32(layout.across - layout.row)
 
 
-@numba.njit(nogil=True)
+@inner
 def _tile_outside(image, tile, layout, s, c, w):
     """Energy outside the search square at the tile's pixels, per way a window can be cut."""
     size, half = len(w), layout.half
@@ -136,7 +137,7 @@ def _tile_outside(image, tile, layout, s, c, w):
     lost_rows(s.outside, s.whole, tile.used, tile.used // 16, w)
 
 
-@numba.njit(nogil=True)
+@inner
 def _take_blocks(image, at, dx, layout, s, c):
     """A column block and its partners dx away, rows -reach - SLACK .. height + reach + SLACK; returns where the partners' row 0 is."""
     rows = layout.height + 2 * layout.reach + 2 * SLACK
@@ -146,7 +147,7 @@ def _take_blocks(image, at, dx, layout, s, c):
     return (rows + layout.reach + SLACK) * len(c) * 16
 
 
-@numba.njit(nogil=True)
+@inner
 def tile_exponents(image, tile, layout, s, out, sums, scale, c, w):
     """out[offset] = log2 of the un-normalised weights of the tile's pixels, sums = their row sums."""
     used, reach, line = tile.used, layout.reach, len(c) * 16
@@ -189,7 +190,7 @@ def tile_exponents(image, tile, layout, s, out, sums, scale, c, w):
             partial[i] = 0
 
 
-@numba.njit(nogil=True)
+@inner
 def tile_gradient(image, gradient, tile, layout, s, c, w):
     """Adds the pull of A = (second - q first) * factor to the gradient of the padded image."""
     used, reach, half, margin = tile.used, layout.reach, layout.half, layout.margin
@@ -238,7 +239,7 @@ def tile_gradient(image, gradient, tile, layout, s, c, w):
     _outside_gradient(image, gradient, tile, layout, s, c, w)
 
 
-@numba.njit(nogil=True)
+@inner
 def _outside_gradient(image, gradient, tile, layout, s, c, w):
     """The adjoint of `_tile_outside`, from the slopes by cut in s.outside; whole windows lose nothing."""
     size, half, used = len(w), layout.half, tile.used
@@ -252,7 +253,7 @@ def _outside_gradient(image, gradient, tile, layout, s, c, w):
     settle(image, gradient, corner, layout.plane, layout.stride, s.distance, layout.across, height, vectors, c)
 
 
-@numba.njit(nogil=True)
+@inner
 def set_factor(tile, room, pixels, value):
     """factor = value at masked pixels, 0 at the padding."""
     pixels[8 * room : 8 * room + tile.used] = 0
@@ -260,7 +261,7 @@ def set_factor(tile, room, pixels, value):
         pixels[8 * room + (np.int64(tile.positions[i]) if tile.dense else i)] = value
 
 
-@numba.njit(nogil=True)
+@inner
 def tile_loss(tile, l1_weight, kl_weight, layout, s):
     """Both terms of a tile, un-normalised by M. Leaves T_sr in s.first, G T_sr in s.second, q in the pixels."""
     room, used = layout.room, tile.used

@@ -10,13 +10,14 @@ import inspect
 from collections.abc import Callable, Sequence
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.core.base import BaseContext
 from numba.core.typing import Signature
 from numba.extending import intrinsic
 
 LANES = 16
+inner = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # of functions that compiled ones alone call
 _FLOAT, _INDEX, _WORD = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_WORD, LANES)
 

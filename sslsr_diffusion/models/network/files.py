@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.models.unpickle import read_checkpoint
+from sslsr_diffusion.unpickle import read_checkpoint
 
 ENTRIES = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net")  # where trainers put the weights
 _PREFIXES = ("module.", "netG.", "params_ema.", "params.")

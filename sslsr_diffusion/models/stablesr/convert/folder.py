@@ -17,7 +17,7 @@ from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET
 from sslsr_diffusion.models.stablesr.settings import load_preset
 from sslsr_diffusion.models.stablesr.text import load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.tensor_names import weight_files
-from sslsr_diffusion.models.unpickle import read_checkpoint
+from sslsr_diffusion.unpickle import read_checkpoint
 
 ORIGINAL_HEADS = load_preset("sd21")["structural_encoder"]["num_attention_heads"]
 FROM_BASE = ["vae/*", "text_encoder/*", "tokenizer/*"]

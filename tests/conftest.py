@@ -21,25 +21,15 @@ except ImportError:
     pass
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
     slow: Counter[str] = Counter()
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
-        if hasattr(config, "workerinput"):  # a worker of xdist
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
-        slow[_group(item)] += item.get_closest_marker("slow") is not None
-    items.sort(key=lambda item: -slow[_group(item)])  # long ones first: no worker is left alone with one at the end
-
-
-def _group(item: pytest.Item) -> str:
-    """What one worker runs: a file, or all files whose tests share one server of forks."""
-    module = item.getparent(pytest.Module)
-    assert module is not None
-    return "forks" if hasattr(module.obj, "forks") else module.name
+        slow[item.location[0]] += item.get_closest_marker("slow") is not None
+    items.sort(key=lambda item: -slow[item.location[0]])  # long files first: no worker is left alone with one at the end
 
 
 def pytest_collection_finish() -> None:

@@ -59,7 +59,7 @@ def built(entries: list[Any], side: int, start: dict[str, dict[str, Tensor]]) ->
             ranker.load_state_dict(weights("ranker"))
             losses.append(RankLoss(settings.model_copy(update={"reference": True}), ranker))
         elif settings.kind == "gan":
-            judge = start["d_grad" if settings.on == "gradient" else "d"]
+            judge = start["d_grad" if settings.sees == "gradient" else "d"]
             width = next(len(judge[name]) for name in ("conv0_0.weight", "conv0.weight") if name in judge)
             losses += build_losses([settings.model_copy(update={"width": width})], Means(side=side))
             losses[-1].network.load_state_dict(judge)

@@ -132,11 +132,11 @@ def test_three_steps_at_toy_width(name: str, files: Path, tmp_path: Path) -> Non
 
 
 def test_a_run_with_milestones_goes_on_to_the_same_bits(files: Path, tmp_path: Path) -> None:
-    """Two discriminators, whose rates fall with the networks', and an average."""
+    """A discriminator whose rate falls with the network's, and an average."""
     more = ("training.schedule.milestones=[1, 2]", "training.optimizer.lr=1e-3")
-    train(toy("spsr_ssl", files, tmp_path / "whole", *more))
-    train(toy("spsr_ssl", files, tmp_path / "parts", *more, "training.steps=2"))
-    train(toy("spsr_ssl", files, tmp_path / "parts", *more), resume="latest")
+    train(toy("esrgan_ssl", files, tmp_path / "whole", *more))
+    train(toy("esrgan_ssl", files, tmp_path / "parts", *more, "training.steps=2"))
+    train(toy("esrgan_ssl", files, tmp_path / "parts", *more), resume="latest")
     whole, parts = (load_file(tmp_path / run / "pipeline" / FILE) for run in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     rates = [float(rate) for rate in re.findall(r'"train/lr": ([\d.e-]+)', (tmp_path / "whole" / "history.jsonl").read_text())]

@@ -23,6 +23,7 @@ from sslsr_diffusion.tasks.network import NetworkTask
 from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.types import Batch
 
+
 class Method(NamedTuple):
     recipe: str
     terms: dict[str, tuple[str, ...]]  # our term -> the published log's, which are weighted, and add up to it

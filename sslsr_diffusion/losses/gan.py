@@ -38,7 +38,9 @@ class GANSettings(NoiseGate):
         ge=1,
         description="First optimizer step in which the discriminator learns; null: start_step. Before both, nothing is computed.",
     )
-    sees: Literal["pixels", "gradient"] = Field("pixels", description="What the discriminator sees: pictures, or their gradient maps (SPSR).")
+    sees: Literal["pixels", "gradient"] = Field(
+        "pixels", description="What the discriminator sees: pictures, or their gradient maps (SPSR)."
+    )
     mask: Literal["none", "flat"] = Field("none", description="flat: flat areas of the ground truth are black on both sides (BebyGAN).")
     lr: float = Field(1e-4, gt=0, description="Learning rate of the discriminator's Adam.")
     lr_schedule: Literal["run", "constant"] = Field(

@@ -7,8 +7,21 @@ import torch
 from torch.optim.lr_scheduler import MultiStepLR
 
 from sslsr_diffusion.config import RecipeError, parse
-from sslsr_diffusion.training.optimizers import build_ema, build_schedule
-from sslsr_diffusion.training.settings import EMASettings, ScheduleSettings
+from sslsr_diffusion.training.optimizers import build_ema, build_optimizer, build_schedule
+from sslsr_diffusion.training.settings import EMASettings, OptimizerSettings, ScheduleSettings
+
+
+def test_adamw_without_decay_is_adam():
+    """The recipes of the published GAN methods, which were trained with Adam, say so."""
+    start, gradients = torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.linspace(-2, 3, 50)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    betas = (0.9, 0.99)
+    optimizers = build_optimizer(OptimizerSettings(lr=1e-3, betas=betas, weight_decay=0), [ours]), torch.optim.Adam([theirs], 1e-3, betas)
+    for step in range(1, 5):
+        for parameter, optimizer in zip((ours, theirs), optimizers):
+            parameter.grad = gradients / step
+            optimizer.step()
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["constant", "constant_with_warmup"])

@@ -218,7 +218,7 @@ def test_the_rate_follows_the_run_or_stays():
 def test_flat_areas_and_gradients_are_what_it_sees():
     given, seen = outputs(2), []
     flat = flat_areas(given.hr)
-    loss = small(mask="flat", on="gradient")
+    loss = small(mask="flat", sees="gradient")
     loss.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     loss(given)
     loss.learn(given)

@@ -38,7 +38,9 @@ class GANSettings(NoiseGate):
         ge=1,
         description="First optimizer step in which the discriminator learns; null: start_step. Before both, nothing is computed.",
     )
-    on: Literal["pixels", "gradient"] = Field("pixels", description="What the discriminator sees: pictures, or their gradient maps (SPSR).")
+    sees: Literal["pixels", "gradient"] = Field(
+        "pixels", description="What the discriminator sees: pictures, or their gradient maps (SPSR)."
+    )
     mask: Literal["none", "flat"] = Field("none", description="flat: flat areas of the ground truth are black on both sides (BebyGAN).")
     lr: float = Field(1e-4, gt=0, description="Learning rate of the discriminator's Adam.")
     lr_schedule: Literal["run", "constant"] = Field(
@@ -156,7 +158,7 @@ class GANLoss(PixelLoss):
     def _seen(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
         """Ground truth and prediction as the discriminator sees them, [K, 3, H, W] each."""
         sr, hr = pixels(outputs)
-        seen = [gradient_map(hr), gradient_map(sr)] if self.settings.on == "gradient" else [hr, sr]
+        seen = [gradient_map(hr), gradient_map(sr)] if self.settings.sees == "gradient" else [hr, sr]
         if self.settings.mask == "flat":
             textured = ~flat_areas(hr)
             seen = [side * textured for side in seen]

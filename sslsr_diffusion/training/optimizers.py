@@ -1,12 +1,13 @@
 """Optimizers, learning-rate schedules and the moving average, by name."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from sslsr_diffusion.errors import MissingDependency
 from sslsr_diffusion.training.settings import EMASettings, OptimizerSettings, ScheduleSettings
@@ -30,11 +31,19 @@ def build_optimizer(settings: OptimizerSettings, parameters: Iterable[nn.Paramet
 
 
 def build_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """diffusers' schedule of that name over the whole run."""
+    """diffusers' schedule of that name over the whole run; multistep is torch's MultiStepLR, with a warm-up if one is asked for."""
+    if settings.kind == "multistep":
+        return LambdaLR(optimizer, lambda done: _multistep(settings, done))
     from diffusers.optimization import get_scheduler
 
     kind = "constant_with_warmup" if settings.kind == "constant" else settings.kind  # diffusers' constant leaves warm-up steps out
     return get_scheduler(kind, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=steps)
+
+
+def _multistep(settings: ScheduleSettings, done: int) -> float:
+    """The share of the first learning rate after so many optimizer steps."""
+    warm = min(1.0, done / settings.warmup_steps) if settings.warmup_steps else 1.0
+    return warm * float(settings.gamma ** bisect_right(settings.milestones, done))
 
 
 def build_ema(settings: EMASettings | None, parameters: Iterable[nn.Parameter]) -> "EMAModel | None":

@@ -1,8 +1,9 @@
 """The sections of a recipe that belong to the loop: training, validation, checkpoints, output."""
 
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from sslsr_diffusion.config import Settings
 
@@ -20,12 +21,24 @@ class OptimizerSettings(Settings):
 
 
 class ScheduleSettings(Settings):
-    """The learning-rate schedule: one of diffusers' names."""
+    """The learning-rate schedule: one of diffusers' names, or multistep."""
 
-    kind: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
-        "constant", description="Shape of the learning rate over the run (StableSR: constant)."
+    kind: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "multistep"] = Field(
+        "constant", description="Shape of the learning rate over the run (StableSR: constant; GAN methods: multistep)."
     )
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up, in every kind.")
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="multistep: after each of these optimizer steps the rate is multiplied by gamma (ESRGAN: 50k, 100k, 200k, 300k)."
+    )
+    gamma: float = Field(0.5, gt=0, le=1, description="multistep: that factor (ESRGAN: 0.5).")
+
+    @model_validator(mode="after")
+    def _milestones_go_with_multistep(self) -> Self:
+        if (self.kind == "multistep") != bool(self.milestones):
+            raise ValueError(f"expected milestones exactly when kind is multistep, got kind {self.kind} and {list(self.milestones)}.")
+        if any(later <= earlier for earlier, later in pairwise(self.milestones)):
+            raise ValueError(f"expected milestones in rising order, got {list(self.milestones)}.")
+        return self
 
 
 class EMASettings(Settings):

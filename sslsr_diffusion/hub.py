@@ -90,6 +90,12 @@ def split_file(text: str) -> tuple[str, str | None]:
     return name, file or None
 
 
+def repository_of(model: str) -> str | None:
+    """The id in a model's `owner/name` or `owner/name#file`; None for what is no such text, or names something on this machine."""
+    name = split_file(model)[0]
+    return name if is_hub_id(name) and not Path(model).expanduser().exists() else None
+
+
 def fetch(
     name: str,
     revision: str | None = None,

@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from toys import smooth
 
+from sslsr_diffusion.images.imresize import matlab_bicubic
 from sslsr_diffusion.losses import LOSSES, Means, build_losses
 from sslsr_diffusion.losses.diffusion import DiffusionLoss, DiffusionSettings
 from sslsr_diffusion.losses.latent_kl import LatentKLLoss, LatentKLSettings
@@ -167,3 +168,12 @@ def test_what_a_loss_reads_and_does_not_get_is_named(kind, field):
     (loss,) = build_losses([LOSSES[kind].settings_class()])
     with pytest.raises(ValueError, match=rf"Outputs\.{field}"):
         loss(replace(given, **{field: None}))
+
+
+def test_reducing_shapes_alone_leaves_numbers_for_later():
+    """A dry run's estimate and a training may share a process, and the kernel's rows are kept."""
+    pictures = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        assert matlab_bicubic(pictures.to("meta"), 1 / 4).shape == (1, 3, 5, 7)
+    assert matlab_bicubic(pictures, 1 / 4).isfinite().all()
+    assert torch.allclose(matlab_bicubic(torch.full_like(pictures, 0.3), 1 / 4), torch.tensor(0.3))

@@ -12,9 +12,9 @@ from sslsr_diffusion.data.blur_kernels import Family
 from sslsr_diffusion.data.draws import Frame, Op, Pair, Probability, RandomNumbers
 from sslsr_diffusion.data.filters import unsharp_mask
 from sslsr_diffusion.data.operations import run
-from sslsr_diffusion.data.resizing import matlab_bicubic
 from sslsr_diffusion.data.steps import BlurStep, BsrganStep, NoiseStep, QuantizeStep, ReduceStep, SincStep, Step, second_order
 from sslsr_diffusion.images import resize_bicubic
+from sslsr_diffusion.images.imresize import matlab_bicubic
 
 
 class PublishedDegradation(NamedTuple):

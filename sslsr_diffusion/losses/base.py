@@ -208,8 +208,11 @@ _OF_SAMPLES = ("hr", "mask", "origin", "lr", "sr", "sr_ema", "branch")  # Output
 
 
 def chosen(loss: LatentLoss, outputs: Outputs) -> Outputs:
-    """`outputs` with the samples alone that this loss looks at, pixels in float32."""
+    """`outputs` with the samples alone that this loss looks at, pixels in float32. ValueError where the step lacks what it reads."""
     pixels(outputs)
+    lacking = [name for name in sorted(loss.reads) if getattr(outputs, name) is None]
+    if lacking:
+        raise ValueError(f"the loss {loss.name} needs Outputs.{lacking[0]}, which this step did not compute")
     found = {name: value for name in _OF_SAMPLES if (value := getattr(outputs, name)) is not None}
     if loss.settings.gated:
         keep = decoded_active(loss, outputs)

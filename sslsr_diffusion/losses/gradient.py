@@ -42,6 +42,5 @@ class GradientBranchLoss(SampleLoss):
 
     def errors(self, outputs: Outputs) -> Tensor:
         _, hr = pixels(outputs)
-        if outputs.branch is None:
-            raise ValueError("the gradient_branch loss needs Outputs.branch, which this network does not compute")
+        assert outputs.branch is not None
         return (outputs.branch - gradient_map(hr)).abs().flatten(1).mean(dim=1)

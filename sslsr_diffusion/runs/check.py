@@ -113,7 +113,7 @@ def _source(source: Any, limit: int | None) -> str:
 
 def _model(recipe: Recipe) -> Iterator[Check]:
     source, files = recipe.family.source(recipe.model), recipe.family.check_files(recipe.model)
-    if source is not None and hub.is_hub_id(hub.split_file(source)[0]) and not local_folder(source).exists():
+    if source is not None and hub.repository_of(source) is not None:
         files["model"] = lambda: _on_hub(source, recipe.model.revision, "model")
     for key, check in files.items():
         yield from _checked(key, check)

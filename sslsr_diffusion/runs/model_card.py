@@ -14,7 +14,7 @@ import yaml
 
 from sslsr_diffusion import __version__
 from sslsr_diffusion.evaluation.summary import markdown_table
-from sslsr_diffusion.hub import is_hub_id, split_file
+from sslsr_diffusion.hub import repository_of
 from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.family import Card
 from sslsr_diffusion.shipped_model import SMALL, shipped_folder
@@ -57,19 +57,19 @@ def model_card(
 
     family = FAMILIES.get((recipe.get("model") or {}).get("kind", ""))
     card = family.card if family else Card()
-    known_base = base if base and is_hub_id(split_file(base)[0]) and not Path(base).exists() else None
+    repository = repository_of(base) if base else None
     shipped = base == SMALL and shipped_folder(SMALL) is not None
-    origin = SMALL if shipped else known_base or ""
+    origin = SMALL if shipped else repository or ""
     of_base = next((licence for prefix, licence in LICENCES.items() if origin.startswith(prefix)), "other")
     licence = licence or ("apache-2.0" if base is None else of_base)
-    link = f"[{known_base}](https://huggingface.co/{split_file(known_base)[0]})" if known_base else "a local model"
+    link = f"[{base}](https://huggingface.co/{repository})" if repository else "a local model"
     metrics = metrics or {}
     values = _metrics(metrics, "validation/" if any(name.startswith("validation/") for name in metrics) else "")
     bicubic = _metrics(metrics, "validation_bicubic/")
     style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True}
     template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Markdown, not HTML
     return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        metadata=yaml.safe_dump(_metadata(repo_id, known_base and split_file(known_base)[0], licence, values, card), **style),
+        metadata=yaml.safe_dump(_metadata(repo_id, repository, licence, values, card), **style),
         card=card,
         python=card.python.format(repo_id=repo_id, scale=recipe.get("scale", 4)),
         title=repo_id.rpartition("/")[2],

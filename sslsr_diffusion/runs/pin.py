@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sslsr_diffusion.hub import Kind, commit_of, is_hub_id, split_file
+from sslsr_diffusion.hub import Kind, commit_of, is_hub_id, repository_of, split_file
 from sslsr_diffusion.runs.recipe import Recipe, resolved
 from sslsr_diffusion.training.checkpoints import STATE
 
@@ -48,7 +48,7 @@ def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
 def _hub_ids(recipe: Recipe) -> Iterator[tuple[str, Kind, str, str | None]]:
     """(place in the recipe, kind, id, revision)."""
     source = recipe.family.source(recipe.model)
-    if source is not None and is_hub_id(split_file(source)[0]) and not Path(source).exists():
+    if source is not None and repository_of(source) is not None:
         yield "model", "model", source, recipe.model.revision
     for key in ("sources", "validation"):
         for index, source in enumerate(getattr(recipe.data, key)):

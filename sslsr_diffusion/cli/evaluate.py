@@ -82,7 +82,7 @@ def evaluate(
     if dataset:
         from sslsr_diffusion.evaluation.dataset import find_dataset
 
-        pairs = find_dataset(dataset, scale=scale, made=output / "dataset")
+        pairs = find_dataset(dataset, scale=scale, made=output / "dataset", suffix=suffix)
         for line in pairs.left_out:
             typer.echo(f"left out: {line}", err=True)
         reference, lr = pairs.hr, pairs.lr
@@ -158,7 +158,6 @@ def _named(text: str) -> tuple[str, str]:
 
 def _upscale(path: str, pairs: "Dataset", folder: Path, seeds: range, steps: int | None, device: str) -> list[Path]:
     """One folder of results per seed, made by the same runner as `sslsr infer`; what is done is skipped."""
-    from sslsr_diffusion.evaluation.dataset import scale_of
     from sslsr_diffusion.inference.open import find_model, open_model
     from sslsr_diffusion.inference.restorer import Restorer
     from sslsr_diffusion.inference.runner import RunnerOptions, find_work, run_work
@@ -169,7 +168,7 @@ def _upscale(path: str, pairs: "Dataset", folder: Path, seeds: range, steps: int
         found = find_model(path)
         for seed, output in zip(seeds, folders):
             call = {} if steps is None else {"num_inference_steps": steps}
-            options = RunnerOptions(scale_of(pairs), seed, call, "PNG", replace_own=True, model=found.fingerprint)
+            options = RunnerOptions(pairs.scale, seed, call, "PNG", replace_own=True, model=found.fingerprint)
             work = find_work(pairs.lr, output, options)
             for picture in work.todo:  # what cannot be made now must not be scored as it was made before
                 (work.output / picture.target).unlink(missing_ok=True)

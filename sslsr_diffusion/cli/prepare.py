@@ -65,6 +65,25 @@ def lr(
 
 
 @app.command()
+def pairs(
+    output: Output,
+    place: Annotated[str | None, typer.Argument(metavar="INPUT", help="A folder with the two folders in it.", show_default=False)] = None,
+    source: Input = None,
+    hr: Annotated[str, typer.Option(help="The folder of high-resolution pictures, below INPUT (or absolute).")] = "hr",
+    lr: Annotated[str, typer.Option(help="The folder of low-resolution pictures.")] = "lr",
+    scale: Annotated[int, typer.Option(min=1, max=8, help="How many times larger the hr of a pair is to be.")] = 4,
+    processes: Processes = 0,
+) -> None:
+    """Make real pairs fit: hr/ cut to exactly --scale times lr/; an lr that is already as large as its hr (RealSR) is shrunk."""
+    base = Path(_input(place, source)).expanduser()
+    sides = {"hr": str(base / hr), "lr": str(base / lr)}
+    for side in sides.values():
+        if not Path(side).is_dir():
+            raise UserError(f"expected a folder {side}, found none; name the two folders by --hr and --lr.")
+    _run("pairs", sides["hr"], output, processes, **sides, scale=scale)
+
+
+@app.command()
 def cfw(
     config: Annotated[str, typer.Option("--config", "-c", help="The training's recipe (task decoder): pictures, degradation, crop, seed.")],
     model: Annotated[str, typer.Option(help="The upscaler of stage 1: pipeline folder, run folder or hub id.")],

@@ -18,7 +18,8 @@ import torch
 
 from sslsr_diffusion.data.samples import Request
 from sslsr_diffusion.data.settings import RowSource, Source
-from sslsr_diffusion.data.sources import Columns, Item, Row, load_rows, reason, row_item
+from sslsr_diffusion.data.shards import reason
+from sslsr_diffusion.data.sources import Columns, Item, Row, load_rows, row_item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.seeding import derive_seed
 

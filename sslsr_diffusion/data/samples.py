@@ -224,7 +224,8 @@ class SampleMaker:
 def check_pair(name: str, hr: Sequence[int], lr: Sequence[int], scale: int) -> None:
     """Raises Unusable unless the first picture, [H, W], is `scale` times as large as the second."""
     if tuple(hr) != tuple(scale * side for side in lr):
-        raise Unusable(f"{name}: the sizes of the pair do not fit scale {scale}: {hr[1]}x{hr[0]} and {lr[1]}x{lr[0]} pixels.")
+        sizes = f"{hr[1]}x{hr[0]} and {lr[1]}x{lr[0]} pixels"
+        raise Unusable(f"{name}: the sizes of the pair do not fit scale {scale}: {sizes}; `sslsr prepare pairs` makes pairs that do.")
 
 
 def check_whole(item: Item, height: int, width: int, crop_size: int) -> None:

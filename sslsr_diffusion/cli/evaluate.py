@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslsr_diffusion.cli.flags import as_flags, flagged, interruptible, progress_bar
+from sslsr_diffusion.cli.flags import as_flags, flagged, folder, interruptible, progress_bar
 from sslsr_diffusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def evaluate(
     crop_border: Annotated[int, typer.Option(min=0, help="Pixels cut from each side before scoring (FID: none). The SSL paper: 4.")] = 0,
     y_channel: Annotated[bool, typer.Option("--y-channel", help="PSNR and SSIM on Y of YCbCr instead of RGB.")] = False,
     suffix: Annotated[str, typer.Option(help="What restored files have after the reference's stem, for example _x4.")] = "",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, summary.json, metrics.csv.")] = Path("evaluation"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=folder, help="Folder for report.html, summary.json, metrics.csv.")
+    ] = Path("evaluation"),
     examples: Annotated[int, typer.Option(min=0, max=20, help="Worst and best images shown per metric.")] = 2,
     strict: Annotated[bool, typer.Option("--strict", help="A metric that cannot be computed, or an image left out, is an error.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Download no weights.")] = False,

@@ -89,8 +89,8 @@ def _pairs(lr: Path, hr: Path, made: Path, suffix: str) -> Dataset:
     found = {truth: (inputs[name], truths[truth]) for truth, name in partners(truths, inputs).items()}
     if not found:
         raise UserError(
-            f"--dataset: no picture of {printable(lr)} is named like one of {printable(hr)}; expected the same names, or those of the usual "
-            "sets (0001.png and 0001x4.png, NAME_HR.png and NAME_LR4.png); --suffix names what else the inputs have behind the stem."
+            f"--dataset: no picture of {printable(lr)} is named like one of {printable(hr)}; expected the same names, or those of the "
+            "usual sets (0001.png and 0001x4.png, NAME_HR.png and NAME_LR4.png); --suffix names what else the inputs have behind the stem."
         )
     measured = {name: (size_of(low), size_of(high)) for name, (low, high) in found.items()}
     sizes = {name: (low, high) for name, (low, high) in measured.items() if low and high}  # the others are left to the reader

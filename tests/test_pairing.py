@@ -78,10 +78,11 @@ def test_every_seed_of_a_column_must_have_the_image(tmp_path):
     assert pairing.scenes[0].lr == where["lr"] / "scene1.png"
 
 
-def test_sizes_that_differ_are_an_error_that_names_both(tmp_path):
+@pytest.mark.parametrize(("height", "width"), [(40, 47), (39, 48)])
+def test_sizes_that_differ_are_an_error_that_names_both(tmp_path, height, width):
     write(tmp_path / "hr" / "a.png", picture(0, 40, 48))
-    write(tmp_path / "ours" / "a.png", picture(0, 40, 47))
-    with pytest.raises(UserError, match=r"ours.a\.png is 47 x 40, .*hr.a\.png is 48 x 40"):
+    write(tmp_path / "ours" / "a.png", picture(0, height, width))
+    with pytest.raises(UserError, match=rf"ours.a\.png is {width} x {height}, .*hr.a\.png is 48 x 40"):
         pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr")
 
 

@@ -256,6 +256,16 @@ def test_the_default_number_of_steps_travels_with_the_folder(tmp_path) -> None:
     assert len(seen) == 3
 
 
+def test_components_make_the_same_upscaler() -> None:
+    """diffusers' own way to a second pipeline; the defaults of a call are part of the model."""
+    own = {"default_num_inference_steps": 3, "default_scale": 2, "default_detail": 0.5, "default_antiring": 0.25}
+    first = StableSRPipeline(**components(), **own)
+    again = StableSRPipeline(**first.components)
+    assert {name: again.config[name] for name in own} == own
+    assert again.unet is first.unet
+    assert first.restorer is first.restorer
+
+
 def test_callback_may_replace_the_latents():
     got = run(plain(), photo(), callback_on_step_end=lambda pipe, step, t, values: {"latents": torch.zeros_like(values["latents"])})
     again = run(plain(), photo(), generator=seeded(3), start="noise", callback_on_step_end=lambda p, s, t, v: {"latents": v["latents"] * 0})

@@ -274,11 +274,14 @@ def test_small_pairs_stay_aligned_when_reflected(tmp_path):
 def test_pairs_that_do_not_fit_are_named(pairs):
     Image.fromarray(picture((81, 96), 7)).save(pairs / "hr" / "odd.png")
     Image.fromarray(picture((20, 24), 7)).save(pairs / "lr" / "odd.png")
+    Image.fromarray(picture((80, 97), 7)).save(pairs / "hr" / "wide.png")
+    Image.fromarray(picture((20, 24), 7)).save(pairs / "lr" / "wide.png")
     Image.fromarray(picture((80, 80), 8)).save(pairs / "hr" / "alone.png")
     loader = open_small(settings({"kind": "pairs", "path": str(pairs)}))
     assert all("sub" in name for batch in take(loader, 6) for name in batch.names)
     text = "\n".join(loader.problems())
-    assert "the sizes of the pair do not fit scale 4: 96x81 and 24x20 pixels" in text
+    assert "the sizes of the pair do not fit scale 4: 96x81 and 24x20 pixels" in text  # either side alone
+    assert "the sizes of the pair do not fit scale 4: 97x80 and 24x20 pixels" in text
     assert "alone.png: no partner of that name in lr/" in text
 
 

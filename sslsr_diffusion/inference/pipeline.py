@@ -25,6 +25,7 @@ from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.models.stablesr.text import empty_context
+from sslsr_diffusion.models.tensor_names import variant_of
 from sslsr_diffusion.shipped_model import shipped_folder
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,11 @@ class StableSRPipeline(DiffusionPipeline):
         )
         self.memory_budget: int | None = None  # bytes, of a call that names none
         self._restorer: tuple[Any, LatentRestorer] | None = None
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The networks and the defaults of a call: `StableSRPipeline(**pipe.components)` is the same upscaler."""
+        return {**super().components, **{name: self.config[name] for name in (*(f"default_{each}" for each in DEFAULTS), "default_scale")}}
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options: Any) -> str:
@@ -254,7 +260,7 @@ class StableSRRestorer(LatentRestorer):
     def open(cls, family: Family, path: Path, placement: Placement) -> StableSRPipeline:
         """In the wanted precision at once: both copies together would be the peak."""
         with quiet_diffusers():
-            pipe = StableSRPipeline.from_pretrained(path, local_files_only=True, torch_dtype=placement.dtype)
+            pipe = StableSRPipeline.from_pretrained(path, local_files_only=True, torch_dtype=placement.dtype, variant=variant_of(path))
         pipe.memory_budget = placement.memory_budget
         if placement.offload == "model":
             pipe.enable_model_cpu_offload(device=placement.device)

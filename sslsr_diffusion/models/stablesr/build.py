@@ -154,6 +154,7 @@ def _from_base(settings: StableSRSettings, base: Base, *, plain: bool, meta: boo
         denoiser,
         process_of(base),
         text,
+        prompt=settings.prompt,
         base=base.name,
         source=base,
         text_config=base.config("text_encoder") if base.has("text_encoder") else None,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslsr_diffusion.cli.flags import as_flags, flagged, folder, interruptible, progress_bar
+from sslsr_diffusion.cli.flags import as_flags, as_folder, flagged, interruptible, progress_bar
 from sslsr_diffusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def evaluate(
     y_channel: Annotated[bool, typer.Option("--y-channel", help="PSNR and SSIM on Y of YCbCr instead of RGB.")] = False,
     suffix: Annotated[str, typer.Option(help="What restored files have after the reference's stem, for example _x4.")] = "",
     output: Annotated[
-        Path, typer.Option("--output", "-o", callback=folder, help="Folder for report.html, summary.json, metrics.csv.")
+        Path, typer.Option("--output", "-o", callback=as_folder, help="Folder for report.html, summary.json, metrics.csv.")
     ] = Path("evaluation"),
     examples: Annotated[int, typer.Option(min=0, max=20, help="Worst and best images shown per metric.")] = 2,
     strict: Annotated[bool, typer.Option("--strict", help="A metric that cannot be computed, or an image left out, is an error.")] = False,

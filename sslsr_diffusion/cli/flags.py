@@ -10,23 +10,7 @@ import typer
 
 from sslsr_diffusion.errors import UserError
 
-FILES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".bmp",
-    ".gif",
-    ".html",
-    ".csv",
-    ".json",
-    ".yaml",
-    ".safetensors",
-    ".pth",
-    ".zip",
-)
+FILE = re.compile(r"\.(png|jpe?g|webp|tiff?|bmp|gif|html|csv|json|ya?ml|safetensors|pth|zip)", re.IGNORECASE)
 RENAMED = {"num_inference_steps": "steps", "vae_tile": "tile"}
 
 
@@ -49,9 +33,9 @@ def one_of(table: Iterable[str], help: str) -> Any:
     return typer.Option(help=help, metavar=f"[{'|'.join(names)}]", callback=check)
 
 
-def folder(value: Path | None) -> Path | None:
+def as_folder(value: Path | None) -> Path | None:
     """The callback of an option that names a folder to write to: UserError for the name of a file that is not there."""
-    if value is not None and value.suffix.lower() in FILES and not value.exists():
+    if value is not None and FILE.fullmatch(value.suffix) and not value.exists():
         raise UserError(f"--output {value}: expected a folder, got a name that files have; what is written there keeps its own names.")
     return value
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslsr_diffusion.cli.flags import RENAMED, as_flags, flagged, folder, interruptible, one_of, progress_bar
+from sslsr_diffusion.cli.flags import RENAMED, as_flags, as_folder, flagged, interruptible, one_of, progress_bar
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.choices import COLOR_FIXES, FORMATS, SAMPLERS
 
@@ -44,7 +44,7 @@ def infer(
     input: Annotated[list[str] | None, typer.Option("--input", "-i", help="Picture, folder or glob pattern; repeatable.")] = None,
     model: Model = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", callback=folder, help="Folder for the results.")] = Path("results"),
+    output: Annotated[Path, typer.Option("--output", "-o", callback=as_folder, help="Folder for the results.")] = Path("results"),
     scale: Annotated[
         float | None,
         typer.Option(min=0.01, max=64, help="Enlargement: the output has round(scale * size) pixels; without it the model's own."),

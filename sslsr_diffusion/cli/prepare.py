@@ -3,14 +3,14 @@ from typing import Annotated, Any
 
 import typer
 
-from sslsr_diffusion.cli.flags import folder
+from sslsr_diffusion.cli.flags import as_folder
 from sslsr_diffusion.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.")
 
 Place = Annotated[str | None, typer.Argument(metavar="INPUT", help="A folder, a picture or a pattern.", show_default=False)]
 Input = Annotated[str | None, typer.Option("--input", help="The same by name.", show_default=False)]
-Output = Annotated[Path, typer.Option("--output", callback=folder, help="Folder for the results; what is there already is kept.")]
+Output = Annotated[Path, typer.Option("--output", callback=as_folder, help="Folder for the results; what is there already is kept.")]
 Processes = Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe (repeatable).")]
 Edge = Annotated[int, typer.Option(min=1, help="Pixels.")]

@@ -55,7 +55,7 @@ def pictures_in(shard: Path, suffix: str | None = None) -> tuple[list[tuple[int,
 
 def _is_picture(member: tarfile.TarInfo, suffix: str | None) -> bool:
     found = PurePath(member.name).suffix.lower()
-    return member.isreg() and (found in IMAGE_SUFFIXES if suffix is None else found == f".{suffix}")
+    return member.isreg() and (found in IMAGE_SUFFIXES if suffix is None else found == f".{suffix.lower().removeprefix('.')}")
 
 
 def stream_tar_files(files: Sequence[str], suffix: str | None) -> "IterableDataset":

@@ -1,0 +1,44 @@
+"""One component of a pipeline folder: read with its config, or drawn at random from an architecture."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.base import Base
+from sslsr_diffusion.models.tensor_names import check_tensors
+from sslsr_diffusion.seeding import derive_seed
+
+
+def loaded(cls: Any, base: Base, part: str, meta: bool) -> Any:
+    """A component of a base in float32; with `meta` its shapes.
+    Raises UserError: its weights are not there or not whole, or its config is of another kind.
+    """
+    config, what = base.config(part), base.part(part)
+    try:
+        with torch.device("meta"):
+            shapes = cls.from_config(config)
+        if meta:
+            return shapes
+        check_tensors(base.folder / part, shapes, what)
+        return cls.from_pretrained(base.folder / part, torch_dtype=torch.float32, use_safetensors=True)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"{what} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def drawn(cls: Any, config: dict[str, Any], meta: bool, seed: int) -> Any:
+    """A network of this architecture with weights drawn from `seed`, or its shapes."""
+    with seeded(seed, meta):
+        return cls.from_config(config)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, meta: bool) -> Iterator[None]:
+    """Draw fresh layers from `seed` without touching the caller's random state."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if meta else contextlib.nullcontext():
+        torch.manual_seed(derive_seed(seed, "init"))
+        yield

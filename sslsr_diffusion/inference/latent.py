@@ -23,6 +23,7 @@ from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import LatentNetworks
 
 SCALE = 4  # of a model that names none
+_FROM_LR = frozenset({"start", "strength"})  # which latents of the low-resolution picture they need
 _PROMPTED = frozenset({"prompt", "negative_prompt", "guidance_scale"})
 
 
@@ -81,14 +82,16 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
         """A model's files as a restorer on a device. The process's tables stay float32."""
         with quiet_diffusers():
             networks = cast(LatentNetworks, family.read(path).eval().requires_grad_(False))
-        for part in (networks.codec, networks.denoiser):
-            part.to(placement.dtype)
+        networks.cast(placement.dtype)
         return cls(networks.to(placement.device), defaults=placement.defaults)
 
     @property
     def options(self) -> frozenset[str]:
-        lacking = frozenset() if self.networks.takes_prompts else _PROMPTED
-        return super().options - lacking - (frozenset() if self.networks.codec.has_fidelity else {"fidelity"})
+        networks = self.networks
+        lacking = frozenset() if networks.takes_prompts else _PROMPTED
+        lacking |= frozenset() if networks.codec.has_fidelity else {"fidelity"}
+        lacking |= frozenset() if networks.max_noise_level else {"noise_level"}
+        return super().options - lacking - (frozenset() if networks.zoom == 1 else _FROM_LR)
 
     def check(self, **call: Any) -> list[str]:
         options, notes = settled(LatentOptions, call, self.options, self.defaults)

@@ -123,7 +123,8 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
         return LatentOutput(from_tensors(restored, output_type), notes, plans)
 
     def save(self, folder: Path) -> None:
-        self.networks.save(folder, scale=self.scale, **self.kept_defaults)
+        with quiet_diffusers():
+            self.networks.save(folder, scale=self.scale, **self.kept_defaults)
 
     def memory_model(self) -> MemoryModel:
         """What a tile of these networks takes."""

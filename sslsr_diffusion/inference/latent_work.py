@@ -152,8 +152,8 @@ class LatentWork:
     def _noise_levels(self, options: LatentOptions, pictures: int) -> Tensor | None:
         """[B] of the noise that the pictures get before they are seen; None where they get none. UserError for one too high."""
         most = self._networks.max_noise_level
-        if not 0 <= options.noise_level <= most:
-            raise UserError(f"noise_level: expected 0 to {most}, got {options.noise_level}.")
+        if not isinstance(options.noise_level, int) or not 0 <= options.noise_level <= most:
+            raise UserError(f"noise_level: expected a whole number from 0 to {most}, got {options.noise_level}.")
         return torch.full((pictures,), options.noise_level, device=self._host.device) if most else None
 
     def _sampler(self, options: LatentOptions, seeds: Sequence[int]) -> Sampler:

@@ -38,18 +38,21 @@ class LatentOutput(Output):
 def quiet_diffusers() -> Iterator[None]:
     """No bar for a pipeline's components, and no advice to load in half precision by an argument that its versions name differently."""
     from diffusers.utils import logging
+    from transformers.utils import logging as of_text
 
-    level, bar = logging.get_verbosity(), getattr(logging, "is_progress_bar_enabled", lambda: True)()  # newer than 0.35
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    before = [(each, each.get_verbosity(), getattr(each, "is_progress_bar_enabled", lambda: True)()) for each in (logging, of_text)]
+    for each, _, _ in before:  # the question is newer than 0.35
+        each.set_verbosity_error()
+        each.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype")  # its new name is unknown to the oldest diffusers we allow
             yield
     finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+        for each, level, bar in before:
+            each.set_verbosity(level)
+            if bar:
+                each.enable_progress_bar()
 
 
 class LatentRestorer(AroundNetworks[LatentOptions]):

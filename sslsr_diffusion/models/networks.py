@@ -107,7 +107,7 @@ class LatentNetworks(Networks):
 
     zoom: int = 1  # output pixels per pixel of the picture that they see; 1: it is enlarged before, by any scale
     max_noise_level: int = 0  # of the noise that this picture gets, in timesteps; 0: it gets none
-    scheduler: Any = None  # a diffusers scheduler that samples, as it is, where a call names no sampler
+    sampling_scheduler: Any = None  # a diffusers scheduler that samples, as it is, where a call names no sampler
 
     def __init__(self, codec: Codec, denoiser: nn.Module, process: Process, text: Text, *, base: str, revision: str | None = None) -> None:
         """`denoiser`: (z_t [B, C, h, w], t [B], Condition) -> [B, C, h, w], where t is what `process.timestep` says.

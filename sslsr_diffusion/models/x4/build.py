@@ -32,13 +32,14 @@ SCALING_FACTOR = 0.08333  # the stock pipeline sets it, whatever the autoencoder
 PARTS = ("unet", "vae", "scheduler", "low_res_scheduler")
 
 
-def build_networks(settings: X4Settings, *, train: str = "all", meta: bool = False, seed: int = 0) -> X4Networks:
+def build_networks(settings: X4Settings, *, train: str = "all", meta: bool = False, seed: int = 0, keep_text: bool = False) -> X4Networks:
     """Codec, denoiser and processes; the autoencoder is frozen, `train` decides what of the UNet trains.
 
     Args:
         train: "all", "attention" or "lora".
         meta: shapes only (the dry run): no weights are read and, unless `base` is a folder, no network is used.
         seed: of what is drawn.
+        keep_text: keep the text encoder, so that any prompt can be encoded.
 
     UserError where the base cannot be found; Refused where it is no x4 upscaler, or its schedulers are not those of its weights.
     """
@@ -48,7 +49,7 @@ def build_networks(settings: X4Settings, *, train: str = "all", meta: bool = Fal
     if settings.init == "random" or (meta and not local_folder(settings.base).is_dir()):
         networks = _from_preset(settings, meta=meta, seed=seed)
     else:
-        networks = _from_base(settings, find_base(settings.base, settings.revision, advice={}), meta=meta)
+        networks = _from_base(settings, find_base(settings.base, settings.revision, advice={}), meta=meta, keep_text=keep_text)
     networks.check_fit()
     networks.codec.requires_grad_(False).eval()
     if settings.lora is not None:
@@ -60,9 +61,7 @@ def build_networks(settings: X4Settings, *, train: str = "all", meta: bool = Fal
 
 def read_pipeline(folder: Path, *, meta: bool = False) -> X4Networks:
     """The networks of a pipeline folder, frozen, with its text encoder; with `meta` their shapes alone."""
-    networks = build_networks(X4Settings(base=str(folder)), meta=meta)
-    networks.keep_text_encoder()
-    return networks.requires_grad_(False).eval()
+    return build_networks(X4Settings(base=str(folder)), meta=meta, keep_text=True).requires_grad_(False).eval()
 
 
 def _from_preset(settings: X4Settings, *, meta: bool, seed: int) -> X4Networks:
@@ -94,7 +93,7 @@ def _spread(vae: AutoencoderKL) -> None:
     vae.post_quant_conv.weight *= SCALING_FACTOR
 
 
-def _from_base(settings: X4Settings, base: Base, *, meta: bool) -> X4Networks:
+def _from_base(settings: X4Settings, base: Base, *, meta: bool, keep_text: bool = False) -> X4Networks:
     unet, vae = (loaded(cls, base, part, meta) for cls, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
     if vae.config.scaling_factor != SCALING_FACTOR:
         log.warning("%s: scaling_factor %s becomes %s, as in diffusers", base.part("vae"), vae.config.scaling_factor, SCALING_FACTOR)
@@ -102,24 +101,24 @@ def _from_base(settings: X4Settings, base: Base, *, meta: bool) -> X4Networks:
     has_text = base.has("text_encoder")
     if settings.prompt and not has_text and not meta:
         raise UserError(f"model.prompt: {base.name} has no text encoder; leave the prompt empty.")
-    text = Text(_texts(base, settings.prompt) if has_text and not meta else empty_context(unet))
-    return X4Networks(
+    encoder, tokenizer = (load_text_encoder(base), load_tokenizer(base)) if has_text and not meta else (None, None)
+    with torch.no_grad():
+        device = torch.device("cpu")
+        text = empty_context(unet) if encoder is None else encode_texts([settings.prompt, ""], encoder, tokenizer, device)
+    networks = X4Networks(
         Codec(vae),
         Denoiser(unet),
         schedulers_of(base),
-        text,
+        Text(text.float()),
         base=base.name,
         source=base,
         text_config=base.config("text_encoder") if has_text else None,
         max_noise_level=_max_noise_level(base),
         call=_call(base),
     )
-
-
-@torch.no_grad()
-def _texts(base: Base, prompt: str) -> torch.Tensor:
-    """[2, L, D] of the prompt and the empty one."""
-    return encode_texts([prompt, ""], load_text_encoder(base), load_tokenizer(base), torch.device("cpu")).float()
+    if keep_text:
+        networks.text_encoder, networks.tokenizer = encoder, tokenizer
+    return networks
 
 
 def _max_noise_level(base: Base) -> int:

@@ -56,7 +56,7 @@ class X4Networks(LatentNetworks):
         process, low = (Process.of(each.config, type(each).__name__) for each in schedulers)
         first = text.each(lambda part: part[:1])
         super().__init__(codec, denoiser, process, first, base=base, revision=source.revision if source else None)
-        self.scheduler, self.low_res_scheduler = schedulers
+        self.sampling_scheduler, self.low_res_scheduler = schedulers
         self.low_res_process, self.max_noise_level = low, max_noise_level
         self.register_buffer("blank_sequence", text.sequence[-1:], persistent=False)
         self.source, self.text_config, self.call = source, text_config, call or X4Call()
@@ -109,11 +109,6 @@ class X4Networks(LatentNetworks):
         if self.text_encoder is not None:
             self.text_encoder.to(dtype)
 
-    def keep_text_encoder(self) -> None:
-        """Any prompt can be encoded from now on, where the base has a text encoder."""
-        if self.source is not None and self.source.has("text_encoder") and not self.text_sequence.is_meta:
-            self.text_encoder, self.tokenizer = load_text_encoder(self.source), load_tokenizer(self.source)
-
     def components(self) -> dict[str, Any]:
         """Those of diffusers' StableDiffusionUpscalePipeline; LoRA layers are added to the weights."""
         encoder, tokenizer, unet = self.text_encoder, self.tokenizer, self.denoiser.unet
@@ -122,7 +117,7 @@ class X4Networks(LatentNetworks):
         return {
             "vae": self.codec.vae,
             "unet": merged(unet) if has_lora(unet) else unet,
-            "scheduler": self.scheduler,
+            "scheduler": self.sampling_scheduler,
             "low_res_scheduler": self.low_res_scheduler,
             "text_encoder": encoder,
             "tokenizer": tokenizer,

@@ -19,6 +19,7 @@ from x4_models import change, write_x4
 from sslsr_diffusion import open_upscaler
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.errors import Refused, UserError
+from sslsr_diffusion.inference import open as open_
 from sslsr_diffusion.inference.latent import LatentRestorer
 from sslsr_diffusion.inference.noise import image_seeds
 from sslsr_diffusion.models.condition import Condition, Text
@@ -70,7 +71,6 @@ CALLS = {
     "level": ((16, 24), {"noise_level": 0}),
     "odd latents": ((20, 12), {"noise_level": 100, "prompt": "a cat", "guidance_scale": 4.0}),
     "negative": ((12, 28), {"noise_level": 350, "prompt": "a cat", "negative_prompt": "fog", "guidance_scale": 2.0}),
-    "steps": ((16, 16), {"num_inference_steps": 5, "prompt": "hay"}),
 }
 
 
@@ -154,6 +154,20 @@ def test_the_command_takes_the_untouched_original(base, tmp_path):
     assert Image.open(tmp_path / "out" / "small.png").size == (56, 44)
     result = CliRunner().invoke(app, [str(word) for word in (*words, "--noise-level", 400)])
     assert str(result.exception) == "--noise-level: expected a whole number from 0 to 350, got 400."
+
+
+def test_a_hub_id_is_fetched_without_its_copies_in_half_precision(base, monkeypatch):
+    asked: dict[str, Any] = {}
+
+    def fetch(name: str, revision: str | None, **how: Any) -> Path:
+        asked.update(name=name, **how)
+        return base
+
+    monkeypatch.setattr(open_, "fetch", fetch)
+    assert open_upscaler("stabilityai/stable-diffusion-x4-upscaler", device="cpu").options >= {"noise_level", "prompt"}
+    assert asked["name"] == "stabilityai/stable-diffusion-x4-upscaler"
+    assert {"*.fp16.*", "state/*"} <= set(asked["ignore"])
+    assert {"model_index.json", "*/*.safetensors", "call_defaults.json"} <= set(asked["patterns"])
 
 
 def scheduler(folder: Path, part: str, **values: Any) -> None:

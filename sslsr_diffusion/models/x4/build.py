@@ -18,12 +18,13 @@ from sslsr_diffusion.models.condition import Text
 from sslsr_diffusion.models.loading import drawn, loaded
 from sslsr_diffusion.models.lora import add_lora
 from sslsr_diffusion.models.process import DDPM, Process
+from sslsr_diffusion.models.size import pixels_per_latent
 from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identity, start_near_identity
 from sslsr_diffusion.models.stablesr.text import empty_context, encode_texts, load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.tensor_names import check_tensors
 from sslsr_diffusion.models.x4.denoiser import Denoiser
 from sslsr_diffusion.models.x4.networks import CALL, X4Networks
-from sslsr_diffusion.models.x4.settings import MAX_NOISE_LEVEL, X4Call, X4Settings, load_preset
+from sslsr_diffusion.models.x4.settings import MAX_NOISE_LEVEL, SCALE, X4Call, X4Settings, load_preset
 from sslsr_diffusion.shipped_model import local_folder
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,6 @@ def build_networks(settings: X4Settings, *, train: str = "all", meta: bool = Fal
         networks = _from_preset(settings, meta=meta, seed=seed)
     else:
         networks = _from_base(settings, find_base(settings.base, settings.revision, advice={}), meta=meta, keep_text=keep_text)
-    networks.check_fit()
     networks.codec.requires_grad_(False).eval()
     if settings.lora is not None:
         add_lora(networks.denoiser.unet, settings.lora, seed=seed)
@@ -94,6 +94,9 @@ def _spread(vae: AutoencoderKL) -> None:
 
 
 def _from_base(settings: X4Settings, base: Base, *, meta: bool, keep_text: bool = False) -> X4Networks:
+    max_noise_level = _max_noise_level(base)
+    _check_networks(base, max_noise_level)  # before gigabytes are read
+    schedulers = schedulers_of(base)
     unet, vae = (loaded(cls, base, part, meta) for cls, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
     if vae.config.scaling_factor != SCALING_FACTOR:
         log.warning("%s: scaling_factor %s becomes %s, as in diffusers", base.part("vae"), vae.config.scaling_factor, SCALING_FACTOR)
@@ -108,17 +111,36 @@ def _from_base(settings: X4Settings, base: Base, *, meta: bool, keep_text: bool 
     networks = X4Networks(
         Codec(vae),
         Denoiser(unet),
-        schedulers_of(base),
+        schedulers,
         Text(text.float()),
         base=base.name,
         source=base,
         text_config=base.config("text_encoder") if has_text else None,
-        max_noise_level=_max_noise_level(base),
+        max_noise_level=max_noise_level,
         call=_call(base),
     )
     if keep_text:
         networks.text_encoder, networks.tokenizer = encoder, tokenizer
     return networks
+
+
+def _check_networks(base: Base, max_noise_level: int) -> None:
+    """Raises Refused unless the configs are an x4 upscaler's."""
+    unet, vae = base.config("unet"), base.config("vae")
+    try:
+        latent, labels = int(vae.get("latent_channels", 4)), int(unet.get("num_class_embeds") or 0)
+        scale = pixels_per_latent({"block_out_channels": (64,), **vae})
+    except (TypeError, ValueError, LookupError) as error:
+        raise UserError(
+            f"model.base: unet/ and vae/ of {base.name}: their configs cannot be read ({error}); fetch the model again."
+        ) from None
+    for expected, got, fits in (
+        (f"a UNet with {latent + 3} input channels, {latent} of the latent and 3 of the picture", unet.get("in_channels"), latent + 3),
+        (f"an autoencoder with {SCALE} pixels per latent pixel", scale, SCALE),
+        (f"a UNet with class labels for {max_noise_level} noise levels (num_class_embeds)", labels, max(max_noise_level, labels)),
+    ):
+        if got != fits:
+            raise Refused(f"model.base: {base.name}: expected {expected}, got {got}; choose a Stable Diffusion x4 upscaler.")
 
 
 def _max_noise_level(base: Base) -> int:
@@ -196,7 +218,6 @@ def check_base_folder(settings: X4Settings) -> str:
     if lacking:
         raise UserError(f"{base.name}: expected the folders {', '.join(PARTS)}, got no {', '.join(lacking)}; fetch the model again.")
     networks = _from_base(settings, base, meta=True)
-    networks.check_fit()
     for part, shapes in (("unet", networks.denoiser.unet), ("vae", networks.codec.vae)):
         check_tensors(base.folder / part, shapes, base.part(part))
     if base.has("text_encoder"):

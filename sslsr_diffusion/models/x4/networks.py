@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslsr_diffusion.errors import Refused
 from sslsr_diffusion.models.base import Base
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Condition, Text
@@ -145,18 +144,3 @@ class X4Networks(LatentNetworks):
     def set_trainable(self, which: str) -> list[str]:
         self.codec.requires_grad_(False)
         return self.denoiser.set_trainable(which)
-
-    def check_fit(self) -> None:
-        """Raises Refused unless these are an x4 upscaler's."""
-        config, latent, most = self.denoiser.unet.config, self.codec.latent_channels, self.max_noise_level
-        for expected, got, fits in (
-            (f"a UNet with {latent + 3} input channels, {latent} of the latent and 3 of the picture", config.in_channels, latent + 3),
-            (f"an autoencoder with {SCALE} pixels per latent pixel", self.codec.scale, SCALE),
-            (
-                f"a UNet with class labels for {most} noise levels (num_class_embeds)",
-                config.num_class_embeds,
-                max(most, config.num_class_embeds or 0),
-            ),
-        ):
-            if got != fits:
-                raise Refused(f"model.base: {self.base}: expected {expected}, got {got}; choose a Stable Diffusion x4 upscaler.")

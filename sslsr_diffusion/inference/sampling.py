@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.inference.choices import SAMPLERS
+from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.seeding import derive_seed, sample_generator
@@ -31,7 +32,7 @@ class Sampler(Protocol):
 
     timesteps: Sequence[float]
 
-    def start(self, z_lr: Tensor, noise: Tensor, *, from_lr: bool) -> Tensor: ...
+    def start(self, noise: Tensor, z_lr: Tensor | None = None) -> Tensor: ...
 
     def model_input(self, x: Tensor, index: int) -> Tensor: ...
 
@@ -103,9 +104,9 @@ class _Spaced:
     def _levels_at(self, steps: list[int]) -> list[int]:
         return steps
 
-    def start(self, z_lr: Tensor, noise: Tensor, *, from_lr: bool) -> Tensor:
+    def start(self, noise: Tensor, z_lr: Tensor | None = None) -> Tensor:
         """z_lr noised to the first timestep, or the noise alone."""
-        return self.process.add_noise(z_lr, noise, torch.tensor([self._first])) if from_lr else noise
+        return noise if z_lr is None else self.process.add_noise(z_lr, noise, torch.tensor([self._first]))
 
     def model_input(self, x: Tensor, index: int) -> Tensor:
         return x
@@ -212,9 +213,9 @@ class DiffusersSampler:
         generators = [sample_generator(seed, "scheduler") for seed in call.seeds]
         self._extra = {name: value for name, value in {"eta": call.eta, "generator": generators}.items() if name in accepted}
 
-    def start(self, z_lr: Tensor, noise: Tensor, *, from_lr: bool) -> Tensor:
+    def start(self, noise: Tensor, z_lr: Tensor | None = None) -> Tensor:
         t = self._timesteps[:1]
-        if from_lr:
+        if z_lr is not None:
             return self._scheduler.add_noise(z_lr, noise, t.expand(len(z_lr)))
         # sigma-space schedulers divide their input by sqrt(1 + sigma^2): the same latent in their scale is the noise times that
         shrink = self._scheduler.scale_model_input(torch.ones_like(noise[:1, :1, :1, :1]), t[0])
@@ -240,6 +241,7 @@ def build_sampler(
     num_steps: int,
     *,
     scheduler: Any = None,
+    as_it_is: bool = False,
     strength: float = 1.0,
     eta: float = 0.0,
     seeds: Sequence[int] = (),
@@ -252,12 +254,13 @@ def build_sampler(
             process's own (ddpm; for a flow the straight way).
         num_steps: steps over the full process; `strength` keeps the last part of them.
         scheduler: a diffusers scheduler that the caller's pipeline has.
+        as_it_is: by the scheduler's own steps, also where a sampler of ours stands for it.
         eta: DDIM's share of fresh noise, 0 to 1.
         seeds: one per image, for schedulers that draw noise themselves.
     """
     spaced_timesteps(num_steps, process.last + 1)
     call = SamplerCall(process, num_steps, strength, eta, seeds, torch.device(device))
-    if name is None and scheduler is not None and type(scheduler).__name__ not in OWN:
+    if name is None and scheduler is not None and (as_it_is or type(scheduler).__name__ not in OWN):
         return _rehearsed(type(scheduler).from_config(scheduler.config), call)
     name = name or OWN.get(type(scheduler).__name__) or ("ddpm" if isinstance(process, DDPM) else "ddim")
     where = SAMPLERS.get(name, f"diffusers:{name}")
@@ -291,7 +294,7 @@ def _rehearsed(scheduler: Any, call: SamplerCall) -> DiffusersSampler:
     try:
         trial = DiffusersSampler(copy.deepcopy(scheduler), replace(call, seeds=call.seeds[:1] or [0]))
         pixel = torch.zeros(1, 1, 1, 1, device=call.device)
-        sample(trial, lambda x, t: torch.zeros_like(x), trial.start(pixel, pixel, from_lr=True), lambda index: pixel)
+        sample(trial, lambda x, t: torch.zeros_like(x), trial.start(pixel, pixel), lambda index: pixel)
     except Exception as error:  # schedulers raise nearly everything
         name, said = type(scheduler).__name__, str(error) or type(error).__name__
         wish = f"num_inference_steps {call.num_steps} and strength {call.strength:g}"
@@ -303,14 +306,14 @@ OWN = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}  # schedulers that stan
 
 
 @torch.no_grad()
-def sample_latents(networks: LatentNetworks, z: Tensor, indices: list[int], steps: int, *, seed: int, strength: float = 1.0) -> Tensor:
-    """What the denoiser makes of noised latents [B, C, h, w], which it also sees clean unless it is a base; noise is from (seed, index)."""
+def sample_latents(
+    networks: LatentNetworks, z: Tensor, condition: Condition, indices: list[int], steps: int, *, seed: int, strength: float = 1.0
+) -> Tensor:
+    """What the denoiser makes of noised latents [B, C, h, w]; noise is from (seed, index)."""
 
     def noise(purpose: str) -> Tensor:
         drawn = [torch.randn(z.shape[1:], generator=sample_generator(seed, i, purpose)) for i in indices]
         return torch.stack(drawn).to(z)
-
-    condition = networks.condition(z if networks.conditional else None)
 
     def predict(x: Tensor, t: float) -> Tensor:
         kind = torch.long if float(t).is_integer() else torch.float32
@@ -318,5 +321,4 @@ def sample_latents(networks: LatentNetworks, z: Tensor, indices: list[int], step
 
     seeds = [derive_seed(seed, i, "sampler") for i in indices]
     sampler = build_sampler(None, networks.process, steps, strength=strength, seeds=seeds, device=z.device)
-    start = sampler.start(z, noise("start"), from_lr=True)
-    return sample(sampler, predict, start, lambda index: noise(f"step {index}"))
+    return sample(sampler, predict, sampler.start(noise("start"), z), lambda index: noise(f"step {index}"))

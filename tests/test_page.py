@@ -22,6 +22,7 @@ from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.images import read_image
 from sslsr_diffusion.inference.runner import RunnerOptions
 from sslsr_diffusion.models import FAMILIES
+from sslsr_diffusion.page import explorer
 from sslsr_diffusion.page.bench import Bench
 from sslsr_diffusion.page.controls import call_of
 from sslsr_diffusion.page.runs import draw_curves, list_runs, look_at
@@ -218,7 +219,7 @@ def test_a_port_in_use_is_a_sentence(tmp_path):
 
 @pytest.fixture(scope="module")
 def address(toys, tmp_path_factory):
-    """The page served in a thread, and Shelf and Bench of it."""
+    """The page served in a thread."""
     import uvicorn
 
     from sslsr_diffusion.page.server import application, check_gradio
@@ -232,7 +233,9 @@ def address(toys, tmp_path_factory):
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explorer, "measured", lambda *pair: {})  # test_explorer.py measures
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
     bench.stop()
     server.should_exit = True
     thread.join(20)
@@ -322,6 +325,7 @@ def test_runs_and_the_explorer_in_their_tabs(address, browser):
         page.goto(address)
         page.get_by_role("tab", name="Runs").click()
         page.get_by_text("step 3, written").wait_for()
+        page.wait_for_function("[...document.images].filter((image) => image.naturalWidth > 40).length === 2")  # curves and grid
         page.get_by_role("tab", name="Explore").click()
         page.get_by_role("button", name="Explore").click()
         page.get_by_text("result: expected a picture, got none").wait_for()

@@ -23,6 +23,8 @@ from sslsr_diffusion.page.shelf import Shelf
 from sslsr_diffusion.shipped_model import SMALL
 
 ONE = {"concurrency_id": "work", "concurrency_limit": 1}  # of all that computes: whoever comes second waits
+LOOKING = {"concurrency_id": "runs", "concurrency_limit": 1}  # pyplot draws for one at a time
+BUTTONS = ["fullscreen", "download"]  # of pictures; gradio's third one shares them with a hub
 REFRESH = 3.0  # seconds between looks at a run
 
 
@@ -41,8 +43,8 @@ class App:
             gr.Markdown("# sslsr-diffusion\nEverything stays on this machine; what you upload is deleted when the page's server ends.")
             with gr.Tab("Upscale"):
                 self.upscaling()
-            with gr.Tab("Runs"):
-                self.training()
+            with gr.Tab("Runs") as runs:
+                self.training(runs)
             with gr.Tab("Explore"):
                 self.exploring()
 
@@ -101,7 +103,7 @@ class App:
                 gr.Info("No job of yours is running.")
 
         start.click(self.told(upscale), given, [said, picture, view, results, made], show_progress_on=[said], **ONE)
-        stop.click(halt, queue=False)
+        stop.click(halt, concurrency_limit=None, show_progress="hidden")
         picture.input(self.compare, [made, picture], view, **ONE)
         gr.on(None, self.told(self.options), models, list(options.values()), show_progress="minimal", **ONE)  # at first, and of others
 
@@ -119,16 +121,16 @@ class App:
         results = {each.model: each.results[Path(source)] for each in made if Path(source) in each.results} if source else {}
         return self.shelf.frame(self.shelf.comparison(Path(str(source)), results)) if results else ""
 
-    def training(self) -> None:
+    def training(self, tab: gr.Tab) -> None:
         names = list_runs(self.runs)
         with gr.Row():
             run = gr.Dropdown(names, value=names[0] if names else None, label=f"Run in {self.runs}/", min_width=200)
             about = gr.Markdown("" if names else f"No run in {self.runs}/ yet.", elem_id="run", container=True)
         with gr.Row():
-            curves = gr.Image(label="Curves", interactive=False)
+            curves = gr.Image(show_label=False, interactive=False, buttons=BUTTONS)
             with gr.Column():
                 step = gr.Slider(0, 1, 1, step=1, label="Validation", interactive=True, visible=False)
-                grid = gr.Image(label="LR bicubic, prediction, ground truth", interactive=False)
+                grid = gr.Image(show_label=False, interactive=False, buttons=BUTTONS)
         with gr.Accordion("Recipe", open=False):
             recipe = gr.Code(language="yaml", interactive=False)
         seen = gr.State()
@@ -153,8 +155,9 @@ class App:
             return grids[min(len(grids), int(number)) - 1] if grids else None
 
         outputs = [run, about, curves, step, grid, recipe, seen]
-        gr.Timer(REFRESH).tick(functools.partial(look, anew=False), [run, seen], outputs, show_progress="hidden")
-        run.input(functools.partial(look, anew=True), [run, seen], outputs)
+        gr.Timer(REFRESH).tick(functools.partial(look, anew=False), [run, seen], outputs, show_progress="hidden", **LOOKING)
+        for event in (run.input, tab.select):
+            event(functools.partial(look, anew=True), [run, seen], outputs, **LOOKING)
         step.input(choose, [run, step], grid, show_progress="hidden")
 
     def exploring(self) -> None:

@@ -4,6 +4,8 @@
 const HEAT = [[38, 12, 74], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]; // dark to bright
 const CHANGE = [[33, 102, 172], [146, 197, 222], [247, 247, 247], [244, 165, 130], [178, 24, 43]]; // less, equal, more
 
+const RED = [255, 59, 48, 255];
+
 /** A colour of a ramp at 0..1. */
 function colour(ramp, share) {
   const at = Math.min(1, Math.max(0, share)) * (ramp.length - 1), below = Math.min(ramp.length - 2, Math.floor(at));
@@ -11,7 +13,9 @@ function colour(ramp, share) {
 }
 
 function bytes(base64) {
-  return Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+  const text = atob(base64), made = new Uint8Array(text.length);
+  for (let i = 0; i < made.length; i++) made[i] = text.charCodeAt(i);
+  return made;
 }
 
 /** The pixels of an embedded picture, as they are in its file: no colour profile, no alpha. */
@@ -23,7 +27,7 @@ async function pixels({ name, src, sum }) {
   context.drawImage(bitmap, 0, 0);
   const read = context.getImageData(0, 0, bitmap.width, bitmap.height);
   let total = 0;
-  for (let i = 0; i < read.data.length; i++) if (i % 4 < 3) total += read.data[i];
+  for (let i = 0; i < read.data.length; i += 4) total += read.data[i] + read.data[i + 1] + read.data[i + 2];
   return { name, image, width: bitmap.width, height: bitmap.height, read, intact: total === sum };
 }
 
@@ -34,9 +38,9 @@ class Explorer {
     this.result = pictures.length - 2;
     this.settings = { ...data.settings };
     const bits = bytes(data.mask);
-    this.mask = Uint8Array.from({ length: this.width * this.height }, (_, i) => (bits[i >> 3] >> (7 - (i & 7))) & 1);
-    this.rows = [];
-    this.mask.forEach((marked, place) => marked && this.rows.push(place));
+    this.mask = new Uint8Array(this.width * this.height);
+    this.rows = []; // places of the edge pixels, in the order of their terms
+    for (let i = 0; i < this.mask.length; i++) if ((this.mask[i] = (bits[i >> 3] >> (7 - (i & 7))) & 1)) this.rows.push(i);
     this.terms = Object.fromEntries(["l1", "kl"].map((term) => [term, new Float32Array(bytes(data[term]).buffer)]));
     this.term = "l1";
     this.overlay = "none";
@@ -60,11 +64,11 @@ class Explorer {
     const overlays = choices("overlay", { none: "none", mask: "edge mask", map: "map of the loss" }, "none", (name) => { this.overlay = name; this.viewer.draw(); });
     const terms = choices("map and list by", { l1: "L1", kl: "KL" }, "l1", (term) => { this.term = term; this.refresh(); });
     const heading = (text, about) => [element("h2", {}, text), element("p", { class: "soft" }, about)];
-    const left = element("div", {}, view, element("div", { class: "tools" }, overlays, terms), this.share,
-      ...heading("Worst rows", "Edge pixels whose graphs differ most; each leads to its place."), this.list);
+    const left = element("div", {}, view, element("div", { class: "tools" }, overlays, terms), this.share);
+    const below = element("div", {}, ...heading("Worst rows", "Edge pixels whose graphs differ most; each leads to its place."), this.list);
     const numbers = element("table", {}, element("tbody", {}, ...data.numbers.map(({ label, text, about }) =>
       element("tr", {}, element("th", { scope: "row" }, label), element("td", {}, text), element("td", { class: "soft" }, about)))));
-    this.root.append(...data.notes.map((note) => element("p", { class: "note" }, note)), element("div", { class: "two" }, left, side),
+    this.root.append(...data.notes.map((note) => element("p", { class: "note" }, note)), element("div", { class: "two" }, left, side, below),
       ...heading("Numbers of the pair", "As sslsr evaluate gives them."), element("div", { class: "scroll" }, numbers));
     if (this.pictures.some((picture) => !picture.intact)) {
       this.root.prepend(element("p", { class: "note" }, "This browser changes the pixels that a page reads (protection against fingerprints): the graphs are not exact; allow canvas data for this page."));
@@ -113,12 +117,16 @@ class Explorer {
 
   /** The rows with the largest terms, none closer to another than half a search area: [{x, y, value}]. */
   worst(count) {
-    const values = this.terms[this.term], apart = this.data.settings.search >> 1, found = [];
-    const order = Uint32Array.from(this.rows.keys()).sort((a, b) => values[b] - values[a]);
-    for (const n of order) {
-      const x = this.rows[n] % this.width, y = Math.floor(this.rows[n] / this.width);
-      if (this.kept(x, y) && found.every((other) => Math.hypot(other.x - x, other.y - y) >= apart)) found.push({ x, y, value: values[n] });
-      if (found.length === count) break;
+    const values = this.terms[this.term], apart = this.data.settings.search >> 1;
+    const least = Float32Array.from(values).sort(), found = [];
+    for (const above of [least[Math.max(0, least.length - 5000)], -Infinity]) { // sorting the few highest does, mostly
+      found.length = 0;
+      const order = [...values.keys()].filter((n) => values[n] >= above).sort((a, b) => values[b] - values[a]);
+      for (const n of order) {
+        const x = this.rows[n] % this.width, y = Math.floor(this.rows[n] / this.width);
+        if (this.kept(x, y) && found.every((other) => Math.hypot(other.x - x, other.y - y) >= apart)) found.push({ x, y, value: values[n] });
+        if (found.length === count) return found;
+      }
     }
     return found;
   }
@@ -127,13 +135,14 @@ class Explorer {
   refresh() {
     const { width, height } = this, values = this.terms[this.term];
     const mask = new ImageData(width, height), map = new ImageData(width, height);
+    const heat = Array.from({ length: 256 }, (_, level) => [...colour(HEAT, level / 255), 255]);
     const sorted = Float32Array.from(values).sort(), top = sorted[Math.floor(0.98 * sorted.length)] || 1;
     let count = 0;
     this.rows.forEach((place, n) => {
       if (!this.kept(place % width, Math.floor(place / width))) return;
       count++;
-      mask.data.set([255, 59, 48, 255], 4 * place);
-      map.data.set([...colour(HEAT, values[n] / top), 255], 4 * place);
+      mask.data.set(RED, 4 * place);
+      map.data.set(heat[Math.min(255, Math.max(0, Math.round((255 * values[n]) / top)))], 4 * place);
     });
     this.layers = Object.fromEntries(Object.entries({ mask, map }).map(([name, image]) => {
       const canvas = element("canvas", { ".width": width, ".height": height });
@@ -144,7 +153,7 @@ class Explorer {
     this.share.textContent = `The loss looks at ${count} edge pixels of the truth, ${share} % of the picture. The map is at search size ` +
       `${this.data.settings.search}, window ${this.data.settings.window}, sigma ${this.data.settings.sigma}; its brightest colour is ${top.toExponential(1)} and more.`;
     this.list.replaceChildren(...this.worst(12).map(({ x, y, value }) => element("li", {}, element("button", { type: "button", class: "link",
-      ".onclick": () => { this.pick(x, y); this.viewer.show(x, y, 6 * devicePixelRatio); } }, `${x}, ${y}`), ` ${this.term.toUpperCase()} ${value.toExponential(2)}`)));
+      ".onclick": () => { this.pick(x, y); this.viewer.show(x, y, 6 * devicePixelRatio); this.viewer.canvas.scrollIntoView({ block: "nearest" }); } }, `${x}, ${y}`), ` ${this.term.toUpperCase()} ${value.toExponential(2)}`)));
     if (this.viewer) this.viewer.draw();
   }
 

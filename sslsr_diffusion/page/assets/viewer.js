@@ -148,7 +148,7 @@ class Viewer {
 
   layout() {
     const width = this.stage.clientWidth, count = this.mode === "side" ? this.pictures.length : 1;
-    const columns = Math.max(1, Math.min(count, Math.floor(width / 260)));
+    const columns = Math.max(1, Math.min(count, Math.floor(width / 220)));
     this.shape = { columns, rows: Math.ceil(count / columns) };
     const each = Math.max(140, Math.min((width / columns) * this.height / this.width, 0.72 * innerHeight));
     const height = Math.round(each * this.shape.rows);

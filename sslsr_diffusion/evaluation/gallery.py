@@ -72,14 +72,14 @@ def anchor(index: int) -> str:
     return f"image-{index}"
 
 
-def cards(scores: Scores, picks: dict[str, list[Pick]], links: Mapping[tuple[str, str], str]) -> list[Card]:
+def cards(scores: Scores, picks: dict[str, list[Pick]], links: Mapping[tuple[str, str], str] | None = None) -> list[Card]:
     """One card per picked image, in the order of the folder, however many metrics picked it; links: (anchor, column) -> address."""
     tags: dict[str, list[str]] = {}
     for metric, chosen in picks.items():
         for p in chosen:
             numbers = ", ".join(f"{column} {value:.{METRICS[metric].digits}f}" for column, value in p.values.items())
             tags.setdefault(p.anchor, []).append(f"{p.kind} {METRICS[metric].label}: {numbers}")
-    return [_card(scene, anchor(i), tags[anchor(i)], links) for i, scene in enumerate(scores.scenes) if anchor(i) in tags]
+    return [_card(scene, anchor(i), tags[anchor(i)], links or {}) for i, scene in enumerate(scores.scenes) if anchor(i) in tags]
 
 
 def _card(scene: Scene, called: str, tags: Sequence[str], links: Mapping[tuple[str, str], str]) -> Card:

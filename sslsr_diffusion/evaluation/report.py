@@ -45,7 +45,7 @@ def render_report(
         for name, by in scores.values.items()
     }
     labels = {name: metric.label for name, metric in METRICS.items()}
-    shown = {"charts": charts, "picks": picks, "cards": cards(scores, picks, links or {})}
+    shown = {"charts": charts, "picks": picks, "cards": cards(scores, picks, links)}
     return environment.get_template(TEMPLATE).render(title=title, summary=summary, labels=labels, least=LEAST, **shown)
 
 

@@ -18,13 +18,14 @@ from restorers import ToyPixelFamily, ToyPixels
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
+from sslsr_diffusion.cli.infer import CALL
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.images import read_image
 from sslsr_diffusion.inference.runner import RunnerOptions
 from sslsr_diffusion.models import FAMILIES
 from sslsr_diffusion.page import explorer
 from sslsr_diffusion.page.bench import Bench
-from sslsr_diffusion.page.controls import call_of
+from sslsr_diffusion.page.controls import CONTROLS, call_of
 from sslsr_diffusion.page.runs import draw_curves, list_runs, look_at
 from sslsr_diffusion.page.server import Guard, serve
 from sslsr_diffusion.page.shelf import Shelf
@@ -135,6 +136,10 @@ def test_fields_become_a_call():
         call_of({"tile": "7x"})
 
 
+def test_the_page_has_a_field_for_every_option_of_infer():
+    assert set(CONTROLS) == {*CALL, "tile"}
+
+
 def make_run(folder, steps=3):
     (folder / "pictures").mkdir(parents=True)
     (folder / "recipe.yaml").write_text("seed: 3\n")
@@ -212,7 +217,7 @@ def test_a_missing_gradio_and_a_missing_model_are_sentences(monkeypatch, tmp_pat
 def test_a_port_in_use_is_a_sentence(tmp_path):
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
-        pytest.raises(UserError, match=r"^port \d+: cannot be had \(Address already in use"),
+        pytest.raises(UserError, match=r"^port \d+: cannot be had \(Address already in use\); choose"),
     ):
         serve([], port=taken.getsockname()[1], runs=tmp_path, where={})
 

@@ -27,6 +27,7 @@ CONTROLS: dict[str, Control] = {
     "tile": Control("Tile", "side in output pixels, auto or none", str),
     "prompt": Control("Prompt", "what the picture shows", str),
     "negative_prompt": Control("Negative prompt", "what the guidance leads away from", str),
+    "noise_level": Control("Noise level", "noise on the input; more adds more of the model's own", int),
     "guidance_scale": Control("Guidance", "1 is off"),
 }
 

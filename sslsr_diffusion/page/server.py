@@ -105,4 +105,4 @@ def _listen(port: int) -> socket.socket:
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
-        raise UserError(f"port {port}: cannot be had ({error.strerror or error}); choose another one, such as {port + 1}.") from None
+        raise UserError(f"port {port}: cannot be had ({os.strerror(error.errno or 0)}); choose another one, such as {port + 1}.") from None

@@ -111,7 +111,7 @@ def test_a_one_step_model_trains_and_samples_from_the_same_start(photos: Path, t
     hook.remove()
     sampler = build_sampler(None, job.task.networks.process, 1, device=torch.device("cpu"))
     assert seen["t"].tolist() == [99, 99] == [*sampler.timesteps] * 2
-    torch.testing.assert_close(seen["zt"], sampler.start(seen["z_lr"], draws.noise["noise"], from_lr=True), rtol=0, atol=1e-4)
+    torch.testing.assert_close(seen["zt"], sampler.start(draws.noise["noise"], seen["z_lr"]), rtol=0, atol=1e-4)
 
 
 def test_a_one_step_model_keeps_its_start_and_its_call(one_step: Path) -> None:

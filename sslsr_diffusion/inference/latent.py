@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.latent_work import Host, LatentWork
 from sslsr_diffusion.inference.memory import MemoryModel
 from sslsr_diffusion.inference.noise import Generators, image_seeds
 from sslsr_diffusion.inference.options import STEPS, LatentOptions, per_picture
 from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
-from sslsr_diffusion.inference.restorer import AroundNetworks, Output, Restorer, by_size, enlarged, settled
+from sslsr_diffusion.inference.restorer import AroundNetworks, Output, Restorer, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import TilePlan
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import LatentNetworks
@@ -110,8 +111,9 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
                 batch = torch.stack([pictures[k] for k in group])
                 upsampled = enlarged(batch.to(self._host.device), scale)
                 wanted, unwanted = ([side[k] for k in group] for side in texts)
-                made, plan = self._work(upsampled, [seeds[k] for k in group], (wanted, unwanted), options, notes)
-                restored.extend(options.finish(made, upsampled, batch))
+                seen = upsampled if self.networks.zoom == 1 else batch.to(self._host.device)
+                made, plan = self._work(seen, [seeds[k] for k in group], (wanted, unwanted), options, notes)
+                restored.extend(options.finish(resize_bicubic(made, enlarged_size(batch, scale)), upsampled, batch))
                 plans.extend([plan] * len(group))
         finally:
             self._host.release()

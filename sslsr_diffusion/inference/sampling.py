@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.inference.choices import SAMPLERS
+from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.seeding import derive_seed, sample_generator
@@ -30,7 +31,7 @@ class Sampler(Protocol):
 
     timesteps: Sequence[float]
 
-    def start(self, z_lr: Tensor, noise: Tensor, *, from_lr: bool) -> Tensor: ...
+    def start(self, noise: Tensor, z_lr: Tensor | None = None) -> Tensor: ...
 
     def model_input(self, x: Tensor, index: int) -> Tensor: ...
 
@@ -102,9 +103,9 @@ class _Spaced:
     def _levels_at(self, steps: list[int]) -> list[int]:
         return steps
 
-    def start(self, z_lr: Tensor, noise: Tensor, *, from_lr: bool) -> Tensor:
+    def start(self, noise: Tensor, z_lr: Tensor | None = None) -> Tensor:
         """z_lr noised to the first timestep, or the noise alone."""
-        return self.process.add_noise(z_lr, noise, torch.tensor([self._first])) if from_lr else noise
+        return noise if z_lr is None else self.process.add_noise(z_lr, noise, torch.tensor([self._first]))
 
     def model_input(self, x: Tensor, index: int) -> Tensor:
         return x
@@ -211,9 +212,9 @@ class DiffusersSampler:
         generators = [sample_generator(seed, "scheduler") for seed in call.seeds]
         self._extra = {name: value for name, value in {"eta": call.eta, "generator": generators}.items() if name in accepted}
 
-    def start(self, z_lr: Tensor, noise: Tensor, *, from_lr: bool) -> Tensor:
+    def start(self, noise: Tensor, z_lr: Tensor | None = None) -> Tensor:
         t = self._timesteps[:1]
-        if from_lr:
+        if z_lr is not None:
             return self._scheduler.add_noise(z_lr, noise, t.expand(len(z_lr)))
         # sigma-space schedulers divide their input by sqrt(1 + sigma^2): the same latent in their scale is the noise times that
         shrink = self._scheduler.scale_model_input(torch.ones_like(noise[:1, :1, :1, :1]), t[0])
@@ -287,14 +288,14 @@ OWN = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}  # schedulers that stan
 
 
 @torch.no_grad()
-def sample_latents(networks: LatentNetworks, z: Tensor, indices: list[int], steps: int, *, seed: int, strength: float = 1.0) -> Tensor:
-    """What the denoiser makes of noised latents [B, C, h, w], which it also sees clean unless it is a base; noise is from (seed, index)."""
+def sample_latents(
+    networks: LatentNetworks, z: Tensor, condition: Condition, indices: list[int], steps: int, *, seed: int, strength: float = 1.0
+) -> Tensor:
+    """What the denoiser makes of noised latents [B, C, h, w]; noise is from (seed, index)."""
 
     def noise(purpose: str) -> Tensor:
         drawn = [torch.randn(z.shape[1:], generator=sample_generator(seed, i, purpose)) for i in indices]
         return torch.stack(drawn).to(z)
-
-    condition = networks.condition(z if networks.conditional else None)
 
     def predict(x: Tensor, t: float) -> Tensor:
         kind = torch.long if float(t).is_integer() else torch.float32
@@ -302,5 +303,4 @@ def sample_latents(networks: LatentNetworks, z: Tensor, indices: list[int], step
 
     seeds = [derive_seed(seed, i, "sampler") for i in indices]
     sampler = build_sampler(None, networks.process, steps, strength=strength, seeds=seeds, device=z.device)
-    start = sampler.start(z, noise("start"), from_lr=True)
-    return sample(sampler, predict, start, lambda index: noise(f"step {index}"))
+    return sample(sampler, predict, sampler.start(noise("start"), z), lambda index: noise(f"step {index}"))

@@ -1,7 +1,7 @@
 """What a family's networks are to everyone above: sizes, parts, files; and the two ways in which networks make a picture."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.codec import Codec
-from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.process import Process
 from sslsr_diffusion.models.size import SizeRequirements
 
@@ -102,18 +102,24 @@ class PixelNetworks(Networks):
 class LatentNetworks(Networks):
     """A codec, a denoiser on its latents, and the noise process between them."""
 
-    def __init__(
-        self, codec: Codec, denoiser: nn.Module, process: Process, text: Tensor, *, base: str, revision: str | None = None
-    ) -> None:
+    zoom: int = 1  # output pixels per pixel of the picture that they see; 1: it is enlarged before, by any scale
+
+    def __init__(self, codec: Codec, denoiser: nn.Module, process: Process, text: Text, *, base: str, revision: str | None = None) -> None:
         """`denoiser`: (z_t [B, C, h, w], t [B], Condition) -> [B, C, h, w], where t is what `process.timestep` says.
 
-        `text`: [1, L, D] context of the recipe's prompt.
+        `text`: [1, ...] context of the recipe's prompt.
         """
         super().__init__(base, revision)
         self.codec, self.denoiser, self.process = codec, denoiser, process
-        self.register_buffer("text", text, persistent=False)
+        for name, part in text._asdict().items():
+            self.register_buffer(f"text_{name}", part, persistent=False)
 
-    text: Tensor
+    text_sequence: Tensor
+    text_pooled: Tensor | None
+
+    @property
+    def text(self) -> Text:
+        return Text(self.text_sequence, self.text_pooled)
 
     @property
     def conditional(self) -> bool:
@@ -122,11 +128,25 @@ class LatentNetworks(Networks):
 
     @property
     def device(self) -> torch.device:
-        return self.text.device
+        return self.text_sequence.device
 
-    def condition(self, z_lr: Tensor | None) -> Condition:
-        """What the denoiser is told beside the noisy latent, with the recipe's prompt."""
-        return Condition(z_lr, self.text)
+    def seen_noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """The shape of the noise that `see` takes for one picture, by its output pixels."""
+        return (self.codec.latent_channels, height // self.codec.scale, width // self.codec.scale)
+
+    def see(
+        self, picture: Tensor, noise: Tensor, *, text: Text | None = None, encode: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Condition:
+        """What the denoiser is told beside the noisy latent: here the latent of the enlarged low-resolution picture, and the text.
+
+        Args:
+            picture: [B, 3, H / zoom, W / zoom] in [0, 1], the low-resolution picture, for an output of H x W pixels.
+            noise: [B, *seen_noise_shape(H, W)] standard normal.
+            text: None: the recipe's prompt.
+            encode: takes the place of `codec.encode`, for example in tiles.
+        """
+        z_lr = (encode or self.codec.encode)(picture, noise).float() if self.conditional else None
+        return Condition(z_lr, text or self.text)
 
     @property
     def takes_prompts(self) -> bool:
@@ -137,14 +157,14 @@ class LatentNetworks(Networks):
         """Size of the text encoder that is in memory; 0 without one."""
         return 0
 
-    def encode_prompts(self, prompts: list[str], device: torch.device) -> Tensor:
-        """Context [len(prompts), L, D] of texts; an empty one stands for the recipe's where no other can be encoded.
+    def encode_prompts(self, prompts: list[str], device: torch.device) -> Text:
+        """Context of len(prompts) texts; an empty one stands for the recipe's where no other can be encoded.
 
         UserError where a text is given and these networks know the recipe's prompt alone.
         """
         if any(prompts):
             raise UserError(f"prompt: this model takes no text, got {max(prompts)!r}; leave prompt out.")
-        return self.text.to(device).expand(len(prompts), -1, -1)
+        return self.text.each(lambda part: part.to(device)).repeated(len(prompts))
 
     def start_at(self, timestep: int) -> None:
         """Shorten the process, so that sampling starts at this timestep; UserError where it ends before."""

@@ -15,7 +15,7 @@ from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.seeding import sample_generator
 from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
-from sslsr_diffusion.tasks.pixels import choose_pixels, upsampled
+from sslsr_diffusion.tasks.pixels import choose_pixels, seen
 from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise, reads_of
 from sslsr_diffusion.types import Batch, Given, Outputs
 
@@ -63,11 +63,11 @@ class DiffusionTaskSettings(TaskSettings):
 
 
 class DiffusionTask(TaskBase):
-    """z0, z_lr = encode(hr), encode(bicubic(lr));  zt = add_noise(z0, n, t)
-    pred = denoiser(zt, t, (z_lr, text));  sr = decode(x0 of pred)
+    """z0, condition = encode(hr), see(lr);  zt = add_noise(z0, n, t)
+    pred = denoiser(zt, t, condition);  sr = decode(x0 of pred)
 
-    A base (networks that are not `conditional`) goes the same way without z_lr. With `from_lr` the sampler's own start is trained:
-    zt = add_noise(z_lr, n, t), and the noise that would lead there from z0 takes n's place in the target.
+    What the denoiser sees is the networks' own: StableSR's the latent of bicubic(lr), a base's nothing. With `from_lr` the sampler's own
+    start is trained: zt = add_noise(z_lr, n, t), and the noise that would lead there from z0 takes n's place in the target.
     """
 
     networks: LatentNetworks
@@ -125,8 +125,9 @@ class DiffusionTask(TaskBase):
         places = [int(torch.randint(len(self.timesteps), (), generator=sample_generator(self.seed, i, "timestep"))) for i in indices]
         t = torch.tensor([self.timesteps[place] for place in places])
         given = Given(t=t.to(device), noise_level=process.noise_level(t).to(device))
-        shape = codec.noise_shape(batch.hr)[1:]
-        noise = {p: per_sample_noise(self.seed, indices, p, shape).to(device) for p in ("posterior_hr", "posterior_lr", "noise")}
+        latent, height, width = codec.noise_shape(batch.hr)[1:], *batch.hr.shape[-2:]
+        shapes = {"posterior_hr": latent, "posterior_lr": self.networks.seen_noise_shape(height, width), "noise": latent}
+        noise = {purpose: per_sample_noise(self.seed, indices, purpose, shape).to(device) for purpose, shape in shapes.items()}
         given, windows = choose_pixels(given, batch, losses, scale=codec.scale, decode_crop=self.decode_crop, seed=self.seed)
         return Draws(given, noise, windows, reads_of(losses))
 
@@ -134,13 +135,13 @@ class DiffusionTask(TaskBase):
         nets, t = self.networks, draws.given.t
         with torch.no_grad():
             z0 = nets.codec.encode(batch.hr, draws.noise["posterior_hr"]).float()  # [B, 3, H, W] -> [B, C, h, w], normalised
-            z_lr = nets.codec.encode(upsampled(batch), draws.noise["posterior_lr"]).float() if nets.conditional else None
+            condition = nets.see(seen(batch, nets.zoom), draws.noise["posterior_lr"])
         noise = draws.noise["noise"]
-        if self.from_lr and z_lr is not None:
-            noise = nets.process.noise_to(z0, z_lr, noise, t)
+        if self.from_lr and condition.z_lr is not None:
+            noise = nets.process.noise_to(z0, condition.z_lr, noise, t)
         zt = nets.process.add_noise(z0, noise, t)
         target = nets.process.target(z0, noise, t)
-        pred = module(zt, nets.process.timestep(t), nets.condition(z_lr)).float()  # epsilon, v, velocity: only the process knows which
+        pred = module(zt, nets.process.timestep(t), condition).float()  # epsilon, v, velocity: only the process knows which
         clean, _ = nets.process.clean_and_noise(pred, zt, t)
         gain = nets.process.clean_gain(t).to(pred.device)
         return Outputs(**vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=self._decode(clean, draws))

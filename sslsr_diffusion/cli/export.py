@@ -15,6 +15,7 @@ def export(
     raw: Annotated[bool, typer.Option("--raw", help="The trained weights themselves, not their moving average.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Weights in float16: half the size on disk.")] = False,
     blend: Annotated[str | None, typer.Option(help="Another network of the same kind: run, file or hub id; weights between both.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Of a LoRA: the whole model with the LoRA in its weights.")] = False,
     alpha: Annotated[float | None, typer.Option(help="Share of the checkpoint where --blend names another: 1 is all of it.")] = None,
 ) -> None:
     """Make the result of a checkpoint, a folder to use: frozen weights come from its base, trained ones from the checkpoint."""
@@ -32,6 +33,6 @@ def export(
             f"{checkpoint}: expected a checkpoint folder, a run's best/ or a run folder; there is no whole checkpoint in it."
         ) from None
     mixture = None if blend is None or alpha is None else (blend, alpha)
-    with as_flags("blend", "alpha"):
-        step = export_checkpoint(folder, output, averaged=not raw, half=half, blend=mixture)
-    typer.echo(f"{folder} (step {step}) -> {output}")
+    with as_flags("blend", "alpha", "merge"):
+        step, notes = export_checkpoint(folder, output, averaged=not raw, half=half, blend=mixture, merge=merge)
+    typer.echo("\n".join([f"{folder} (step {step}) -> {output}", *(f"note: {note}" for note in notes)]))

@@ -16,11 +16,11 @@ Dtype = StrEnum("Dtype", "auto float32 float16 bfloat16")
 
 FLAGS = (
     *("model", "revision", "device", "dtype", "memory_budget", "scale", "seed", "steps", "tile", "detail", "antiring", "color_fix"),
-    *("fidelity", "sampler", "strength", "prompt", "negative_prompt", "guidance_scale"),
+    *("fidelity", "sampler", "strength", "prompt", "negative_prompt", "guidance_scale", "lora_scale"),
 )
 CALL = (  # what goes to the restorer where it was given
     *("num_inference_steps", "detail", "antiring", "fidelity", "sampler", "strength"),
-    *("prompt", "negative_prompt", "guidance_scale", "color_fix"),
+    *("prompt", "negative_prompt", "guidance_scale", "color_fix", "lora_scale"),
 )
 Model = Annotated[
     str | None,
@@ -66,6 +66,9 @@ def infer(
     prompt: Annotated[str | None, typer.Option(help="Text, for models with a text encoder.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the guidance leads away from.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, max=30, help="Strength of the guidance; 1 is off. [default: 1]")] = None,
+    lora_scale: Annotated[
+        float | None, typer.Option(min=0, max=2, help="One-step models: how much of the LoRA is taken; 0 the base alone. [default: 1]")
+    ] = None,
     color_fix: ColorFix = None,
     format: Format = None,
     overwrite: Overwrite = False,

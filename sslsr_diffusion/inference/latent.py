@@ -38,7 +38,7 @@ def quiet_diffusers() -> Iterator[None]:
     """No bar for a pipeline's components, and no advice to load in half precision by an argument that its versions name differently."""
     from diffusers.utils import logging
 
-    level, bar = logging.get_verbosity(), getattr(logging, "is_progress_bar_enabled", lambda: True)()  # newer than 0.35
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -55,6 +55,7 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
     """A restorer around LatentNetworks, which may still be training."""
 
     kind = LatentOptions
+    work = LatentWork
 
     def __init__(
         self,
@@ -74,15 +75,16 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
         self.networks = networks
         super().__init__(networks, scale, defaults, {"scale": SCALE, "num_inference_steps": STEPS})
         self._host = host or Host(networks)
-        self._work = LatentWork(networks, self._host, scheduler)
+        self._work = self.work(networks, self._host, scheduler)
 
     @classmethod
     def open(cls, family: Family, path: Path, placement: Placement) -> Restorer:
         """A model's files as a restorer on a device. The process's tables stay float32."""
         with quiet_diffusers():
             networks = cast(LatentNetworks, family.read(path).eval().requires_grad_(False))
+        dtype = networks.taken(placement.dtype)
         for part in (networks.codec, networks.denoiser):
-            part.to(placement.dtype)
+            part.to(dtype)
         return cls(networks.to(placement.device), defaults=placement.defaults)
 
     @property
@@ -91,7 +93,7 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
         return super().options - lacking - (frozenset() if self.networks.codec.has_fidelity else {"fidelity"})
 
     def check(self, **call: Any) -> list[str]:
-        options, notes = settled(LatentOptions, call, self.options, self.defaults)
+        options, notes = settled(self.kind, call, self.options, self.defaults)
         self._work.check(options)
         return notes
 

@@ -122,12 +122,11 @@ class Codec(nn.Module):
     def _statistics(self, like: Tensor) -> tuple[Tensor | float | None, Tensor | float]:
         """What is taken off and divided by, beside the scaling factor; None: nothing."""
         config, norm = self.vae.config, getattr(self.vae, "bn", None)
-        if norm is not None:
-            sides = norm.running_mean, (norm.running_var + config.batch_norm_eps).sqrt()
-            return tuple(side.to(like).reshape(1, -1, 1, 1) for side in sides)  # type: ignore[return-value]
         mean, deviation, shift = (config.get(key) for key in ("latents_mean", "latents_std", "shift_factor"))
+        if norm is not None:
+            mean, deviation = norm.running_mean, (norm.running_var + config.batch_norm_eps).sqrt()
         if mean is not None and deviation is not None:
-            return tuple(torch.tensor(side).to(like).reshape(1, -1, 1, 1) for side in (mean, deviation))  # type: ignore[return-value]
+            return tuple(torch.as_tensor(side).to(like).reshape(1, -1, 1, 1) for side in (mean, deviation))  # type: ignore[return-value]
         return (shift, 1.0) if shift else (None, 1.0)
 
     def _to_vae(self, pixels: Tensor) -> Tensor:

@@ -8,5 +8,6 @@ FAMILIES: dict[str, Family] = {
     for kind, where in {
         "stablesr": "stablesr.family:StableSR",
         "network": "network.family:Network",
+        "one_step": "one_step.family:OneStep",
     }.items()
 }

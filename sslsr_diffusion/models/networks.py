@@ -47,6 +47,10 @@ class Networks(nn.Module):
         memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in tensors if isinstance(p, nn.Parameter)}
         return deepcopy(self, memo)
 
+    def taken(self, dtype: torch.dtype) -> torch.dtype:
+        """The precision that they work in where this one is asked for: itself, or one whose range holds their values."""
+        return dtype
+
     @property
     def call_defaults(self) -> Mapping[str, Any]:
         """Defaults of a call that the base brought along, for example `detail`."""
@@ -56,6 +60,14 @@ class Networks(nn.Module):
         """Part -> (all parameters, trained parameters), for the dry run."""
         parts = {name.replace("_", " "): part for name, part in self.components().items() if isinstance(part, nn.Module)}
         return {name: (count_parameters(part), count_parameters(part, trained=True)) for name, part in parts.items()}
+
+    def merge(self) -> None:
+        """Add LoRAs to the weights of the base, so that a result is the whole model; UserError where there are none."""
+        raise UserError(f"merge: expected a model with a LoRA, {self.base} has none; leave it out.")
+
+    def left_out(self) -> list[str]:
+        """Sentences on what others, who load a result without this package, do not do with it."""
+        return []
 
     def economize(self, *, gradient_checkpointing: bool, channels_last: bool) -> None:
         """What saves memory or time and leaves the mathematics alone."""
@@ -80,10 +92,6 @@ class PixelNetworks(Networks):
 
         Networks with `has_branch` take `branch=True`, too: the picture and their second output, of the same shape.
         """
-
-    def taken(self, dtype: torch.dtype) -> torch.dtype:
-        """The precision that they work in where this one is asked for: itself, or one whose range holds their values."""
-        return dtype
 
     def blend(self, other: "PixelNetworks", alpha: float) -> None:
         """Every weight becomes alpha of its own and 1 - alpha of the other's   (network interpolation; Wang et al., ECCVW 2018)

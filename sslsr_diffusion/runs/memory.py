@@ -96,7 +96,9 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
     half = training.mixed_precision != "no"
     task = build_task(_one_sampling_step(recipe), meta=True)
     modules = nn.ModuleList([task.module, task.networks])
-    every, trained = count_parameters(modules), count_parameters(modules, trained=True)
+    trained = count_parameters(modules, trained=True)
+    stored = sum(p.numel() * p.element_size() for p in modules.parameters())
+    whole = sum(p.numel() for p in modules.parameters() if p.element_size() == 4)
     losses = build_losses(recipe.losses, means_of(recipe, shapes=True))
     learning = nn.ModuleList([loss.network for loss in losses if isinstance(loss, Learner)])
     beside = nn.ModuleList([network for loss in losses if (network := loss.network) is not None])  # float32, always
@@ -123,9 +125,9 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
         del outputs, total
     per_state = 2 if training.optimizer.kind == "adamw8bit" else 8
     # autocast's half-precision copies: of trained weights for the whole step, of frozen ones as long as the graph holds them
-    copies = 2 * (trained if training.gradient_checkpointing else every) if half else 0
+    copies = 2 * (trained if training.gradient_checkpointing else whole) if half else 0
     return {
-        "weights": (every + count_parameters(beside)) * 4 + copies,
+        "weights": stored + count_parameters(beside) * 4 + copies,
         "optimizer": trained * per_state + count_parameters(learning) * 8,
         "average": trained * 4 if training.ema else 0,
         "activations and gradients": peak.peak + (trained * 2 if half else 0),

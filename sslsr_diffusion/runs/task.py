@@ -65,13 +65,22 @@ def training_crops(recipe: Recipe, count: int) -> Tensor:
 
 
 def export_checkpoint(
-    folder: Path, output: Path, *, averaged: bool = True, half: bool = False, blend: tuple[str, float] | None = None
-) -> int:
-    """Write the result of a checkpoint: networks from its recipe and base, trained tensors from it; returns its step.
+    folder: Path,
+    output: Path,
+    *,
+    averaged: bool = True,
+    half: bool = False,
+    blend: tuple[str, float] | None = None,
+    merge: bool = False,
+) -> tuple[int, list[str]]:
+    """Write the result of a checkpoint: networks from its recipe and base, trained tensors from it.
+
+    Its step, and what there is to say about the result.
 
     Args:
         averaged: the moving average of the trained tensors, where the run kept one.
         half: float16 files, half the size; loading converts to whatever precision is asked for.
+        merge: of a LoRA: the whole model with the LoRA in its weights, in the place of the LoRA.
         blend: another model, and the share of this one in every weight of the result; the rest is the other's.
     Raises UserError: the checkpoint is damaged, or belongs to a model that can no longer be built; the other model is another network.
     """
@@ -85,13 +94,15 @@ def export_checkpoint(
     load_trained(trained_parameters(task.module), weights, what=str(folder))
     if blend is not None:
         _blend(task, recipe, *blend)
+    if merge:
+        task.networks.merge()
     task.module.eval()
 
     with atomic_folder(output) as new:
         task.save(new)
         if half:
             halve(new)
-    return int(state["progress"]["step"])
+    return int(state["progress"]["step"]), task.networks.left_out()
 
 
 def _blend(task: Task, recipe: Recipe, other: str, alpha: float) -> None:

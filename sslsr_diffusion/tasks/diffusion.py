@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.open import restorer_of
@@ -14,13 +14,13 @@ from sslsr_diffusion.inference.sampling import spaced_timesteps
 from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.seeding import sample_generator
-from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
-from sslsr_diffusion.tasks.pixels import choose_pixels, seen
+from sslsr_diffusion.tasks.frame import Frame, SampledCallSettings, TaskSettings, WindowSettings
+from sslsr_diffusion.tasks.pixels import choose_pixels, decoded, seen
 from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise, reads_of
 from sslsr_diffusion.types import Batch, Given, Outputs
 
 
-class DiffusionTaskSettings(TaskSettings):
+class DiffusionTaskSettings(WindowSettings):
     """A denoiser learns to enlarge (Wang et al., IJCV 2024), its decoded x0 seen by pixel losses (Chen et al., ACM MM 2024)."""
 
     kind: Literal["diffusion"] = "diffusion"
@@ -28,9 +28,6 @@ class DiffusionTaskSettings(TaskSettings):
         None,
         description="What of the networks trains; stablesr: sft (structural encoder and SFT layers, as published) or all (the whole "
         "denoiser). null: the family's first.",
-    )
-    decode_crop: int | None = Field(
-        None, ge=4, description="Side in latent pixels of the random window that pixel losses decode; null: the whole crop."
     )
     sampler_steps: int | None = Field(
         None,
@@ -45,7 +42,7 @@ class DiffusionTaskSettings(TaskSettings):
         description="One-step models (sampler_steps: 1): start at this timestep instead of the last, from the noised latents of the "
         "low-resolution picture, in training as in sampling; null: train on the noised ground truth, as published.",
     )
-    inference: CallSettings = Field(CallSettings(), description="How the upscaler is called in validation and by default.")
+    inference: SampledCallSettings = Field(SampledCallSettings(), description="How the upscaler is called in validation and by default.")
 
     @model_validator(mode="after")
     def _one_step(self) -> Self:
@@ -56,10 +53,6 @@ class DiffusionTaskSettings(TaskSettings):
                 f"inference.steps: expected 1 for a one-step model (it is what its pipeline will take, too), got {self.inference.steps}."
             )
         return self
-
-    def picture_side(self, crop_size: int, codec_scale: int) -> int:
-        """That of the window."""
-        return crop_size if self.decode_crop is None else min(crop_size, self.decode_crop * codec_scale)
 
 
 class DiffusionTask(TaskBase):
@@ -116,7 +109,7 @@ class DiffusionTask(TaskBase):
             decode_crop=settings.decode_crop,
             timesteps=timesteps,
             from_lr=start is not None,
-            restorer=restorer_of(networks, frame.family, scale=frame.scale, **call_defaults(settings.inference)),
+            restorer=restorer_of(networks, frame.family, scale=frame.scale, **settings.inference.named),
         )
 
     def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
@@ -144,23 +137,6 @@ class DiffusionTask(TaskBase):
         pred = module(zt, nets.process.timestep(t), condition).float()  # epsilon, v, velocity: only the process knows which
         clean, _ = nets.process.clean_and_noise(pred, zt, t)
         gain = nets.process.clean_gain(t).to(pred.device)
-        return Outputs(**vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=self._decode(clean, draws))
-
-    def _decode(self, z0: Tensor, draws: Draws) -> Tensor | None:
-        """Pixels of the samples and windows that some loss looks at. Decoding with gradient is a step's memory peak."""
-        if draws.given.decoded is None:
-            return None
-        if draws.given.decoded.numel() == 0:
-            assert draws.given.hr is not None
-            return draws.given.hr + 0 * z0.sum()
-        z0 = z0[draws.given.decoded]
-        codec, windows = self.networks.codec, draws.windows
-        if windows is None:
-            return codec.decode(z0).float()
-        return windows.cut_interior(codec.decode(windows.cut_latents(z0)).float(), codec.scale)
-
-
-def call_defaults(settings: CallSettings) -> dict[str, Any]:
-    """What the restorer takes where a call names nothing; a None is left to the base."""
-    named = {"num_inference_steps": settings.steps, "detail": settings.detail, "antiring": settings.antiring}
-    return {name: value for name, value in named.items() if value is not None}
+        return Outputs(
+            **vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=decoded(nets.codec, clean, draws.given, draws.windows)
+        )

@@ -172,9 +172,21 @@ def test_tiles_sizes_and_precision(kind: str, bases) -> None:
         assert picture(upscale, scale=scale, tile=4 * unit, tile_overlap=unit).shape == (1, 3, round(9 * scale), round(7 * scale))
     assert "num_inference_steps" not in upscale.options
     assert upscale.check(num_inference_steps=4) == ["num_inference_steps 4 has no effect: this model makes a picture in one step"]
-    half = torch.float16 if kind == "sd" else torch.bfloat16
-    assert upscale.networks.taken(torch.float16) == half
     assert upscale.memory_model().denoise_bytes(8, 8) > 0
+
+
+@KINDS
+def test_half_precision(kind: str, bases, tmp_path: Path) -> None:
+    networks = with_loras(kind, bases(kind))
+    want = picture(restorer(networks))
+    networks.cast(torch.float16)
+    kept = torch.float16 if kind == "sd" else torch.bfloat16  # flow transformers leave the range of float16
+    assert {parameter.dtype for parameter in networks.parameters()} == {kept}
+    assert (picture(restorer(networks.float())) - want).abs().max() < 0.05
+    held = with_loras(kind, bases(kind), weights="bfloat16")
+    assert {parameter.dtype for parameter in held.denoiser.parameters()} == {torch.bfloat16, torch.float32}
+    assert all(parameter.dtype == torch.float32 for parameter in held.parameters() if parameter.requires_grad)
+    assert (picture(restorer(held)) - want).abs().max() < 0.05
 
 
 def other(base: Path, folder: Path, part: str, **changes: Any) -> Path:
@@ -203,8 +215,8 @@ def test_what_cannot_be_built_gets_a_sentence(bases, tmp_path: Path) -> None:
     vae = with_another("sd3", "vae", _class_name="AutoencoderKLFlux2")
     refused("expected AutoencoderKL in vae/, got AutoencoderKLFlux2", "sd3", vae)
     refused("as SDXL's and the x4 upscaler's do", "sd", with_another("sd", "unet", addition_embed_type="text_time"))
-    refused(r"model\.timestep: .* is a flow; give model\.sigma", "sd3", sd3, sigma=None, timestep=200)
-    refused(r"model\.sigma: .* a process with betas; give model\.timestep", "sd", sd, sigma=0.5, timestep=None)
+    refused(r"model\.sigma: .* is a flow; expected model\.sigma, got timestep 200", "sd3", sd3, sigma=None, timestep=200)
+    refused(r"model\.timestep: .* a process with betas; expected model\.timestep, got sigma 0\.5", "sd", sd, sigma=0.5, timestep=None)
     refused(r"model\.timestep: expected at most 999", "sd", sd, timestep=1000)
     refused(r"model\.prompt: .* has no text encoder; leave the prompt empty", "sd", sd, prompt="a photo")
     refused(r"model\.full: expected names of layers .* got 'conv_inn'", "sd", sd, full=["conv_inn"])

@@ -82,9 +82,7 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
         """A model's files as a restorer on a device. The process's tables stay float32."""
         with quiet_diffusers():
             networks = cast(LatentNetworks, family.read(path).eval().requires_grad_(False))
-        dtype = networks.taken(placement.dtype)
-        for part in (networks.codec, networks.denoiser):
-            part.to(dtype)
+        networks.cast(placement.dtype)
         return cls(networks.to(placement.device), defaults=placement.defaults)
 
     @property

@@ -96,12 +96,13 @@ def has_lora(model: Any) -> bool:
     return NAME in getattr(model, "peft_config", {})
 
 
-def save_lora(models: Mapping[str, Any], folder: Path) -> None:
+def save_lora(models: Mapping[str, Any], folder: Path, file: str = FILE) -> None:
     """Write the LoRA layers of models as diffusers' pipelines read them with `load_lora_weights`.
 
     Args:
         models: by the names that the pipeline has for them: unet, transformer, ...
-        folder: gets `pytorch_lora_weights.safetensors`, with rank and alpha in its metadata.
+        folder: gets the file, with rank and alpha in its metadata.
+        file: its name; the default is where diffusers looks.
     """
     from safetensors.torch import save_file
 
@@ -114,7 +115,7 @@ def save_lora(models: Mapping[str, Any], folder: Path) -> None:
         layers = [name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
         known = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": layers}
         metadata |= {f"{prefix}.{key}": value for key, value in known.items()}
-    save_file(tensors, folder / FILE, metadata={"format": "pt", _METADATA: json.dumps(metadata, sort_keys=True)})
+    save_file(tensors, folder / file, metadata={"format": "pt", _METADATA: json.dumps(metadata, sort_keys=True)})
 
 
 def load_lora(model: Any, file: Path, prefix: str) -> None:

@@ -47,10 +47,6 @@ class Networks(nn.Module):
         memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in tensors if isinstance(p, nn.Parameter)}
         return deepcopy(self, memo)
 
-    def taken(self, dtype: torch.dtype) -> torch.dtype:
-        """The precision that they work in where this one is asked for: itself, or one whose range holds their values."""
-        return dtype
-
     @property
     def call_defaults(self) -> Mapping[str, Any]:
         """Defaults of a call that the base brought along, for example `detail`."""
@@ -92,6 +88,10 @@ class PixelNetworks(Networks):
 
         Networks with `has_branch` take `branch=True`, too: the picture and their second output, of the same shape.
         """
+
+    def taken(self, dtype: torch.dtype) -> torch.dtype:
+        """The precision that they work in where this one is asked for: itself, or one whose range holds their values."""
+        return dtype
 
     def blend(self, other: "PixelNetworks", alpha: float) -> None:
         """Every weight becomes alpha of its own and 1 - alpha of the other's   (network interpolation; Wang et al., ECCVW 2018)
@@ -173,6 +173,11 @@ class LatentNetworks(Networks):
         if any(prompts):
             raise UserError(f"prompt: this model takes no text, got {max(prompts)!r}; leave prompt out.")
         return self.text.each(lambda part: part.to(device)).repeated(len(prompts))
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """The networks that a call needs in this precision, or where its range is too small for one, that one in its own."""
+        for part in (self.codec, self.denoiser):
+            part.to(dtype)
 
     def start_at(self, timestep: int) -> None:
         """Shorten the process, so that sampling starts at this timestep; UserError where it ends before."""

@@ -139,9 +139,13 @@ class OneStepNetworks(LatentNetworks):
     def set_trainable(self, which: str) -> list[str]:
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
-    def taken(self, dtype: torch.dtype) -> torch.dtype:
-        """Flow transformers leave the range of float16."""
-        return torch.bfloat16 if self.denoiser.flow and dtype == torch.float16 else dtype
+    def cast(self, dtype: torch.dtype) -> None:
+        """Flow transformers leave the range of float16; what bitsandbytes holds stays as it is."""
+        dtype = torch.bfloat16 if self.denoiser.flow and dtype == torch.float16 else dtype
+        if self.settings.weights in ("int8", "nf4"):
+            self.codec.to(dtype)
+        else:
+            super().cast(dtype)
 
     def _check_full(self) -> None:
         for layer in self.settings.full:
@@ -203,12 +207,11 @@ class OneStepNetworks(LatentNetworks):
 def _levels(process: Process, settings: OneStepSettings, base: str) -> tuple[Process, int, int | None]:
     """The process, and the index of the call's level and of the noise's in it; UserError for a level that it does not have."""
     flow = isinstance(process, Flow)
-    if flow != (settings.timestep is None):
+    if (settings.sigma if flow else settings.timestep) is None:
         want, got = ("sigma", "timestep") if flow else ("timestep", "sigma")
         kind = "a flow" if flow else "a process with betas"
-        raise UserError(f"model.{got}: {base} is {kind}; give model.{want} in its place, got {got} {settings.timestep or settings.sigma}.")
-    if isinstance(process, Flow):
-        assert settings.sigma is not None
+        raise UserError(f"model.{want}: {base} is {kind}; expected model.{want}, got {got} {settings.sigma or settings.timestep}.")
+    if isinstance(process, Flow) and settings.sigma is not None:
         noise = settings.noise
         return (process.at(settings.sigma), 0, None) if noise is None else (process.at(settings.sigma, noise), 0, 1)
     at = settings.timestep

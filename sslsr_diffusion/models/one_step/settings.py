@@ -71,8 +71,8 @@ class OneStepSettings(FamilySettings):
 
     @model_validator(mode="after")
     def _one_level(self) -> Self:
-        if (self.timestep is None) == (self.sigma is None):
-            raise ValueError(f"expected timestep (Stable Diffusion) or sigma (flows), got timestep {self.timestep} and sigma {self.sigma}.")
+        if self.timestep is not None and self.sigma is not None:
+            raise ValueError(f"expected timestep (Stable Diffusion) or sigma (flows), got {self.timestep} and {self.sigma}; leave one out.")
         if self.noise is not None and self.timestep is not None and not self.noise.is_integer():
             raise ValueError(f"noise: expected a timestep as timestep is one, got {self.noise}.")
         if self.noise is not None and self.sigma is not None and self.noise > 1:

@@ -24,6 +24,8 @@ from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.inference.choices import COLOR_FIXES, SAMPLERS
 from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.models.families import FAMILIES
+from sslsr_diffusion.models.one_step.backbone import BACKBONES
+from sslsr_diffusion.models.one_step.settings import preset_names as one_step_presets
 from sslsr_diffusion.models.process import PROCESSES
 from sslsr_diffusion.models.stablesr.settings import preset_names
 from sslsr_diffusion.runs.recipe import Recipe
@@ -179,6 +181,10 @@ def kinds(classes: Iterable[type[Settings]]) -> set[str]:
     return {cls.model_fields["kind"].default for cls in classes}
 
 
+def recipes_in(folder: str) -> list[str]:
+    return [name.split("/")[1] for name in shipped_recipes() if name.startswith(f"{folder}/")]
+
+
 MASKS = set(get_args(MaskSettings.model_fields["kind"].annotation))
 IN_USE = {task for family in FAMILIES.values() for task in family.tasks}  # tasks that a shipped family can have
 INFER_OPTIONS = {option.opts[0] for option in COMMAND.commands["infer"].params}
@@ -191,7 +197,10 @@ WHERE: dict[str, tuple[Iterable[str], set[str]]] = {
     "noise processes, by a base's scheduler": (PROCESSES, code_words("training.md")),
     "presets of a model": (preset_names(), code_words("training.md")),
     "recipes": ((name for name in shipped_recipes() if "/" not in name), code_words("training.md")),
-    "recipes of the GAN methods": ((name.split("/")[1] for name in shipped_recipes() if "/" in name), code_words("gan.md")),
+    "recipes of the GAN methods": (recipes_in("gan"), code_words("gan.md")),
+    "recipes of one-step models": (recipes_in("one_step"), code_words("one_step.md")),
+    "presets of one-step models": (one_step_presets(), code_words("one_step.md")),
+    "bases of one-step models": (BACKBONES, code_words("one_step.md")),
     "sources": (kinds(sections(DataSettings.model_fields["sources"].annotation)), code_words("data.md")),
     "degradations": (DEGRADATIONS, code_words("data.md")),
     "steps of a degradation": (kinds(sections(Step)), code_words("data.md")),

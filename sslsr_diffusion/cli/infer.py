@@ -73,7 +73,12 @@ def infer(
     format: Format = None,
     overwrite: Overwrite = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, float32 on the CPU.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="auto: float16 on a GPU; on the CPU float32, for networks bfloat16 where that is faster and the picture the same."
+        ),
+    ] = Dtype.auto,
     memory_budget: MemoryBudget = None,
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done with these settings is skipped."""

@@ -25,6 +25,7 @@ class Placement:
     dtype: torch.dtype
     offload: Offload = "none"
     memory_budget: int | None = None  # bytes for weights and work of a call that names no other
+    may_be_faster: bool = False  # nobody chose the precision: one that is faster and leaves the picture alone may take its place
 
     @property
     def defaults(self) -> dict[str, int]:
@@ -47,7 +48,8 @@ def place(family: Family, path: Path, device: torch.device, dtype: str, budget: 
         raise UserError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}.")
     chosen = DTYPES.get(dtype)
     if device.type == "cpu":
-        choices = [Placement(device, kind, memory_budget=budget) for kind in ([chosen] if chosen else [torch.float32, torch.bfloat16])]
+        kinds = [chosen] if chosen else [torch.float32, torch.bfloat16]
+        choices = [Placement(device, kind, memory_budget=budget, may_be_faster=chosen is None) for kind in kinds]
     else:
         stays = device.type == "mps" or family.restorer != "stablesr"  # unified memory; hooks are a diffusers pipeline's
         waiting: tuple[Offload, ...] = ("none",) if stays else ("none", "model", "sequential")

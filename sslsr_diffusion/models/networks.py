@@ -80,7 +80,8 @@ class PixelNetworks(Networks):
 
     scale: int  # enlargement
     has_branch: bool = False  # whether they make something beside the picture, for a loss
-    overlap: int = 16  # low-resolution pixels that neighbouring tiles share: four times as far as a pixel sees leaves no seam at all
+    overlap: int = 16  # low-resolution pixels that tiles share at least: four times as far as a pixel sees leaves no seam at all
+    far_sighted: bool = False  # whether a pixel sees further than that
 
     @abstractmethod
     def forward(self, lr: Tensor) -> Any:
@@ -88,6 +89,14 @@ class PixelNetworks(Networks):
 
         Networks with `has_branch` take `branch=True`, too: the picture and their second output, of the same shape.
         """
+
+    def shared(self, side: int) -> int:
+        """Low-resolution pixels that neighbouring tiles of this side share.
+
+        Of far-sighted networks a sixteenth of the side where that is more: what tiles compute twice stays below 14 %
+        ((16/15)^2), and the larger a tile, the more of what a pixel sees lies in it.
+        """
+        return max(self.overlap, side // 16) if self.far_sighted else self.overlap
 
     def taken(self, dtype: torch.dtype) -> torch.dtype:
         """The precision that they work in where this one is asked for: itself, or one whose range holds their values."""

@@ -88,7 +88,7 @@ def open_upscaler(
             finished run in runs/, else the shipped model.
         revision: branch, tag or commit of a hub id.
         device: "auto" (the first GPU, else the CPU) or a torch device.
-        dtype: "auto" (float16 on a GPU, float32 on the CPU), "float32", "float16" or "bfloat16".
+        dtype: "auto", "float32", "float16" or "bfloat16"; see `inference.open.open_model`.
         memory_budget: bytes, or a text such as "8GB", for model and work together.
     Raises:
         UserError: there is no such model, its files are damaged, or the device is not there.

@@ -62,14 +62,18 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
         mistakes = [*self._task_fits(), *self._losses_fit(), *self._sizes_fit(), *self._output_fits()]
-        if self.validation.limit and self.validation.best not in self.validation.metrics:
-            mistakes.append(
-                f"validation.best: {self.validation.best!r} is not measured; expected one of validation.metrics: "
-                f"{', '.join(self.validation.metrics)}."
-            )
+        mistakes += self._best_is_measured() if self.validation.limit else ()
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+    def _best_is_measured(self) -> Iterator[str]:
+        settings = self.validation
+        for key, names in (("best", [settings.best]), ("refuse", settings.refuse)):
+            for name in names:
+                if name not in settings.metrics:
+                    known = ", ".join(settings.metrics)
+                    yield f"validation.{key}: {name!r} is not measured; expected one of validation.metrics: {known}."
 
     def _task_fits(self) -> Iterator[str]:
         kind, family = self.task.kind, self.family

@@ -85,6 +85,11 @@ class ValidationSettings(Settings):
         description="The metric that decides which weights are the best. psnr picks the smoothest of a model that makes up detail; "
         "features (extra `features`) does not. One that cannot be measured here has no stand-in: no weights are kept as the best then.",
     )
+    refuse: dict[str, float] = Field(
+        {},
+        description="Metric -> the largest mean (of one where higher is better: the smallest) that weights may have to become the best, "
+        "for example {grid: 4} against a raster of 8 or 16 pixels.",
+    )
     pictures: int = Field(4, ge=0, description="Rows of the picture grid.")
     seed: int = Field(1234, ge=0, description="Seed of the sampler's noise; the same in every pass.")
 

@@ -65,7 +65,7 @@ def _variants(recipe: Recipe) -> dict[str, Recipe]:
     savings: dict[str, dict[str, dict[str, Any]]] = {}
     if not training.gradient_checkpointing:
         savings["gradient_checkpointing: true"] = {"training": {"gradient_checkpointing": True}}
-    if hasattr(task, "decode_crop") and any("sr" in LOSSES[loss.kind].reads for loss in recipe.losses):
+    if hasattr(task, "decode_crop") and any("sr" in LOSSES[loss.kind].reads_of(loss) for loss in recipe.losses):
         smaller = 32 if task.decode_crop is None else task.decode_crop // 2
         if smaller >= 16:
             savings[f"decode_crop: {smaller}"] = {"task": {"decode_crop": smaller}}
@@ -97,7 +97,7 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
     task = build_task(_one_sampling_step(recipe), meta=True)
     modules = nn.ModuleList([task.module, task.networks])
     every, trained = count_parameters(modules), count_parameters(modules, trained=True)
-    losses = build_losses(recipe.losses, means_of(recipe, shapes=True))
+    losses = build_losses(recipe.losses, means_of(recipe, task, shapes=True))
     learning = nn.ModuleList([loss.network for loss in losses if isinstance(loss, Learner)])
     beside = nn.ModuleList([network for loss in losses if (network := loss.network) is not None])  # float32, always
     batch = _batch(recipe, task)
@@ -117,8 +117,8 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
             total = total + (outputs.pred - outputs.target).square().mean()
         if outputs.moments is not None:
             total = total + outputs.moments.square().mean()
-        if outputs.sr is not None:
-            total = sum((loss.play(outputs) for loss in losses if isinstance(loss, PixelLoss)), total)
+        played = [loss for loss in losses if isinstance(loss, PixelLoss) and all(getattr(outputs, name) is not None for name in loss.reads)]
+        total = sum((loss.play(outputs) for loss in played), total)
         total.backward()
         del outputs, total
     per_state = 2 if training.optimizer.kind == "adamw8bit" else 8
@@ -126,7 +126,7 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
     copies = 2 * (trained if training.gradient_checkpointing else every) if half else 0
     return {
         "weights": (every + count_parameters(beside)) * 4 + copies,
-        "optimizer": trained * per_state + count_parameters(learning) * 8,
+        "optimizer": trained * per_state + count_parameters(learning, trained=True) * 8,
         "average": trained * 4 if training.ema else 0,
         "activations and gradients": peak.peak + (trained * 2 if half else 0),
     }

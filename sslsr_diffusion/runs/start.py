@@ -122,7 +122,7 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
             device=device,
         )
 
-    losses = build_losses(recipe.losses, means_of(recipe))
+    losses = build_losses(recipe.losses, means_of(recipe, task))
     base = {"id": task.networks.base, "revision": task.networks.revision}
     trained_with = {loss.name for loss in losses}
     return Job(

@@ -72,7 +72,7 @@ class DiffusionTask(TaskBase):
 
     networks: LatentNetworks
     settings: ClassVar[type[TaskSettings]] = DiffusionTaskSettings
-    gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr", "sr_ema"})
+    gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr", "sr_ema", "z0"})
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class DiffusionTask(TaskBase):
         process, codec = self.networks.process, self.networks.codec
         places = [int(torch.randint(len(self.timesteps), (), generator=sample_generator(self.seed, i, "timestep"))) for i in indices]
         t = torch.tensor([self.timesteps[place] for place in places])
-        given = Given(t=t.to(device), noise_level=process.noise_level(t).to(device))
+        given = Given(t=t.to(device), index=batch.index.to(device), noise_level=process.noise_level(t).to(device))
         shape = codec.noise_shape(batch.hr)[1:]
         noise = {p: per_sample_noise(self.seed, indices, p, shape).to(device) for p in ("posterior_hr", "posterior_lr", "noise")}
         given, windows = choose_pixels(given, batch, losses, scale=codec.scale, decode_crop=self.decode_crop, seed=self.seed)
@@ -143,7 +143,8 @@ class DiffusionTask(TaskBase):
         pred = module(zt, nets.process.timestep(t), nets.condition(z_lr)).float()  # epsilon, v, velocity: only the process knows which
         clean, _ = nets.process.clean_and_noise(pred, zt, t)
         gain = nets.process.clean_gain(t).to(pred.device)
-        return Outputs(**vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=self._decode(clean, draws))
+        sr = self._decode(clean, draws)
+        return Outputs(**vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=sr, z0=clean, z0_hr=z0)
 
     def _decode(self, z0: Tensor, draws: Draws) -> Tensor | None:
         """Pixels of the samples and windows that some loss looks at. Decoding with gradient is a step's memory peak."""

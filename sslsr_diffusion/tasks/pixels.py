@@ -70,6 +70,7 @@ def all_pixels(batch: Batch) -> Given:
     return Given(
         t=torch.zeros(samples, dtype=torch.int64, device=device),
         noise_level=torch.zeros(samples, device=device),
+        index=batch.index.to(device),
         decoded=torch.arange(samples, device=device),
         hr=batch.hr,
         lr=batch.lr,

@@ -65,6 +65,11 @@ class TrainingSettings(Settings):
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm; null: never.")
     optimizer: OptimizerSettings = Field(OptimizerSettings(), description="The optimizer.")
     schedule: ScheduleSettings = Field(ScheduleSettings(), description="The learning-rate schedule.")
+    turns: Literal["together", "alternate"] = Field(
+        "together",
+        description="alternate: odd steps move the trained networks, even ones what learns beside them (the losses gan and vsd), as HYPIR "
+        "and StrSR do; both count as steps.",
+    )
     ema: EMASettings | None = Field(None, description="Moving average of the trained weights; null: off.")
     log_every: int = Field(10, ge=1, description="Optimizer steps between two lines in the tracker.")
     non_finite_limit: int = Field(20, ge=1, description="Stop after this many steps in a row with a loss or gradient that is not a number.")

@@ -186,7 +186,8 @@ def test_every_network_is_in_the_estimate():
     before = step_bytes(load_recipe("tiny_autoencoder", [*COMMON, *size, f"losses=[{plain}]"]))
     ranker, vgg = "{kind: rank, file: none.pth}", "{kind: perceptual, file: none.pth}"
     gan = "{kind: gan, discriminator: vgg, objective: relativistic}"
-    for text, settings in ((ranker, {"file": "none.pth"}), (vgg, {}), (gan, {"discriminator": "vgg"})):
+    dists = "{kind: dists, file: none.pth}"
+    for text, settings in ((ranker, {"file": "none.pth"}), (vgg, {}), (dists, {}), (gan, {"discriminator": "vgg"})):
         after = step_bytes(load_recipe("tiny_autoencoder", [*COMMON, *size, f"losses=[{plain}, {text}]"]))
         loss = LOSSES[text[1:].split(",")[0].split(": ")[1]]
         network = loss.build(loss.settings_class(**settings), Means(side=64, shapes=True)).network

@@ -18,7 +18,7 @@ SIDE = 5  # of the patches of a spectrum that are projected
 
 
 class FDLSettings(FeatureSettings):
-    """Distance of the distributions of amplitude and phase of features; it holds no pixel to its place, and lines in the spectrum cost."""
+    """Distance of the distributions of amplitude and phase of features; no pixel is held to its place."""
 
     kind: Literal["fdl"] = "fdl"
     layers: dict[str, float] = Field(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from one_step_cases import TOYS, save_base, stock, toy_settings, with_loras
+from one_step_cases import TOYS, WHOLE, save_base, stock, toy_settings, with_loras
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -133,6 +133,41 @@ def test_only_what_the_recipe_names_trains_and_all_of_that_gets_a_gradient(bases
     assert not any(parameter.requires_grad for parameter in networks.codec.vae.decoder.parameters())
     again = task.draw(toy_batch([1]), losses)
     assert torch.equal(again.noise["posterior_lr"][0], draws.noise["posterior_lr"][1]), "a sample's noise is its own"
+
+
+@KINDS
+def test_the_prior_is_the_base_and_stands_on_its_weights(kind: str, bases) -> None:
+    networks = with_loras(kind, bases(kind), full=WHOLE[kind])
+    prior = networks.prior(rank=2, negative_prompt="", seed=4)
+    fresh = with_loras(kind, bases(kind), drawn=False)
+    z = torch.randn(2, networks.codec.latent_channels, 8, 6, generator=seeded(2))
+    t = torch.tensor([40, 700])
+    with torch.no_grad():
+        want = fresh.denoiser(z, networks.base_process.timestep(t), Condition(text=networks.text))
+        for parameter in prior.network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+        assert (prior.predict(z, t, guidance=7.5, learned=False) - want).abs().max() < CLOSE
+        assert (prior.predict(z, t, guidance=7.5, learned=True) - want).abs().max() > 1e-3
+    frozen = {id(parameter) for parameter in networks.denoiser.parameters() if not parameter.requires_grad}
+    own = [parameter for parameter in prior.network.parameters() if id(parameter) not in frozen]
+    whole = sum(parameter.numel() for parameter in networks.full_tensors().values())
+    assert sum(parameter.numel() for parameter in own if not parameter.requires_grad) == whole, (
+        "what trains whole is a copy, all else is one"
+    )
+    prior.predict(z, t, guidance=1, learned=True).square().mean().backward()
+    assert all((parameter.grad is None) != parameter.requires_grad for parameter in prior.network.parameters())
+    with pytest.raises(UserError, match=r"vsd\.negative_prompt: .* has no text encoder, got 'blurry'"):
+        networks.prior(rank=2, negative_prompt="blurry", seed=4)
+
+
+def test_latents_of_the_truth_are_the_bases_own(bases) -> None:
+    networks = with_loras("sd3", bases("sd3"), encoder_lora=ENCODER)
+    fresh = with_loras("sd3", bases("sd3"), drawn=False)
+    pixels, noise = smooth(1)[None], torch.zeros(1, 4, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(networks.truth(pixels, noise), fresh.codec.encode(pixels, noise))
+        assert not torch.equal(networks.codec.encode(pixels, noise), fresh.codec.encode(pixels, noise))
 
 
 def test_whole_layers_are_stored_beside_the_lora(bases, tmp_path: Path) -> None:

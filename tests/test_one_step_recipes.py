@@ -96,6 +96,7 @@ def test_the_tiny_one_trains_goes_on_exactly_and_is_merged(tmp_path: Path, monke
     raw["model"]["lora"]["targets"] = "attention"
     raw["model"]["encoder_lora"] = {"rank": 2, "targets": ["conv1"]}
     raw["validation"] |= {"limit": 0}
+    raw["losses"] += [{"kind": "vsd", "rank": 2}, {"kind": "gan", "space": "latent", "discriminator": "patch", "layers": 1, "width": 8}]
     raw["checkpoints"] |= {"every": 2}
 
     def run(where: str, **how: Any) -> Path:

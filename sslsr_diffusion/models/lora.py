@@ -73,7 +73,7 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]
 
 
 def add_lora(model: Any, settings: LoRASettings, *, seed: int) -> list[str]:
-    """Freeze a diffusers model and give it LoRA layers that train; the names of their parameters.
+    """Freeze a diffusers model and give it LoRA layers that train, in float32 whatever the model is in; the names of their parameters.
 
     B is zero, so the model says what it said. `seed`: of A. Raises MissingDependency: there is no peft.
     """
@@ -89,11 +89,22 @@ def add_lora(model: Any, settings: LoRASettings, *, seed: int) -> list[str]:
     with torch.random.fork_rng(devices=[]), torch.device("meta") if device.type == "meta" else contextlib.nullcontext():
         torch.manual_seed(derive_seed(seed, "lora"))
         model.add_adapter(config, adapter_name=NAME)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+    return list(trained)
 
 
 def has_lora(model: Any) -> bool:
     return NAME in getattr(model, "peft_config", {})
+
+
+def scale_lora(model: nn.Module, scale: float) -> None:
+    """How much of the LoRA layers is taken: 1 as trained, 0 the frozen weights alone."""
+    layer = import_peft().tuners.lora.LoraLayer
+    for module in model.modules():
+        if isinstance(module, layer):
+            module.set_scale(NAME, scale)
 
 
 def save_lora(models: Mapping[str, Any], folder: Path, file: str = FILE) -> None:

@@ -188,6 +188,13 @@ class LatentNetworks(Networks):
         for part in (self.codec, self.denoiser):
             part.to(dtype)
 
+    def prior(self, *, rank: int, negative_prompt: str, seed: int) -> Any:
+        """The frozen diffusion model that these networks were made from, with a fresh LoRA of its own (losses.base.Prior).
+
+        Of tasks that give "prior" alone.
+        """
+        raise NotImplementedError
+
     def start_at(self, timestep: int) -> None:
         """Shorten the process, so that sampling starts at this timestep; UserError where it ends before."""
         self.process = self.process.until(timestep)

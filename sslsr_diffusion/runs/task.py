@@ -1,5 +1,6 @@
 """The task that a recipe describes, built (with `meta` from shapes alone), and the result that its checkpoint gives."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import atomic_folder
 from sslsr_diffusion.inference.open import find_model
 from sslsr_diffusion.losses import LOSSES, Means
-from sslsr_diffusion.models.networks import PixelNetworks
+from sslsr_diffusion.models.networks import LatentNetworks, PixelNetworks
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.frame import Frame
@@ -26,15 +27,21 @@ def build_task(recipe: Recipe, *, meta: bool = False) -> Task:
     """The task of a recipe; with `meta` no weights are read and no hub is asked. UserError: a part cannot be built."""
     task = recipe.task_kind.build(recipe.task, frame_of(recipe, meta=meta))
     for i, loss in enumerate(recipe.losses):
-        lacking = sorted(LOSSES[loss.kind].reads - task.gives)
+        lacking = sorted(LOSSES[loss.kind].reads_of(loss) - task.gives)
         if lacking:
             raise UserError(f"losses.{i}.kind: {loss.kind} reads {lacking[0]}, which this model does not make; leave it out.")
     return task
 
 
-def means_of(recipe: Recipe, *, shapes: bool = False) -> Means:
+def means_of(recipe: Recipe, task: Task, *, shapes: bool = False) -> Means:
     """What the losses of a recipe are built with; with `shapes` on the meta device, and nothing is read."""
-    return Means(seed=recipe.seed, side=recipe.picture_side, shapes=shapes)
+    means = Means(seed=recipe.seed, side=recipe.picture_side, shapes=shapes)
+    if not isinstance(task.networks, LatentNetworks):
+        return means
+    side = recipe.training.crop_size
+    channels, height, _ = task.networks.codec.noise_shape(torch.empty(1, 3, side, side, device="meta"))[1:]
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.training.mixed_precision)
+    return replace(means, latent=(channels, height), prior=task.networks.prior, half=half)
 
 
 def frame_of(recipe: Recipe, *, meta: bool = False) -> Frame:

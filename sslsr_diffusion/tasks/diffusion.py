@@ -65,7 +65,7 @@ class DiffusionTask(TaskBase):
 
     networks: LatentNetworks
     settings: ClassVar[type[TaskSettings]] = DiffusionTaskSettings
-    gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr", "sr_ema"})
+    gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr", "sr_ema", "z0"})
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class DiffusionTask(TaskBase):
         process, codec = self.networks.process, self.networks.codec
         places = [int(torch.randint(len(self.timesteps), (), generator=sample_generator(self.seed, i, "timestep"))) for i in indices]
         t = torch.tensor([self.timesteps[place] for place in places])
-        given = Given(t=t.to(device), noise_level=process.noise_level(t).to(device))
+        given = Given(t=t.to(device), index=batch.index.to(device), noise_level=process.noise_level(t).to(device))
         latent, height, width = codec.noise_shape(batch.hr)[1:], *batch.hr.shape[-2:]
         shapes = {"posterior_hr": latent, "posterior_lr": self.networks.seen_noise_shape(height, width), "noise": latent}
         noise = {purpose: per_sample_noise(self.seed, indices, purpose, shape).to(device) for purpose, shape in shapes.items()}
@@ -137,6 +137,5 @@ class DiffusionTask(TaskBase):
         pred = module(zt, nets.process.timestep(t), condition).float()  # epsilon, v, velocity: only the process knows which
         clean, _ = nets.process.clean_and_noise(pred, zt, t)
         gain = nets.process.clean_gain(t).to(pred.device)
-        return Outputs(
-            **vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=decoded(nets.codec, clean, draws.given, draws.windows)
-        )
+        sr = decoded(nets.codec, clean, draws.given, draws.windows)
+        return Outputs(**vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=sr, z0=clean, z0_hr=z0)

@@ -68,7 +68,8 @@ def seen(batch: Batch, zoom: int = 1) -> Tensor:
 def all_samples(batch: Batch) -> Given:
     """For tasks without noise levels: no sample is gated out."""
     samples, device = batch.hr.shape[0], batch.hr.device
-    return Given(t=torch.zeros(samples, dtype=torch.int64, device=device), noise_level=torch.zeros(samples, device=device))
+    t, level = torch.zeros(samples, dtype=torch.int64, device=device), torch.zeros(samples, device=device)
+    return Given(t=t, noise_level=level, index=batch.index.to(device))
 
 
 def all_pixels(batch: Batch) -> Given:

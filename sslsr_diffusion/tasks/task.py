@@ -37,7 +37,7 @@ class Task(Protocol):
 
     @property
     def gives(self) -> frozenset[str]:
-        """Of "pred", "sr", "lr", "sr_ema", "branch", "moments": a loss is possible where its `reads` are among them.
+        """Of "pred", "sr", "lr", "sr_ema", "branch", "z0", "moments", "prior": a loss is possible where its `reads` are among them.
 
         `run` computes them, but for "sr_ema": that is the "sr" of a second run, with a `module` that has the averaged weights.
         """

@@ -11,9 +11,10 @@ from sslsr_diffusion.models.base import Base
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Text
 from sslsr_diffusion.models.lora import FILE as LORA
-from sslsr_diffusion.models.lora import NAME, add_lora, has_lora, load_lora, merged, resolve_targets, save_lora
+from sslsr_diffusion.models.lora import LoRASettings, add_lora, has_lora, load_lora, merged, resolve_targets, save_lora, scale_lora
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.models.one_step.backbone import Backbone
+from sslsr_diffusion.models.one_step.prior import BasePrior, base_prior
 from sslsr_diffusion.models.one_step.result import (
     FULL,
     PROMPT,
@@ -54,7 +55,7 @@ class OneStepNetworks(LatentNetworks):
         """
         levels = _levels(process, settings, base)
         super().__init__(codec, denoiser, levels[0], text, base=base, revision=source.revision if source else None)
-        self.settings, self.source, self.seed = settings, source, seed
+        self.settings, self.source, self.seed, self.base_process = settings, source, seed, process
         self.whole = False  # whether LoRAs are merged, and a result is the whole model
         self.call: dict[str, Any] = {}  # defaults of a call, as a result brought them along
         self._at, self._noised_at = levels[1:]
@@ -98,7 +99,7 @@ class OneStepNetworks(LatentNetworks):
             )
 
     def add_trained(self, seed: int) -> None:
-        """Put the settings' LoRAs beside the frozen layers, in float32, and choose the layers that train whole.
+        """Put the settings' LoRAs beside the frozen layers, and choose the layers that train whole.
         UserError for a layer that the network does not have, or that has a LoRA.
         """
         network, vae, settings = self.denoiser.network, self.codec.vae, self.settings
@@ -107,8 +108,6 @@ class OneStepNetworks(LatentNetworks):
         if settings.encoder_lora is not None:
             names = resolve_targets(vae.encoder, settings.encoder_lora.targets)
             add_lora(vae, settings.encoder_lora.model_copy(update={"targets": [f"encoder.{name}" for name in names]}), seed=seed + 1)
-        for lora in filter(lambda parameter: parameter.requires_grad, self.parameters()):
-            lora.data = lora.data.float()
         self._check_full()
         for tensor in self.full_tensors().values():
             tensor.requires_grad_(True)
@@ -125,7 +124,28 @@ class OneStepNetworks(LatentNetworks):
     def scale_loras(self, scale: float) -> None:
         """How much of the LoRAs is taken: 1 as trained, 0 the base alone."""
         for part in self._with_lora.values():
-            part.set_adapters(NAME, scale)
+            scale_lora(part, scale)
+
+    @torch.no_grad()
+    def truth(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """The ground truth's latents, [B, 3, H, W] in [0, 1] -> [B, C, h, w] float32: by the encoder as the base has it."""
+        trained = has_lora(self.codec.vae)
+        if trained:
+            scale_lora(self.codec.vae, 0)
+        latents = self.codec.encode(pixels, noise)
+        if trained:
+            scale_lora(self.codec.vae, 1)
+        return latents
+
+    def prior(self, *, rank: int, negative_prompt: str, seed: int) -> BasePrior:
+        """The frozen base with a LoRA of its own on the same layers; UserError for a negative prompt that nothing can encode."""
+        negative = None
+        if negative_prompt != self.settings.prompt and not self.text_sequence.is_meta:
+            if self.source is None or not self.source.has("text_encoder"):
+                raise UserError(f"losses: vsd.negative_prompt: {self.base} has no text encoder, got {negative_prompt!r}; leave it empty.")
+            negative = self.denoiser.encode(self.source, negative_prompt)
+        lora = (self.settings.lora or LoRASettings()).model_copy(update={"rank": rank, "alpha": None})
+        return base_prior(self.denoiser, self.base_process, (self.text, negative), lora, seed=seed)
 
     def load(self, folder: Path) -> None:
         """The trained tensors of a result into the frozen base; UserError where they are of another base."""

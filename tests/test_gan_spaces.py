@@ -85,7 +85,7 @@ def latent_part(given: Outputs, *places: int) -> Outputs:
 
 def test_on_latents_it_sees_latents_as_they_are():
     loss, given = on_latents(weight=0.5), latents()
-    assert loss.reads == {"z0"}
+    assert loss.reads == {"z0", "z0_hr"}
     value, terms = loss(given)
     network = nn.Sequential(*loss.network)  # without the way to [-1, 1] that pictures have
     with torch.no_grad():

@@ -103,6 +103,19 @@ def test_on_latents_it_sees_latents_as_they_are():
         loss(replace(given, z0=None))
 
 
+@pytest.mark.parametrize("space", ["latent", "stages"])
+def test_the_gradient_of_the_prediction_in_float64(space, open_clip):
+    loss, given, field = (on_latents(), latents(), "z0") if space == "latent" else (on_stages(open_clip), outputs(), "sr")
+    loss.network.eval()
+    loss(given)[0].backward()
+    got = getattr(given, field).grad
+    double = getattr(given, field).detach().double().requires_grad_()
+    said = loss.network.double()(double)
+    said = [said] if isinstance(said, Tensor) else said
+    (0.1 * sum(F.softplus(-level).mean() for level in said)).backward()
+    assert (got - double.grad).norm() <= 1e-4 * double.grad.norm()
+
+
 @pytest.mark.parametrize("r1", [{}, {"r1_weight": 3.0}, {"r1_weight": 3.0, "r1_noise": 0.005}], ids=["plain", "slope", "noise"])
 @pytest.mark.parametrize("space", ["latent", "stages"])
 def test_micro_batches_add_up(space, r1, open_clip):

@@ -21,7 +21,7 @@ from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved
 NAMES = [name.removeprefix("one_step/") for name in shipped_recipes() if name.startswith("one_step/")]
 METHODS = [name for name in NAMES if f"{name}_ssl" in NAMES]
 PAGE = (Path(__file__).parents[1] / "docs" / "one_step.md").read_text(encoding="utf-8")
-PLAYED = {"sd21_omgsr"}  # its memory is estimated, which takes seconds
+PLAYED = {"sd21_osediff"}  # its memory is estimated, which takes seconds
 TRAINED = {  # millions, as published or counted on the classes
     "sd21_hypir": 259.47,
     "sd21_osediff": 4.43,

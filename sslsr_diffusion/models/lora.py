@@ -107,6 +107,13 @@ def scale_lora(model: nn.Module, scale: float) -> None:
             module.set_scale(NAME, scale)
 
 
+def lora_layers(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Name of each layer that has a LoRA -> A [r, in, ...], B [out, r, ...] and alpha."""
+    layer = import_peft().tuners.lora.LoraLayer
+    found = {name: module for name, module in model.named_modules() if isinstance(module, layer)}
+    return {name: (each.lora_A[NAME].weight, each.lora_B[NAME].weight, float(each.lora_alpha[NAME])) for name, each in found.items()}
+
+
 def save_lora(models: Mapping[str, Any], folder: Path, file: str = FILE) -> None:
     """Write the LoRA layers of models as diffusers' pipelines read them with `load_lora_weights`.
 

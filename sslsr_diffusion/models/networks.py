@@ -61,6 +61,10 @@ class Networks(nn.Module):
         """Add LoRAs to the weights of the base, so that a result is the whole model; UserError where there are none."""
         raise UserError(f"merge: expected a model with a LoRA, {self.base} has none; leave it out.")
 
+    def for_comfyui(self, folder: Path, scale: float) -> list[str]:
+        """Write a LoRA as ComfyUI loads it, and sentences on what it lacks; UserError where there is none."""
+        raise UserError(f"comfyui: expected a model with a LoRA of its own, {self.base} has none; leave it out.")
+
     def left_out(self) -> list[str]:
         """Sentences on what others, who load a result without this package, do not do with it."""
         return []

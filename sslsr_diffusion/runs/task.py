@@ -79,6 +79,7 @@ def export_checkpoint(
     half: bool = False,
     blend: tuple[str, float] | None = None,
     merge: bool = False,
+    comfyui: bool = False,
 ) -> tuple[int, list[str]]:
     """Write the result of a checkpoint: networks from its recipe and base, trained tensors from it.
 
@@ -87,6 +88,7 @@ def export_checkpoint(
     Args:
         averaged: the moving average of the trained tensors, where the run kept one.
         half: float16 files, half the size; loading converts to whatever precision is asked for.
+        comfyui: of a LoRA: ComfyUI's files beside the result, too.
         merge: of a LoRA: the whole model with the LoRA in its weights, in the place of the LoRA.
         blend: another model, and the share of this one in every weight of the result; the rest is the other's.
     Raises UserError: the checkpoint is damaged, or belongs to a model that can no longer be built; the other model is another network.
@@ -107,9 +109,10 @@ def export_checkpoint(
 
     with atomic_folder(output) as new:
         task.save(new)
+        notes = task.networks.for_comfyui(new, recipe.scale) if comfyui else []
         if half:
             halve(new)
-    return int(state["progress"]["step"]), task.networks.left_out()
+    return int(state["progress"]["step"]), [*notes, *task.networks.left_out()]
 
 
 def _blend(task: Task, recipe: Recipe, other: str, alpha: float) -> None:

@@ -11,9 +11,20 @@ from sslsr_diffusion.models.base import Base
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Text
 from sslsr_diffusion.models.lora import FILE as LORA
-from sslsr_diffusion.models.lora import LoRASettings, add_lora, has_lora, load_lora, merged, resolve_targets, save_lora, scale_lora
+from sslsr_diffusion.models.lora import (
+    LoRASettings,
+    add_lora,
+    has_lora,
+    load_lora,
+    lora_layers,
+    merged,
+    resolve_targets,
+    save_lora,
+    scale_lora,
+)
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.models.one_step.backbone import Backbone
+from sslsr_diffusion.models.one_step.comfyui import why_not, write_comfyui
 from sslsr_diffusion.models.one_step.prior import BasePrior, base_prior
 from sslsr_diffusion.models.one_step.result import (
     FULL,
@@ -198,6 +209,18 @@ class OneStepNetworks(LatentNetworks):
                 self.denoiser.network = merged(network.float())
         self.settings = self.settings.model_copy(update={"lora": None, "encoder_lora": None, "full": (), "weights": "float32"})
         self.whole = True
+
+    def for_comfyui(self, folder: Path, scale: float) -> list[str]:
+        if self.settings.lora is None:
+            return super().for_comfyui(folder, scale)
+        signal, spread = self.process.level(self._at)
+        shift = self.codec.vae.config.get("shift_factor")
+        why = why_not(shift=shift, noised=self.starts_noised, residual=self.settings.x0 == "residual", signal=signal)
+        sigma = spread if self.denoiser.flow else spread / signal
+        call = {"base": Path(self.base).name, "part": self.denoiser.part, "prompt": self.settings.prompt, "sigma": sigma, "scale": scale}
+        layers = lora_layers(self.denoiser.network)
+        write_comfyui(folder, self.denoiser.part, layers, None if why else {**call, "gain": 1 / signal})
+        return [f"there is no workflow for ComfyUI, but the LoRA alone: {why}"] if why else []
 
     def left_out(self) -> list[str]:
         said = {

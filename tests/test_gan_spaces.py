@@ -85,7 +85,7 @@ def latent_part(given: Outputs, *places: int) -> Outputs:
 
 def test_on_latents_it_sees_latents_as_they_are():
     loss, given = on_latents(weight=0.5), latents()
-    assert loss.reads == {"z0"}
+    assert loss.reads == {"z0", "z0_hr"}
     value, terms = loss(given)
     network = nn.Sequential(*loss.network)  # without the way to [-1, 1] that pictures have
     with torch.no_grad():
@@ -101,6 +101,19 @@ def test_on_latents_it_sees_latents_as_they_are():
     assert gated(given)[0].item() == pytest.approx(on_latents()(latent_part(given, 0))[0].item(), rel=1e-4)
     with pytest.raises(ValueError, match=r"Outputs\.z0 and Outputs\.z0_hr"):
         loss(replace(given, z0=None))
+
+
+@pytest.mark.parametrize("space", ["latent", "stages"])
+def test_the_gradient_of_the_prediction_in_float64(space, open_clip):
+    loss, given, field = (on_latents(), latents(), "z0") if space == "latent" else (on_stages(open_clip), outputs(), "sr")
+    loss.network.eval()
+    loss(given)[0].backward()
+    got = getattr(given, field).grad
+    double = getattr(given, field).detach().double().requires_grad_()
+    said = loss.network.double()(double)
+    said = [said] if isinstance(said, Tensor) else said
+    (0.1 * sum(F.softplus(-level).mean() for level in said)).backward()
+    assert (got - double.grad).norm() <= 1e-4 * double.grad.norm()
 
 
 @pytest.mark.parametrize("r1", [{}, {"r1_weight": 3.0}, {"r1_weight": 3.0, "r1_noise": 0.005}], ids=["plain", "slope", "noise"])

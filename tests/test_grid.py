@@ -17,6 +17,7 @@ from toys import smooth, toy_job, toy_validation
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.grid import grid, line_heights
+from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.pairing import pair_files
 from sslsr_diffusion.evaluation.report import render_report
 from sslsr_diffusion.evaluation.results import ResultStore
@@ -24,7 +25,7 @@ from sslsr_diffusion.evaluation.scoring import score
 from sslsr_diffusion.evaluation.summary import summarize
 from sslsr_diffusion.images import resize_bicubic, to_array, to_tensor
 from sslsr_diffusion.runs.recipe import Recipe
-from sslsr_diffusion.runs.start import validation_metric
+from sslsr_diffusion.runs.start import lacking_metrics, validation_metric
 from sslsr_diffusion.training.loop import train_job
 
 PHOTO = Path(__file__).parents[1] / "examples/photos/validation/dandelion.jpg"
@@ -181,6 +182,20 @@ def test_what_is_refused_must_be_measured():
     parse(Recipe, {**values, "validation": {"metrics": ["psnr", "grid"], "refuse": {"grid": 4}}})
     with pytest.raises(RecipeError, match=r"validation\.refuse: 'grid' is not measured; expected one of validation\.metrics: psnr, ssim\."):
         parse(Recipe, {**values, "validation": {"refuse": {"grid": 4}}})
+
+
+def test_a_guard_that_cannot_be_measured_is_said_before_the_run(monkeypatch):
+    lacking = replace(METRICS["grid"], lacks=lambda *, download: "needs a package; pip install it")
+    monkeypatch.setitem(METRICS, "grid", lacking)
+    values = {
+        "data": {"sources": []},
+        "losses": [{"kind": "diffusion"}],
+        "validation": {"metrics": ["psnr", "grid"], "refuse": {"grid": 4}},
+    }
+    recipe = parse(Recipe, values)
+    assert lacking_metrics(recipe) == {"grid": "grid: needs a package; pip install it; without it no weights are kept as the best"}
+    recipe = parse(Recipe, {**values, "validation": {**values["validation"], "best": "grid", "refuse": {}}})
+    assert lacking_metrics(recipe)["grid"].endswith("no weights are kept as the best (--set validation.best=psnr chooses by that)")
 
 
 def test_smooth_pictures_have_no_raster():

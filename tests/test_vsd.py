@@ -6,16 +6,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from one_step_cases import toy, toy_text
 from test_gan import stop_after_ten
 from torch import Tensor, nn
-from toys import assert_same_checkpoint, smooth, toy_job, toy_losses
+from toys import assert_same_checkpoint, smooth, toy_batch, toy_job, toy_losses
 
-from sslsr_diffusion.losses import Means
+from sslsr_diffusion.losses import Means, build_losses
+from sslsr_diffusion.losses.gan import GANSettings
+from sslsr_diffusion.losses.pixel import PixelL2Settings
 from sslsr_diffusion.losses.vsd import VSDLoss, VSDSettings
+from sslsr_diffusion.models.condition import Condition, Text
+from sslsr_diffusion.models.lora import LoRASettings
+from sslsr_diffusion.models.one_step.prior import base_prior
 from sslsr_diffusion.models.process import DDPM
 from sslsr_diffusion.seeding import sample_generator
+from sslsr_diffusion.tasks.one_step import OneStepTask
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.loop import train_job
+from sslsr_diffusion.training.session import Session
+from sslsr_diffusion.training.settings import TrainingSettings
 from sslsr_diffusion.types import Outputs
 
 
@@ -144,3 +153,39 @@ def test_a_run_that_stops_goes_on_bit_by_bit_and_keeps_no_frozen_weights(tmp_pat
     assert {"down.weight", "up.weight"} <= kept["learner-vsd"].keys()
     assert not {"base.weight", "texts"} & kept["learner-vsd"].keys()
     assert kept["learner-vsd"]["up.weight"].any()
+
+
+def test_guidance_leads_away_from_the_negative_text():
+    networks, text = toy("sd"), toy_text("sd")
+    negative = Text(text.sequence.flip(1)[:, :4])  # of another length
+    prior = base_prior(networks.denoiser, networks.process, (text, negative), LoRASettings(rank=2), seed=3)
+    zt, t = torch.randn(1, networks.codec.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([400])
+    with torch.no_grad():
+        towards, away = (prior.network(zt, t, Condition(text=each)) for each in (text, negative))
+        said = prior.predict(zt, t, guidance=7.5, learned=False)
+        assert torch.equal(prior.predict(zt, t, guidance=1.0, learned=False), towards)
+    assert torch.allclose(said, away + 7.5 * (towards - away), atol=1e-5)
+    assert (said - towards).norm() > 0.01 * towards.norm()
+
+
+def test_a_one_step_model_learns_by_it(tmp_path):
+    """Beside a GAN on its latents, on the real step; the truth is encoded for the GAN alone."""
+    networks = toy("sd")
+    task = OneStepTask(networks, seed=3)
+    entries = [PixelL2Settings(), VSDSettings(lr=1e-2), GANSettings(space="latent", discriminator="patch", layers=1, width=4)]
+    losses = build_losses(entries, Means(seed=3, latent=(networks.codec.latent_channels, 8), prior=networks.prior))
+    settings = TrainingSettings.model_validate({"steps": 2, "crop_size": 32})
+    session = Session(task, losses, settings, seed=3, trackers=(), run=tmp_path)
+    assert "posterior_hr" not in task.draw(toy_batch([1]), losses[:2]).noise
+    sides = [list(session.parameters.values()), losses[1].trained, losses[2].trained]
+    before = [[parameter.detach().clone() for parameter in side] for side in sides]
+    frozen = [parameter.detach().clone() for parameter in losses[1].network.parameters() if not parameter.requires_grad]
+    for step in range(2):
+        report = session.step([toy_batch([step, 5 + step])])
+        assert report.updated
+    assert {"loss/vsd", "loss/vsd/score", "loss/gan", "loss/gan/discriminator"} <= report.values().keys()
+    for side, old in zip(sides, before):
+        assert not all(map(torch.equal, old, side))
+    now = [parameter for parameter in losses[1].network.parameters() if not parameter.requires_grad]
+    assert all(map(torch.equal, frozen, now))
+    session.close()

@@ -120,7 +120,7 @@ class GANLoss(LearningLoss, PixelLoss):
 
     @classmethod
     def reads_of(cls, settings: GANSettings) -> frozenset[str]:
-        return frozenset({"z0"}) if settings.space == "latent" else cls.reads
+        return frozenset({"z0", "z0_hr"}) if settings.space == "latent" else cls.reads
 
     @classmethod
     def build(cls, settings: GANSettings, means: Means) -> Self | None:

@@ -65,7 +65,7 @@ class DiffusionTask(TaskBase):
 
     networks: LatentNetworks
     settings: ClassVar[type[TaskSettings]] = DiffusionTaskSettings
-    gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr", "sr_ema", "z0"})
+    gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr", "sr_ema", "z0", "z0_hr"})
 
     def __init__(
         self,

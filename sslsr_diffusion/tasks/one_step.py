@@ -29,7 +29,7 @@ class OneStepTask(TaskBase):
 
     networks: OneStepNetworks
     settings: ClassVar[type[TaskSettings]] = OneStepTaskSettings
-    gives: ClassVar[frozenset[str]] = frozenset({"sr", "sr_ema", "z0", "prior"})
+    gives: ClassVar[frozenset[str]] = frozenset({"sr", "sr_ema", "z0", "z0_hr", "prior"})
 
     def __init__(self, networks: OneStepNetworks, *, seed: int, decode_crop: int | None = None, restorer: Restorer | None = None) -> None:
         self.networks, self.restorer = networks, restorer
@@ -47,14 +47,14 @@ class OneStepTask(TaskBase):
         codec, device = self.networks.codec, batch.hr.device
         shape = codec.noise_shape(batch.hr)[1:]
         reads = reads_of(losses)
-        purposes = ["posterior_lr", *(["noise"] if self.networks.starts_noised else []), *(["posterior_hr"] if "z0" in reads else [])]
+        purposes = ["posterior_lr", *(["noise"] if self.networks.starts_noised else []), *(["posterior_hr"] if "z0_hr" in reads else [])]
         noise = {purpose: per_sample_noise(self.seed, batch.index.tolist(), purpose, shape).to(device) for purpose in purposes}
         given, windows = choose_pixels(all_samples(batch), batch, losses, scale=codec.scale, decode_crop=self.decode_crop, seed=self.seed)
         return Draws(given, noise, windows, reads)
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         x0 = module(seen(batch), draws.noise["posterior_lr"], draws.noise.get("noise"))
-        z0_hr = self.networks.truth(batch.hr, draws.noise["posterior_hr"]) if "z0" in draws.reads else None
+        z0_hr = self.networks.truth(batch.hr, draws.noise["posterior_hr"]) if "z0_hr" in draws.reads else None
         return Outputs(**vars(draws.given), sr=decoded(self.networks.codec, x0, draws.given, draws.windows), z0=x0, z0_hr=z0_hr)
 
 

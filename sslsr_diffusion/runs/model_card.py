@@ -30,6 +30,7 @@ LICENCES = {  # of known bases; the model is derived from its base
     SMALL: "apache-2.0",
     "sd2-community/": "openrail++",
     "stabilityai/stable-diffusion-2": "openrail++",
+    "stabilityai/stable-diffusion-x4-upscaler": "openrail++",
     "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
     "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
     "Tongyi-MAI/Z-Image": "apache-2.0",

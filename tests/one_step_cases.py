@@ -133,16 +133,38 @@ def save_base(kind: str, folder: Path) -> Path:
     return folder
 
 
-def with_loras(kind: str, base: Path, *, drawn: bool = True, **values: Any) -> OneStepNetworks:
-    """Networks on a base's folder whose LoRAs, unless they are fresh, say something; alpha is not the rank."""
+def with_loras(kind: str, base: Path, *, drawn: bool = True, text: bool = False, **values: Any) -> OneStepNetworks:
+    """Networks on a base's folder whose LoRAs, unless they are fresh, say something; alpha is not the rank. `text`: the base's own."""
     lora = {"rank": 3, "alpha": 7.5, "targets": "attention"}
     at = {"timestep": AT[kind]} if kind == "sd" else {"sigma": AT[kind]}
     plain = {"base": str(base), "preset": TOYS[kind], "lora": lora, **at}
     networks = build_networks(OneStepSettings.model_validate({**plain, **values}), seed=5)
-    networks.text_sequence, networks.text_pooled = toy_text(kind)
+    if not text:
+        networks.text_sequence, networks.text_pooled = toy_text(kind)
     if drawn:
         generator = torch.Generator().manual_seed(11)
         with torch.no_grad():
             for parameter in (each for each in networks.parameters() if each.requires_grad):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return networks
+
+
+def save_pipeline(kind: str, folder: Path) -> Path:
+    """The base of `flux2` or `zimage` as a whole pipeline, with a Qwen3 of 28 tiny layers that reads bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+    names = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2TokenizerFast(vocab={name: i for i, name in enumerate(names)}, merges=[])
+    tokenizer.chat_template = "{% for said in messages %}<|im_start|>{{ said.role }} {{ said.content }}<|im_end|>{% endfor %}"
+    width = load_preset(TOYS[kind])["transformer"]["joint_attention_dim" if kind == "flux2" else "cap_feat_dim"]
+    hidden = width // 3 if kind == "flux2" else width  # three layers are stacked
+    small = {"num_hidden_layers": 28, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 16}
+    torch.manual_seed(3)
+    config = Qwen3Config(vocab_size=len(names), hidden_size=hidden, **small)
+    networks = toy(kind, lora=None, full=WHOLE[kind])
+    parts = {"vae": networks.codec.vae, "transformer": networks.denoiser.network, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    encoder = (Qwen3ForCausalLM if kind == "flux2" else Qwen3Model)(config)
+    pipeline = Flux2KleinPipeline if kind == "flux2" else ZImagePipeline
+    pipeline(**parts, text_encoder=encoder, tokenizer=tokenizer).save_pretrained(folder)
+    return folder

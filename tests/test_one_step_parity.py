@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from golden_models import random_like, relative_error
-from one_step_cases import AT, NOISED, TOYS, Stock, stock, toy
+from one_step_cases import AT, NOISED, TOYS, Stock, save_pipeline, stock, toy, with_loras
 from toys import smooth
 
+from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.one_step.networks import OneStepNetworks
 from sslsr_diffusion.models.process import Flow
+from sslsr_diffusion.tables import named
 
 CLOSE = 1e-5  # float32 through the same layers in another order of sums
 KINDS = pytest.mark.parametrize("kind", TOYS)
@@ -73,3 +79,27 @@ def test_at_sigma_one_the_rules_of_process_and_residual_are_one() -> None:
     assert torch.equal(*made)
     other = toy("sd3", x0="residual")
     assert torch.equal(other.clean(pred, z, z), z - pred)
+
+
+@pytest.mark.parametrize("kind", ["flux2", "zimage"])
+def test_the_prompt_is_encoded_as_the_pipeline_does(kind: str, tmp_path: Path) -> None:
+    base = save_pipeline(kind, tmp_path / "base")
+    networks = with_loras(kind, base, drawn=False, prompt="a sharp photo", text=True)
+    pipe = named(f"diffusers:{networks.denoiser.pipeline_class}").from_pretrained(base, torch_dtype=torch.bfloat16)
+    with torch.no_grad():
+        (want, *_) = pipe.encode_prompt("a sharp photo", **({} if kind == "flux2" else {"do_classifier_free_guidance": False}))
+    want = want if kind == "flux2" else want[0][None]
+    assert torch.equal(networks.text.sequence, want.float())
+    assert networks.text.sequence.abs().max() > 0.01
+    prior = networks.prior(rank=1, negative_prompt="blurry", seed=0)
+    z = random_like((1, networks.codec.latent_channels, 4, 4), seed=1)
+    asked = [prior.predict(z, torch.tensor([500]), guidance=guidance, learned=False) for guidance in (1.0, 3.0)]
+    assert not torch.equal(*asked)
+
+    networks.save(tmp_path / "lora")
+    shutil.rmtree(base / "text_encoder")  # whoever upscales does without
+    opened = FAMILIES["one_step"].read(tmp_path / "lora")
+    assert isinstance(opened, OneStepNetworks)
+    assert torch.equal(opened.text.sequence, networks.text.sequence)
+    with pytest.raises(UserError, match="lacks its text_encoder"):
+        with_loras(kind, base)

@@ -157,7 +157,10 @@ def test_another_kind_of_task_replaces_the_section_that_is_extended(tmp_path: Pa
     assert other == TASKS["decoder"].settings()
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_recipes() if not name.startswith("one_step/")])  # test_one_step_recipes.py
+OTHERS = [name for name in shipped_recipes() if not name.startswith("one_step/")]  # of those: test_one_step_recipes.py
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "one_step/tiny"])
 def test_every_shipped_recipe_can_be_planned_without_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its dry run counts parameters and memory, whatever is not on this machine yet; what it writes down is the same recipe again."""
     monkeypatch.chdir(ROOT)

@@ -23,6 +23,7 @@ from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import LatentNetworks
 
 SCALE = 4  # of a model that names none
+_FROM_LR = frozenset({"start", "strength"})  # which latents of the low-resolution picture they need
 _PROMPTED = frozenset({"prompt", "negative_prompt", "guidance_scale"})
 
 
@@ -37,18 +38,21 @@ class LatentOutput(Output):
 def quiet_diffusers() -> Iterator[None]:
     """No bar for a pipeline's components, and no advice to load in half precision by an argument that its versions name differently."""
     from diffusers.utils import logging
+    from transformers.utils import logging as of_text
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    before = [(each, each.get_verbosity(), each.is_progress_bar_enabled()) for each in (logging, of_text)]
+    for each, _, _ in before:
+        each.set_verbosity_error()
+        each.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype")  # its new name is unknown to the oldest diffusers we allow
             yield
     finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+        for each, level, bar in before:
+            each.set_verbosity(level)
+            if bar:
+                each.enable_progress_bar()
 
 
 class LatentRestorer(AroundNetworks[LatentOptions]):
@@ -87,8 +91,11 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
 
     @property
     def options(self) -> frozenset[str]:
-        lacking = frozenset() if self.networks.takes_prompts else _PROMPTED
-        return super().options - lacking - (frozenset() if self.networks.codec.has_fidelity else {"fidelity"})
+        networks = self.networks
+        lacking = frozenset() if networks.takes_prompts else _PROMPTED
+        lacking |= frozenset() if networks.codec.has_fidelity else {"fidelity"}
+        lacking |= frozenset() if networks.max_noise_level else {"noise_level"}
+        return super().options - lacking - (frozenset() if networks.zoom == 1 else _FROM_LR)
 
     def check(self, **call: Any) -> list[str]:
         options, notes = settled(self.kind, call, self.options, self.defaults)
@@ -120,7 +127,8 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
         return LatentOutput(from_tensors(restored, output_type), notes, plans)
 
     def save(self, folder: Path) -> None:
-        self.networks.save(folder, scale=self.scale, **self.kept_defaults)
+        with quiet_diffusers():
+            self.networks.save(folder, scale=self.scale, **self.kept_defaults)
 
     def memory_model(self) -> MemoryModel:
         """What a tile of these networks takes."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back
-from sslsr_diffusion.errors import NotEnoughMemory
+from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import pad_to
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import ImageNoise
@@ -60,6 +60,7 @@ class LatentWork:
         """Raises UserError for tiles and samplers that these networks cannot have."""
         check_tile("tile", options.tile, self._networks.size())
         check_tile("vae_tile", options.vae_tile, vae_tiles(self._networks.codec.scale))
+        self._noise_levels(options, 1)
         self._sampler(options, [0])
 
     def __call__(
@@ -76,11 +77,12 @@ class LatentWork:
         wanted = networks.encode_prompts(prompts[0], padded.device)
         unwanted = networks.encode_prompts(prompts[1], padded.device) if options.guided else None
         self._host.release()
+        levels = self._noise_levels(options, len(seeds))
 
         def look(plan: TilePlan) -> Condition:
             noise = ImageNoise(seeds, networks.seen_noise_shape(plan.height, plan.width), padded.device)("posterior")
             encode = TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).encode
-            return networks.see(padded, noise, text=wanted, encode=encode)
+            return networks.see(padded, noise, level=levels, text=wanted, encode=encode)
 
         condition, plan = self._within_memory("vae_tile", plan, look, notes)
 
@@ -147,12 +149,20 @@ class LatentWork:
 
             return sample(sampler, predict, x, lambda index: noise("step", index), on_step_end)
 
+    def _noise_levels(self, options: LatentOptions, pictures: int) -> Tensor | None:
+        """[B] of the noise that the pictures get before they are seen; None where they get none. UserError for one too high."""
+        most = self._networks.max_noise_level
+        if not isinstance(options.noise_level, int) or not 0 <= options.noise_level <= most:
+            raise UserError(f"noise_level: expected a whole number from 0 to {most}, got {options.noise_level}.")
+        return torch.full((pictures,), options.noise_level, device=self._host.device) if most else None
+
     def _sampler(self, options: LatentOptions, seeds: Sequence[int]) -> Sampler:
         return build_sampler(
             options.sampler,
             self._networks.process,
             options.num_inference_steps,
-            scheduler=self._scheduler,
+            scheduler=self._scheduler or self._networks.sampling_scheduler,
+            as_it_is=self._networks.sampling_scheduler is not None,
             strength=options.strength,
             eta=options.eta,
             seeds=seeds,

@@ -99,7 +99,8 @@ class MemoryModel:
         pixels = torch.empty(1, 3, side * codec.scale, side * codec.scale, device="meta")
         latents = torch.empty(1, channels, side, side, device="meta")
         noise = torch.empty(1, *networks.seen_noise_shape(*pixels.shape[-2:]), device="meta")
-        condition = shapes.see(pixels[..., :: networks.zoom, :: networks.zoom], noise, encode=lambda *_: latents)
+        level = torch.zeros(1, dtype=torch.long, device="meta") if networks.max_noise_level else None
+        condition = shapes.see(pixels[..., :: networks.zoom, :: networks.zoom], noise, level=level, encode=lambda *_: latents)
 
         def fused() -> None:
             _, maps = codec.encode_with_features(pixels, latents)

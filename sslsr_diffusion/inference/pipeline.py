@@ -21,6 +21,7 @@ from sslsr_diffusion.inference.placement import Placement
 from sslsr_diffusion.inference.tile_plan import Tile, TilePlan
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.family import Family
+from sslsr_diffusion.models.loading import forget_folder
 from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
@@ -275,20 +276,3 @@ def refuse_code(folder: Path) -> None:
     found = next((file for pattern in ("*.py", "*/*.py") for file in folder.glob(pattern)), None)
     if found is not None:
         raise UserError(f"{folder}: holds the Python file {found.relative_to(folder)}, which a pipeline never needs; remove it.")
-
-
-def forget_folder(component: Any) -> None:
-    """diffusers and transformers write down where a model was loaded from, a user's home folder for example; hub ids stay."""
-
-    def local(name: object) -> bool:
-        return bool(name) and (Path(str(name)).is_absolute() or Path(str(name)).is_dir())
-
-    config = getattr(component, "config", None)
-    remembered = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
-    if local(remembered):
-        if hasattr(component, "register_to_config"):
-            component.register_to_config(_name_or_path="")
-        else:
-            component.config._name_or_path = ""
-    if hasattr(component, "init_kwargs") and local(getattr(component, "name_or_path", "")):
-        component.name_or_path = component.init_kwargs["name_or_path"] = ""  # a tokenizer

@@ -240,6 +240,7 @@ def build_sampler(
     num_steps: int,
     *,
     scheduler: Any = None,
+    as_it_is: bool = False,
     strength: float = 1.0,
     eta: float = 0.0,
     seeds: Sequence[int] = (),
@@ -252,12 +253,13 @@ def build_sampler(
             process's own (ddpm; for a flow the straight way).
         num_steps: steps over the full process; `strength` keeps the last part of them.
         scheduler: a diffusers scheduler that the caller's pipeline has.
+        as_it_is: by the scheduler's own steps, also where a sampler of ours stands for it.
         eta: DDIM's share of fresh noise, 0 to 1.
         seeds: one per image, for schedulers that draw noise themselves.
     """
     spaced_timesteps(num_steps, process.last + 1)
     call = SamplerCall(process, num_steps, strength, eta, seeds, torch.device(device))
-    if name is None and scheduler is not None and type(scheduler).__name__ not in OWN:
+    if name is None and scheduler is not None and (as_it_is or type(scheduler).__name__ not in OWN):
         return DiffusersSampler(type(scheduler).from_config(scheduler.config), call)
     name = name or OWN.get(type(scheduler).__name__) or ("ddpm" if isinstance(process, DDPM) else "ddim")
     where = SAMPLERS.get(name, f"diffusers:{name}")

@@ -9,5 +9,6 @@ FAMILIES: dict[str, Family] = {
         "stablesr": "stablesr.family:StableSR",
         "network": "network.family:Network",
         "one_step": "one_step.family:OneStep",
+        "x4": "x4.family:X4",
     }.items()
 }

@@ -1,7 +1,8 @@
-"""One component of a pipeline folder: read with its config, or drawn at random from an architecture."""
+"""One component of a pipeline folder: read with its config, or drawn at random from an architecture; and what it forgets when saved."""
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,3 +43,20 @@ def seeded(seed: int, meta: bool) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]), torch.device("meta") if meta else contextlib.nullcontext():
         torch.manual_seed(derive_seed(seed, "init"))
         yield
+
+
+def forget_folder(component: Any) -> None:
+    """diffusers and transformers write down where a model was loaded from, a user's home folder for example; hub ids stay."""
+
+    def local(name: object) -> bool:
+        return bool(name) and (Path(str(name)).is_absolute() or Path(str(name)).is_dir())
+
+    config = getattr(component, "config", None)
+    remembered = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
+    if local(remembered):
+        if hasattr(component, "register_to_config"):
+            component.register_to_config(_name_or_path="")
+        else:
+            component.config._name_or_path = ""
+    if hasattr(component, "init_kwargs") and local(getattr(component, "name_or_path", "")):
+        component.name_or_path = component.init_kwargs["name_or_path"] = ""  # a tokenizer

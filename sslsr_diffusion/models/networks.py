@@ -120,10 +120,15 @@ class PixelNetworks(Networks):
                     tensor.mul_(alpha).add_(theirs[name].to(tensor), alpha=1 - alpha)
 
 
+Encode = Callable[[Tensor, Tensor], Tensor]  # pixels, posterior noise -> latents
+
+
 class LatentNetworks(Networks):
     """A codec, a denoiser on its latents, and the noise process between them."""
 
     zoom: int = 1  # output pixels per pixel of the picture that they see; 1: it is enlarged before, by any scale
+    max_noise_level: int = 0  # of the noise that this picture gets, in timesteps; 0: it gets none
+    sampling_scheduler: Any = None  # a diffusers scheduler that samples, as it is, where a call names no sampler
 
     def __init__(self, codec: Codec, denoiser: nn.Module, process: Process, text: Text, *, base: str, revision: str | None = None) -> None:
         """`denoiser`: (z_t [B, C, h, w], t [B], Condition) -> [B, C, h, w], where t is what `process.timestep` says.
@@ -143,6 +148,11 @@ class LatentNetworks(Networks):
         return Text(self.text_sequence, self.text_pooled)
 
     @property
+    def blank(self) -> Text | None:
+        """[1, ...] context of the empty text, for networks that can train with it in the place of the recipe's prompt."""
+        return None
+
+    @property
     def conditional(self) -> bool:
         """Whether the denoiser sees the low-resolution picture; a base does not."""
         return True
@@ -156,13 +166,14 @@ class LatentNetworks(Networks):
         return (self.codec.latent_channels, height // self.codec.scale, width // self.codec.scale)
 
     def see(
-        self, picture: Tensor, noise: Tensor, *, text: Text | None = None, encode: Callable[[Tensor, Tensor], Tensor] | None = None
+        self, picture: Tensor, noise: Tensor, *, level: Tensor | None = None, text: Text | None = None, encode: Encode | None = None
     ) -> Condition:
         """What the denoiser is told beside the noisy latent: here the latent of the enlarged low-resolution picture, and the text.
 
         Args:
             picture: [B, 3, H / zoom, W / zoom] in [0, 1], the low-resolution picture, for an output of H x W pixels.
             noise: [B, *seen_noise_shape(H, W)] standard normal.
+            level: [B] int64 up to `max_noise_level`, for networks that have one.
             text: None: the recipe's prompt.
             encode: takes the place of `codec.encode`, for example in tiles.
         """

@@ -51,6 +51,8 @@ def make_cfw_data(
         fingerprint: of the model; `output` holds samples of one model only.
     Raises UserError: `output` was made with other settings, or the recipe has no pictures to begin with.
     """
+    if "decoder" not in recipe.family.tasks:
+        raise UserError(f"model.kind: expected a family that task decoder trains, such as stablesr, got {recipe.family.kind}.")
     if any(source.kind == "cfw" for source in recipe.data.sources):
         raise UserError("data.sources: expected pictures to make samples from, got kind cfw; give the recipe with the photographs.")
     _same_settings(output, _settings(recipe, steps, fingerprint))

@@ -5,13 +5,14 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.inference.sampling import spaced_timesteps
 from sslsr_diffusion.losses import Look
+from sslsr_diffusion.models.condition import Text
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.seeding import sample_generator
 from sslsr_diffusion.tasks.frame import Frame, SampledCallSettings, TaskSettings, WindowSettings
@@ -27,7 +28,7 @@ class DiffusionTaskSettings(WindowSettings):
     train: str | None = Field(
         None,
         description="What of the networks trains; stablesr: sft (structural encoder and SFT layers, as published) or all (the whole "
-        "denoiser). null: the family's first.",
+        "denoiser); x4: all, attention (the weights of all attention layers) or lora (model.lora). null: the family's first.",
     )
     sampler_steps: int | None = Field(
         None,
@@ -41,6 +42,13 @@ class DiffusionTaskSettings(WindowSettings):
         le=999,
         description="One-step models (sampler_steps: 1): start at this timestep instead of the last, from the noised latents of the "
         "low-resolution picture, in training as in sampling; null: train on the noised ground truth, as published.",
+    )
+    prompt_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the samples that are trained with the empty text in the place of model.prompt, so that guidance has "
+        "something to lead away from (0.1 is usual); x4 alone.",
     )
     inference: SampledCallSettings = Field(SampledCallSettings(), description="How the upscaler is called in validation and by default.")
 
@@ -75,12 +83,13 @@ class DiffusionTask(TaskBase):
         decode_crop: int | None = None,
         timesteps: Sequence[int] | None = None,
         from_lr: bool = False,
+        prompt_dropout: float = 0.0,
         restorer: Restorer | None = None,
     ) -> None:
         """`timesteps`: the noise levels to train, each drawn equally often; None: all."""
         self.networks = networks
         self.module: nn.Module = networks.denoiser
-        self.seed, self.decode_crop, self.from_lr = seed, decode_crop, from_lr
+        self.seed, self.decode_crop, self.from_lr, self.prompt_dropout = seed, decode_crop, from_lr, prompt_dropout
         self.timesteps = timesteps or range(networks.process.last + 1)
         self.restorer = restorer
 
@@ -88,6 +97,7 @@ class DiffusionTask(TaskBase):
     def build(cls, settings: DiffusionTaskSettings, frame: Frame) -> Self:
         networks = frame.build(train=settings.train)
         assert isinstance(networks, LatentNetworks)
+        _check_fit(settings, networks, frame)
         start = settings.start_timestep
         if start is not None:
             try:
@@ -109,6 +119,7 @@ class DiffusionTask(TaskBase):
             decode_crop=settings.decode_crop,
             timesteps=timesteps,
             from_lr=start is not None,
+            prompt_dropout=settings.prompt_dropout,
             restorer=restorer_of(networks, frame.family, scale=frame.scale, **settings.inference.named),
         )
 
@@ -121,6 +132,12 @@ class DiffusionTask(TaskBase):
         latent, height, width = codec.noise_shape(batch.hr)[1:], *batch.hr.shape[-2:]
         shapes = {"posterior_hr": latent, "posterior_lr": self.networks.seen_noise_shape(height, width), "noise": latent}
         noise = {purpose: per_sample_noise(self.seed, indices, purpose, shape).to(device) for purpose, shape in shapes.items()}
+        if most := self.networks.max_noise_level:
+            levels = [torch.randint(most, (), generator=sample_generator(self.seed, i, "noise_level")) for i in indices]
+            noise["level"] = torch.stack(levels).to(device)
+        if self.prompt_dropout:
+            kept = [torch.rand((), generator=sample_generator(self.seed, i, "prompt")) >= self.prompt_dropout for i in indices]
+            noise["prompted"] = torch.stack(kept).to(device)
         given, windows = choose_pixels(given, batch, losses, scale=codec.scale, decode_crop=self.decode_crop, seed=self.seed)
         return Draws(given, noise, windows, reads_of(losses))
 
@@ -128,7 +145,8 @@ class DiffusionTask(TaskBase):
         nets, t = self.networks, draws.given.t
         with torch.no_grad():
             z0 = nets.codec.encode(batch.hr, draws.noise["posterior_hr"]).float()  # [B, 3, H, W] -> [B, C, h, w], normalised
-            condition = nets.see(seen(batch, nets.zoom), draws.noise["posterior_lr"])
+            text = self._texts(draws.noise["prompted"]) if self.prompt_dropout else None
+            condition = nets.see(seen(batch, nets.zoom), draws.noise["posterior_lr"], level=draws.noise.get("level"), text=text)
         noise = draws.noise["noise"]
         if self.from_lr and condition.z_lr is not None:
             noise = nets.process.noise_to(z0, condition.z_lr, noise, t)
@@ -139,3 +157,23 @@ class DiffusionTask(TaskBase):
         gain = nets.process.clean_gain(t).to(pred.device)
         sr = decoded(nets.codec, clean, draws.given, draws.windows)
         return Outputs(**vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=sr, z0=clean, z0_hr=z0)
+
+    def _texts(self, prompted: Tensor) -> Text:
+        """[B] bool -> one text per sample: the recipe's prompt or the empty one."""
+        assert self.networks.blank is not None
+        both = self.networks.blank.followed_by(self.networks.text)
+        return both.each(lambda part: part[prompted.long()])
+
+
+def _check_fit(settings: DiffusionTaskSettings, networks: LatentNetworks, frame: Frame) -> None:
+    """Raises UserError where a recipe asks for what these networks do not have."""
+    if networks.zoom not in (1, frame.scale):
+        raise UserError(f"scale: these networks enlarge {networks.zoom} times, got {frame.scale}; set scale: {networks.zoom}.")
+    if settings.start_timestep is not None and networks.zoom != 1:
+        raise UserError(
+            f"task.start_timestep: expected none for {networks.base}, which samples from noise alone, got {settings.start_timestep}; "
+            "leave it out."
+        )
+    if settings.prompt_dropout and (networks.blank is None or not frame.model.prompt):
+        lacks = "trains with one text alone" if networks.blank is None else "has no model.prompt to drop"
+        raise UserError(f"task.prompt_dropout: expected 0 for a model that {lacks}, got {settings.prompt_dropout}; leave it out.")

@@ -20,6 +20,7 @@ from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.base import Base
 from sslsr_diffusion.models.condition import Text
+from sslsr_diffusion.models.loading import forget_folder
 from sslsr_diffusion.models.one_step.settings import RESULT, OneStepSettings
 from sslsr_diffusion.models.process import Process
 
@@ -56,7 +57,7 @@ def read_told(folder: Path) -> Told:
 def write_whole(folder: Path, networks: Mapping[str, Any], process: Process, base: Base | None) -> None:
     """A pipeline folder: these networks, and all other components as the base has them; without one, a scheduler alone."""
     for part, network in networks.items():
-        network.register_to_config(_name_or_path="")  # a folder of this machine
+        forget_folder(network)
         network.save_pretrained(folder / part)
     if base is None:
         process.scheduler().save_pretrained(folder / "scheduler")

@@ -116,6 +116,15 @@ def test_what_the_page_holds():
     assert not re.search(r"https?://", made.page)
 
 
+def test_a_raster_stands_out_of_the_spectrum():
+    truth = as_tensor(np.tile(picture(4, 64, 64), (2, 2, 1)))
+    raster = truth.clone()
+    raster[..., ::8] = (raster[..., ::8] + 0.1).clamp(0, 1)
+    page = data_of(explore(raster, truth, title="raster", numbers=NUMBERS).page)
+    assert page["spectrum"].count("<polyline") == 4  # two pictures, two axes
+    assert data_of(explore(as_tensor(RESULT), as_tensor(TRUTH), title="small", numbers=NUMBERS).page)["spectrum"] is None
+
+
 def test_rows_are_computed_in_parts(monkeypatch):
     given = (as_tensor(RESULT), as_tensor(TRUTH), laplacian_edge_mask(as_tensor(TRUTH)))
     whole = explorer.row_terms(*given)

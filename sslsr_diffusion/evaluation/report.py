@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sslsr_diffusion.evaluation.gallery import cards, pick
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.scoring import Scores
+from sslsr_diffusion.evaluation.spectrum import spectrum
 from sslsr_diffusion.evaluation.statistics import LEAST, Mean
 from sslsr_diffusion.evaluation.summary import Summary, arrow, interval, number
 from sslsr_diffusion.images import printable
@@ -29,7 +30,8 @@ def render_report(
 ) -> str:
     """HTML with the summary table, a distribution plot per metric and the worst and best `examples` images of each.
 
-    links: (`gallery.anchor` of an image, column) -> address of a page about that picture.
+    links: (`gallery.anchor` of an image, column) -> address of a page about that picture. Where `grid` was measured it shows a
+    spectrum, too.
     """
     import jinja2
 
@@ -45,7 +47,7 @@ def render_report(
         for name, by in scores.values.items()
     }
     labels = {name: metric.label for name, metric in METRICS.items()}
-    shown = {"charts": charts, "picks": picks, "cards": cards(scores, picks, links)}
+    shown = {"charts": charts, "picks": picks, "cards": cards(scores, picks, links), "spectrum": spectrum(scores)}
     return environment.get_template(TEMPLATE).render(title=title, summary=summary, labels=labels, least=LEAST, **shown)
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.gallery import data_uri, worst_window
+from sslsr_diffusion.evaluation.grid import LEAST
 from sslsr_diffusion.evaluation.metrics import METRICS, convention, unavailable
 from sslsr_diffusion.evaluation.scoring import load_rgb
+from sslsr_diffusion.evaluation.spectrum import spectrum_chart
 from sslsr_diffusion.evaluation.summary import arrow, number
 from sslsr_diffusion.images import printable, resize_bicubic, to_array, to_tensor
 from sslsr_diffusion.ops import laplacian_edge_mask, self_similarity_graph
@@ -78,7 +80,7 @@ def explore(
     least = int(SETTINGS["search"]) // 2 + 1
     if min(height, width) < least:
         raise UserError(f"gt: expected sides of at least {least} pixels, got {_size(truth)}; the graph looks so far around a pixel.")
-    numbers = measured(result, truth) if numbers is None else numbers
+    numbers = measured(result, truth, low) if numbers is None else numbers
     names = ["LR bicubic"] * (low is not None) + [name, "truth"]
     enlarged = [] if low is None else [resize_bicubic(low, (height, width)).clamp(0, 1)]
     pictures, said = _part([*enlarged, result, truth])
@@ -102,6 +104,7 @@ def explore(
         "l1": _text(l1),
         "kl": _text(kl),
         "settings": SETTINGS,
+        "spectrum": spectrum_chart(dict(zip(names, pictures, strict=True)), (name,)) if min(mask.shape[-2:]) >= LEAST else None,
         "numbers": [
             {"label": f"{METRICS[key].label} {arrow(METRICS[key])}", "text": number(value, METRICS[key].digits), "about": how}
             for key, (value, how) in numbers.items()
@@ -111,18 +114,20 @@ def explore(
     return Explored(explorer_page(title, data), (*notes, *said))
 
 
-def measured(result: Tensor, truth: Tensor) -> dict[str, Measured]:
+def measured(result: Tensor, truth: Tensor, low: Tensor | None) -> dict[str, Measured]:
     """The default metrics of one pair that can be computed here without a download; nan where one has no number for it."""
     found: dict[str, float] = {}
     for name, metric in METRICS.items():
         if not metric.default or metric.whole_set or name in found or unavailable(name, download=False):
             continue
         try:
-            values = (metric.joint or metric.fn)(result, truth if metric.needs_reference else None, crop_border=0, y_channel=False)
+            values = (metric.joint or metric.fn)(result, metric.against(truth, low), crop_border=0, y_channel=False)
         except UserError:
             values = torch.tensor([math.nan])
         found |= {key: float(value) for key, value in (values if isinstance(values, dict) else {name: values}).items()}
-    return {name: Measured(value, convention(name, crop_border=0, y_channel=False)) for name, value in found.items()}
+    return {
+        name: Measured(value, convention(name, crop_border=0, y_channel=False, has_lr=low is not None)) for name, value in found.items()
+    }
 
 
 def _part(pictures: list[Tensor]) -> tuple[list[Tensor], list[str]]:

@@ -70,6 +70,10 @@ class Explorer {
       element("tr", {}, element("th", { scope: "row" }, label), element("td", {}, text), element("td", { class: "soft" }, about)))));
     this.root.append(...data.notes.map((note) => element("p", { class: "note" }, note)), element("div", { class: "two" }, left, side, below),
       ...heading("Numbers of the pair", "As sslsr evaluate gives them."), element("div", { class: "scroll" }, numbers));
+    if (data.spectrum) {
+      const about = "Height of each frequency over its neighbours, −3 to 12 dB, a curve per axis. A raster of 8 pixels stands out at even marks, one of 16 at any: the graph does not see it.";
+      this.root.append(...heading("Spectrum", about), element("div", { class: "spectra", ".innerHTML": data.spectrum }));
+    }
     if (this.pictures.some((picture) => !picture.intact)) {
       this.root.prepend(element("p", { class: "note" }, "This browser changes the pixels that a page reads (protection against fingerprints): the graphs are not exact; allow canvas data for this page."));
     }

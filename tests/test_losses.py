@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,7 +107,8 @@ def test_a_missing_input_is_named():
 
 def test_every_kind_can_be_built_from_its_defaults():
     given = {"rank": {"file": "ranker.pth"}}  # that must be given, and is not read where shapes are enough
-    built = build_losses([loss.settings_class(**given.get(kind, {})) for kind, loss in LOSSES.items()], Means(shapes=True))
+    means = Means(shapes=True, prior=lambda **asked: SimpleNamespace(network=torch.nn.Linear(1, 1)))  # the networks' part, of vsd
+    built = build_losses([loss.settings_class(**given.get(kind, {})) for kind, loss in LOSSES.items()], means)
     assert [loss.name for loss in built] == list(LOSSES)
 
 

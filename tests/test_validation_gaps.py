@@ -23,7 +23,7 @@ from sslsr_diffusion.training.validation import validate
 def refusing(wrong):
     """A metric that has no number for pictures whose first value is one of `wrong`: an error for the first of them, nan for the others."""
 
-    def measure(restored, reference):
+    def measure(restored, reference, lr):
         place = [i for i, value in enumerate(wrong) if reference.flatten()[0] == value]
         if place == [0]:
             raise UserError("NIQE needs two blocks of 96 x 96 pixels.")

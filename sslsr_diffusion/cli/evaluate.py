@@ -36,7 +36,9 @@ ListMetrics = Annotated[bool, typer.Option("--list-metrics", help="Show every me
 def evaluate(
     restored: Restored = None,
     reference: Annotated[Path | None, typer.Option(help="Folder of the ground truths.")] = None,
-    lr: Annotated[Path | None, typer.Option(help="Folder of the low-resolution inputs, shown in the report.")] = None,
+    lr: Annotated[
+        Path | None, typer.Option(help="Folder of the low-resolution inputs: shown in the report, and what grid compares with.")
+    ] = None,
     model: Model = None,
     dataset: DatasetName = None,
     metrics: Metrics = "default",

@@ -17,11 +17,11 @@ Dtype = StrEnum("Dtype", "auto float32 float16 bfloat16")
 
 FLAGS = (
     *("model", "revision", "device", "dtype", "memory_budget", "scale", "seed", "steps", "tile", "detail", "antiring", "color_fix"),
-    *("fidelity", "sampler", "strength", "prompt", "negative_prompt", "guidance_scale", "noise_level"),
+    *("fidelity", "sampler", "strength", "prompt", "negative_prompt", "guidance_scale", "noise_level", "lora_scale"),
 )
 CALL = (  # what goes to the restorer where it was given
     *("num_inference_steps", "detail", "antiring", "fidelity", "sampler", "strength"),
-    *("prompt", "negative_prompt", "guidance_scale", "noise_level", "color_fix"),
+    *("prompt", "negative_prompt", "guidance_scale", "noise_level", "lora_scale", "color_fix"),
 )
 Model = Annotated[
     str | None,
@@ -71,6 +71,9 @@ def infer(
     prompt: Annotated[str | None, typer.Option(help="Text, for models with a text encoder.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the guidance leads away from.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, max=30, help="Strength of the guidance; 1 is off. [default: 1]")] = None,
+    lora_scale: Annotated[
+        float | None, typer.Option(min=0, max=2, help="One-step models: how much of the LoRA is taken; 0 the base alone. [default: 1]")
+    ] = None,
     noise_level: Annotated[
         int | None, typer.Option(min=0, help="x4 upscalers: noise on the input; more adds more of the model's own. [default: 20]")
     ] = None,

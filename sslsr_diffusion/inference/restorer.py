@@ -79,6 +79,7 @@ OPTIONAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "negative_prompt": (("",), "no text encoder"),
     "guidance_scale": ((1,), "no text encoder"),
     "fidelity": ((0,), "no CFW decoder"),
+    "lora_scale": ((1,), "no LoRA"),
     "noise_level": ((), "no noise on the picture"),
 }
 STEPS = "num_inference_steps"  # a one-step model has its one, whatever is asked

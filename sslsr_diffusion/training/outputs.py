@@ -84,6 +84,8 @@ def write_result(run: Run) -> Path:
         published = session.progress.best_step or session.progress.step
     else:
         weights, published = session.averaged(), session.progress.step
+        if job.output.pipeline == "best" and session.main:
+            logger.warning("output.pipeline is best, and no weights became the best: the result holds the last ones")
     job.task.module.eval()
     source = folder.best if best else folder.path / f"checkpoint-{session.progress.step}"
     try:

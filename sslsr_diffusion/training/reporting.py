@@ -68,7 +68,8 @@ class Reporter:
         if step % self.settings.log_every and step != self.settings.steps:
             return
         rows, self._rows = self._rows, []
-        values = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} if rows else {}
+        found = {key: [row[key] for row in rows if key in row] for row in rows for key in row}  # some are of every other step alone
+        values = {key: sum(numbers) / len(numbers) for key, numbers in found.items()}
         began, self._began = self._began, time.perf_counter()  # validation and checkpoints included: what the clock on the wall says
         seconds = (self._began - began) / (step % self.settings.log_every or self.settings.log_every)
         values |= {"train/lr": self.session.learning_rate(), "train/seconds_per_step": seconds}

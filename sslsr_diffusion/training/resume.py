@@ -16,8 +16,8 @@ _OF_TRAINING = ("steps", "log_every", "non_finite_limit", "spike_factor", "cpu_t
 _OF_DATA = ("workers", "prefetch", "start_method", "validation")
 CHANGEABLE = {f"training.{key}" for key in _OF_TRAINING} | {f"data.{key}" for key in _OF_DATA}
 CHANGEABLE |= {"task.inference", "task.sampling_steps", "validation", "checkpoints", "output"}
-# Changing these makes another number of the metric that chooses best/.
-_MEASURING = ("best", "size", "limit", "seed")
+# Changing these makes another number of the metric that chooses best/, or other weights that may not become it.
+_MEASURING = ("best", "refuse", "size", "limit", "seed")
 MEASURED_BY = {"task.inference", "task.sampling_steps", "data.validation"} | {f"validation.{key}" for key in _MEASURING}
 
 WHOLE_RUN = {"linear", "cosine", "cosine_with_restarts", "polynomial"}  # schedules whose curve depends on training.steps

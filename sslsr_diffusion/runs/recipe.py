@@ -82,7 +82,7 @@ class Recipe(Settings):
         late = [milestone for milestone in schedule.milestones if milestone >= steps]
         if late:
             yield f"training.schedule.milestones: {', '.join(map(str, late))} lie at or behind the end of the run of {steps} steps."
-        if getattr(self.task, "decode_crop", None) and not any("sr" in LOSSES[loss.kind].reads for loss in self.losses):
+        if getattr(self.task, "decode_crop", None) and not any("sr" in LOSSES[loss.kind].reads_of(loss) for loss in self.losses):
             yield "task.decode_crop has no effect: no loss looks at pixels."
 
     def _best_is_measured(self) -> Iterator[str]:

@@ -11,6 +11,8 @@ log = logging.getLogger(__name__)
 
 _SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .tif .tiff .bmp .dib .gif .ppm .pgm .pnm .pbm .tga .avif .jp2 .j2k"
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+_UNREAD = ".heic .heif .hif .jxl .jxr .psd .psb .xcf .svg .exr .hdr .pfm .pcx .ico .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw"
+UNREAD_SUFFIXES = frozenset(_UNREAD.split())  # pictures, too, of kinds that are not read
 
 
 def printable(name: str | os.PathLike[str]) -> str:
@@ -19,7 +21,9 @@ def printable(name: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in raw)
 
 
-def list_images(source: Path | str, *, recursive: bool = True, skip_folder: Callable[[Path], bool] | None = None) -> list[Path]:
+def list_images(
+    source: Path | str, *, recursive: bool = True, skip_folder: Callable[[Path], bool] | None = None, unread: bool = False
+) -> list[Path]:
     """The pictures of a file, a folder or a glob pattern, sorted.
 
     In folders and patterns only the suffixes of `IMAGE_SUFFIXES` count, and hidden files and folders (a leading dot: also our
@@ -30,17 +34,18 @@ def list_images(source: Path | str, *, recursive: bool = True, skip_folder: Call
         source: a path, or a pattern with * ? [] and ** (any depth) if no such path exists.
         recursive: of a folder, also what lies in its sub-folders.
         skip_folder: called with each folder below the source; True leaves it out.
+        unread: list pictures of `UNREAD_SUFFIXES`, too: reading them says that they are not read.
     Raises UserError: there is nothing at `source`. (A folder without pictures gives an empty list.)
     """
     path = Path(source).expanduser()
-    skip = skip_folder or (lambda _: False)
+    skip, suffixes = skip_folder or (lambda _: False), IMAGE_SUFFIXES | (UNREAD_SUFFIXES if unread else frozenset())
     try:
         if path.is_dir():
             folders = _folders(path, skip) if recursive else [path]
-            return sorted(file for folder in folders for file in _entries(folder) if _is_picture(file))
+            return sorted(file for folder in folders for file in _entries(folder) if _is_picture(file, suffixes))
         if path.exists():
             return [path]
-        found = sorted(_match(path, skip)) if globbing.has_magic(str(path)) else []
+        found = sorted(_match(path, skip, suffixes)) if globbing.has_magic(str(path)) else []
     except (OSError, ValueError) as error:
         raise UserError(f"{printable(path)}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
     if not found:
@@ -48,7 +53,7 @@ def list_images(source: Path | str, *, recursive: bool = True, skip_folder: Call
     return found
 
 
-def _match(pattern: Path, skip: Callable[[Path], bool]) -> set[Path]:
+def _match(pattern: Path, skip: Callable[[Path], bool], suffixes: frozenset[str]) -> set[Path]:
     """As the standard glob, which needs exponential time for ** in a tree whose links form a loop."""
     *parents, last = pattern.parts[1:] if pattern.anchor else pattern.parts
     folders = [Path(pattern.anchor or ".")]
@@ -62,12 +67,12 @@ def _match(pattern: Path, skip: Callable[[Path], bool]) -> set[Path]:
             folders = [folder / part for folder in folders if (folder / part).is_dir()]
     if last == "**":
         folders, last = [below for folder in folders for below in _folders(folder, skip)], "*"
-    return {path for folder in folders for path in _entries(folder) if fnmatch.fnmatchcase(path.name, last) and _is_picture(path)}
+    return {path for folder in folders for path in _entries(folder) if fnmatch.fnmatchcase(path.name, last) and _is_picture(path, suffixes)}
 
 
-def _is_picture(path: Path) -> bool:
+def _is_picture(path: Path, suffixes: frozenset[str]) -> bool:
     try:
-        return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
     except OSError:
         return False
 

@@ -72,6 +72,9 @@ def infer(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, float32 on the CPU.")] = Dtype.auto,
     memory_budget: MemoryBudget = None,
+    max_megapixels: Annotated[
+        float, typer.Option(min=1, help="A larger input is refused: small files can claim to be pictures without end.")
+    ] = 1000,
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done with these settings is skipped."""
     given = {**locals(), "num_inference_steps": steps}
@@ -90,7 +93,15 @@ def infer(
             model, why = default_model(Path("runs"))
             typer.echo(f"model: {model} ({why}; --model chooses another)")
         found = find_model(model, revision)
-        options = RunnerOptions(scale, seed, call, FORMATS[format] if format else None, overwrite=overwrite, model=found.fingerprint)
+        options = RunnerOptions(
+            scale,
+            seed,
+            call,
+            FORMATS[format] if format else None,
+            overwrite=overwrite,
+            model=found.fingerprint,
+            max_pixels=round(max_megapixels * 1e6),
+        )
         work = find_work(input, output, options)
         if work.todo:
             restorer = open_model(found, **where)

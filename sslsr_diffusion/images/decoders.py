@@ -62,7 +62,7 @@ class _VipsRows(Rows):
             part = out[y : y + step]
             part[...] = np.frombuffer(self._region.fetch(0, top + y, self.width, len(part)), self._dtype).reshape(part.shape)
         if self._bits in range(9, 16):  # libvips fills 10 or 12 bits up with zeros: white would not be white
-            out = scaled(out >> (16 - self._bits), (1 << self._bits) - 1)
+            out = scaled(np.right_shift(out, 16 - self._bits, dtype=np.uint16), (1 << self._bits) - 1)
         return out
 
     def whole(self) -> Pixels:
@@ -162,7 +162,8 @@ def _by_pillow(data: memoryview, kind: str, found: Blocks) -> Rows:
 def _lab(values: Pixels) -> Pixels:
     """[H, W, 3] uint8 of CIE Lab, a and b 128 higher, to sRGB."""
     vips = libvips()
-    image = vips.Image.new_from_array(values * np.float32([100 / 255, 1, 1]) - np.float32([0, 128, 128]))
+    lab = values * np.array([100 / 255, 1, 1], np.float32) - np.array([0, 128, 128], np.float32)
+    image = vips.Image.new_from_array(lab)
     return _VipsRows(image.copy(interpretation="lab").colourspace("srgb"), 0).whole()
 
 

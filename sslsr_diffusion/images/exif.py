@@ -20,7 +20,7 @@ _MAP = frozenset([33550, 33922, 34264, 34735, 34736, 34737])  # GeoTIFF: where o
 class Entry(NamedTuple):
     tag: int
     kind: int
-    count: int
+    length: int  # how many values
     at: int  # where the value stands
     size: int  # its bytes
 
@@ -70,7 +70,7 @@ class Form(NamedTuple):
     def number(self, data: Bytes, entry: Entry) -> int | None:
         """The value of an entry that is one whole number."""
         letter = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}.get(entry.kind)
-        return struct.unpack_from(self.order + letter, data, entry.at)[0] if letter and entry.count == 1 else None
+        return struct.unpack_from(self.order + letter, data, entry.at)[0] if letter and entry.length == 1 else None
 
 
 def readable_exif(raw: Bytes) -> bytes | None:
@@ -91,8 +91,8 @@ def orientation(exif: bytes | None) -> int:
         return 1
     form = Form.of(exif)
     found = (form.number(exif, e) for e in form.directory(exif, form.first).entries if e.tag == ORIENTATION)
-    value = next(found, None)
-    return value if value in range(1, 9) else 1
+    value = next(found, None) or 1
+    return value if value <= 8 else 1
 
 
 def upright_exif(exif: bytes, size: tuple[int, int]) -> bytes:
@@ -122,7 +122,7 @@ def density(exif: bytes) -> tuple[float, float] | None:
     form = Form.of(exif)
     found = {e.tag: e for e in form.directory(exif, form.first).entries}
     per_unit = {2: 1.0, 3: 2.54}.get((form.number(exif, found[296]) if 296 in found else 2) or 0)
-    if per_unit is None or any(tag not in found or (found[tag].kind, found[tag].count) != (5, 1) for tag in (282, 283)):
+    if per_unit is None or any(tag not in found or (found[tag].kind, found[tag].length) != (5, 1) for tag in (282, 283)):
         return None
     across, down = (struct.unpack_from(form.order + "II", exif, found[tag].at) for tag in (282, 283))
     return (per_unit * across[0] / across[1], per_unit * down[0] / down[1]) if all((*across, *down)) else None
@@ -199,7 +199,7 @@ def _place(out: bytearray, data: Bytes, form: Form, entries: list[Entry], depth:
     at = len(out)
     out += struct.pack(form.order + "H", len(entries)) + bytes(12 * len(entries) + 4)
     for number, entry in enumerate(entries):
-        kind, count, value = entry.kind, entry.count, bytes(data[entry.at : entry.at + entry.size])
+        kind, count, value = entry.kind, entry.length, bytes(data[entry.at : entry.at + entry.size])
         if entry.tag in _SUBDIRECTORIES[depth]:
             try:
                 inner = form.directory(data, form.number(data, entry) or len(data)).entries

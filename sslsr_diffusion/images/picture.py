@@ -42,6 +42,11 @@ class Image:
         return 16 if self.rgb.dtype == np.uint16 else 8
 
     @property
+    def colourless(self) -> bool:
+        """Whether all channels are equal, however the file holds them."""
+        return self.gray or bool((self.rgb[..., :1] == self.rgb).all())
+
+    @property
     def visible(self) -> Pixels:
         """`rgb` with the colour of the nearest visible pixel where alpha is 0: what is seen of a picture does not mix with what is not."""
         if self.alpha is None or self.alpha.all() or not self.alpha.any():

@@ -1,12 +1,8 @@
 import contextlib
-import functools
-import io
 import mmap
 import re
 import stat
-import struct
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +70,11 @@ class OpenPicture:
         """Whether rows are decoded from the top down; else the first call decodes all of them."""
         return self._rows.streams and self._turn <= 2
 
+    @property
+    def held(self) -> int:
+        """Bytes that the decoded picture takes beside the rows that are asked for."""
+        return 0 if self.streams else 4 * self.size[0] * self.size[1]
+
     def read(self, top: int = 0, bottom: int | None = None) -> Image:
         """Rows of the upright picture, with all its blocks; where it streams, ranges may overlap the one before, and begin no earlier."""
         bottom = self.size[0] if bottom is None else bottom
@@ -86,12 +87,12 @@ class OpenPicture:
 
     def _upright(self, top: int, bottom: int) -> Pixels:
         if self.streams:
-            first, kept = self._kept or (top, np.empty(0))
-            known = kept[top - first :] if self._kept else kept
-            fresh = self._rows.read(max(top, first + len(kept)), bottom) if first + len(kept) < bottom else kept[:0]
-            samples = np.concatenate([known, fresh]) if len(known) and len(fresh) else known[: bottom - top] if len(known) else fresh
-            self._kept = None if bottom == self.size[0] else (top, samples)
-            return samples[:, ::-1] if self._turn == 2 else samples
+            first, kept = self._kept or (top, self._rows.read(top, bottom))
+            kept, done = kept[top - first :], first + len(kept)
+            if done < bottom:
+                kept = np.concatenate([kept, self._rows.read(done, bottom)])
+            self._kept = top, kept
+            return kept[: bottom - top, ::-1] if self._turn == 2 else kept[: bottom - top]
         array = self._rows.whole()
         if self._turn > 4:
             array = array.swapaxes(0, 1)

@@ -107,14 +107,14 @@ def _jpeg(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, qu
         file.write(b"\xff\xd8" + segments + made[20:])  # 20: the start, and a JFIF segment that ours takes the place of
         return notes
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=Path(file.name).parent) as folder:
-        raw, made = Path(folder) / "raw", Path(folder) / "made.jpg"
+        raw, jpeg = Path(folder) / "raw", Path(folder) / "made.jpg"
         with raw.open("wb") as out:
             for strip in itertools.chain([first], strips):
                 out.write(strip.tobytes())
         image = libvips().Image.rawload(str(raw), size[1], size[0], first.shape[2], access="sequential")
         kind = "srgb" if first.shape[2] == 3 else "b-w"
-        image.copy(interpretation=kind).jpegsave(str(made), Q=quality, subsample_mode="off", keep="none")
-        with made.open("rb") as done:
+        image.copy(interpretation=kind).jpegsave(str(jpeg), Q=quality, subsample_mode="off", keep="none")
+        with jpeg.open("rb") as done:
             file.write(done.read(2) + segments)
             shutil.copyfileobj(done, file, 1 << 24)
     return notes
@@ -188,7 +188,7 @@ def _tiff(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, qu
         strip = np.concatenate([strip[:, :1], strip[:, 1:] - strip[:, :-1]], axis=1)
         file.write(bytes(file.tell() % 2))
         offsets.append(file.tell())
-        lengths.append(file.write(zlib.compress(strip.astype(strip.dtype.newbyteorder(order)).tobytes(), 6)))
+        lengths.append(file.write(zlib.compress(strip.astype(strip.dtype.newbyteorder("<" if order == "<" else ">")).tobytes(), 6)))
     longs = {256: [size[1]], 257: [size[0]], 273: offsets, 278: [rows], 279: lengths}
     shorts = {258: [head.bits] * channels, 259: [8], 262: [1 if head.gray else 2], 277: [channels], 284: [1], 317: [2], 339: [1] * channels}
     shorts |= {338: [2]} if head.alpha is not None else {}  # not premultiplied

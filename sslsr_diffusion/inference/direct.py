@@ -85,18 +85,16 @@ class DirectRestorer(AroundNetworks[CallOptions]):
         room = (free_bytes(torch.device("cpu")) if budget is None else budget) - held
         room -= sum(p.numel() for p in self.networks.parameters()) * parameter.dtype.itemsize if budget is not None else 0
         row = 4 * 3 * _PICTURES * width * max(zoom, scale) ** 2
-        sides = self._sides(min(height, width)) if options.tile == "auto" else [options.tile // zoom]
+        sides = self._sides(max(height, width)) if options.tile == "auto" else [options.tile // zoom]
         if not shares:
             sides = [self._side(torch.empty(1, 3, height, width, device="meta"), options)]
-        for side in sides:
-            tops = tile_offsets(height, side, self._overlap(side, options))
-            beside = self._bytes(side, steady=budget is not None) if shares else 0
-            if beside + row * height <= room or len(tops) <= 3:
-                return whole
-            stride = tops[1]
-            rows = int((room - beside) / row - side) // stride + 1
-            if rows >= 3:
-                return strips_of_tiles(tops, side, size[0], rows), {**call, "tile": side * zoom}
+        beside = {side: self._bytes(side, steady=budget is not None) if shares else 0 for side in sides}
+        if min(beside.values()) + row * height > room:
+            for side in sides:
+                tops = tile_offsets(height, side, self._overlap(side, options))
+                rows = int((room - beside[side]) / row - side) // (side - self._overlap(side, options)) + 1
+                if 3 <= rows < len(tops):
+                    return strips_of_tiles(tops, side, size[0], rows), {**call, "tile": side * zoom}
         return whole
 
     def save(self, folder: Path) -> None:

@@ -45,10 +45,17 @@ def upscaled(
     budget = call.get("memory_budget")
     room = (free_bytes(torch.device("cpu")) if budget is None else budget) - picture.held
     taken, make = _BYTES * height * width * scale * scale, _Maker(restorer, scale, seed, call)
-    if taken <= room / 2 or whole_rows(scale) is None:
-        yield make(picture.read())
+    fits, image = whole_rows(scale) is not None, None
+    if taken <= room / 2 or not fits:
+        try:
+            image = make(picture.read())
+        except NotEnoughMemory:
+            if not fits or height <= _LEAST:
+                raise
+    if image is not None:
+        yield image
         return
-    planned = restorer.strips(picture.size, scale=scale, held=picture.held, **call)
+    picture, planned = opened(), restorer.strips(picture.size, scale=scale, held=picture.held, **call)
     if planned is None:
         yield from _faded(make, picture, opened, scale, int(height * room / taken))
         return

@@ -27,8 +27,8 @@ from sslsr_diffusion.images import (
     to_tensor,
     write_image,
 )
-from sslsr_diffusion.images.blocks import PNG_SIGNATURE, png_chunk
-from sslsr_diffusion.images.exif import orientation, upright_exif
+from sslsr_diffusion.metadata.blocks import PNG_SIGNATURE, png_chunk
+from sslsr_diffusion.metadata.exif import orientation, upright_exif
 
 PREFIX = b"Exif\0\0"
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

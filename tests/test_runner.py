@@ -320,7 +320,7 @@ def test_a_wrong_size_from_the_pipeline_is_a_failure(tmp_path):
 
 def test_no_pixels_are_read_for_the_plan(tmp_path, monkeypatch):
     picture(tmp_path / "in" / "a.png")
-    monkeypatch.setattr("sslsr_diffusion.inference.runner.open_picture", None)
+    monkeypatch.setattr("sslsr_diffusion.inference.runner.OpenPicture", None)
     assert [item.name for item in find_work(tmp_path / "in", tmp_path / "out", RunnerOptions()).todo] == ["a.png"]
 
 

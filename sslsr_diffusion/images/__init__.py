@@ -4,11 +4,11 @@
 What a file format or a conversion cannot keep comes back as a note.
 """
 
-from sslsr_diffusion.images.files import IMAGE_SUFFIXES, list_images, printable
 from sslsr_diffusion.images.picture import Image, Pixels, UnreadableImage
-from sslsr_diffusion.images.reader import MAX_PIXELS, OpenPicture, format_of, open_picture, read_image, size_of
-from sslsr_diffusion.images.tensors import pad_to, resize_bicubic, to_array, to_tensor
+from sslsr_diffusion.images.reader import MAX_PIXELS, OpenPicture, format_of, read_image, size_of
 from sslsr_diffusion.images.writers import SUFFIXES, suffixes_of, write_image, write_strips
+from sslsr_diffusion.listing import IMAGE_SUFFIXES, list_images, printable
+from sslsr_diffusion.tensors import pad_to, resize_bicubic, to_array, to_tensor
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -20,7 +20,6 @@ __all__ = [
     "UnreadableImage",
     "format_of",
     "list_images",
-    "open_picture",
     "pad_to",
     "printable",
     "read_image",

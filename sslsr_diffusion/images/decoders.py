@@ -1,4 +1,4 @@
-"""Which library reads which format: pixels out of a file in memory whose other blocks are out of the way (`blocks.py`).
+"""Which library reads which format: pixels out of a file in memory whose other blocks are out of the way (`metadata/blocks.py`).
 
 libvips' own threads do not survive a fork, and data-loader workers are forked. Its regions work in the thread that asks, so rows are
 fetched from one; its WebP decoder starts threads all the same, so Pillow reads WebP.
@@ -6,17 +6,19 @@ fetched from one; its WebP decoder starts threads all the same, so Pillow reads 
 
 import functools
 import io
+import logging
 import re
 import struct
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sslsr_diffusion.images import exif as tiff
-from sslsr_diffusion.images.blocks import Blocks
 from sslsr_diffusion.images.picture import Pixels
+from sslsr_diffusion.metadata import exif as tiff
+from sslsr_diffusion.metadata.blocks import Blocks
 
 if TYPE_CHECKING:
     import pyvips
@@ -29,50 +31,23 @@ class Refused(Exception):
     """The message is the reason as the user reads it."""
 
 
+@dataclass(frozen=True)
 class Rows:
     """Pixels of an open file, not yet upright."""
 
-    streams = False  # whether rows are decoded as they are asked for, from the top down; else the whole picture is in memory
-
-    def __init__(self, height: int, width: int, decode: Callable[[], Pixels]) -> None:
-        self.height, self.width = height, width
-        self._all = functools.cache(decode)
-
-    def read(self, top: int, bottom: int) -> Pixels:
-        """[bottom - top, W, C]: gray, gray with alpha, RGB or RGBA."""
-        return self._all()[top:bottom]
-
-    def whole(self) -> Pixels:
-        return self._all()
+    height: int
+    width: int
+    read: Callable[[int, int], Pixels]  # (top, bottom) -> [bottom - top, W, C]: gray, gray with alpha, RGB or RGBA
+    streams: bool = False  # decoded as they are asked for, from the top down; else the first call decodes all of them
 
 
-class _VipsRows(Rows):
-    streams = True
-
-    def __init__(self, image: "pyvips.Image", bits: int, data: object = None) -> None:
-        self._data = data  # libvips keeps no reference to the memory that it reads
-        self.height, self.width, self._bits, self._bands = image.height, image.width, bits, image.bands
-        self._dtype = np.uint16 if image.format == "ushort" else np.uint8
-        self._region = libvips().Region.new(image)
-
-    def read(self, top: int, bottom: int) -> Pixels:
-        out = np.empty((bottom - top, self.width, self._bands), self._dtype)
-        step = max(1, _BAND // max(1, out[:1].nbytes))
-        for y in range(0, len(out), step):
-            part = out[y : y + step]
-            part[...] = np.frombuffer(self._region.fetch(0, top + y, self.width, len(part)), self._dtype).reshape(part.shape)
-        if self._bits in range(9, 16):  # libvips fills 10 or 12 bits up with zeros: white would not be white
-            out = scaled(np.right_shift(out, 16 - self._bits, dtype=np.uint16), (1 << self._bits) - 1)
-        return out
-
-    def whole(self) -> Pixels:
-        return self.read(0, self.height)
+def _of_array(height: int, width: int, decode: Callable[[], Pixels]) -> Rows:
+    decoded = functools.cache(decode)
+    return Rows(height, width, lambda top, bottom: decoded()[top:bottom])
 
 
 @functools.cache
 def libvips() -> Any:
-    import logging
-
     logging.getLogger("pyvips").setLevel(logging.ERROR)  # we report what is wrong with a file
     import pyvips
 
@@ -80,18 +55,33 @@ def libvips() -> Any:
     return pyvips
 
 
-def scaled(values: Pixels, most: int) -> Pixels:
-    """0 to `most` -> 0 to 255 or 65535, rounded."""
-    kind, top = (np.uint8, 255) if most <= 255 else (np.uint16, 65535)
-    return values if most == top else ((values.astype(np.uint32) * (2 * top) + most) // (2 * most)).clip(max=top).astype(kind)
+def _of_vips(image: "pyvips.Image", data: object = None, bits: int = 16) -> Rows:
+    """`data` is what the image reads from: libvips keeps no reference to it. `bits`: how many of 16 are used."""
+    width, bands, dtype = image.width, image.bands, np.uint16 if image.format == "ushort" else np.uint8
+    region, step = libvips().Region.new(image), max(1, _BAND // (width * bands * dtype().itemsize))
+
+    def read(top: int, bottom: int, data: object = data) -> Pixels:
+        out = np.empty((bottom - top, width, bands), dtype)
+        for y in range(0, len(out), step):
+            part = out[y : y + step]
+            part[...] = np.frombuffer(region.fetch(0, top + y, width, len(part)), dtype).reshape(part.shape)
+        return out if bits == 16 or dtype == np.uint8 else _scaled(np.right_shift(out, 16 - bits, dtype=np.uint16), (1 << bits) - 1)
+
+    return Rows(image.height, width, read, streams=True)
+
+
+def _scaled(values: Pixels, white: int) -> Pixels:
+    """0 to `white` -> 0 to 255 or 65535, rounded."""
+    kind, top = (np.uint8, 255) if white <= 255 else (np.uint16, 65535)
+    return values if white == top else (values.clip(max=white) * (top / white) + 0.5).astype(kind)
 
 
 def _by_vips(data: memoryview, kind: str, found: Blocks) -> Rows:
     vips = libvips()
     image = vips.Operation.call(_LOADERS[kind], vips.Source.new_from_memory(data), access="sequential", fail_on="error")
-    fields, bits = set(image.get_fields()), 0
-    if kind == "AVIF":
-        bits = image.get("bits-per-sample") if "bits-per-sample" in fields else 0
+    fields, bits = set(image.get_fields()), 16
+    if kind == "AVIF":  # 10 and 12 bits come filled up with zeros: white would not be white
+        bits = image.get("bits-per-sample") if "bits-per-sample" in fields else 16
         found.xmp, found.icc_profile = (image.get(name) if name in fields else None for name in ("xmp-data", "icc-profile-data"))
         if "exif-data" in fields:
             found.take_exif(image.get("exif-data"))
@@ -106,7 +96,7 @@ def _by_vips(data: memoryview, kind: str, found: Blocks) -> Rows:
     if image.bands > most:
         found.lose(f"{image.bands - most} of its channels", "they are no colour")
         image = image.extract_band(0, n=most)
-    return _VipsRows(image, bits, data)
+    return _of_vips(image, data, bits)
 
 
 def _cmyk(image: "pyvips.Image", found: Blocks) -> "pyvips.Image":
@@ -116,15 +106,15 @@ def _cmyk(image: "pyvips.Image", found: Blocks) -> "pyvips.Image":
     if usable:
         image = image.copy()
         image.set_type(libvips().GValue.blob_type, "icc-profile-data", profile)
-    how = "CMYK" if usable else f"CMYK with{' an unusable' if profile else 'out a'} profile"
-    found.notes.append(f"{how} converted to sRGB")
-    depth = 16 if image.format == "ushort" else 8
-    return image.icc_transform("srgb", embedded=usable, input_profile="cmyk", intent="relative", black_point_compensation=True, depth=depth)
+    which = "CMYK" if usable else f"CMYK with{' an unusable' if profile else 'out a'} profile"
+    found.notes.append(f"{which} converted to sRGB")
+    how = {"intent": "relative", "black_point_compensation": True, "depth": 16 if image.format == "ushort" else 8}
+    return image.icc_transform("srgb", embedded=usable, input_profile="cmyk", **how)
 
 
-def profile_space(profile: bytes) -> str | None:
+def profile_space(profile: bytes | None) -> str | None:
     """The colour space that an ICC profile describes ("RGB", "GRAY", "CMYK", ...); None if it is not a profile."""
-    if len(profile) < 128 or profile[36:40] != b"acsp":
+    if profile is None or len(profile) < 128 or profile[36:40] != b"acsp":
         return None
     return profile[16:20].decode("latin-1").strip()
 
@@ -142,35 +132,35 @@ def _by_pillow(data: memoryview, kind: str, found: Blocks) -> Rows:
         found.icc_profile, found.density = file.info.get("icc_profile"), file.info.get("dpi")
     if kind != "WEBP" and getattr(file, "is_animated", False):
         found.notes.append("the first frame of an animation")
+    if file.mode in ("LAB", "CMYK"):
+        found.icc_profile = None
+        found.notes.append(f"{file.mode} converted to sRGB")
 
     def decode() -> Pixels:
         file.load()
         if file.mode == "LAB":
-            found.icc_profile = None
-            return _lab(np.asarray(file))
+            lab = np.asarray(file) * np.array([100 / 255, 1, 1], np.float32) - np.array([0, 128, 128], np.float32)
+            return _of_vips(libvips().Image.new_from_array(lab).copy(interpretation="lab").colourspace("srgb")).read(0, file.height)
         if file.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"):
             raise Refused(f"32-bit or unusual values (Pillow's mode {file.mode}); expected 8 or 16 bits unsigned")
-        gray, clear = file.mode in ("1", "L", "LA", "La"), file.has_transparency_data
-        mode = {(True, True): "LA", (True, False): "L", (False, True): "RGBA", (False, False): "RGB"}[gray, clear]
+        mode = ("L" if file.mode in ("1", "L", "LA", "La") else "RGB") + ("A" if file.has_transparency_data else "")
         return np.atleast_3d(np.asarray(file.convert(mode)))
 
-    if file.mode in ("LAB", "CMYK"):
-        found.notes.append(f"{file.mode} converted to sRGB")
-    return Rows(file.height, file.width, decode)
+    return _of_array(file.height, file.width, decode)
 
 
-def _lab(values: Pixels) -> Pixels:
-    """[H, W, 3] uint8 of CIE Lab, a and b 128 higher, to sRGB."""
-    vips = libvips()
-    lab = values * np.array([100 / 255, 1, 1], np.float32) - np.array([0, 128, 128], np.float32)
-    image = vips.Image.new_from_array(lab)
-    return _VipsRows(image.copy(interpretation="lab").colourspace("srgb"), 0).whole()
+def _tiff(data: memoryview, kind: str, found: Blocks) -> Rows:
+    """libvips' wheel lacks Lab of 8 bits, Zstandard and LZMA; Pillow has them, and would make 8 bits of 16."""
+    form = tiff.Form.of(data)
+    tags = {e.tag: struct.unpack_from(form.order + "H", data, e.at)[0] for e in form.directory(data, form.first).entries if e.kind == 3}
+    special = tags.get(259) in (34925, 50000) or tags.get(262) == 8
+    return (_by_pillow if special and tags.get(258, 1) <= 8 else _by_vips)(data, kind, found)
 
 
 def _by_opencv(data: memoryview, kind: str, found: Blocks) -> Rows:
-    """OpenCV keeps the numbers of the file, so what counts as white comes from its header."""
-    height, width, most = (_ppm_header if kind == "PPM" else _jp2_header)(data)
-    if kind == "JPEG2000" and most <= 255:
+    """OpenCV keeps the numbers of the file, so what counts as white comes from its header. Pillow would make 8 bits of 16."""
+    height, width, white = (_ppm_header if kind == "PPM" else _jp2_header)(data)
+    if kind == "JPEG2000" and white <= 255:
         return _by_pillow(data, kind, found)
 
     def decode() -> Pixels:
@@ -179,25 +169,23 @@ def _by_opencv(data: memoryview, kind: str, found: Blocks) -> Rows:
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it would print every damaged file to the terminal
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if pixels is None and kind == "JPEG2000":  # gray with alpha
-            found.notes.append(f"8 of {most.bit_length()} bits")
-            return _by_pillow(data, kind, found).whole()
+            found.notes.append(f"8 of {white.bit_length()} bits")
+            return _by_pillow(data, kind, found).read(0, height)
         if pixels is None:
             raise Refused("the pixels cannot be decoded; the file is cut off or damaged")
-        pixels = scaled(np.atleast_3d(pixels), most)
+        pixels = _scaled(np.atleast_3d(pixels), white)
         return pixels if pixels.shape[2] == 1 else pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
 
-    return Rows(height, width, decode)
+    return _of_array(height, width, decode)
 
 
 def _ppm_header(data: memoryview) -> tuple[int, int, int]:
     """Height, width and the value of white."""
     words = re.sub(rb"#[^\r\n]*", b" ", bytes(data[: 1 << 16])).split(maxsplit=4)[:4]
-    if words[0] not in (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6") or not all(word.isdigit() for word in words[1:3]):
-        raise Refused("a portable pixmap of an unusual kind; expected P1 to P6")
-    most = 255 if words[0] in (b"P1", b"P4") else int(words[3])
-    if not 0 < most < 1 << 16:
-        raise Refused(f"white is {most}; expected 1 to 65535")
-    return int(words[2]), int(words[1]), most
+    white = 255 if words[0] in (b"P1", b"P4") else int(words[3])
+    if not 0 < white < 1 << 16:
+        raise Refused(f"white is {white}; expected 1 to 65535")
+    return int(words[2]), int(words[1]), white
 
 
 def _jp2_header(data: memoryview) -> tuple[int, int, int]:
@@ -207,24 +195,15 @@ def _jp2_header(data: memoryview) -> tuple[int, int, int]:
         raise Refused("the file is cut off")
     right, bottom, left, top = struct.unpack_from(">4I", data, at)
     (channels,) = struct.unpack_from(">H", data, at + 32)
-    most = max((1 << (1 + (each & 0x7F))) - 1 for each in data[at + 34 : at + 34 + 3 * channels : 3])
-    if most >= 1 << 16:
-        raise Refused(f"{most.bit_length()}-bit values; expected up to 16 bits")
-    return bottom - top, right - left, most
-
-
-def _by_either(data: memoryview, kind: str, found: Blocks) -> Rows:
-    """TIFF: libvips' wheel lacks Lab of 8 bits, Zstandard and LZMA; Pillow has them, and would make 8 bits of 16."""
-    form = tiff.Form.of(data)
-    tags = {e.tag: struct.unpack_from(form.order + "H", data, e.at)[0] for e in form.directory(data, form.first).entries if e.kind == 3}
-    if (tags.get(259) in (34925, 50000) or tags.get(262) == 8) and tags.get(258, 1) <= 8:
-        return _by_pillow(data, kind, found)
-    return _by_vips(data, kind, found)
+    white = max((2 << (each & 0x7F)) - 1 for each in data[at + 34 : at + 34 + 3 * channels : 3])
+    if white >= 1 << 16:
+        raise Refused(f"{white.bit_length()}-bit values; expected up to 16 bits")
+    return bottom - top, right - left, white
 
 
 READERS: Mapping[str, Callable[[memoryview, str, Blocks], Rows]] = {
     **dict.fromkeys(("PNG", "JPEG", "AVIF"), _by_vips),
-    "TIFF": _by_either,
+    "TIFF": _tiff,
     **dict.fromkeys(("WEBP", "GIF", "BMP", "TGA"), _by_pillow),
     **dict.fromkeys(("PPM", "JPEG2000"), _by_opencv),
 }

@@ -18,9 +18,9 @@ import numpy as np
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import TEMPORARY, atomic_file
-from sslsr_diffusion.images import blocks, exif
 from sslsr_diffusion.images.decoders import libvips
 from sslsr_diffusion.images.picture import Image, Pixels
+from sslsr_diffusion.metadata import blocks, exif
 
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # format -> suffix of a new file
 _FURTHER = {"JPEG": (".jpeg", ".jpe", ".jfif"), "TIFF": (".tiff",)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import SUFFIXES, Image, OpenPicture, format_of, list_images, open_picture, printable, suffixes_of, write_strips
+from sslsr_diffusion.images import SUFFIXES, Image, OpenPicture, format_of, list_images, printable, suffixes_of, write_strips
 from sslsr_diffusion.inference.record import RECORD_NAME, Record, sha256
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.inference.strips import upscaled
@@ -233,7 +233,7 @@ def _make(restorer: Restorer, item: Picture, work: Work, options: RunnerOptions)
     stat, input_hash = item.source.stat(), sha256(item.source)  # before the work: the file may be replaced meanwhile
 
     def opened() -> OpenPicture:
-        return open_picture(item.source, max_pixels=options.max_pixels, advice="--max-megapixels lifts the limit")
+        return OpenPicture(item.source, max_pixels=options.max_pixels, advice="--max-megapixels lifts the limit")
 
     notes: dict[str, None] = {}
     picture, scale = opened(), restorer.scale if options.scale is None else options.scale

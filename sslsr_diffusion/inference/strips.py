@@ -43,7 +43,8 @@ def upscaled(
     """
     height, width = picture.size
     budget = call.get("memory_budget")
-    room = (free_bytes(torch.device("cpu")) if budget is None else budget) - picture.held
+    held = 0 if picture.streams else 4 * height * width
+    room = (free_bytes(torch.device("cpu")) if budget is None else budget) - held
     taken, make = _BYTES * height * width * scale * scale, _Maker(restorer, scale, seed, call)
     fits, image = whole_rows(scale) is not None, None
     if taken <= room / 2 or not fits:
@@ -55,7 +56,7 @@ def upscaled(
     if image is not None:
         yield image
         return
-    picture, planned = opened(), restorer.strips(picture.size, scale=scale, held=picture.held, **call)
+    picture, planned = opened(), restorer.strips(picture.size, scale=scale, held=held, **call)
     if planned is None:
         yield from _faded(make, picture, opened, scale, int(height * room / taken))
         return

@@ -15,9 +15,13 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from sslsr_diffusion.images import exif as tiff
-from sslsr_diffusion.images.picture import Image
+from sslsr_diffusion.metadata import exif as tiff
+
+if TYPE_CHECKING:
+    from sslsr_diffusion.images.picture import Image
+
 
 LARGEST = 64 << 20  # of a block, unpacked
 _SEGMENT = 65533
@@ -26,7 +30,6 @@ PNG_SIGNATURE, _PNG_XMP = b"\x89PNG\r\n\x1a\n", b"XML:com.adobe.xmp"
 _COLOUR = (b"cICP", b"gAMA", b"cHRM", b"sRGB", b"mDCV", b"cLLI")
 _LENGTHS = {b"cICP": 4, b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"mDCV": 24, b"cLLI": 8, b"pHYs": 9}
 _STALE = (b"tIME", b"bKGD", b"hIST", b"sBIT", b"acTL", b"fcTL", b"fdAT", b"tRNS")  # of the old pixels; a frame's chunks have their note
-Own = tuple[tuple[bytes, bytes], ...]
 
 
 @dataclass
@@ -237,7 +240,7 @@ def same_own(read: str, written: str) -> bool:
     return read == written or (read, written) == ("AVIF", "PNG")
 
 
-def png_head(blocks: Image, same: bool) -> bytes:
+def png_head(blocks: "Image", same: bool) -> bytes:
     """Chunks for between IHDR and the pixels; `same` as `same_own`."""
     own = [(kind, body) for kind, body in blocks.own if same and not (kind == b"sRGB" and blocks.icc_profile)]
     parts = [(b"iCCP", b"ICC Profile\0\0" + zlib.compress(blocks.icc_profile))] if blocks.icc_profile else []
@@ -254,7 +257,7 @@ def png_head(blocks: Image, same: bool) -> bytes:
     return b"".join(png_chunk(kind, body) for kind, body in parts)
 
 
-def jpeg_head(blocks: Image, same: bool) -> tuple[bytes, list[str]]:
+def jpeg_head(blocks: "Image", same: bool) -> tuple[bytes, list[str]]:
     """Segments for behind the start of a JPEG, and what is too large for them."""
     notes, density = [], [min(65535, round(each)) for each in blocks.density or (1, 1)]
     segments = [(0xE0, b"JFIF\0\1\1" + struct.pack(">BHH", blocks.density is not None, *density) + b"\0\0")]
@@ -274,7 +277,7 @@ def jpeg_head(blocks: Image, same: bool) -> tuple[bytes, list[str]]:
     return b"".join(b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body for marker, body in segments), notes
 
 
-def tiff_tags(blocks: Image, order: str, has_density: bool) -> dict[int, tiff.Tag]:
+def tiff_tags(blocks: "Image", order: str, has_density: bool) -> dict[int, tiff.Tag]:
     """Tags for a TIFF file's directory beside those of its pixels and its EXIF."""
     bodies = {tiff.XMP: (1, blocks.xmp), tiff.PHOTOSHOP: (1, blocks.iptc), tiff.PROFILE: (7, blocks.icc_profile)}
     tags = {tag: (kind, len(body), body) for tag, (kind, body) in bodies.items() if body}

@@ -1,7 +1,10 @@
+"""Which files are pictures, by their names and by their first bytes."""
+
 import fnmatch
 import glob as globbing
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +16,44 @@ _SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .tif .tiff .bmp .dib .g
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 _UNREAD = ".heic .heif .hif .jxl .jxr .psd .psb .xcf .svg .exr .hdr .pfm .pcx .ico .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw"
 UNREAD_SUFFIXES = frozenset(_UNREAD.split())  # pictures, too, of kinds that are not read
+
+SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # format -> suffix of a new file
+_FURTHER = {"JPEG": (".jpeg", ".jpe", ".jfif"), "TIFF": (".tiff",)}
+_MAGIC = {
+    rb"\x89PNG\r\n\x1a\n": "PNG",
+    rb"\xff\xd8\xff": "JPEG",
+    rb"II[*+]\0|MM\0[*+]": "TIFF",
+    rb"RIFF....WEBP": "WEBP",
+    rb"GIF8": "GIF",
+    rb"BM": "BMP",
+    rb"....ftyp.*avi[fs]": "AVIF",
+    rb"P[1-6][\s#]": "PPM",
+    rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51": "JPEG2000",
+    rb"....ftyp(hei|hev|mif|msf)": "HEIC",
+    rb"8BPS": "PSD",
+    rb"\xff\n|\0\0\0\x0cJXL ": "JPEG XL",
+}
+
+
+def kind_of(start: bytes) -> str | None:
+    """The format that a file with these first 32 bytes has; None: one without a mark of its own (TGA), or no picture."""
+    return next((name for magic, name in _MAGIC.items() if re.match(magic, start, re.DOTALL)), None)
+
+
+def format_of(path: Path) -> str | None:
+    """The format that a file's first bytes promise, as `Image.format` would say."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return kind_of(file.read(32))
+    except OSError:
+        return None
+
+
+def suffixes_of(format: str) -> tuple[str, ...]:
+    """The suffixes under which a format of `SUFFIXES` may be written, lower case."""
+    return (SUFFIXES[format], *_FURTHER.get(format, ()))
 
 
 def printable(name: str | os.PathLike[str]) -> str:

@@ -5,9 +5,9 @@ What a file format or a conversion cannot keep comes back as a note.
 """
 
 from sslsr_diffusion.images.picture import Image, Pixels, UnreadableImage
-from sslsr_diffusion.images.reader import MAX_PIXELS, OpenPicture, format_of, read_image, size_of
-from sslsr_diffusion.images.writers import SUFFIXES, suffixes_of, write_image, write_strips
-from sslsr_diffusion.listing import IMAGE_SUFFIXES, list_images, printable
+from sslsr_diffusion.images.reader import MAX_PIXELS, OpenPicture, read_image, size_of
+from sslsr_diffusion.images.writers import write_image, write_strips
+from sslsr_diffusion.listing import IMAGE_SUFFIXES, SUFFIXES, format_of, list_images, printable, suffixes_of
 from sslsr_diffusion.tensors import pad_to, resize_bicubic, to_array, to_tensor
 
 __all__ = [

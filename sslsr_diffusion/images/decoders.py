@@ -10,7 +10,7 @@ import logging
 import re
 import struct
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from sslsr_diffusion.images.picture import Pixels
 from sslsr_diffusion.metadata import exif as tiff
-from sslsr_diffusion.metadata.blocks import Blocks
+from sslsr_diffusion.metadata.blocks import Blocks, profile_space
 
 if TYPE_CHECKING:
     import pyvips
@@ -112,13 +112,6 @@ def _cmyk(image: "pyvips.Image", found: Blocks) -> "pyvips.Image":
     return image.icc_transform("srgb", embedded=usable, input_profile="cmyk", **how)
 
 
-def profile_space(profile: bytes | None) -> str | None:
-    """The colour space that an ICC profile describes ("RGB", "GRAY", "CMYK", ...); None if it is not a profile."""
-    if profile is None or len(profile) < 128 or profile[36:40] != b"acsp":
-        return None
-    return profile[16:20].decode("latin-1").strip()
-
-
 def _by_pillow(data: memoryview, kind: str, found: Blocks) -> Rows:
     from PIL import Image as Pillow
 
@@ -201,9 +194,6 @@ def _jp2_header(data: memoryview) -> tuple[int, int, int]:
     return bottom - top, right - left, white
 
 
-READERS: Mapping[str, Callable[[memoryview, str, Blocks], Rows]] = {
-    **dict.fromkeys(("PNG", "JPEG", "AVIF"), _by_vips),
-    "TIFF": _tiff,
-    **dict.fromkeys(("WEBP", "GIF", "BMP", "TGA"), _by_pillow),
-    **dict.fromkeys(("PPM", "JPEG2000"), _by_opencv),
-}
+Reader = Callable[[memoryview, str, Blocks], Rows]
+_PILLOW: dict[str, Reader] = dict.fromkeys(("WEBP", "GIF", "BMP", "TGA"), _by_pillow)
+READERS = {"PNG": _by_vips, "JPEG": _by_vips, "AVIF": _by_vips, "TIFF": _tiff, "PPM": _by_opencv, "JPEG2000": _by_opencv, **_PILLOW}

@@ -7,43 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from sslsr_diffusion.images.decoders import READERS, Refused, profile_space
+from sslsr_diffusion.images.decoders import READERS, Refused
 from sslsr_diffusion.images.picture import Image, Pixels, UnreadableImage
-from sslsr_diffusion.listing import UNREAD_SUFFIXES, printable
+from sslsr_diffusion.listing import UNREAD_SUFFIXES, kind_of, printable
 from sslsr_diffusion.metadata import exif
-from sslsr_diffusion.metadata.blocks import SPLIT, Blocks
+from sslsr_diffusion.metadata.blocks import SPLIT, Blocks, profile_space
 
 MAX_PIXELS = 178_956_970  # of a picture that is read whole: 0.5 GB of RGB
 _MAPPED = 64 << 20  # larger files are mapped, not read
-_MAGIC = {
-    rb"\x89PNG\r\n\x1a\n": "PNG",
-    rb"\xff\xd8\xff": "JPEG",
-    rb"II[*+]\0|MM\0[*+]": "TIFF",
-    rb"RIFF....WEBP": "WEBP",
-    rb"GIF8": "GIF",
-    rb"BM": "BMP",
-    rb"....ftypavi[fs]": "AVIF",
-    rb"P[1-6][\s#]": "PPM",
-    rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51": "JPEG2000",
-    rb"....ftyp(hei|hev|mif|msf)": "HEIC",
-    rb"8BPS": "PSD",
-    rb"\xff\n|\0\0\0\x0cJXL ": "JPEG XL",
-}
-
-
-def _kind(start: bytes) -> str | None:
-    return next((name for magic, name in _MAGIC.items() if re.match(magic, start, re.DOTALL)), None)
-
-
-def format_of(path: Path) -> str | None:
-    """The format that a file's first bytes promise, as `Image.format` would say."""
-    try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            return _kind(file.read(16))
-    except OSError:
-        return None
 
 
 class OpenPicture:
@@ -70,7 +41,7 @@ class OpenPicture:
             if not len(data):
                 raise Refused("the file is empty")
             suffix = "" if isinstance(source, bytes) else Path(source).suffix.lower()
-            self.format = kind = _kind(bytes(data[:16])) or "TGA"  # which has no magic
+            self.format = kind = kind_of(bytes(data[:32])) or "TGA"  # which has no magic
             if kind not in READERS or (suffix in UNREAD_SUFFIXES and kind in ("TIFF", "TGA")):  # raw files of cameras look like TIFF
                 raise Refused(f"{suffix.removeprefix('.') or kind} pictures are not read; save it as PNG, JPEG, TIFF or WebP")
             self.blocks = SPLIT[kind](data) if kind in SPLIT else Blocks()
@@ -82,7 +53,8 @@ class OpenPicture:
                 raise Refused(f"{pixels} megapixels are more than the {most} megapixels that are read; {advice}")
         self.size = (width, height) if self._turn > 4 else (height, width)  # upright
         self.streams = self._rows.streams and self._turn <= 2  # rows are decoded from the top down; else the first call decodes all
-        self._first, self._kept = 0, np.empty((0, 0, 0), np.uint8)  # rows that the last call has decoded
+        self._first = 0
+        self._kept: Pixels = np.empty((0, 0, 0), np.uint8)  # rows that the last call has decoded
 
     def read(self, top: int = 0, bottom: int | None = None) -> Image:
         """Rows of the upright picture, with all its blocks; where it streams, no call begins above the one before."""

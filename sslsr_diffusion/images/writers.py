@@ -20,18 +20,11 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import TEMPORARY, atomic_file
 from sslsr_diffusion.images.decoders import libvips
 from sslsr_diffusion.images.picture import Image, Pixels
+from sslsr_diffusion.listing import SUFFIXES, suffixes_of
 from sslsr_diffusion.metadata import blocks, exif
 
-SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # format -> suffix of a new file
-_FURTHER = {"JPEG": (".jpeg", ".jpe", ".jfif"), "TIFF": (".tiff",)}
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
-LARGEST_TIFF = 0xFFF00000  # bytes of samples
 Strips = Iterator[Pixels]  # [n, W, C] each: gray or colour, then alpha where there is one
-
-
-def suffixes_of(format: str) -> tuple[str, ...]:
-    """The suffixes under which a format of `SUFFIXES` may be written, lower case."""
-    return (SUFFIXES[format], *_FURTHER.get(format, ()))
 
 
 def write_image(path: Path | str, image: Image, *, format: str | None = None, quality: int = 95) -> tuple[str, ...]:
@@ -63,34 +56,17 @@ def write_strips(
     images = iter(strips)
     head = next(images)
     head = replace(head, exif=head.exif and exif.upright_exif(head.exif, size))
-    samples, notes = (_samples(image) for image in itertools.chain([head], images)), _lost(head, wanted)
-    if wanted in ("JPEG", "WEBP"):
-        samples = (_eight_bits(strip) for strip in samples)
+    samples = (_samples(image, wanted in ("PNG", "TIFF")) for image in itertools.chain([head], images))
+    notes = blocks.not_kept(head, wanted)
     with atomic_file(path) as new, new.open("xb") as file:
         notes += _ENCODERS[wanted](file, head, size, samples, quality)
     return tuple(notes)
 
 
-def _lost(head: Image, wanted: str) -> list[str]:
-    """What a format has no place for."""
-    notes = ["8 of 16 bits"] if head.bits == 16 and wanted in ("JPEG", "WEBP") else []
-    kinds = dict.fromkeys(kind for kind, _ in head.own) if not blocks.same_own(head.format, wanted) else {}
-    if b"sRGB" in kinds:  # which is what no word means
-        kinds = {kind: None for kind in kinds if kind not in (b"sRGB", b"gAMA", b"cHRM")}
-    names = [kind.decode("latin-1") if len(kind) == 4 else "comments" if kind == b"\xfe" else f"APP{kind[0] - 0xE0}" for kind in kinds]
-    if wanted == "WEBP":
-        names += ["IPTC"] * bool(head.iptc) + ["resolution"] * bool(head.density and not head.exif)
-        names += ["the gray profile"] * bool(head.gray and head.icc_profile)
-    return [*notes, f"{', '.join(names)} left out, {wanted} has no place for it"] if names else notes
-
-
-def _samples(image: Image) -> Pixels:
+def _samples(image: Image, sixteen: bool) -> Pixels:
     colour = image.rgb[..., :1] if image.gray else image.rgb
-    return colour if image.alpha is None else np.concatenate([colour, image.alpha[..., None]], axis=2)
-
-
-def _eight_bits(samples: Pixels) -> Pixels:
-    return samples if samples.dtype == np.uint8 else ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    samples = colour if image.alpha is None else np.concatenate([colour, image.alpha[..., None]], axis=2)
+    return samples if sixteen or image.bits == 8 else ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def _jpeg(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, quality: int) -> list[str]:
@@ -179,7 +155,7 @@ def _tiff(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, qu
     """The EXIF block where it always is, at the start of its offsets; deflated strips with the horizontal predictor; the directory."""
     channels = (1 if head.gray else 3) + (head.alpha is not None)
     row = size[1] * channels * head.bits // 8
-    if row * size[0] > LARGEST_TIFF:
+    if row * size[0] > 0xFFF00000:
         raise UserError("the picture is larger than the 4 GB that TIFF can hold; use PNG.")
     order, entries = exif.entries_for_tiff(head.exif) if head.exif else ("<", {})
     file.write((head.exif or b"II*\0" + bytes(4)).ljust(8, b"\0"))
@@ -197,9 +173,5 @@ def _tiff(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, qu
     return []
 
 
-_ENCODERS: dict[str, Callable[[BinaryIO, Image, tuple[int, int], Strips, int], list[str]]] = {
-    "PNG": _png,
-    "JPEG": _jpeg,
-    "WEBP": _webp,
-    "TIFF": _tiff,
-}
+Encoder = Callable[[BinaryIO, Image, tuple[int, int], Strips, int], list[str]]
+_ENCODERS: dict[str, Encoder] = {"PNG": _png, "JPEG": _jpeg, "WEBP": _webp, "TIFF": _tiff}

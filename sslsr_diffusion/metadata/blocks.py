@@ -59,6 +59,13 @@ class Blocks:
         self.iptc = self.iptc or body.removeprefix(_PHOTOSHOP)
 
 
+def profile_space(profile: bytes | None) -> str | None:
+    """The colour space that an ICC profile describes ("RGB", "GRAY", "CMYK", ...); None if it is not a profile."""
+    if profile is None or len(profile) < 128 or profile[36:40] != b"acsp":
+        return None
+    return profile[16:20].decode("latin-1").strip()
+
+
 def unpacked(data: bytes | memoryview) -> bytes:
     """Raises zlib.error: damaged, or a bomb."""
     stream = zlib.decompressobj()
@@ -238,6 +245,19 @@ SPLIT: Mapping[str, Callable[[memoryview], Blocks]] = {
 def same_own(read: str, written: str) -> bool:
     """Whether a format takes another's `own` blocks: AVIF's are the colours of PNG."""
     return read == written or (read, written) == ("AVIF", "PNG")
+
+
+def not_kept(head: "Image", wanted: str) -> list[str]:
+    """What a format has no place for."""
+    notes = ["8 of 16 bits"] if head.bits == 16 and wanted in ("JPEG", "WEBP") else []
+    kinds = dict.fromkeys(kind for kind, _ in head.own) if not same_own(head.format, wanted) else {}
+    if b"sRGB" in kinds:  # which is what no word means
+        kinds = {kind: None for kind in kinds if kind not in (b"sRGB", b"gAMA", b"cHRM")}
+    names = [kind.decode("latin-1") if len(kind) == 4 else "comments" if kind == b"\xfe" else f"APP{kind[0] - 0xE0}" for kind in kinds]
+    if wanted == "WEBP":
+        names += ["IPTC"] * bool(head.iptc) + ["resolution"] * bool(head.density and not head.exif)
+        names += ["the gray profile"] * bool(head.gray and head.icc_profile)
+    return [*notes, f"{', '.join(names)} left out, {wanted} has no place for it"] if names else notes
 
 
 def png_head(blocks: "Image", same: bool) -> bytes:

@@ -145,9 +145,35 @@ def _by_pillow(data: memoryview, kind: str, found: Blocks) -> Rows:
 def _tiff(data: memoryview, kind: str, found: Blocks) -> Rows:
     """libvips' wheel lacks Lab of 8 bits, Zstandard and LZMA; Pillow has them, and would make 8 bits of 16."""
     form = tiff.Form.of(data)
-    tags = {e.tag: struct.unpack_from(form.order + "H", data, e.at)[0] for e in form.directory(data, form.first).entries if e.kind == 3}
+    entries = {entry.tag: entry for entry in form.directory(data, form.first).entries}
+    tags = {tag: form.first_number(data, entry) for tag, entry in entries.items()}
+    if tags.get(284) == 2 and tags.get(262) in (0, 1) and tags.get(277, 1) > 1:
+        return _gray_and_alpha(data, form, entries, tags, found)
     special = tags.get(259) in (34925, 50000) or tags.get(262) == 8
     return (_by_pillow if special and tags.get(258, 1) <= 8 else _by_vips)(data, kind, found)
+
+
+def _gray_and_alpha(data: memoryview, form: tiff.Form, entries: dict[int, tiff.Entry], tags: dict[int, int], found: Blocks) -> Rows:
+    """libvips mixes up the rows of two separate planes; as one gray picture of twice the height they are right."""
+    height, step = tags[257], min(tags.get(323, tags.get(278, 1 << 32)), tags[257])
+    if tags[277] > 2 or height % step:
+        raise Refused("gray in separate planes with further channels, or with strips of an odd height; save it interleaved")
+    for tag, value in ((257, 2 * height), (277, 1), (278, step), (284, 1)):
+        if tag in entries:
+            form.put(data, entries[tag], value)
+    form.relabel(data, entries[258], 258, 1)  # one value
+    if 338 in entries:
+        form.relabel(data, entries[338], 65000, 1)  # a tag that nobody knows
+    both = _by_vips(data, "TIFF", found)
+
+    def decode() -> Pixels:
+        gray, alpha = (both.read(top, top + height) for top in (0, height))
+        alpha = alpha if tags[262] else np.invert(alpha)  # where white is 0, both came inverted
+        if tags.get(338) == 1:  # premultiplied
+            gray = (gray * (np.iinfo(gray.dtype).max / np.maximum(alpha, 1)) + 0.5).clip(max=np.iinfo(gray.dtype).max).astype(gray.dtype)
+        return np.concatenate([gray, alpha], axis=2)
+
+    return _of_array(height, both.width, decode)
 
 
 def _by_opencv(data: memoryview, kind: str, found: Blocks) -> Rows:

@@ -10,6 +10,7 @@ Bytes = bytes | bytearray | memoryview
 ORIENTATION, _EXIF, _GPS, _INTEROP, _LARGEST = 0x0112, 0x8769, 0x8825, 0xA005, 64 << 20
 _SUBDIRECTORIES: tuple[tuple[int, ...], ...] = ((_EXIF, _GPS), (_INTEROP,), ())  # by depth
 _BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # of one value, by type
+_LETTERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 _PIXELS = (*range(254, 260), *range(262, 267), 273, *range(277, 282), 284, *range(290, 294), 317, *range(320, 326), *range(330, 348))
 PIXEL_TAGS = frozenset([*_PIXELS, *range(512, 522), *range(529, 533), *range(32995, 32999)])  # how a file holds its pixels
 XMP, IPTC, PHOTOSHOP, PROFILE = 700, 33723, 34377, 34675
@@ -69,8 +70,22 @@ class Form(NamedTuple):
 
     def number(self, data: Bytes, entry: Entry) -> int | None:
         """The value of an entry that is one whole number."""
-        letter = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}.get(entry.kind)
-        return struct.unpack_from(self.order + letter, data, entry.at)[0] if letter and entry.length == 1 else None
+        return self.first_number(data, entry) if entry.length == 1 and entry.kind in _LETTERS else None
+
+    def first_number(self, data: Bytes, entry: Entry) -> int:
+        """The first of an entry's whole numbers; 0 where it has none."""
+        letter = _LETTERS.get(entry.kind)
+        return struct.unpack_from(self.order + letter, data, entry.at)[0] if letter else 0
+
+    def put(self, data: bytearray | memoryview, entry: Entry, value: int) -> None:
+        """Change the first number in place, to the largest one where `value` does not fit."""
+        letter = _LETTERS[entry.kind]
+        struct.pack_into(self.order + letter, data, entry.at, min(value, 256 ** struct.calcsize("<" + letter) - 1))
+
+    def relabel(self, data: memoryview, entry: Entry, tag: int, length: int) -> None:
+        """Give an entry whose value stands in itself another tag and number of values."""
+        head = entry.at - (12 if self.big else 8)
+        struct.pack_into(self.order + ("HHQ" if self.big else "HHI"), data, head, tag, entry.kind, length)
 
 
 def readable_exif(raw: Bytes) -> bytes | None:
@@ -111,9 +126,8 @@ def upright_exif(exif: bytes, size: tuple[int, int]) -> bytes:
         if entry.tag == _EXIF and (at := form.number(block, entry)) and at + 2 <= len(block):
             inner = form.directory(block, at).entries
     for entry in (*main.entries, *inner):
-        if entry.tag in wanted and form.number(block, entry) is not None and entry.kind in (1, 3, 4):
-            letter, most = {1: ("B", 0xFF), 3: ("H", 0xFFFF), 4: ("I", 0xFFFFFFFF)}[entry.kind]
-            struct.pack_into(form.order + letter, block, entry.at, min(wanted[entry.tag], most))
+        if entry.tag in wanted and form.number(block, entry) is not None:
+            form.put(block, entry, wanted[entry.tag])
     return bytes(block)
 
 

@@ -7,7 +7,6 @@ fetched from one; its WebP decoder starts threads all the same, so Pillow reads 
 import functools
 import io
 import logging
-import re
 import struct
 import warnings
 from collections.abc import Callable
@@ -17,18 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sslsr_diffusion.images.picture import Pixels
-from sslsr_diffusion.metadata import exif as tiff
+from sslsr_diffusion.metadata import headers
 from sslsr_diffusion.metadata.blocks import Blocks, profile_space
+from sslsr_diffusion.metadata.headers import Refused
 
 if TYPE_CHECKING:
     import pyvips
 
 _LOADERS = {"PNG": "pngload_source", "JPEG": "jpegload_source", "TIFF": "tiffload_source", "AVIF": "heifload_source"}
 _BAND = 32 << 20  # bytes that are fetched at once
-
-
-class Refused(Exception):
-    """The message is the reason as the user reads it."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ def _by_pillow(data: memoryview, kind: str, found: Blocks) -> Rows:
         raise Refused(f"the Pillow that is installed here does not read {kind}")
     file = Pillow.OPEN[kind][0](io.BytesIO(data), "")  # not Pillow.open, which has a limit of its own on pixels
     if kind in ("BMP", "GIF", "TGA"):
-        found.icc_profile, found.density = file.info.get("icc_profile"), file.info.get("dpi")
+        found.density = file.info.get("dpi")
     if kind != "WEBP" and getattr(file, "is_animated", False):
         found.notes.append("the first frame of an animation")
     if file.mode in ("LAB", "CMYK"):
@@ -144,33 +140,24 @@ def _by_pillow(data: memoryview, kind: str, found: Blocks) -> Rows:
 
 def _tiff(data: memoryview, kind: str, found: Blocks) -> Rows:
     """libvips' wheel lacks Lab of 8 bits, Zstandard and LZMA; Pillow has them, and would make 8 bits of 16."""
-    form = tiff.Form.of(data)
-    entries = {entry.tag: entry for entry in form.directory(data, form.first).entries}
-    tags = {tag: form.first_number(data, entry) for tag, entry in entries.items()}
+    tags = headers.tiff(data)
     if tags.get(284) == 2 and tags.get(262) in (0, 1) and tags.get(277, 1) > 1:
-        return _gray_and_alpha(data, form, entries, tags, found)
+        return _gray_and_alpha(data, tags, found)
     special = tags.get(259) in (34925, 50000) or tags.get(262) == 8
     return (_by_pillow if special and tags.get(258, 1) <= 8 else _by_vips)(data, kind, found)
 
 
-def _gray_and_alpha(data: memoryview, form: tiff.Form, entries: dict[int, tiff.Entry], tags: dict[int, int], found: Blocks) -> Rows:
+def _gray_and_alpha(data: memoryview, tags: dict[int, int], found: Blocks) -> Rows:
     """libvips mixes up the rows of two separate planes; as one gray picture of twice the height they are right."""
-    height, step = tags[257], min(tags.get(323, tags.get(278, 1 << 32)), tags[257])
-    if tags[277] > 2 or height % step:
-        raise Refused("gray in separate planes with further channels, or with strips of an odd height; save it interleaved")
-    for tag, value in ((257, 2 * height), (277, 1), (278, step), (284, 1)):
-        if tag in entries:
-            form.put(data, entries[tag], value)
-    form.relabel(data, entries[258], 258, 1)  # one value
-    if 338 in entries:
-        form.relabel(data, entries[338], 65000, 1)  # a tag that nobody knows
+    height = headers.stack_planes(data, tags)
     both = _by_vips(data, "TIFF", found)
 
     def decode() -> Pixels:
         gray, alpha = (both.read(top, top + height) for top in (0, height))
         alpha = alpha if tags[262] else np.invert(alpha)  # where white is 0, both came inverted
         if tags.get(338) == 1:  # premultiplied
-            gray = (gray * (np.iinfo(gray.dtype).max / np.maximum(alpha, 1)) + 0.5).clip(max=np.iinfo(gray.dtype).max).astype(gray.dtype)
+            white = np.iinfo(gray.dtype).max
+            gray = (gray * (white / np.maximum(alpha, 1)) + 0.5).clip(max=white).astype(gray.dtype)
         return np.concatenate([gray, alpha], axis=2)
 
     return _of_array(height, both.width, decode)
@@ -178,7 +165,7 @@ def _gray_and_alpha(data: memoryview, form: tiff.Form, entries: dict[int, tiff.E
 
 def _by_opencv(data: memoryview, kind: str, found: Blocks) -> Rows:
     """OpenCV keeps the numbers of the file, so what counts as white comes from its header. Pillow would make 8 bits of 16."""
-    height, width, white = (_ppm_header if kind == "PPM" else _jp2_header)(data)
+    height, width, white = (headers.ppm if kind == "PPM" else headers.jp2)(data)
     if kind == "JPEG2000" and white <= 255:
         return _by_pillow(data, kind, found)
 
@@ -196,28 +183,6 @@ def _by_opencv(data: memoryview, kind: str, found: Blocks) -> Rows:
         return pixels if pixels.shape[2] == 1 else pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
 
     return _of_array(height, width, decode)
-
-
-def _ppm_header(data: memoryview) -> tuple[int, int, int]:
-    """Height, width and the value of white."""
-    words = re.sub(rb"#[^\r\n]*", b" ", bytes(data[: 1 << 16])).split(maxsplit=4)[:4]
-    white = 255 if words[0] in (b"P1", b"P4") else int(words[3])
-    if not 0 < white < 1 << 16:
-        raise Refused(f"white is {white}; expected 1 to 65535")
-    return int(words[2]), int(words[1]), white
-
-
-def _jp2_header(data: memoryview) -> tuple[int, int, int]:
-    """The same of a JPEG 2000 file, out of its codestream (ISO 15444-1, A.5.1)."""
-    at = bytes(data[: 1 << 20]).find(b"\xff\x4f\xff\x51") + 8
-    if at < 8 or at + 40 > len(data):
-        raise Refused("the file is cut off")
-    right, bottom, left, top = struct.unpack_from(">4I", data, at)
-    (channels,) = struct.unpack_from(">H", data, at + 32)
-    white = max((2 << (each & 0x7F)) - 1 for each in data[at + 34 : at + 34 + 3 * channels : 3])
-    if white >= 1 << 16:
-        raise Refused(f"{white.bit_length()}-bit values; expected up to 16 bits")
-    return bottom - top, right - left, white
 
 
 Reader = Callable[[memoryview, str, Blocks], Rows]

@@ -1,11 +1,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sslsr_diffusion.errors import UserError
-
-Pixels = NDArray[np.uint8 | np.uint16]
+from sslsr_diffusion.tensors import Pixels
 
 
 class UnreadableImage(UserError):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sslsr_diffusion.images.decoders import READERS, Refused
+from sslsr_diffusion.images.decoders import READERS
 from sslsr_diffusion.images.picture import Image, Pixels, UnreadableImage
 from sslsr_diffusion.listing import UNREAD_SUFFIXES, kind_of, printable
 from sslsr_diffusion.metadata import exif
 from sslsr_diffusion.metadata.blocks import SPLIT, Blocks, profile_space
+from sslsr_diffusion.metadata.headers import Refused
 
 MAX_PIXELS = 178_956_970  # of a picture that is read whole: 0.5 GB of RGB
 _MAPPED = 64 << 20  # larger files are mapped, not read

@@ -56,24 +56,26 @@ def write_strips(
     images = iter(strips)
     head = next(images)
     head = replace(head, exif=head.exif and exif.upright_exif(head.exif, size))
-    samples = (_samples(image, wanted in ("PNG", "TIFF")) for image in itertools.chain([head], images))
+    samples = (_samples(image, wanted) for image in itertools.chain([head], images))
     notes = blocks.not_kept(head, wanted)
     with atomic_file(path) as new, new.open("xb") as file:
         notes += _ENCODERS[wanted](file, head, size, samples, quality)
     return tuple(notes)
 
 
-def _samples(image: Image, sixteen: bool) -> Pixels:
+def _samples(image: Image, wanted: str) -> Pixels:
     colour = image.rgb[..., :1] if image.gray else image.rgb
     samples = colour if image.alpha is None else np.concatenate([colour, image.alpha[..., None]], axis=2)
-    return samples if sixteen or image.bits == 8 else ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    if image.bits == 16 and wanted in ("JPEG", "WEBP"):
+        samples = ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    if image.alpha is None or wanted != "JPEG":
+        return samples
+    alpha = samples[..., -1:].astype(np.uint32)
+    return ((samples[..., :-1] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def _jpeg(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, quality: int) -> list[str]:
     segments, notes = blocks.jpeg_head(head, blocks.same_own(head.format, "JPEG"))
-    if head.alpha is not None:
-        strips = (_on_white(strip) for strip in strips)
-        notes.append("alpha flattened on white")
     first = next(strips)
     if len(first) == size[0]:
         import cv2
@@ -87,18 +89,13 @@ def _jpeg(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, qu
         with raw.open("wb") as out:
             for strip in itertools.chain([first], strips):
                 out.write(strip.tobytes())
-        image = libvips().Image.rawload(str(raw), size[1], size[0], first.shape[2], access="sequential")
-        kind = "srgb" if first.shape[2] == 3 else "b-w"
-        image.copy(interpretation=kind).jpegsave(str(jpeg), Q=quality, subsample_mode="off", keep="none")
+        whole = libvips().Image.rawload(str(raw), size[1], size[0], first.shape[2], access="sequential")
+        whole = whole.copy(interpretation="srgb" if first.shape[2] == 3 else "b-w")
+        whole.jpegsave(str(jpeg), Q=quality, subsample_mode="off", keep="none")
         with jpeg.open("rb") as done:
             file.write(done.read(2) + segments)
             shutil.copyfileobj(done, file, 1 << 24)
     return notes
-
-
-def _on_white(samples: Pixels) -> Pixels:
-    alpha = samples[..., -1:].astype(np.uint32)
-    return ((samples[..., :-1] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def _webp(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, quality: int) -> list[str]:

@@ -233,12 +233,46 @@ def _split_avif(data: memoryview) -> Blocks:
     return Blocks(own=[(b"cICP", bytes([primaries, transfer, 0, 1]))], notes=notes)
 
 
+def _split_jp2(data: memoryview) -> Blocks:
+    """The boxes at the top of a JPEG 2000 file, and the profile in its header."""
+    found, at = Blocks(), 0
+    while at + 24 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        body = bytes(data[at + 24 : at + length])
+        if kind == b"uuid" and bytes(data[at + 8 : at + 24]) == b"JpgTiffExif->JP2":
+            found.take_exif(body)
+        elif kind == b"uuid" and bytes(data[at + 8 : at + 24]) == bytes.fromhex("be7acfcb97a942e89c71999491e3afac"):
+            found.xmp = body
+        elif kind == b"jp2h" and (mark := bytes(data[at : at + length]).find(b"colr\2") + at) > at:
+            found.icc_profile = bytes(data[mark + 7 : mark - 4 + struct.unpack_from(">I", data, mark - 4)[0]])
+        at += length if length >= 8 else len(data)
+    return found
+
+
+def _split_bmp(data: memoryview) -> Blocks:
+    if len(data) < 138 or struct.unpack_from("<I", data, 14)[0] < 124 or bytes(data[70:74]) != b"DEBM":
+        return Blocks()
+    at, length = struct.unpack_from("<II", data, 126)
+    return Blocks(icc_profile=bytes(data[14 + at : 14 + at + length]) or None)
+
+
+def _split_gif(data: memoryview) -> Blocks:
+    found, start = Blocks(), bytes(data[: 1 << 20])
+    for mark, name in ((b"ICCRGBG1012", "the colour profile"), (b"XMP DataXMP", "XMP")):
+        if mark in start:
+            found.lose(name, "it is not read from GIF")
+    return found
+
+
 SPLIT: Mapping[str, Callable[[memoryview], Blocks]] = {
     "PNG": _split_png,
     "JPEG": _split_jpeg,
     "TIFF": _split_tiff,
     "WEBP": _split_webp,
     "AVIF": _split_avif,
+    "JPEG2000": _split_jp2,
+    "BMP": _split_bmp,
+    "GIF": _split_gif,
 }
 
 
@@ -250,6 +284,7 @@ def same_own(read: str, written: str) -> bool:
 def not_kept(head: "Image", wanted: str) -> list[str]:
     """What a format has no place for."""
     notes = ["8 of 16 bits"] if head.bits == 16 and wanted in ("JPEG", "WEBP") else []
+    notes += ["alpha flattened on white"] if head.alpha is not None and wanted == "JPEG" else []
     kinds = dict.fromkeys(kind for kind, _ in head.own) if not same_own(head.format, wanted) else {}
     if b"sRGB" in kinds:  # which is what no word means
         kinds = {kind: None for kind in kinds if kind not in (b"sRGB", b"gAMA", b"cHRM")}

@@ -79,7 +79,7 @@ class OpenPicture:
             tuple(notes),
             turned or None,
             found.iptc,
-            found.density,
+            found.density if all(1 <= each <= 100_000 for each in found.density or (0,)) else None,
             tuple(found.own),
         )
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sslsr_diffusion.listing import printable
 from sslsr_diffusion.metadata import exif as tiff
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Blocks:
     notes: list[str] = field(default_factory=list)
 
     def lose(self, what: str, why: str = "it is damaged") -> None:
-        self.notes.append(f"{what} left out, {why}")
+        self.notes.append(f"{printable(what)} left out, {why}")
 
     def take_exif(self, raw: bytes) -> None:
         found = tiff.readable_exif(raw)
@@ -135,7 +136,7 @@ def _png_block(found: Blocks, kind: bytes, body: bytes) -> None:
         across, down, unit = struct.unpack(">IIB", body)
         found.density = (across * 0.0254, down * 0.0254) if unit == 1 else None
         found.own.append((kind, body))
-    elif kind in _COLOUR or kind[3:].islower():
+    elif kind in _COLOUR or (kind.isalpha() and kind[3:].islower()):
         found.own.append((kind, body))
     elif kind not in _STALE:
         found.lose(kind.decode("latin-1"), "it may belong to the old pixels")

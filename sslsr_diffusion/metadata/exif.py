@@ -201,7 +201,7 @@ def _mask(data: memoryview, form: Form, main: Directory) -> None:
     """Leave the entries that pixels need: what a decoder does not see cannot disturb it, or turn the picture."""
     head, width = (8, 20) if form.big else (2, 12)
     first = form.first + head
-    rows = [bytes(data[at : at + width]) for at in range(first, main.next, width)]
+    rows = [bytes(data[at : at + width]) for at in range(first, min(main.next, len(data)), width)]
     kept = [row for row in rows if struct.unpack_from(form.order + "H", row)[0] in PIXEL_TAGS and len(row) == width]
     body = b"".join(kept) + bytes(8 if form.big else 4)
     data[first : first + len(body)] = body

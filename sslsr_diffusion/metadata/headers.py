@@ -35,7 +35,14 @@ def jp2(data: memoryview) -> tuple[int, int, int]:
 def tiff(data: memoryview) -> dict[int, int]:
     """The first number of every tag of a TIFF file's first directory. Raises struct.error: there is none."""
     form = Form.of(data)
-    return {entry.tag: form.first_number(data, entry) for entry in form.directory(data, form.first).entries}
+    entries = form.directory(data, form.first).entries
+    tags = {entry.tag: form.first_number(data, entry) for entry in entries}
+    down, across = tags.get(323, tags.get(278, 1 << 32)), tags.get(322, 1 << 32)
+    pieces = max(1, -(-tags[257] // max(1, down))) * max(1, -(-tags[256] // max(1, across)))
+    there = max((entry.length for entry in entries if entry.tag in (273, 324)), default=0)
+    if there < pieces * (tags.get(277, 1) if tags.get(284) == 2 else 1):
+        raise Refused("the file is cut off")  # libvips would look for each of a million pieces that are not there
+    return tags
 
 
 def stack_planes(data: memoryview, tags: dict[int, int]) -> int:

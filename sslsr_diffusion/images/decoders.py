@@ -57,6 +57,8 @@ def _of_vips(image: "pyvips.Image", data: object = None, bits: int = 16) -> Rows
     region, step = libvips().Region.new(image), max(1, _BAND // (width * bands * dtype().itemsize))
 
     def read(top: int, bottom: int, data: object = data) -> Pixels:
+        if top == 0:
+            region.fetch(0, 0, width, 1)  # libvips tries each row of a fetch, although the first has failed
         out = np.empty((bottom - top, width, bands), dtype)
         for y in range(0, len(out), step):
             part = out[y : y + step]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of xdist share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,11 +21,36 @@ except ImportError:
     pass
 
 
-# files of a quarter of a minute and more, longest first: a worker that begins one last is left alone with it
+# Files of a quarter of a minute and more, longest first: a worker that begins one last is left alone with it. A line stays with one
+# worker: what the first of its files compiled, or the process that forks begin from, serves the others, too.
 LONG = """
-    ssg memory_budget ssg_loss hub train_cli kills memory_estimate loop pipeline gan_recipes walks resume out_of_memory training_data
-    two_processes channels_last pipeline_seams secrets gan_steps kernels_compile kernels_emulated
+    gan walks two_processes memory_budget hub pipeline loop memory_estimate secrets
+    ssg ssg_loss
+    train_cli
+    kills
+    gan_recipes
+    resume
+    out_of_memory
+    training_data
+    channels_last
+    pipeline_seams
+    gan_steps
+    kernels_compile
+    kernels_emulated
 """
+LINES = [[f"test_{name}.py" for name in line.split()] for line in LONG.split("\n")]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByLine(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return next((line[0] for line in LINES if file.rpartition("/")[2] in line), file)
+
+    return ByLine(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
-    rank = {f"test_{name}.py": number for number, name in enumerate(LONG.split())}
+    rank = {file: number for number, file in enumerate(file for line in LINES for file in line)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 

@@ -6,6 +6,7 @@ package itself nothing is loaded before the fork, so each process takes it from 
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -21,6 +22,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import huggingface_hub.constants
+import huggingface_hub.hf_api
 
 HERE = Path(__file__).parent
 SERVER = multiprocessing.get_context("forkserver")
@@ -101,7 +105,7 @@ def together(
 
 def begin(*command: str, cwd: Path, path: Sequence[Path], environment: dict[str, str], said: str) -> BaseProcess:
     """The process of one command, begun; what it prints goes to the files `said`.out and `said`.err."""
-    with mock.patch.dict(os.environ, OURS, clear=True):
+    with mock.patch.dict(os.environ, {**OURS, "HF_HUB_OFFLINE": "0"}, clear=True):  # diffusers keeps its own copy of it
         forkserver.ensure_running()
     process = SERVER.Process(target=_become, args=(command, str(cwd), [str(folder) for folder in path], {**OURS, **environment}, said))
     process.start()
@@ -114,6 +118,8 @@ def _become(command: Sequence[str], cwd: str, path: list[str], environment: dict
         os.dup2(os.open(f"{said}.{stream}", os.O_CREAT | os.O_WRONLY), number)
     os.environ.clear()
     os.environ.update({**environment, "PYTHONPATH": os.pathsep.join(path)})
+    importlib.reload(huggingface_hub.constants)  # they and the client's default are what is read of the environment once
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
     os.chdir(cwd)
     assert "sslsr_diffusion" not in sys.modules
     rest = [entry for entry in sys.path if entry not in (str(HERE), "", *path)]

@@ -15,7 +15,7 @@ from sslsr_diffusion.inference.options import LatentOptions
 from sslsr_diffusion.inference.restorer import Output, settled
 from sslsr_diffusion.inference.runner import RunnerOptions, RunnerReport, find_work, run_work
 from sslsr_diffusion.models.codec import Codec
-from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.family import Card, FamilySettings
 from sslsr_diffusion.models.networks import LatentNetworks, Networks, PixelNetworks
 from sslsr_diffusion.models.process import Process
@@ -90,7 +90,7 @@ class ToyLatents(LatentNetworks):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             codec, denoiser = cast(Codec, _Codec()), _Denoiser()
-        super().__init__(codec, denoiser, Process.of(scheduler), torch.zeros(1, 1, 4), base=base)
+        super().__init__(codec, denoiser, Process.of(scheduler), Text(torch.zeros(1, 1, 4)), base=base)
         self.scheduler, self.own = scheduler, dict(own or {})
 
     def size(self) -> SizeRequirements:

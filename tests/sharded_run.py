@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.stablesr.build import build_networks
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
@@ -31,7 +31,7 @@ def train(module: Denoiser, optimizer: torch.optim.Optimizer, steps: range) -> N
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         z, text = (torch.randn(*shape, generator=generator) for shape in ((2, 8, 8, 8), (1, 1, 32)))
-        module(z, torch.tensor([1, 500]), Condition(z, text)).square().mean().backward()
+        module(z, torch.tensor([1, 500]), Condition(z, Text(text))).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(trained_parameters(module).values(), 0.1)
         optimizer.step()
         optimizer.zero_grad()

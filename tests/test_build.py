@@ -16,6 +16,7 @@ from golden_models import random_like, write_base
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models import AutoencoderKLCFW
+from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.stablesr.build import build_autoencoder, build_networks
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings, load_preset
 
@@ -48,12 +49,12 @@ def test_random_tiny_networks_run_forward_and_backward() -> None:
     pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     z = networks.codec.encode(pixels, random_like(networks.codec.noise_shape(pixels), 1))
     t = torch.tensor([10, 700])
-    out = networks.denoiser(networks.process.add_noise(z, random_like(tuple(z.shape), 2), t), t, networks.condition(z))
+    out = networks.denoiser(networks.process.add_noise(z, random_like(tuple(z.shape), 2), t), t, Condition(z, networks.text))
     networks.codec.decode(networks.process.clean_and_noise(out, z, t)[0]).square().mean().backward()
     assert all(p.grad is not None for p in networks.denoiser.parameters())
     assert all(p.grad is None for p in networks.codec.vae.parameters())
-    assert networks.text.shape == (1, 1, 32)
-    assert not networks.text.any()
+    assert networks.text_sequence.shape == (1, 1, 32)
+    assert not networks.text_sequence.any()
     assert all(p.requires_grad for p in networks.denoiser.parameters())
     components = networks.components()
     assert components["text_encoder"] is None
@@ -82,7 +83,7 @@ def test_a_stable_diffusion_folder_lends_unet_vae_text_and_schedule(base: Path) 
     assert {name for name, p in networks.denoiser.named_parameters() if p.requires_grad} == {
         name for name, _ in networks.denoiser.named_parameters() if ".spade." in name or name.startswith("structural_encoder.")
     }
-    assert networks.text.shape == (1, 77, 32)
+    assert networks.text_sequence.shape == (1, 77, 32)
     assert networks.base == str(base)
     assert networks.revision is None
     components = networks.components()
@@ -91,7 +92,7 @@ def test_a_stable_diffusion_folder_lends_unet_vae_text_and_schedule(base: Path) 
     assert networks.parameters_per_part()["text encoder"] == (sum(p.numel() for p in text_encoder.parameters()), 0)
     # the context that was encoded once is what the reloaded encoder says
     ids = torch.tensor([[49406, 49407, *[0] * 75]])
-    assert torch.allclose(text_encoder(ids)[0], networks.text, atol=1e-6)
+    assert torch.allclose(text_encoder(ids)[0], networks.text_sequence, atol=1e-6)
 
 
 def test_one_of_our_pipeline_folders_is_a_base(tmp_path: Path, base: Path) -> None:
@@ -102,7 +103,7 @@ def test_one_of_our_pipeline_folders_is_a_base(tmp_path: Path, base: Path) -> No
     second = build_networks(StableSRSettings(base=str(tmp_path)), train="all", seed=4)
     for name, tensor in first.denoiser.state_dict().items():
         assert torch.equal(tensor, second.denoiser.state_dict()[name]), name
-    assert torch.allclose(first.text, second.text, atol=1e-6)
+    assert torch.allclose(first.text_sequence, second.text_sequence, atol=1e-6)
     on_meta = build_networks(StableSRSettings(base=str(tmp_path)), meta=True)
     assert on_meta.parameters_per_part()["unet"][0] == first.parameters_per_part()["unet"][0]
 
@@ -113,7 +114,7 @@ def test_a_prompt_without_a_text_encoder_is_refused(tmp_path: Path) -> None:
     folder = write_base(tmp_path, text=False)
     with pytest.raises(UserError, match="has no text encoder"):
         build_networks(StableSRSettings(base=str(folder), prompt="a photo"))
-    assert build_networks(StableSRSettings(base=str(folder))).text.shape == (1, 1, 32)
+    assert build_networks(StableSRSettings(base=str(folder))).text_sequence.shape == (1, 1, 32)
 
 
 def test_autoencoder_of_a_run(tmp_path: Path) -> None:
@@ -223,9 +224,9 @@ def test_a_prompt_is_encoded_once_and_the_tokenizer_is_kept_for_the_pipeline(tmp
     )
     empty = build_networks(StableSRSettings(base=str(folder)))
     brick = build_networks(StableSRSettings(base=str(folder), prompt="a brick"))
-    assert brick.text.shape == empty.text.shape == (1, 77, 32)
-    assert not torch.allclose(brick.text, empty.text)
+    assert brick.text_sequence.shape == empty.text_sequence.shape == (1, 77, 32)
+    assert not torch.allclose(brick.text_sequence, empty.text_sequence)
     components = brick.components()
     ids = components["tokenizer"]("a brick", padding="max_length", max_length=77, return_tensors="pt").input_ids
     assert ids[0, :5].tolist() == [vocabulary[w] for w in ("<|startoftext|>", "a</w>", "brick</w>", "<|endoftext|>", "!")]
-    assert torch.allclose(components["text_encoder"](ids)[0], brick.text, atol=1e-6)
+    assert torch.allclose(components["text_encoder"](ids)[0], brick.text_sequence, atol=1e-6)

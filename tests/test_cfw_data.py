@@ -20,6 +20,7 @@ from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.data import open_training_data
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import read_image, to_tensor
+from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.runs.decoder_samples import _settings
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe
 from sslsr_diffusion.runs.start import build_job
@@ -87,7 +88,7 @@ def test_samples_are_those_of_training_on_the_fly(world, made):
         upscaled = torch.nn.functional.interpolate(batch.lr, scale_factor=4, mode="bicubic").clamp(0, 1)
         with torch.no_grad():
             z_lr, _ = job.task.networks.codec.encode_with_features(upscaled, draws.noise["posterior_lr"])
-        want = job.task.synthesize(z_lr, [index])[0]
+        want = job.task.synthesize(Condition(z_lr, job.task.networks.text), [index])[0]
         assert torch.allclose(latents(made, index), want, atol=1e-5)
         for side in ("hr", "lr"):
             stored = to_tensor(read_image(made / side / f"{index:06d}.png").rgb)

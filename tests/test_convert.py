@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from sslsr_diffusion.cli import app, convert
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models import AutoencoderKLCFW
-from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.stablesr.convert import components_from_checkpoint, original_from_folder
 from sslsr_diffusion.models.stablesr.convert.folder import guess_variant
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
@@ -46,7 +46,7 @@ def test_the_converted_networks_predict_what_the_original_does(files: tuple[Path
     parts = result.components
     inputs, want = golden_inputs("stablesr/composed"), golden_outputs("stablesr/composed")
     denoiser = Denoiser(parts["unet"], parts["structural_encoder"])
-    got = denoiser(inputs["x_t"], inputs["timesteps.0"], Condition(inputs["latent"], inputs["context"]))
+    got = denoiser(inputs["x_t"], inputs["timesteps.0"], Condition(inputs["latent"], Text(inputs["context"])))
     assert relative_error(got, want["case0.eps"]) < 1e-4  # the README's tolerance
     assert isinstance(parts["vae"], AutoencoderKLCFW)
     assert parts["scheduler"].config.prediction_type == "epsilon"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_models import golden_encoder, golden_inputs, golden_outputs, golden_unet, random_like, relative_error
 
-from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.stablesr.build import build_networks
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
@@ -17,7 +17,7 @@ from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 def test_composition_is_the_originals(case: int) -> None:
     inputs, want = golden_inputs("stablesr/composed"), golden_outputs("stablesr/composed")
     denoiser = Denoiser(golden_unet(), golden_encoder())
-    got = denoiser(inputs["x_t"], inputs[f"timesteps.{case}"], Condition(inputs["latent"], inputs["context"]))
+    got = denoiser(inputs["x_t"], inputs[f"timesteps.{case}"], Condition(inputs["latent"], Text(inputs["context"])))
     assert relative_error(got, want[f"case{case}.eps"]) < 1e-4  # the README's tolerance
 
 
@@ -27,7 +27,7 @@ def tiny(train: str = "all") -> Denoiser:
 
 def inputs(seed: int, size: tuple[int, int] = (8, 12)) -> tuple[torch.Tensor, torch.Tensor, Condition]:
     t = torch.tensor([3, 800])
-    return random_like((2, 8, *size), seed), t, Condition(random_like((2, 8, *size), seed + 1), random_like((1, 1, 32), seed + 2))
+    return random_like((2, 8, *size), seed), t, Condition(random_like((2, 8, *size), seed + 1), Text(random_like((1, 1, 32), seed + 2)))
 
 
 def test_sft_trains_the_encoder_and_the_spade_layers_by_name() -> None:
@@ -62,7 +62,8 @@ def test_checkpointing_gives_the_same_gradients_after_another_forward(train: str
 
 def test_one_text_context_serves_the_batch() -> None:
     denoiser = tiny()
-    zt, t, (z_lr, text) = inputs(1)
-    assert text is not None
+    zt, t, condition = inputs(1)
+    assert condition.text is not None
     with torch.no_grad():
-        assert torch.equal(denoiser(zt, t, Condition(z_lr, text)), denoiser(zt, t, Condition(z_lr, text.repeat(2, 1, 1))))
+        twice = condition._replace(text=condition.text.repeated(2))
+        assert torch.equal(denoiser(zt, t, condition), denoiser(zt, t, twice))

@@ -13,12 +13,14 @@ from test_out_of_memory import GPU, HOST, limited
 from test_pipeline import photo
 from torch import Tensor
 
+from sslsr_diffusion.devices import bfloat16_pays
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
+from sslsr_diffusion.inference import direct
 from sslsr_diffusion.inference.color_fix import color_fix
 from sslsr_diffusion.inference.direct import DirectRestorer, check_scale
 from sslsr_diffusion.inference.options import CallOptions
-from sslsr_diffusion.inference.placement import Placement
+from sslsr_diffusion.inference.placement import Placement, place
 from sslsr_diffusion.inference.restorer import enlarged
 
 
@@ -107,6 +109,16 @@ def test_a_memory_budget_chooses_the_tiles_and_says_the_least_that_would_do(rest
     assert sides(restorer, big, memory_budget=caught.value.least, tile=64) == {(1, 3, 32, 32)}
 
 
+def test_a_picture_whose_own_copies_do_not_fit_gets_no_smaller_tiles_for_that(monkeypatch):
+    restorer, big = DirectRestorer(ToyPixels()), photo(300, 200)
+    own = restorer._bytes(300, steady=False)
+    monkeypatch.setattr("sslsr_diffusion.inference.direct.free_bytes", lambda device: own + 1)
+    assert own + 1 > 4 * 3 * 5 * 300 * 200 * 4  # so the copies count, and leave too little for the whole
+    assert sides(restorer, big) != {(1, 3, 300, 200)}
+    monkeypatch.setattr("sslsr_diffusion.inference.direct._PICTURES", 10**6)
+    assert sides(restorer, big) == {(1, 3, 300, 200)}
+
+
 @pytest.mark.parametrize("error", [GPU, HOST], ids=["gpu", "cpu"])
 @pytest.mark.parametrize("tile", ["auto", None, 256])
 def test_where_memory_runs_out_smaller_tiles_take_over_and_are_kept(error, tile, caplog):
@@ -132,6 +144,17 @@ def test_memory_that_is_too_little_for_the_smallest_tile_is_one_sentence(restore
     assert "\n" not in str(caught.value)
     with limited(restorer.networks, 10, ValueError("something else")), pytest.raises(ValueError, match="something else"):
         made(restorer, photo(40, 40))
+
+
+@pytest.mark.parametrize("side", [512, 1024])
+def test_tiles_of_far_sighted_networks_cost_less_than_a_seventh_more(side):
+    """Counted in pixels, on a picture of two tiles and a quarter per side."""
+    restorer, seen = DirectRestorer(ToyPixels()), []
+    restorer.networks.far_sighted = True
+    restorer.networks.register_forward_pre_hook(lambda module, args: None if args[0].is_meta else seen.append(args[0].shape[2:].numel()))
+    made(restorer, torch.zeros(3, side * 9 // 8, side * 9 // 8), tile=side)
+    assert len(seen) == 9
+    assert sum(seen) < 1.15 * (side * 9 // 8) ** 2
 
 
 def test_pictures_of_one_size_and_of_several(restorer):
@@ -217,6 +240,31 @@ def test_half_precision_works_in_itself_and_gives_float32(restorer):
     got = made(half, photo(20, 20))
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, made(restorer, photo(20, 20)), atol=0.02, rtol=0)  # 8 bits of mantissa
+
+
+@pytest.mark.parametrize(("dtype", "pays", "rounds", "taken"), [
+    ("auto", True, 0, torch.bfloat16),
+    ("auto", True, 50, torch.float32),  # 50 and a pixel are rounded to quarters
+    ("auto", False, 0, torch.float32),
+    ("float32", True, 0, torch.float32),
+])  # fmt: skip
+def test_a_faster_precision_is_taken_where_the_picture_stays(monkeypatch, dtype, pays, rounds, taken):
+    class Rounding(ToyPixels):
+        def forward(self, lr):
+            return super().forward(lr) + rounds - rounds
+
+    class RoundingFamily(ToyPixelFamily):
+        def read(self, path, *, meta=False):
+            return Rounding()
+
+    monkeypatch.setattr(direct, "bfloat16_pays", lambda: pays)
+    placement = place(RoundingFamily(), Path("x.toy"), torch.device("cpu"), dtype)
+    opened = DirectRestorer.open(RoundingFamily(), Path("x.toy"), placement)
+    assert {parameter.dtype for parameter in opened.networks.parameters()} == {taken}
+
+
+def test_whether_bfloat16_pays_can_be_asked_on_every_processor():
+    assert bfloat16_pays() in (True, False)
 
 
 def test_a_recipes_scale_must_be_the_networks_own():

@@ -24,8 +24,10 @@ from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.inference.choices import COLOR_FIXES, SAMPLERS
 from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.models.families import FAMILIES
+from sslsr_diffusion.models.lora import TARGETS
 from sslsr_diffusion.models.process import PROCESSES
 from sslsr_diffusion.models.stablesr.settings import preset_names
+from sslsr_diffusion.models.x4.settings import preset_names as x4_presets
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.tasks.kinds import TASKS
 
@@ -181,7 +183,7 @@ def kinds(classes: Iterable[type[Settings]]) -> set[str]:
 
 MASKS = set(get_args(MaskSettings.model_fields["kind"].annotation))
 IN_USE = {task for family in FAMILIES.values() for task in family.tasks}  # tasks that a shipped family can have
-INFER_OPTIONS = {option.opts[0] for option in COMMAND.commands["infer"].params}
+INFER_OPTIONS = {option.opts[0] for option in COMMAND.commands["infer"].params if option.opts[0].startswith("-")}
 # RESTORERS are not here: which one a family has is no choice of the user's
 WHERE: dict[str, tuple[Iterable[str], set[str]]] = {
     "losses": (LOSSES, code_words("training.md")),
@@ -190,6 +192,8 @@ WHERE: dict[str, tuple[Iterable[str], set[str]]] = {
     "tasks for families to come": (TASKS.keys() - IN_USE, code_words("architecture.md")),
     "noise processes, by a base's scheduler": (PROCESSES, code_words("training.md")),
     "presets of a model": (preset_names(), code_words("training.md")),
+    "presets of the x4 upscaler": (x4_presets(), code_words("x4_upscaler.md")),
+    "sets of LoRA layers": (TARGETS, code_words("training.md")),
     "recipes": ((name for name in shipped_recipes() if "/" not in name), code_words("training.md")),
     "recipes of the GAN methods": ((name.split("/")[1] for name in shipped_recipes() if "/" in name), code_words("gan.md")),
     "sources": (kinds(sections(DataSettings.model_fields["sources"].annotation)), code_words("data.md")),

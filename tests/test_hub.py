@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -19,6 +17,8 @@ from hub_server import HubServer, quick_client
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training.checkpoints import read_checkpoint, resolve_checkpoint_from_hub, write_checkpoint
 from sslsr_diffusion.training.publisher import MANIFEST, HubPublisher
+
+ROOT = Path(__file__).parent.parent
 
 TOKEN = "hf_writetoken"
 REPO = "someone/upscaler"
@@ -327,17 +327,10 @@ print("same", constants.HF_HUB_DISABLE_XET)
 @pytest.mark.slow
 @pytest.mark.parametrize("disable_xet", ["0", "1"], ids=["xet", "lfs"])
 def test_from_pretrained_by_hub_id(tmp_path, disable_xet):
-    """In a process of its own: HF_HUB_DISABLE_XET and HF_ENDPOINT are read when the client is imported."""
+    """In a process of its own: the client reads HF_HUB_DISABLE_XET and HF_ENDPOINT once."""
     with HubServer() as server:
         own = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": disable_xet}
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", ROUND_TRIP, str(tmp_path), server.url],
-            env={**os.environ, **own, "OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        done = forks.python("-c", ROUND_TRIP, str(tmp_path), server.url, cwd=tmp_path, path=[ROOT], environment=own)
         assert "same " + str(disable_xet == "1") in done.stdout, done.stderr[-3000:]
         assert any("/xorbs/" in line for line in server.log) == (disable_xet == "0")
         assert any("/info/lfs/" in line for line in server.log) == (disable_xet == "1")

@@ -177,7 +177,8 @@ def test_precisions_and_sizes_are_the_networks_own():
     assert [tiny(name).size().multiple_of for name in ("RRDBNet", "ELAN", "SwinIR")] == [4, 32, 32]
     assert tiny("RRDBNet", scale=2).size().multiple_of == 4
     assert tiny("SRResNet").overlap == 4 * 7
-    assert tiny("SwinIR").overlap == 64
+    assert [tiny("SwinIR").shared(side) for side in (64, 256, 512, 1024)] == [16, 16, 32, 64]
+    assert tiny("SRResNet").shared(1024) == 28
 
 
 @pytest.mark.parametrize("name", ["RRDBNet", "SPSRNet", "ELAN", "SwinIR"])

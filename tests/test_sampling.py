@@ -14,7 +14,9 @@ from torch import Tensor
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.inference.choices import SAMPLERS
 from sslsr_diffusion.inference.sampling import (
+    DiffusersSampler,
     OriginalDDIM,
+    SamplerCall,
     SpacedDDIM,
     SpacedDDPM,
     build_sampler,
@@ -24,6 +26,7 @@ from sslsr_diffusion.inference.sampling import (
 )
 from sslsr_diffusion.inference.tiled import TiledDenoiser
 from sslsr_diffusion.inference.tiling import tile_boxes
+from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.settings import load_preset
@@ -65,10 +68,9 @@ def run_golden(item: str, sampler, x: Tensor, *, tile: int | None = None, overla
     height, width = x.shape[-2:]
     predict = TiledDenoiser(
         Denoiser(*golden_networks()),
-        inputs["lr_latent"],
-        inputs["context"],
+        Condition(inputs["lr_latent"], Text(inputs["context"]).repeated(len(x))),
         tile_boxes(height, width, tile or max(height, width), overlap),
-        negative_text=inputs.get("negative_context"),
+        negative_text=Text(inputs["negative_context"]).repeated(len(x)) if "negative_context" in inputs else None,
         guidance_scale=config.get("guidance_scale", 1.0),
         batch_size=batch_size,
         overlap=overlap,
@@ -101,7 +103,7 @@ def test_schedules_golden(steps):
 def test_ddpm_loop_golden():
     inputs, outputs, config = inputs_of("ddpm_loop")
     sampler = SpacedDDPM(ddpm("epsilon"), config["steps"])
-    x = sampler.start(inputs["lr_latent"], inputs["start_noise"], from_lr=True)
+    x = sampler.start(inputs["start_noise"], inputs["lr_latent"])
     assert error(x, outputs["x_T"]) < 1e-6
     steps, final, _ = run_golden("ddpm_loop", sampler, x, batch_size=2)
     for k in range(config["steps"] - 1):
@@ -119,7 +121,7 @@ def test_canvas_loop_golden():
 def test_canvas_cfg_v_loop_golden():
     inputs, outputs, config = inputs_of("canvas_cfg_v_loop")
     sampler = SpacedDDPM(ddpm("v_prediction"), config["steps"])
-    x = sampler.start(inputs["lr_latent"], inputs["start_noise"], from_lr=True)
+    x = sampler.start(inputs["start_noise"], inputs["lr_latent"])
     assert error(x, outputs["x_T"]) < 1e-6
     steps, final, _ = run_golden("canvas_cfg_v_loop", sampler, x, tile=24, overlap=8, batch_size=2)
     for k in range(config["steps"] - 1):
@@ -181,7 +183,7 @@ def test_every_sampler_finds_the_clean_latent_of_a_perfect_network(name, strengt
         return  # the pipeline refuses it
     x0, noise = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
     sampler = build_sampler(name, ddpm(prediction_type), 10, strength=strength, eta=0.5, seeds=[1, 2])
-    x = sampler.start(torch.randn_like(x0), noise, from_lr=from_lr)
+    x = sampler.start(noise, torch.randn_like(x0) if from_lr else None)
     assert len(sampler.timesteps) == (10 if strength == 1 else 4)
     got = sample(sampler, oracle(x0, prediction_type, sampler), x, lambda _: torch.randn_like(x0))
     # the last step of the multistep solvers lands at sigma of timestep 0 or exactly at 0, hence 1e-2
@@ -190,12 +192,12 @@ def test_every_sampler_finds_the_clean_latent_of_a_perfect_network(name, strengt
 
 def test_named_samplers_begin_at_the_same_latent():
     z_lr, noise = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8)
-    for from_lr in (True, False):
+    for given in (z_lr, None):
         inputs = []
         for name in SAMPLERS:
             sampler = build_sampler(name, ddpm(), 8, seeds=[0])
             assert round(sampler.timesteps[0]) == 999
-            inputs.append(sampler.model_input(sampler.start(z_lr, noise, from_lr=from_lr), 0))
+            inputs.append(sampler.model_input(sampler.start(noise, given), 0))
         for other in inputs[1:]:
             torch.testing.assert_close(other, inputs[0], atol=2e-5, rtol=2e-5)
 
@@ -224,8 +226,8 @@ def test_the_straight_way_through_a_flow_is_diffusers_euler(shift):
     flow = Process.of({"shift": shift}, "FlowMatchEulerDiscreteScheduler")
     sampler = build_sampler(None, flow, 4)
     assert type(sampler) is SpacedDDIM
-    noise, z_lr = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
-    x = sampler.start(z_lr, noise, from_lr=False)
+    noise = torch.randn(2, 4, 6, 8)
+    x = sampler.start(noise)
     reference = FlowMatchEulerDiscreteScheduler(shift=1.0)
     reference.set_timesteps(sigmas=[t / 1000 for t in sampler.timesteps])
     torch.testing.assert_close(reference.timesteps.tolist(), list(sampler.timesteps), rtol=1e-5, atol=1e-4)
@@ -264,6 +266,32 @@ def test_impossible_strength_is_refused(strength):
 def test_schedulers_of_other_families_are_refused(name):
     with pytest.raises(UserError, match=f"{name} is not of the DDPM family"):
         build_sampler(name, ddpm(), 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "said"),
+    [
+        ("PNDMScheduler", 1, r"cannot run with num_inference_steps 1 and strength 1 \(operands could not be broadcast"),
+        ("RePaintScheduler", 4, "cannot run with"),
+        ("CogVideoXDPMScheduler", 4, "cannot run with"),
+        ("VQDiffusionScheduler", 4, "cannot be made from this model's process"),
+    ],
+)
+def test_a_scheduler_that_cannot_run_here_says_so_before_any_picture(name, steps, said):
+    with pytest.raises(UserError, match=rf"^sampler: {name} {said}.* one of ddpm, ddim"):
+        build_sampler(name, ddpm(), steps)
+
+
+def call_of(steps: int) -> SamplerCall:
+    return SamplerCall(ddpm(), steps, strength=1.0, eta=0.0, seeds=[0, 1], device=torch.device("cpu"))
+
+
+def test_a_rehearsal_leaves_no_trace_in_the_scheduler():
+    sampler = build_sampler("PNDMScheduler", ddpm(), 5, seeds=[0, 1])
+    start, pred = torch.zeros(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
+    plain = DiffusersSampler(type(sampler._scheduler).from_config(sampler._scheduler.config), call_of(5))
+    walked = [sample(each, lambda x, t: pred, start, lambda index: start) for each in (sampler, plain)]
+    assert torch.equal(*walked)
 
 
 def test_a_scheduler_whose_package_is_missing_says_so(monkeypatch):

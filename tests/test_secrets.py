@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 from hub_server import HubServer
 
@@ -20,7 +19,7 @@ USER = "margaret-the-user"
 def run(tmp_path):
     """`sslsr train` with publication, as a process of its own with HOME, user name and tokens that must not come out."""
 
-    def call(hub: HubServer, *more: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    def call(hub: HubServer, *more: str, environment: dict[str, str]) -> forks.Ended:
         home = tmp_path / "home" / USER
         (home / "hf").mkdir(parents=True, exist_ok=True)
         (home / "hf" / "token").write_text(STORED)
@@ -43,9 +42,9 @@ def run(tmp_path):
             "task.inference.steps": 1,
             "checkpoints.every": 1,
         }
-        command = [sys.executable, str(ROOT / "train.py"), "--config", "tiny", *(f"--set={k}={v}" for k, v in values.items()), *more]
+        command = [str(ROOT / "train.py"), "--config", "tiny", *(f"--set={k}={v}" for k, v in values.items()), *more]
         own = {
-            **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
+            **{key: "" for key in os.environ if key.startswith("HF_")},
             "HOME": str(home),
             "USER": USER,
             "LOGNAME": USER,
@@ -56,7 +55,7 @@ def run(tmp_path):
             "OMP_NUM_THREADS": "1",
             "http_proxy": "",
         }
-        return subprocess.run(command, env={**own, **environment}, cwd=home, capture_output=True, text=True, timeout=300, check=False)
+        return forks.python(*command, cwd=home, path=[ROOT], environment={**own, **environment})
 
     return call
 

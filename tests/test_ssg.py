@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +15,16 @@ from hypothesis import strategies as st
 from ssg_inputs import assert_close, make_pair
 from torch.autograd import forward_ad
 
-from sslsr_diffusion.ops import BackendUnavailable, self_similarity_graph, ssg_cpu
+from sslsr_diffusion.ops import BackendUnavailable, self_similarity_graph, ssg_cpu, ssg_cuda, ssg_torch
+from sslsr_diffusion.ops.settings import GraphSettings
+from sslsr_diffusion.ops.ssg import choose_backend
+from sslsr_diffusion.ops.ssg_cuda_launch import row_geometry
 
 GOLDEN = load_golden("ssl/ssg")
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 EVERY = [("reference", FLOAT64), ("reference", FLOAT32), ("torch", FLOAT64), ("torch", FLOAT32), ("cpu", FLOAT32)]
 # each pair is a compilation of several seconds for the CPU backend, so the drawn cases share few of them
-COMPILED = ((3, 9), (3, 3), (1, 5))
+COMPILED = ((3, 9), (1, 5))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), EVERY)
@@ -95,33 +99,29 @@ def check_against_reference(case, backends):
         assert_close(gradient, want_gradient, 3 * tolerance, f"{backend} {dtype} gradient")
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(cases([(c, w) for c in (1, 2, 3, 4) for w in (1, 3, 5, 7, 9, 15)]))
 def test_torch_matches_float64_reference(case):
     check_against_reference(case, [("torch", FLOAT64), ("torch", FLOAT32)])
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(cases(COMPILED))
 @example({"shape": (1, 3, 43, 150), "search": 25, "window": 9, "sigma": 0.004, "normalize": True, "density": 0.03, "seed": 1})
 @example({"shape": (1, 3, 13, 13), "search": 25, "window": 9, "sigma": 0.004, "normalize": True, "density": 1.0, "seed": 2})
-@example({"shape": (2, 1, 41, 137), "search": 5, "window": 3, "sigma": 0.05, "normalize": False, "density": 0.9, "seed": 3})
+@example({"shape": (2, 1, 41, 137), "search": 7, "window": 5, "sigma": 0.05, "normalize": False, "density": 0.9, "seed": 3})
 def test_cpu_matches_float64_reference(case):
     check_against_reference(case, [("cpu", FLOAT32)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("channels", "window", "search", "density"), [(6, 17, 17, 0.2), (2, 37, 39, 0.03)])
-def test_cpu_takes_any_sizes(channels, window, search, density):
-    """Windows beyond one vector of sixteen and beyond two, one as wide as the search, more channels than an image has; each pair
-    is compiled. The definition in float64 takes long for a pixel of the widest: a few of them."""
+def test_cpu_takes_any_sizes():
+    """A window beyond two vectors of sixteen and as wide as the search, more channels than an image has. The definition in float64
+    takes long for a pixel of such a window: a few of them."""
     check_against_reference(
-        {
-            "shape": (1, channels, search // 2 + 4, search // 2 + 9), "search": search, "window": window,
-            "sigma": 0.02, "normalize": True, "density": density, "seed": 0,
-        },
+        {"shape": (1, 5, 21, 26), "search": 35, "window": 35, "sigma": 0.02, "normalize": True, "density": 0.03, "seed": 0},
         [("cpu", FLOAT32)],
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
@@ -262,3 +262,16 @@ def test_what_is_no_tensor_is_named():
         self_similarity_graph(IMAGE, MASK.numpy())
     with pytest.raises(ValueError, match=r"sigma: expected a positive finite number, got '0\.004'"):
         self_similarity_graph(IMAGE, MASK, sigma="0.004")
+
+
+def test_auto_takes_torch_for_sizes_that_a_gpu_has_no_room_for(monkeypatch):
+    """As on a card with 64 KB of shared memory per block; by name it is never another backend."""
+    image = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, shape=(1, 3, 256, 256))
+    monkeypatch.setattr(ssg_cuda, "unavailable", lambda device: None)
+    monkeypatch.setattr(ssg_cuda, "shared_memory_limit", lambda device: 64 * 1024)
+    small, large = GraphSettings(25, 9, 0.004, True), GraphSettings(127, 31, 0.004, True)
+    assert choose_backend("auto", image, small) is ssg_cuda
+    assert choose_backend("auto", image, large) is ssg_torch
+    assert choose_backend("cuda", image, large) is ssg_cuda
+    with pytest.raises(ValueError, match=r"search_size = 127 with window_size = 31 needs \d+ bytes of shared memory"):
+        row_geometry(127, 31, 3, 64 * 1024)

@@ -138,6 +138,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sslsr_diffusion.models.condition import Text
 from sslsr_diffusion.models.family import Card, FamilySettings
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.models.process import Process
@@ -178,7 +179,7 @@ class Denoiser(nn.Module):
 
 class Toy(LatentNetworks):
     def __init__(self, scheduler: str, base: str = "random:toy") -> None:
-        super().__init__(Codec(), Denoiser(), Process.of({}, scheduler), torch.zeros(1, 1, 4), base=base)
+        super().__init__(Codec(), Denoiser(), Process.of({}, scheduler), Text(torch.zeros(1, 1, 4)), base=base)
         self.name = scheduler
 
     def size(self) -> SizeRequirements:

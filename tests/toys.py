@@ -21,7 +21,7 @@ from sslsr_diffusion.losses.diffusion import DiffusionSettings
 from sslsr_diffusion.losses.pixel import PixelL1Settings
 from sslsr_diffusion.losses.self_similarity import SelfSimilaritySettings
 from sslsr_diffusion.models.codec import Codec
-from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.models.process import DDPM
 from sslsr_diffusion.models.size import SizeRequirements
@@ -122,7 +122,7 @@ class ToyDenoiser(nn.Module):
 class ToyNetworks(LatentNetworks):
     def __init__(self, dropout: float = 0.1) -> None:
         process = DDPM(torch.linspace(0.999, 0.05, 1000), {"prediction_type": "epsilon"})
-        super().__init__(cast(Codec, ToyCodec()), ToyDenoiser(dropout), process, torch.zeros(1, 1, 4), base="toys")
+        super().__init__(cast(Codec, ToyCodec()), ToyDenoiser(dropout), process, Text(torch.zeros(1, 1, 4)), base="toys")
 
     def size(self) -> SizeRequirements:
         return SizeRequirements(multiple_of=4)

@@ -3,13 +3,14 @@
 import logging
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back, shown_bytes
+from sslsr_diffusion.devices import bfloat16_pays, free_bytes, hand_freed_blocks_back, shown_bytes
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import pad_to, resize_bicubic
 from sslsr_diffusion.inference.memory import call_bytes, peak_activation_bytes
@@ -19,7 +20,7 @@ from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
 from sslsr_diffusion.inference.restorer import AroundNetworks, Output, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import check_tile, within_memory
-from sslsr_diffusion.inference.tiling import Strip, blend, rounded_up, strips_of_tiles, tile_boxes, tile_offsets
+from sslsr_diffusion.inference.tiling import Strip, blend, even_boxes, rounded_up, strips_of_tiles, tile_offsets
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import PixelNetworks
 from sslsr_diffusion.models.size import SizeRequirements
@@ -27,6 +28,7 @@ from sslsr_diffusion.models.size import SizeRequirements
 log = logging.getLogger(__name__)
 
 _SIDES = (4096, 2048, 1024, 768, 512, 384, 256, 192, 128)  # of tiles, in output pixels
+_SAMPLE = 128  # output pixels along a side of the picture that precisions are compared on
 _MEASURED = 64  # low-resolution pixels along a side of the shape run
 _PICTURES = 5  # float32 copies of the whole output picture at once, at most
 
@@ -46,9 +48,13 @@ class DirectRestorer(AroundNetworks[CallOptions]):
     def open(cls, family: Family, path: Path, placement: Placement) -> Self:
         """A model's files as a restorer on a device."""
         networks = cast(PixelNetworks, family.read(path)).eval().requires_grad_(False)
+        networks.economize(gradient_checkpointing=False, channels_last=True)
         dtype = networks.taken(placement.dtype)
         if dtype != placement.dtype:
             log.warning("these networks do not work in %s: %s takes its place", placement.dtype, dtype)
+        if placement.may_be_faster and bfloat16_pays() and _same_in_bfloat16(networks):
+            dtype = torch.bfloat16
+            log.info("bfloat16, which this processor computes faster, makes the same picture to 1/255 on the mean")
         return cls(networks.to(placement.device, dtype), defaults=placement.defaults)
 
     def check(self, **call: Any) -> list[str]:
@@ -144,12 +150,12 @@ class DirectRestorer(AroundNetworks[CallOptions]):
         def run(tiles: list[Tensor], _: list[int]) -> Tensor:
             return self.networks(tiles[0].to(parameter.device, parameter.dtype)).to(padded.device, torch.float32)
 
-        boxes = sorted(tile_boxes(padded.shape[-2], padded.shape[-1], side, overlap))  # row by row: sums of strips and of the whole agree
+        boxes = even_boxes(padded.shape[-2], padded.shape[-1], side, overlap, self._unit)
         return blend(run, [padded], boxes, overlap=overlap, weights="middle")
 
     def _overlap(self, side: int, options: CallOptions) -> int:
         """Low-resolution pixels; whole units, so that every tile begins where the networks would begin a new one."""
-        asked = self.networks.overlap if options.tile_overlap is None else options.tile_overlap // self.networks.scale
+        asked = self.networks.shared(side) if options.tile_overlap is None else options.tile_overlap // self.networks.scale
         return min(rounded_up(asked, self._unit), side // 2 // self._unit * self._unit)
 
     def _sides(self, most: int) -> list[int]:
@@ -173,8 +179,9 @@ class DirectRestorer(AroundNetworks[CallOptions]):
             sides = [most if options.tile is None else min(options.tile // zoom, most)]
             if budget is None:
                 return sides[0]
+        spared = beside if beside > room and budget is None else 0  # no tile could mend that
         for side in sides:
-            if beside + self._bytes(side, steady=budget is not None) <= room:
+            if beside - spared + self._bytes(side, steady=budget is not None) <= room:
                 return side
         if budget is None:
             return sides[-1]
@@ -202,6 +209,20 @@ class DirectRestorer(AroundNetworks[CallOptions]):
         largest = max(p.numel() for p in self.networks.parameters())
         width = parameter.dtype.itemsize
         return call_bytes(self._floats * side * side * width, largest * width, parameter.device.type, steady)
+
+
+@torch.no_grad()
+def _same_in_bfloat16(networks: PixelNetworks) -> bool:
+    """Whether a picture of waves and edges differs by less than 1/255 on the mean. The networks are float32 and stay so."""
+    if networks.taken(torch.bfloat16) != torch.bfloat16:
+        return False
+    side = rounded_up(_SAMPLE, networks.size().multiple_of, networks.size().minimum) // networks.scale
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    waves = [(x * (1 + channel) + y * y / side) / 5 for channel in range(3)]
+    sample = torch.stack([0.5 + 0.3 * wave.sin() + 0.2 * wave.cos().sign() for wave in waves])[None].clamp(0, 1)
+    want = networks(sample)
+    got = deepcopy(networks).to(torch.bfloat16)(sample.to(torch.bfloat16))
+    return bool((got.float().clamp(0, 1) - want.clamp(0, 1)).abs().mean() < 1 / 255)
 
 
 def check_scale(scale: float, networks: PixelNetworks) -> None:

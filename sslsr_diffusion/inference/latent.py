@@ -10,18 +10,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.latent_work import Host, LatentWork
 from sslsr_diffusion.inference.memory import MemoryModel
 from sslsr_diffusion.inference.noise import Generators, image_seeds
 from sslsr_diffusion.inference.options import STEPS, LatentOptions, per_picture
 from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
-from sslsr_diffusion.inference.restorer import AroundNetworks, Output, Restorer, by_size, enlarged, settled
+from sslsr_diffusion.inference.restorer import AroundNetworks, Output, Restorer, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import TilePlan
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import LatentNetworks
 
 SCALE = 4  # of a model that names none
+_FROM_LR = frozenset({"start", "strength"})  # which latents of the low-resolution picture they need
 _PROMPTED = frozenset({"prompt", "negative_prompt", "guidance_scale"})
 
 
@@ -36,18 +38,21 @@ class LatentOutput(Output):
 def quiet_diffusers() -> Iterator[None]:
     """No bar for a pipeline's components, and no advice to load in half precision by an argument that its versions name differently."""
     from diffusers.utils import logging
+    from transformers.utils import logging as of_text
 
-    level, bar = logging.get_verbosity(), getattr(logging, "is_progress_bar_enabled", lambda: True)()  # newer than 0.35
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    before = [(each, each.get_verbosity(), getattr(each, "is_progress_bar_enabled", lambda: True)()) for each in (logging, of_text)]
+    for each, _, _ in before:  # the question is newer than 0.35
+        each.set_verbosity_error()
+        each.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype")  # its new name is unknown to the oldest diffusers we allow
             yield
     finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+        for each, level, bar in before:
+            each.set_verbosity(level)
+            if bar:
+                each.enable_progress_bar()
 
 
 class LatentRestorer(AroundNetworks[LatentOptions]):
@@ -80,14 +85,16 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
         """A model's files as a restorer on a device. The process's tables stay float32."""
         with quiet_diffusers():
             networks = cast(LatentNetworks, family.read(path).eval().requires_grad_(False))
-        for part in (networks.codec, networks.denoiser):
-            part.to(placement.dtype)
+        networks.cast(placement.dtype)
         return cls(networks.to(placement.device), defaults=placement.defaults)
 
     @property
     def options(self) -> frozenset[str]:
-        lacking = frozenset() if self.networks.takes_prompts else _PROMPTED
-        return super().options - lacking - (frozenset() if self.networks.codec.has_fidelity else {"fidelity"})
+        networks = self.networks
+        lacking = frozenset() if networks.takes_prompts else _PROMPTED
+        lacking |= frozenset() if networks.codec.has_fidelity else {"fidelity"}
+        lacking |= frozenset() if networks.max_noise_level else {"noise_level"}
+        return super().options - lacking - (frozenset() if networks.zoom == 1 else _FROM_LR)
 
     def check(self, **call: Any) -> list[str]:
         options, notes = settled(LatentOptions, call, self.options, self.defaults)
@@ -110,15 +117,17 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
                 batch = torch.stack([pictures[k] for k in group])
                 upsampled = enlarged(batch.to(self._host.device), scale)
                 wanted, unwanted = ([side[k] for k in group] for side in texts)
-                made, plan = self._work(upsampled, [seeds[k] for k in group], (wanted, unwanted), options, notes)
-                restored.extend(options.finish(made, upsampled, batch))
+                seen = upsampled if self.networks.zoom == 1 else batch.to(self._host.device)
+                made, plan = self._work(seen, [seeds[k] for k in group], (wanted, unwanted), options, notes)
+                restored.extend(options.finish(resize_bicubic(made, enlarged_size(batch, scale)), upsampled, batch))
                 plans.extend([plan] * len(group))
         finally:
             self._host.release()
         return LatentOutput(from_tensors(restored, output_type), notes, plans)
 
     def save(self, folder: Path) -> None:
-        self.networks.save(folder, scale=self.scale, **self.kept_defaults)
+        with quiet_diffusers():
+            self.networks.save(folder, scale=self.scale, **self.kept_defaults)
 
     def memory_model(self) -> MemoryModel:
         """What a tile of these networks takes."""

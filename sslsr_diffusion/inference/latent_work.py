@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back
-from sslsr_diffusion.errors import NotEnoughMemory
+from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import pad_to
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import ImageNoise
@@ -18,6 +18,7 @@ from sslsr_diffusion.inference.sampling import Sampler, build_sampler, sample
 from sslsr_diffusion.inference.tile_plan import Part, Room, TilePlan, check_tile, plan_tiles, vae_tiles, within_memory
 from sslsr_diffusion.inference.tiled import TiledCodec, TiledDenoiser
 from sslsr_diffusion.inference.tiling import tile_boxes
+from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.networks import LatentNetworks
 
 log = logging.getLogger(__name__)
@@ -59,30 +60,34 @@ class LatentWork:
         """Raises UserError for tiles and samplers that these networks cannot have."""
         check_tile("tile", options.tile, self._networks.size())
         check_tile("vae_tile", options.vae_tile, vae_tiles(self._networks.codec.scale))
+        self._noise_levels(options, 1)
         self._sampler(options, [0])
 
     def __call__(
-        self, upsampled: Tensor, seeds: list[int], prompts: Prompts, options: LatentOptions, notes: list[str]
+        self, seen: Tensor, seeds: list[int], prompts: Prompts, options: LatentOptions, notes: list[str]
     ) -> tuple[Tensor, TilePlan]:
-        """Enlarged pictures [B, 3, H, W] in [0, 1] -> restored ones, about [0, 1], not clamped; and the tiles that they were cut into.
+        """Pictures as they are seen, [B, 3, H / zoom, W / zoom] in [0, 1] -> restored ones [B, 3, H, W], about [0, 1]; and their tiles.
 
         No phase needs the others' networks on the device. `notes` gets a sentence for each time that memory ran out.
         """
-        height, width = upsampled.shape[-2:]
-        codec, plan = self._networks.codec, self._plan(height, width, len(seeds), options)
-        padded = pad_to(upsampled, plan.height, plan.width)
-        noise = ImageNoise(seeds, codec.noise_shape(padded)[1:], padded.device)
-
-        def encode(plan: TilePlan) -> Tensor:
-            return TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).encode(padded, noise("posterior"))
-
-        z_lr, plan = self._within_memory("vae_tile", plan, encode, notes)
-        encode_texts = self._networks.encode_prompts
-        texts = encode_texts(prompts[0], padded.device), encode_texts(prompts[1], padded.device) if options.guided else None
+        networks, codec, zoom = self._networks, self._networks.codec, self._networks.zoom
+        height, width = (zoom * side for side in seen.shape[-2:])
+        plan = self._plan(height, width, len(seeds), options)
+        padded = pad_to(seen, plan.height // zoom, plan.width // zoom)
+        wanted = networks.encode_prompts(prompts[0], padded.device)
+        unwanted = networks.encode_prompts(prompts[1], padded.device) if options.guided else None
         self._host.release()
+        levels = self._noise_levels(options, len(seeds))
+
+        def look(plan: TilePlan) -> Condition:
+            noise = ImageNoise(seeds, networks.seen_noise_shape(plan.height, plan.width), padded.device)("posterior")
+            encode = TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).encode
+            return networks.see(padded, noise, level=levels, text=wanted, encode=encode)
+
+        condition, plan = self._within_memory("vae_tile", plan, look, notes)
 
         def denoise(plan: TilePlan) -> Tensor:
-            return self._denoise(z_lr, noise, seeds, texts, plan, options)
+            return self._denoise(condition, unwanted, seeds, plan, options)
 
         latents, plan = self._within_memory("tile", plan, denoise, notes)
 
@@ -115,29 +120,24 @@ class LatentWork:
         return within_memory(released, plan, smaller, self._host.device)
 
     def _denoise(
-        self,
-        z_lr: Tensor,
-        noise: ImageNoise,
-        seeds: Sequence[int],
-        texts: tuple[Tensor, Tensor | None],
-        plan: TilePlan,
-        options: LatentOptions,
+        self, condition: Condition, negative_text: Text | None, seeds: Sequence[int], plan: TilePlan, options: LatentOptions
     ) -> Tensor:
-        """Latents of the enlarged pictures -> latents of the restored ones, both [B, C, h, w] normalised float32."""
+        """Latents of the restored pictures, [B, C, h, w] normalised float32."""
         tile, overlap = plan.tile_cells
+        height, width = plan.height // plan.vae_scale, plan.width // plan.vae_scale
+        noise = ImageNoise(seeds, (self._networks.codec.latent_channels, height, width), self._host.device)
         predict = TiledDenoiser(
             self._networks.denoiser,
-            z_lr,
-            texts[0],
-            tile_boxes(z_lr.shape[-2], z_lr.shape[-1], tile, overlap),
-            negative_text=texts[1],
+            condition,
+            tile_boxes(height, width, tile, overlap),
+            negative_text=negative_text,
             guidance_scale=options.guidance_scale,
             batch_size=plan.batch,
             overlap=overlap,
             weights=options.tile_weights,
         )
         sampler = self._sampler(options, seeds)
-        x = sampler.start(z_lr, noise("start"), from_lr=options.start == "lr")
+        x = sampler.start(noise("start"), condition.z_lr if options.start == "lr" else None)
         with self._host.progress(len(sampler.timesteps)) as progress:
 
             def on_step_end(index: int, t: float, latents: Tensor) -> Tensor:
@@ -149,12 +149,20 @@ class LatentWork:
 
             return sample(sampler, predict, x, lambda index: noise("step", index), on_step_end)
 
+    def _noise_levels(self, options: LatentOptions, pictures: int) -> Tensor | None:
+        """[B] of the noise that the pictures get before they are seen; None where they get none. UserError for one too high."""
+        most = self._networks.max_noise_level
+        if not isinstance(options.noise_level, int) or not 0 <= options.noise_level <= most:
+            raise UserError(f"noise_level: expected a whole number from 0 to {most}, got {options.noise_level}.")
+        return torch.full((pictures,), options.noise_level, device=self._host.device) if most else None
+
     def _sampler(self, options: LatentOptions, seeds: Sequence[int]) -> Sampler:
         return build_sampler(
             options.sampler,
             self._networks.process,
             options.num_inference_steps,
-            scheduler=self._scheduler,
+            scheduler=self._scheduler or self._networks.sampling_scheduler,
+            as_it_is=self._networks.sampling_scheduler is not None,
             strength=options.strength,
             eta=options.eta,
             seeds=seeds,

@@ -11,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.networks import LatentNetworks
 
 # Convolution workspaces, reordered copies and the allocator's fragmentation are invisible to a shape run. On the CPU single
@@ -99,7 +98,9 @@ class MemoryModel:
         area, channels = side * side, codec.latent_channels
         pixels = torch.empty(1, 3, side * codec.scale, side * codec.scale, device="meta")
         latents = torch.empty(1, channels, side, side, device="meta")
-        condition = Condition(latents, shapes.text)
+        noise = torch.empty(1, *networks.seen_noise_shape(*pixels.shape[-2:]), device="meta")
+        level = torch.zeros(1, dtype=torch.long, device="meta") if networks.max_noise_level else None
+        condition = shapes.see(pixels[..., :: networks.zoom, :: networks.zoom], noise, level=level, encode=lambda *_: latents)
 
         def fused() -> None:
             _, maps = codec.encode_with_features(pixels, latents)

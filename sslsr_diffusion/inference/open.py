@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.hub import fetch, split_file
+from sslsr_diffusion.hub import STATE, fetch, split_file
 from sslsr_diffusion.inference.restorer import Restorer
+from sslsr_diffusion.models.base import IGNORED
 from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import Networks
@@ -58,14 +59,15 @@ def find_model(model: str, revision: str | None = None) -> FoundModel:
         family = family_of(path)
         if family is None:
             raise UserError(
-                f"model {model}: expected a model of {_listed()}, such as a folder with a model_index.json of StableSRPipeline, or a file "
-                "of weights that ends in .safetensors or .pth; "
+                f"model {model}: expected a model of {_listed()}, such as a folder with the model_index.json of a StableSRPipeline or "
+                "StableDiffusionUpscalePipeline, or a file of weights that ends in .safetensors or .pth; "
                 "a run folder has one in pipeline/ once the run is finished, and `sslsr export` makes one from a checkpoint."
             )
         return FoundModel(model, path, family, _fingerprint(path))
     name, file = split_file(model)
     patterns = [file] if file else [pattern for family in FAMILIES.values() for pattern in family.files]
-    fetched = fetch(name, revision, patterns=patterns, advice={"invalid": f"The shipped model is {SMALL}."})
+    ignore = [f"{STATE}/*", *([] if file else IGNORED)]
+    fetched = fetch(name, revision, patterns=patterns, ignore=ignore, advice={"invalid": f"The shipped model is {SMALL}."})
     path = fetched / file if file else fetched
     family = family_of(path)
     if family is None:
@@ -90,7 +92,8 @@ def open_model(
 
     Args:
         device: "auto" (the first GPU, else the CPU) or a torch device.
-        dtype: "auto" (float16 on a GPU, float32 on the CPU), "float32", "float16" or "bfloat16".
+        dtype: "float32", "float16", "bfloat16" or "auto": float16 on a GPU; on the CPU float32, for plain networks bfloat16 where the
+            processor is faster in it and a sample differs by less than 1/255 on the mean.
         memory_budget: bytes for weights and work of every call that names no other; dtype "auto" and offload follow from it, too.
         tile: what the restorer will be called with; matters for a budget alone.
     Raises:

@@ -75,6 +75,7 @@ class LatentOptions(CallOptions):
     negative_prompt: Texts = None
     guidance_scale: float = 1.0
     fidelity: float = 0.5
+    noise_level: int = 0
     tile_batch_size: int = 1
     vae_tile: Tile = "auto"
     tile_weights: str = "smooth"

@@ -79,14 +79,15 @@ OPTIONAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "color_fix": (("none",), "no colour fix"),
     "antiring": ((0,), "no filter"),
     "detail": ((1,), "no mixing"),
-    "strength": ((1,), "no sampling"),
+    "strength": ((1,), "no sampling from the picture"),
     "sampler": ((), "no sampling"),
-    "start": (("lr",), "no sampling"),
+    "start": (("lr",), "no sampling from the picture"),
     "eta": ((0,), "no sampling"),
     "prompt": (("",), "no text encoder"),
     "negative_prompt": (("",), "no text encoder"),
     "guidance_scale": ((1,), "no text encoder"),
     "fidelity": ((0,), "no CFW decoder"),
+    "noise_level": ((), "no noise on the picture"),
 }
 STEPS = "num_inference_steps"  # a one-step model has its one, whatever is asked
 _WHOLE = frozenset({"tile", "vae_tile"})  # of these, None is a value

@@ -4,11 +4,12 @@ A sampler knows its model timesteps (descending), how the start is made, and one
 All latents are scaled [B, 4, h, w] float32; noise comes in as an argument.
 """
 
+import copy
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.inference.choices import SAMPLERS
+from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.seeding import derive_seed, sample_generator
@@ -30,7 +32,7 @@ class Sampler(Protocol):
 
     timesteps: Sequence[float]
 
-    def start(self, z_lr: Tensor, noise: Tensor, *, from_lr: bool) -> Tensor: ...
+    def start(self, noise: Tensor, z_lr: Tensor | None = None) -> Tensor: ...
 
     def model_input(self, x: Tensor, index: int) -> Tensor: ...
 
@@ -102,9 +104,9 @@ class _Spaced:
     def _levels_at(self, steps: list[int]) -> list[int]:
         return steps
 
-    def start(self, z_lr: Tensor, noise: Tensor, *, from_lr: bool) -> Tensor:
+    def start(self, noise: Tensor, z_lr: Tensor | None = None) -> Tensor:
         """z_lr noised to the first timestep, or the noise alone."""
-        return self.process.add_noise(z_lr, noise, torch.tensor([self._first])) if from_lr else noise
+        return noise if z_lr is None else self.process.add_noise(z_lr, noise, torch.tensor([self._first]))
 
     def model_input(self, x: Tensor, index: int) -> Tensor:
         return x
@@ -211,9 +213,9 @@ class DiffusersSampler:
         generators = [sample_generator(seed, "scheduler") for seed in call.seeds]
         self._extra = {name: value for name, value in {"eta": call.eta, "generator": generators}.items() if name in accepted}
 
-    def start(self, z_lr: Tensor, noise: Tensor, *, from_lr: bool) -> Tensor:
+    def start(self, noise: Tensor, z_lr: Tensor | None = None) -> Tensor:
         t = self._timesteps[:1]
-        if from_lr:
+        if z_lr is not None:
             return self._scheduler.add_noise(z_lr, noise, t.expand(len(z_lr)))
         # sigma-space schedulers divide their input by sqrt(1 + sigma^2): the same latent in their scale is the noise times that
         shrink = self._scheduler.scale_model_input(torch.ones_like(noise[:1, :1, :1, :1]), t[0])
@@ -239,6 +241,7 @@ def build_sampler(
     num_steps: int,
     *,
     scheduler: Any = None,
+    as_it_is: bool = False,
     strength: float = 1.0,
     eta: float = 0.0,
     seeds: Sequence[int] = (),
@@ -251,13 +254,14 @@ def build_sampler(
             process's own (ddpm; for a flow the straight way).
         num_steps: steps over the full process; `strength` keeps the last part of them.
         scheduler: a diffusers scheduler that the caller's pipeline has.
+        as_it_is: by the scheduler's own steps, also where a sampler of ours stands for it.
         eta: DDIM's share of fresh noise, 0 to 1.
         seeds: one per image, for schedulers that draw noise themselves.
     """
     spaced_timesteps(num_steps, process.last + 1)
     call = SamplerCall(process, num_steps, strength, eta, seeds, torch.device(device))
-    if name is None and scheduler is not None and type(scheduler).__name__ not in OWN:
-        return DiffusersSampler(type(scheduler).from_config(scheduler.config), call)
+    if name is None and scheduler is not None and (as_it_is or type(scheduler).__name__ not in OWN):
+        return _rehearsed(type(scheduler).from_config(scheduler.config), call)
     name = name or OWN.get(type(scheduler).__name__) or ("ddpm" if isinstance(process, DDPM) else "ddim")
     where = SAMPLERS.get(name, f"diffusers:{name}")
     if where.startswith("diffusers:"):
@@ -278,23 +282,38 @@ def _by_class(name: str, call: SamplerCall) -> Sampler:
         made = cls.from_config(call.ddpm(name).scheduler().config, timestep_spacing=spacing)
     except ImportError as error:
         raise MissingDependency(f"sampler: {name} needs a package that is not installed: {' '.join(str(error).split())}") from None
+    except (TypeError, NotImplementedError) as error:  # another family's: it wants arguments of its own
+        raise UserError(f"sampler: {name} cannot be made from this model's process ({error}); use one of {', '.join(SAMPLERS)}.") from None
     if not hasattr(made, "add_noise") or not hasattr(made, "alphas_cumprod"):
         raise UserError(f"sampler: {name} is not of the DDPM family, which this model was trained for; use one of {', '.join(SAMPLERS)}.")
-    return DiffusersSampler(made, call)
+    return _rehearsed(made, call)
+
+
+def _rehearsed(scheduler: Any, call: SamplerCall) -> DiffusersSampler:
+    """The sampler, once a copy of its scheduler has walked to the end with a latent of one pixel; UserError where it cannot."""
+    try:
+        trial = DiffusersSampler(copy.deepcopy(scheduler), replace(call, seeds=call.seeds[:1] or [0]))
+        pixel = torch.zeros(1, 1, 1, 1, device=call.device)
+        sample(trial, lambda x, t: torch.zeros_like(x), trial.start(pixel, pixel), lambda index: pixel)
+    except Exception as error:  # schedulers raise nearly everything
+        name, said = type(scheduler).__name__, str(error) or type(error).__name__
+        wish = f"num_inference_steps {call.num_steps} and strength {call.strength:g}"
+        raise UserError(f"sampler: {name} cannot run with {wish} ({said}); use others, or one of {', '.join(SAMPLERS)}.") from None
+    return DiffusersSampler(scheduler, call)
 
 
 OWN = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}  # schedulers that stand for samplers of ours
 
 
 @torch.no_grad()
-def sample_latents(networks: LatentNetworks, z: Tensor, indices: list[int], steps: int, *, seed: int, strength: float = 1.0) -> Tensor:
-    """What the denoiser makes of noised latents [B, C, h, w], which it also sees clean unless it is a base; noise is from (seed, index)."""
+def sample_latents(
+    networks: LatentNetworks, z: Tensor, condition: Condition, indices: list[int], steps: int, *, seed: int, strength: float = 1.0
+) -> Tensor:
+    """What the denoiser makes of noised latents [B, C, h, w]; noise is from (seed, index)."""
 
     def noise(purpose: str) -> Tensor:
         drawn = [torch.randn(z.shape[1:], generator=sample_generator(seed, i, purpose)) for i in indices]
         return torch.stack(drawn).to(z)
-
-    condition = networks.condition(z if networks.conditional else None)
 
     def predict(x: Tensor, t: float) -> Tensor:
         kind = torch.long if float(t).is_integer() else torch.float32
@@ -302,5 +321,4 @@ def sample_latents(networks: LatentNetworks, z: Tensor, indices: list[int], step
 
     seeds = [derive_seed(seed, i, "sampler") for i in indices]
     sampler = build_sampler(None, networks.process, steps, strength=strength, seeds=seeds, device=z.device)
-    start = sampler.start(z, noise("start"), from_lr=True)
-    return sample(sampler, predict, start, lambda index: noise(f"step {index}"))
+    return sample(sampler, predict, sampler.start(noise("start"), z), lambda index: noise(f"step {index}"))

@@ -14,7 +14,7 @@ from sslsr_diffusion.inference.shared_norm import SharedGroupNorm
 from sslsr_diffusion.inference.tile_plan import within_memory
 from sslsr_diffusion.inference.tiling import Box, blend, tile_boxes
 from sslsr_diffusion.models.codec import Codec
-from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.condition import Condition, Text
 
 log = logging.getLogger(__name__)
 
@@ -69,18 +69,17 @@ class TiledCodec:
 class TiledDenoiser:
     """(x_t, t) -> the prediction for the whole latent canvas.
 
-    Every tile sees its own part of the low-resolution latent; guided predictions are u + g (c - u), with the features
-    of the low-resolution latent computed once for both (Condition.z_lr).
+    Every tile sees its own part of the low-resolution picture; guided predictions are u + g (c - u), with what follows from the
+    low-resolution picture computed once for both.
     """
 
     def __init__(
         self,
         denoiser: nn.Module,
-        z_lr: Tensor,
-        text: Tensor,
+        condition: Condition,
         boxes: Sequence[Box],
         *,
-        negative_text: Tensor | None = None,
+        negative_text: Text | None = None,
         guidance_scale: float = 1.0,
         batch_size: int = 1,
         overlap: int = 0,
@@ -89,33 +88,33 @@ class TiledDenoiser:
         """
         Args:
             denoiser: (z_t, t, Condition) -> prediction.
-            z_lr: [B, C, h, w] float32 latent of the enlarged low-resolution pictures.
-            text: [1 or B, L, D] context; `negative_text` likewise, None: no guidance.
-            boxes: tiles of equal size that cover h x w.
+            condition: of B whole pictures, float32, with one text per picture.
+            boxes: tiles of equal size that cover the latent.
+            negative_text: one per picture, too; None: no guidance.
             batch_size: tiles per network call (twice as many samples with guidance).
             overlap: latent pixels that neighbouring tiles share; `weights`: see `tile_weights`.
         """
-        self._denoiser, self._dtype, self._z_lr = denoiser, next(denoiser.parameters()).dtype, z_lr
-        self._text = text.expand(len(z_lr), -1, -1)
-        self._negative = None if negative_text is None else negative_text.expand(len(z_lr), -1, -1)
-        self._guidance_scale = guidance_scale
+        self._denoiser, self._dtype, self._condition = denoiser, next(denoiser.parameters()).dtype, condition
+        self._negative, self._guidance_scale = negative_text, guidance_scale
         self._blend = partial(blend, boxes=boxes, batch_size=batch_size, overlap=overlap, weights=weights)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         kind = torch.long if float(t).is_integer() else torch.float32
         timestep = torch.tensor([t], device=x.device, dtype=kind)
+        grids = self._condition.grids
 
         def run(tiles: list[Tensor], samples: list[int]) -> Tensor:
-            return self._predict(tiles[0], tiles[1], timestep, samples)
+            return self._predict(tiles[0], dict(zip(grids, tiles[1:])), timestep, samples)
 
-        return self._blend(run, [x, self._z_lr])
+        return self._blend(run, [x, *grids.values()])
 
-    def _predict(self, x: Tensor, z_lr: Tensor, timestep: Tensor, samples: list[int]) -> Tensor:
-        x, z_lr, text = x.to(self._dtype), z_lr.to(self._dtype), self._text[samples]
-        if self._negative is None:
-            return self._denoiser(x, timestep.expand(len(x)), Condition(z_lr, text.to(self._dtype))).float()
-        both = torch.cat([self._negative[samples], text]).to(self._dtype)
-        pred = self._denoiser(torch.cat([x, x]), timestep.expand(2 * len(x)), Condition(z_lr, both)).float()
+    def _predict(self, x: Tensor, grids: dict[str, Tensor], timestep: Tensor, samples: list[int]) -> Tensor:
+        x, condition = x.to(self._dtype), self._condition.tile(grids, samples, self._dtype)
+        if self._negative is None or condition.text is None:
+            return self._denoiser(x, timestep.expand(len(x)), condition).float()
+        negative = self._negative.each(lambda part: part[samples].to(self._dtype))
+        both = condition._replace(text=negative.followed_by(condition.text))
+        pred = self._denoiser(torch.cat([x, x]), timestep.expand(2 * len(x)), both).float()
         unconditional, conditional = pred.chunk(2)
         return unconditional + self._guidance_scale * (conditional - unconditional)
 

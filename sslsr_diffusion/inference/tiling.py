@@ -46,6 +46,18 @@ def tile_boxes(height: int, width: int, tile: int, overlap: int) -> list[Box]:
     ]
 
 
+def even_boxes(height: int, width: int, tile: int, overlap: int, unit: int) -> list[Box]:
+    """As many tiles as `tile_boxes` has, no larger than needed, with sides and places that are multiples of `unit`."""
+
+    def even(length: int) -> tuple[int, list[int]]:
+        count = len(tile_offsets(length, tile, overlap))
+        side = rounded_up(-(-(length + (count - 1) * overlap) // count), unit)
+        return side, tile_offsets(length, side, overlap if count > 1 else 0)
+
+    (tall, tops), (wide, lefts) = even(height), even(width)
+    return [Box(top, left, tall, wide) for left in lefts for top in tops]
+
+
 class Strip(NamedTuple):
     """Low-resolution rows: read from `top` to `bottom`, responsible from `first` to `last`."""
 

@@ -1,6 +1,7 @@
 """Where a base model's files are: a local folder, or a hub id resolved to one commit and fetched once."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from sslsr_diffusion.shipped_model import SMALL, local_folder
 
 # Half-precision and non-EMA copies of the same weights would double the download.
 IGNORED = ["*.fp16.*", "*non_ema*", "*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "safety_checker/*", "feature_extractor/*"]
-WANTED = [f"{part}/*" for part in ("unet", "vae", "structural_encoder", "scheduler", "text_encoder", "tokenizer")]
+WANTED = [f"{part}/*" for part in ("unet", "vae", "structural_encoder", "scheduler", "low_res_scheduler", "text_encoder", "tokenizer")]
 GONE = f"Stability AI took its 2.1 models down in November 2025: use {DEFAULT_BASE}, or any local folder in diffusers format."
 ADVICE: dict[hub.Reason, str] = {
     "invalid": f"The shipped model is {SMALL}.",
@@ -38,8 +39,8 @@ class Base:
         return (self.folder / part).is_dir()
 
     def config(self, part: str) -> dict[str, Any]:
-        """The component's config.json (scheduler: scheduler_config.json); UserError where the folder has no such component."""
-        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        """The component's config.json (a scheduler: scheduler_config.json); UserError where the folder has no such component."""
+        name = "scheduler_config.json" if part.endswith("scheduler") else "config.json"
         path = self.folder / part / name
         if not path.is_file():
             raise UserError(f"{self.key}: {self.name} has no {part}/{name}; expected a pipeline folder in diffusers format.")
@@ -70,13 +71,14 @@ class Base:
         return {key: float(value) for key, value in found.items()}
 
 
-def find_base(name: str, revision: str | None = None, parts: list[str] | None = None) -> Base:
+def find_base(name: str, revision: str | None = None, parts: list[str] | None = None, advice: Mapping[hub.Reason, str] = ADVICE) -> Base:
     """The folder of a base model; a hub id is fetched (or taken from the cache) at one resolved commit.
 
     Args:
         name: local folder, shipped model or hub id.
         revision: branch, tag or commit of a hub id.
         parts: file patterns to fetch; default: everything that a pipeline needs.
+        advice: a further sentence by the hub's reason.
 
     UserError where nothing of that name exists (HubError: on the hub), or the hub cannot be reached and nothing is cached.
     """
@@ -90,7 +92,7 @@ def find_base(name: str, revision: str | None = None, parts: list[str] | None = 
             f"model.base: {name!r} does not come with this version of the package, which has {SMALL}; use that one, "
             f"or the folder of the old one's files (shipped_models/{name} in a version that had it)."
         )
-    advice = ADVICE | ({"unreachable": GONE} if name.startswith("stabilityai/stable-diffusion-2") else {})
+    advice = {**advice, **({"unreachable": GONE} if name.startswith("stabilityai/stable-diffusion-2") else {})}
     patterns = ["*.json", *(parts or WANTED)]
     fetched = hub.fetch(name, revision, patterns=patterns, ignore=IGNORED, field="model.base", advice=advice)
     return Base(name, fetched, fetched.name)

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sslsr_diffusion.models.size import pixels_per_latent
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -15,7 +18,8 @@ class Codec(nn.Module):
     """An AutoencoderKL seen from the outside: `encode` draws from the posterior with noise that the caller brings.
 
     Latents are normalised as the autoencoder's config says: (z - shift) scaling, or with a mean and deviation per channel
-    (z - mean) scaling / std, as diffusers' pipelines do.
+    (z - mean) scaling / std, as diffusers' pipelines do. FLUX.2's autoencoder packs 2 x 2 of its latent pixels into the channels of
+    one, and normalises those by the statistics of its batch norm.
     """
 
     def __init__(self, vae: "AutoencoderKL") -> None:
@@ -25,11 +29,16 @@ class Codec(nn.Module):
     @property
     def scale(self) -> int:
         """Pixels per latent pixel along a side (8 for Stable Diffusion)."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return pixels_per_latent(self.vae.config)
 
     @property
     def latent_channels(self) -> int:
-        return self.vae.config.latent_channels
+        return self.vae.config.latent_channels * self._packed**2
+
+    @property
+    def _packed(self) -> int:
+        """The autoencoder's own latent pixels along a side of one of ours."""
+        return int(self.vae.config.get("patch_size", (1,))[0])
 
     @property
     def has_fidelity(self) -> bool:
@@ -70,8 +79,8 @@ class Codec(nn.Module):
         """
         z = latents.to(self.vae.dtype)
         offset, deviation = self._statistics(z)
-        z = z / self.vae.config.scaling_factor
-        z = z if offset is None else z * deviation + offset
+        z = z / self.vae.config.get("scaling_factor", 1.0)
+        z = F.pixel_shuffle(z if offset is None else z * deviation + offset, self._packed)
         fused = {} if features is None or fidelity == 0 else {"features": features, "fidelity": fidelity}
         return self.vae.decode(z, return_dict=False, **fused)[0].float() * 0.5 + 0.5
 
@@ -103,19 +112,21 @@ class Codec(nn.Module):
         return self.vae.encode(self._to_vae(pixels)).latent_dist
 
     def _sample(self, posterior: Any, noise: Tensor) -> Tensor:
-        mean, std = posterior.mean.float(), posterior.std.float()
+        mean, std = (F.pixel_unshuffle(side.float(), self._packed) for side in (posterior.mean, posterior.std))
         if noise.shape != mean.shape:
             raise ValueError(f"expected posterior noise of shape {tuple(mean.shape)} (Codec.noise_shape), got {tuple(noise.shape)}.")
-        z, factor = mean + std * noise.to(mean), self.vae.config.scaling_factor
+        z, factor = mean + std * noise.to(mean), self.vae.config.get("scaling_factor", 1.0)
         offset, deviation = self._statistics(z)
         return z * factor if offset is None else (z - offset) * factor / deviation
 
     def _statistics(self, like: Tensor) -> tuple[Tensor | float | None, Tensor | float]:
         """What is taken off and divided by, beside the scaling factor; None: nothing."""
-        config = self.vae.config
+        config, norm = self.vae.config, getattr(self.vae, "bn", None)
         mean, deviation, shift = (config.get(key) for key in ("latents_mean", "latents_std", "shift_factor"))
+        if norm is not None:
+            mean, deviation = norm.running_mean, (norm.running_var + config.batch_norm_eps).sqrt()
         if mean is not None and deviation is not None:
-            return tuple(torch.tensor(side).to(like).reshape(1, -1, 1, 1) for side in (mean, deviation))  # type: ignore[return-value]
+            return tuple(torch.as_tensor(side).to(like).reshape(1, -1, 1, 1) for side in (mean, deviation))  # type: ignore[return-value]
         return (shift, 1.0) if shift else (None, 1.0)
 
     def _to_vae(self, pixels: Tensor) -> Tensor:

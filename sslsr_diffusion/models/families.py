@@ -8,5 +8,6 @@ FAMILIES: dict[str, Family] = {
     for kind, where in {
         "stablesr": "stablesr.family:StableSR",
         "network": "network.family:Network",
+        "x4": "x4.family:X4",
     }.items()
 }

@@ -1,7 +1,7 @@
 """What a family's networks are to everyone above: sizes, parts, files; and the two ways in which networks make a picture."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.codec import Codec
-from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.process import Process
 from sslsr_diffusion.models.size import SizeRequirements
 
@@ -72,7 +72,8 @@ class PixelNetworks(Networks):
 
     scale: int  # enlargement
     has_branch: bool = False  # whether they make something beside the picture, for a loss
-    overlap: int = 16  # low-resolution pixels that neighbouring tiles share: four times as far as a pixel sees leaves no seam at all
+    overlap: int = 16  # low-resolution pixels that tiles share at least: four times as far as a pixel sees leaves no seam at all
+    far_sighted: bool = False  # whether a pixel sees further than that
 
     @abstractmethod
     def forward(self, lr: Tensor) -> Any:
@@ -80,6 +81,14 @@ class PixelNetworks(Networks):
 
         Networks with `has_branch` take `branch=True`, too: the picture and their second output, of the same shape.
         """
+
+    def shared(self, side: int) -> int:
+        """Low-resolution pixels that neighbouring tiles of this side share.
+
+        Of far-sighted networks a sixteenth of the side where that is more: what tiles compute twice stays below 14 %
+        ((16/15)^2), and the larger a tile, the more of what a pixel sees lies in it.
+        """
+        return max(self.overlap, side // 16) if self.far_sighted else self.overlap
 
     def taken(self, dtype: torch.dtype) -> torch.dtype:
         """The precision that they work in where this one is asked for: itself, or one whose range holds their values."""
@@ -99,21 +108,37 @@ class PixelNetworks(Networks):
                     tensor.mul_(alpha).add_(theirs[name].to(tensor), alpha=1 - alpha)
 
 
+Encode = Callable[[Tensor, Tensor], Tensor]  # pixels, posterior noise -> latents
+
+
 class LatentNetworks(Networks):
     """A codec, a denoiser on its latents, and the noise process between them."""
 
-    def __init__(
-        self, codec: Codec, denoiser: nn.Module, process: Process, text: Tensor, *, base: str, revision: str | None = None
-    ) -> None:
+    zoom: int = 1  # output pixels per pixel of the picture that they see; 1: it is enlarged before, by any scale
+    max_noise_level: int = 0  # of the noise that this picture gets, in timesteps; 0: it gets none
+    sampling_scheduler: Any = None  # a diffusers scheduler that samples, as it is, where a call names no sampler
+
+    def __init__(self, codec: Codec, denoiser: nn.Module, process: Process, text: Text, *, base: str, revision: str | None = None) -> None:
         """`denoiser`: (z_t [B, C, h, w], t [B], Condition) -> [B, C, h, w], where t is what `process.timestep` says.
 
-        `text`: [1, L, D] context of the recipe's prompt.
+        `text`: [1, ...] context of the recipe's prompt.
         """
         super().__init__(base, revision)
         self.codec, self.denoiser, self.process = codec, denoiser, process
-        self.register_buffer("text", text, persistent=False)
+        for name, part in text._asdict().items():
+            self.register_buffer(f"text_{name}", part, persistent=False)
 
-    text: Tensor
+    text_sequence: Tensor
+    text_pooled: Tensor | None
+
+    @property
+    def text(self) -> Text:
+        return Text(self.text_sequence, self.text_pooled)
+
+    @property
+    def blank(self) -> Text | None:
+        """[1, ...] context of the empty text, for networks that can train with it in the place of the recipe's prompt."""
+        return None
 
     @property
     def conditional(self) -> bool:
@@ -122,11 +147,26 @@ class LatentNetworks(Networks):
 
     @property
     def device(self) -> torch.device:
-        return self.text.device
+        return self.text_sequence.device
 
-    def condition(self, z_lr: Tensor | None) -> Condition:
-        """What the denoiser is told beside the noisy latent, with the recipe's prompt."""
-        return Condition(z_lr, self.text)
+    def seen_noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """The shape of the noise that `see` takes for one picture, by its output pixels."""
+        return (self.codec.latent_channels, height // self.codec.scale, width // self.codec.scale)
+
+    def see(
+        self, picture: Tensor, noise: Tensor, *, level: Tensor | None = None, text: Text | None = None, encode: Encode | None = None
+    ) -> Condition:
+        """What the denoiser is told beside the noisy latent: here the latent of the enlarged low-resolution picture, and the text.
+
+        Args:
+            picture: [B, 3, H / zoom, W / zoom] in [0, 1], the low-resolution picture, for an output of H x W pixels.
+            noise: [B, *seen_noise_shape(H, W)] standard normal.
+            level: [B] int64 up to `max_noise_level`, for networks that have one.
+            text: None: the recipe's prompt.
+            encode: takes the place of `codec.encode`, for example in tiles.
+        """
+        z_lr = (encode or self.codec.encode)(picture, noise).float() if self.conditional else None
+        return Condition(z_lr, text or self.text)
 
     @property
     def takes_prompts(self) -> bool:
@@ -137,14 +177,19 @@ class LatentNetworks(Networks):
         """Size of the text encoder that is in memory; 0 without one."""
         return 0
 
-    def encode_prompts(self, prompts: list[str], device: torch.device) -> Tensor:
-        """Context [len(prompts), L, D] of texts; an empty one stands for the recipe's where no other can be encoded.
+    def encode_prompts(self, prompts: list[str], device: torch.device) -> Text:
+        """Context of len(prompts) texts; an empty one stands for the recipe's where no other can be encoded.
 
         UserError where a text is given and these networks know the recipe's prompt alone.
         """
         if any(prompts):
             raise UserError(f"prompt: this model takes no text, got {max(prompts)!r}; leave prompt out.")
-        return self.text.to(device).expand(len(prompts), -1, -1)
+        return self.text.each(lambda part: part.to(device)).repeated(len(prompts))
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """The networks that a call needs in this precision, or where its range is too small for one, that one in its own."""
+        for part in (self.codec, self.denoiser):
+            part.to(dtype)
 
     def start_at(self, timestep: int) -> None:
         """Shorten the process, so that sampling starts at this timestep; UserError where it ends before."""

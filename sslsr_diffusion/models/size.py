@@ -1,6 +1,8 @@
 """What sizes a family's networks take: the only derivation, read by training, tiles, estimates and checks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,3 +37,8 @@ class SizeRequirements:
     def padded(self, side: int) -> int:
         """The side to which a picture is padded: a multiple, no shorter than the minimum nor than what was trained."""
         return self.rounded_up(side, max(self.minimum, self.trained))
+
+
+def pixels_per_latent(config: Mapping[str, Any]) -> int:
+    """Pixels per latent pixel along a side, by an autoencoder's config: it halves once per level but the last, and may pack the rest."""
+    return int(2 ** (len(config["block_out_channels"]) - 1) * config.get("patch_size", (1,))[0])

@@ -21,7 +21,7 @@ from sslsr_diffusion.inference.sampling import sample_latents
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.task import frame_of
-from sslsr_diffusion.tasks.pixels import upsampled
+from sslsr_diffusion.tasks.pixels import seen
 from sslsr_diffusion.tasks.task import per_sample_noise
 from sslsr_diffusion.types import Batch
 
@@ -51,6 +51,8 @@ def make_cfw_data(
         fingerprint: of the model; `output` holds samples of one model only.
     Raises UserError: `output` was made with other settings, or the recipe has no pictures to begin with.
     """
+    if "decoder" not in recipe.family.tasks:
+        raise UserError(f"model.kind: expected a family that task decoder trains, such as stablesr, got {recipe.family.kind}.")
     if any(source.kind == "cfw" for source in recipe.data.sources):
         raise UserError("data.sources: expected pictures to make samples from, got kind cfw; give the recipe with the photographs.")
     _same_settings(output, _settings(recipe, steps, fingerprint))
@@ -138,13 +140,14 @@ def _stored(networks: LatentNetworks, batch: Batch, recipe: Recipe, steps: int, 
     """The batch with the 8 bits that are stored, and its latents: what training would compute on the fly."""
     hr, lr = (torch.stack([to_tensor(to_array(picture)) for picture in side]) for side in (batch.hr, batch.lr))
     batch = replace(batch, hr=hr, lr=lr)
-    indices, codec = batch.index.tolist(), networks.codec
-    noise = per_sample_noise(recipe.seed, indices, "posterior_lr", codec.noise_shape(batch.hr)[1:])
+    indices = batch.index.tolist()
+    noise = per_sample_noise(recipe.seed, indices, "posterior_lr", networks.seen_noise_shape(*batch.hr.shape[-2:]))
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     kind = kinds.get(recipe.training.mixed_precision)
     with torch.autocast(torch.device(device).type, kind, enabled=kind is not None):
-        z_lr = codec.encode(upsampled(batch).to(device), noise.to(device)).float()
-        return batch, sample_latents(networks, z_lr, indices, steps, seed=recipe.seed)
+        condition = networks.see(seen(batch).to(device), noise.to(device))
+        assert condition.z_lr is not None
+        return batch, sample_latents(networks, condition.z_lr, condition, indices, steps, seed=recipe.seed)
 
 
 def _write(output: Path, batch: Batch, latents: Tensor) -> None:

@@ -30,6 +30,7 @@ LICENCES = {  # of known bases; the model is derived from its base
     SMALL: "apache-2.0",
     "sd2-community/": "openrail++",
     "stabilityai/stable-diffusion-2": "openrail++",
+    "stabilityai/stable-diffusion-x4-upscaler": "openrail++",
 }
 
 

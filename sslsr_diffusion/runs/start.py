@@ -52,6 +52,8 @@ def train(
     check_one_way(resume, restart)
     main = int(os.environ.get("RANK", "0")) == 0
     folder = RunFolder(run_folder(recipe))
+    for text in recipe.without_effect() if main else ():
+        logger.warning("%s", text)
     if resume is None and main:
         if restart:
             folder.move_aside()
@@ -88,7 +90,7 @@ def open_upscaler(
             finished run in runs/, else the shipped model.
         revision: branch, tag or commit of a hub id.
         device: "auto" (the first GPU, else the CPU) or a torch device.
-        dtype: "auto" (float16 on a GPU, float32 on the CPU), "float32", "float16" or "bfloat16".
+        dtype: "auto", "float32", "float16" or "bfloat16"; see `inference.open.open_model`.
         memory_budget: bytes, or a text such as "8GB", for model and work together.
     Raises:
         UserError: there is no such model, its files are damaged, or the device is not there.

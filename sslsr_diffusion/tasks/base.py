@@ -50,7 +50,7 @@ class BaseTask(DiffusionTask):
         noise = torch.randn(nets.codec.noise_shape(padded), generator=torch.Generator().manual_seed(seed)).to(hr)
         with torch.no_grad():
             latents = nets.codec.encode(padded, noise)
-            sampled = sample_latents(nets, latents, [seed], self.sampling_steps, seed=seed, strength=STRENGTH)
+            sampled = sample_latents(nets, latents, nets.see(padded, noise), [seed], self.sampling_steps, seed=seed, strength=STRENGTH)
             return nets.codec.decode(sampled)[..., :height, :width]
 
     def save(self, folder: Path) -> None:

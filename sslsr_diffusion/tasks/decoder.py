@@ -12,11 +12,12 @@ from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.inference.sampling import sample_latents
 from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.diffusion import call_defaults
 from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
-from sslsr_diffusion.tasks.pixels import upsampled
+from sslsr_diffusion.tasks.pixels import seen
 from sslsr_diffusion.tasks.task import Draws, TaskBase
 from sslsr_diffusion.types import Batch, Outputs
 
@@ -48,11 +49,11 @@ class DecoderTask(TaskBase):
         networks: StableSRNetworks,
         *,
         seed: int,
-        synthesize: Callable[[Tensor, list[int]], Tensor],
+        synthesize: Callable[[Condition, list[int]], Tensor],
         fused: bool,
         restorer: Restorer | None = None,
     ) -> None:
-        """`synthesize(z_lr, global sample indices) -> latents` runs the frozen upscaler."""
+        """`synthesize(condition, global sample indices) -> latents` runs the frozen upscaler."""
         self.networks, self.restorer = networks, restorer
         networks.denoiser.requires_grad_(False)
         self.module: nn.Module = TrainedDecoder(networks.codec, fused=fused)
@@ -72,20 +73,28 @@ class DecoderTask(TaskBase):
                 networks.codec = Codec(AutoencoderKLCFW.from_autoencoder(networks.codec.vae))
             networks.economize(gradient_checkpointing=frame.gradient_checkpointing, channels_last=frame.channels_last)
 
-        def synthesize(z_lr: Tensor, indices: list[int]) -> Tensor:
-            return sample_latents(networks, z_lr, indices, settings.synthesis_steps, seed=frame.seed)
+        def synthesize(condition: Condition, indices: list[int]) -> Tensor:
+            assert condition.z_lr is not None
+            return sample_latents(networks, condition.z_lr, condition, indices, settings.synthesis_steps, seed=frame.seed)
 
         restorer = restorer_of(networks, frame.family, scale=frame.scale, **call_defaults(settings.inference))
         return cls(networks, seed=frame.seed, synthesize=synthesize, fused=fused, restorer=restorer)
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
-        codec, seen = self.networks.codec, (upsampled(batch), draws.noise["posterior_lr"])
+        codec, features = self.networks.codec, None
+
+        def encode(pixels: Tensor, noise: Tensor) -> Tensor:
+            nonlocal features
+            z_lr, features = codec.encode_with_features(pixels, noise)
+            return z_lr
+
         with torch.no_grad():
-            z_lr, features = codec.encode_with_features(*seen) if self.fused else (codec.encode(*seen), None)
-            latents = self.synthesize(z_lr.float(), batch.index.tolist()) if batch.latents is None else batch.latents
-        if latents.shape != z_lr.shape:
+            condition = self.networks.see(seen(batch), draws.noise["posterior_lr"], encode=encode if self.fused else None)
+            latents = self.synthesize(condition, batch.index.tolist()) if batch.latents is None else batch.latents
+        shape = codec.noise_shape(batch.hr)
+        if latents.shape != shape:
             raise UserError(
-                f"data: this autoencoder makes latents {list(z_lr.shape[1:])} of such crops, stored are {list(latents.shape[1:])}; "
+                f"data: this autoencoder makes latents {list(shape[1:])} of such crops, stored are {list(latents.shape[1:])}; "
                 "make them again with `sslsr prepare cfw` and the model that is trained."
             )
         return Outputs(**vars(draws.given), sr=module(latents, features).float())

@@ -12,10 +12,11 @@ from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.inference.sampling import spaced_timesteps
 from sslsr_diffusion.losses import Look
+from sslsr_diffusion.models.condition import Text
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.seeding import sample_generator
 from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
-from sslsr_diffusion.tasks.pixels import choose_pixels, upsampled
+from sslsr_diffusion.tasks.pixels import choose_pixels, seen
 from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise, reads_of
 from sslsr_diffusion.types import Batch, Given, Outputs
 
@@ -27,7 +28,7 @@ class DiffusionTaskSettings(TaskSettings):
     train: str | None = Field(
         None,
         description="What of the networks trains; stablesr: sft (structural encoder and SFT layers, as published) or all (the whole "
-        "denoiser). null: the family's first.",
+        "denoiser); x4: all, attention (the weights of all attention layers) or lora (model.lora). null: the family's first.",
     )
     decode_crop: int | None = Field(
         None, ge=4, description="Side in latent pixels of the random window that pixel losses decode; null: the whole crop."
@@ -44,6 +45,13 @@ class DiffusionTaskSettings(TaskSettings):
         le=999,
         description="One-step models (sampler_steps: 1): start at this timestep instead of the last, from the noised latents of the "
         "low-resolution picture, in training as in sampling; null: train on the noised ground truth, as published.",
+    )
+    prompt_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the samples that are trained with the empty text in the place of model.prompt, so that guidance has "
+        "something to lead away from (0.1 is usual); x4 alone.",
     )
     inference: CallSettings = Field(CallSettings(), description="How the upscaler is called in validation and by default.")
 
@@ -63,11 +71,11 @@ class DiffusionTaskSettings(TaskSettings):
 
 
 class DiffusionTask(TaskBase):
-    """z0, z_lr = encode(hr), encode(bicubic(lr));  zt = add_noise(z0, n, t)
-    pred = denoiser(zt, t, (z_lr, text));  sr = decode(x0 of pred)
+    """z0, condition = encode(hr), see(lr);  zt = add_noise(z0, n, t)
+    pred = denoiser(zt, t, condition);  sr = decode(x0 of pred)
 
-    A base (networks that are not `conditional`) goes the same way without z_lr. With `from_lr` the sampler's own start is trained:
-    zt = add_noise(z_lr, n, t), and the noise that would lead there from z0 takes n's place in the target.
+    What the denoiser sees is the networks' own: StableSR's the latent of bicubic(lr), a base's nothing. With `from_lr` the sampler's own
+    start is trained: zt = add_noise(z_lr, n, t), and the noise that would lead there from z0 takes n's place in the target.
     """
 
     networks: LatentNetworks
@@ -82,12 +90,13 @@ class DiffusionTask(TaskBase):
         decode_crop: int | None = None,
         timesteps: Sequence[int] | None = None,
         from_lr: bool = False,
+        prompt_dropout: float = 0.0,
         restorer: Restorer | None = None,
     ) -> None:
         """`timesteps`: the noise levels to train, each drawn equally often; None: all."""
         self.networks = networks
         self.module: nn.Module = networks.denoiser
-        self.seed, self.decode_crop, self.from_lr = seed, decode_crop, from_lr
+        self.seed, self.decode_crop, self.from_lr, self.prompt_dropout = seed, decode_crop, from_lr, prompt_dropout
         self.timesteps = timesteps or range(networks.process.last + 1)
         self.restorer = restorer
 
@@ -95,6 +104,7 @@ class DiffusionTask(TaskBase):
     def build(cls, settings: DiffusionTaskSettings, frame: Frame) -> Self:
         networks = frame.build(train=settings.train)
         assert isinstance(networks, LatentNetworks)
+        _check_fit(settings, networks, frame)
         start = settings.start_timestep
         if start is not None:
             try:
@@ -116,6 +126,7 @@ class DiffusionTask(TaskBase):
             decode_crop=settings.decode_crop,
             timesteps=timesteps,
             from_lr=start is not None,
+            prompt_dropout=settings.prompt_dropout,
             restorer=restorer_of(networks, frame.family, scale=frame.scale, **call_defaults(settings.inference)),
         )
 
@@ -125,8 +136,15 @@ class DiffusionTask(TaskBase):
         places = [int(torch.randint(len(self.timesteps), (), generator=sample_generator(self.seed, i, "timestep"))) for i in indices]
         t = torch.tensor([self.timesteps[place] for place in places])
         given = Given(t=t.to(device), noise_level=process.noise_level(t).to(device))
-        shape = codec.noise_shape(batch.hr)[1:]
-        noise = {p: per_sample_noise(self.seed, indices, p, shape).to(device) for p in ("posterior_hr", "posterior_lr", "noise")}
+        latent, height, width = codec.noise_shape(batch.hr)[1:], *batch.hr.shape[-2:]
+        shapes = {"posterior_hr": latent, "posterior_lr": self.networks.seen_noise_shape(height, width), "noise": latent}
+        noise = {purpose: per_sample_noise(self.seed, indices, purpose, shape).to(device) for purpose, shape in shapes.items()}
+        if most := self.networks.max_noise_level:
+            levels = [torch.randint(most, (), generator=sample_generator(self.seed, i, "noise_level")) for i in indices]
+            noise["level"] = torch.stack(levels).to(device)
+        if self.prompt_dropout:
+            kept = [torch.rand((), generator=sample_generator(self.seed, i, "prompt")) >= self.prompt_dropout for i in indices]
+            noise["prompted"] = torch.stack(kept).to(device)
         given, windows = choose_pixels(given, batch, losses, scale=codec.scale, decode_crop=self.decode_crop, seed=self.seed)
         return Draws(given, noise, windows, reads_of(losses))
 
@@ -134,16 +152,23 @@ class DiffusionTask(TaskBase):
         nets, t = self.networks, draws.given.t
         with torch.no_grad():
             z0 = nets.codec.encode(batch.hr, draws.noise["posterior_hr"]).float()  # [B, 3, H, W] -> [B, C, h, w], normalised
-            z_lr = nets.codec.encode(upsampled(batch), draws.noise["posterior_lr"]).float() if nets.conditional else None
+            text = self._texts(draws.noise["prompted"]) if self.prompt_dropout else None
+            condition = nets.see(seen(batch, nets.zoom), draws.noise["posterior_lr"], level=draws.noise.get("level"), text=text)
         noise = draws.noise["noise"]
-        if self.from_lr and z_lr is not None:
-            noise = nets.process.noise_to(z0, z_lr, noise, t)
+        if self.from_lr and condition.z_lr is not None:
+            noise = nets.process.noise_to(z0, condition.z_lr, noise, t)
         zt = nets.process.add_noise(z0, noise, t)
         target = nets.process.target(z0, noise, t)
-        pred = module(zt, nets.process.timestep(t), nets.condition(z_lr)).float()  # epsilon, v, velocity: only the process knows which
+        pred = module(zt, nets.process.timestep(t), condition).float()  # epsilon, v, velocity: only the process knows which
         clean, _ = nets.process.clean_and_noise(pred, zt, t)
         gain = nets.process.clean_gain(t).to(pred.device)
         return Outputs(**vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=self._decode(clean, draws))
+
+    def _texts(self, prompted: Tensor) -> Text:
+        """[B] bool -> one text per sample: the recipe's prompt or the empty one."""
+        assert self.networks.blank is not None
+        both = self.networks.blank.followed_by(self.networks.text)
+        return both.each(lambda part: part[prompted.long()])
 
     def _decode(self, z0: Tensor, draws: Draws) -> Tensor | None:
         """Pixels of the samples and windows that some loss looks at. Decoding with gradient is a step's memory peak."""
@@ -157,6 +182,20 @@ class DiffusionTask(TaskBase):
         if windows is None:
             return codec.decode(z0).float()
         return windows.cut_interior(codec.decode(windows.cut_latents(z0)).float(), codec.scale)
+
+
+def _check_fit(settings: DiffusionTaskSettings, networks: LatentNetworks, frame: Frame) -> None:
+    """Raises UserError where a recipe asks for what these networks do not have."""
+    if networks.zoom not in (1, frame.scale):
+        raise UserError(f"scale: these networks enlarge {networks.zoom} times, got {frame.scale}; set scale: {networks.zoom}.")
+    if settings.start_timestep is not None and networks.zoom != 1:
+        raise UserError(
+            f"task.start_timestep: expected none for {networks.base}, which samples from noise alone, got {settings.start_timestep}; "
+            "leave it out."
+        )
+    if settings.prompt_dropout and (networks.blank is None or not frame.model.prompt):
+        lacks = "trains with one text alone" if networks.blank is None else "has no model.prompt to drop"
+        raise UserError(f"task.prompt_dropout: expected 0 for a model that {lacks}, got {settings.prompt_dropout}; leave it out.")
 
 
 def call_defaults(settings: CallSettings) -> dict[str, Any]:

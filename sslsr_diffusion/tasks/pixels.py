@@ -59,9 +59,9 @@ def draw_windows(indices: list[int], latent_size: tuple[int, int], side: int, se
     return Windows(start, patch_start, (size[0], size[1]), (patch[0], patch[1]))
 
 
-def upsampled(batch: Batch) -> Tensor:
-    """[B, 3, h, w] -> [B, 3, H, W] in [0, 1]: the low-resolution pictures at the size of the ground truth."""
-    return resize_bicubic(batch.lr, size=(batch.hr.shape[-2], batch.hr.shape[-1])).clamp(0, 1)
+def seen(batch: Batch, zoom: int = 1) -> Tensor:
+    """[B, 3, h, w] -> [B, 3, H / zoom, W / zoom] in [0, 1]: the low-resolution pictures as networks see them that enlarge `zoom` times."""
+    return resize_bicubic(batch.lr, size=(batch.hr.shape[-2] // zoom, batch.hr.shape[-1] // zoom)).clamp(0, 1)
 
 
 def all_pixels(batch: Batch) -> Given:

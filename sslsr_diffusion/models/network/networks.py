@@ -13,10 +13,10 @@ from sslsr_diffusion.models.network.settings import FILE, NetworkSettings
 from sslsr_diffusion.models.networks import PixelNetworks
 from sslsr_diffusion.models.size import SizeRequirements
 
-# Low-resolution pixels that tiles share at most. Real-ESRGAN's pixels could see 350 others to each side; on two photographs what is
-# further away than 64 changed them by less than an 8-bit step, further than 32 by 0.2 to 1.1 steps on the mean. Tiles of such
-# networks differ a little from the whole picture; the ramp between them, half of this long, leaves no step.
-LARGEST_OVERLAP = 64
+# Low-resolution pixels. Networks that see no further than a quarter of NEAR get tiles that are the whole picture's to the last bit.
+# Real-ESRGAN's pixels could see 350 others to each side: what far-sighted networks lack in a tile changes pixels in the middle of an
+# overlap of 16, 24, 32 by 3.2, 2.7, 2.1 8-bit steps on the mean (tiles of 100); the ramp between tiles leaves no step of it.
+NEAR, FAR = 64, 16
 
 
 class SuperResolution(PixelNetworks):
@@ -30,8 +30,8 @@ class SuperResolution(PixelNetworks):
         self.network, self.known = network, known
         self.scale, self.has_branch = known.scale, known.has_branch
         unit = known.multiple_of
-        reach = LARGEST_OVERLAP if known.sees is None else min(4 * known.sees, LARGEST_OVERLAP)
-        self.overlap = -(-reach // unit) * unit
+        self.far_sighted = known.sees is None or 4 * known.sees > NEAR
+        self.overlap = -(-(FAR if self.far_sighted else 4 * (known.sees or 0)) // unit) * unit
         self._call = dict(call or {})
         self._learnable = frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
 

@@ -1,17 +1,15 @@
 """Settings to networks: from a base model's folder or hub id, or drawn at random from a shipped architecture."""
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from sslsr_diffusion.errors import Refused, UserError
 from sslsr_diffusion.models.base import Base, find_base
 from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.loading import drawn, loaded, seeded
 from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.cfw import AutoencoderKLCFW
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
@@ -19,10 +17,9 @@ from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identit
 from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks, StableSRNetworks
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings, load_preset
 from sslsr_diffusion.models.stablesr.structural_encoder import StructuralEncoder
-from sslsr_diffusion.models.stablesr.text import empty_context, encode_prompt
+from sslsr_diffusion.models.stablesr.text import check_tokenizer, empty_context, encode_prompt
 from sslsr_diffusion.models.stablesr.unet import SFTUNet2DConditionModel
 from sslsr_diffusion.models.tensor_names import check_tensors
-from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.shipped_model import local_folder
 
 log = logging.getLogger(__name__)
@@ -59,7 +56,7 @@ def build_autoencoder(settings: StableSRSettings, *, meta: bool = False, seed: i
     if own is not None:
         vae = own
     elif settings.init == "random" or meta:
-        vae = _drawn(AutoencoderKL, load_preset(settings.preset)["vae"], meta, seed)
+        vae = drawn(AutoencoderKL, load_preset(settings.preset)["vae"], meta, seed)
         if not meta and can_start_near_identity(vae):
             start_near_identity(vae)
     else:
@@ -107,7 +104,7 @@ def _own_vae(settings: StableSRSettings, meta: bool) -> AutoencoderKL | None:
 
 
 def _loaded_vae(base: Base, meta: bool, part: str = "vae") -> AutoencoderKL:
-    return _loaded(_vae_class(base, part), base, part, meta)
+    return loaded(_vae_class(base, part), base, part, meta)
 
 
 def _vae_class(base: Base, part: str) -> type[AutoencoderKL]:
@@ -121,13 +118,13 @@ def _from_preset(settings: StableSRSettings, *, plain: bool, meta: bool, seed: i
     preset = load_preset(settings.preset)
     if settings.prompt and not meta:
         raise UserError("model.prompt: a model with init: random has no text encoder; leave the prompt empty, or train from a base.")
-    vae = _own_vae(settings, meta) or _drawn(AutoencoderKL, preset["vae"], meta, seed)
+    vae = _own_vae(settings, meta) or drawn(AutoencoderKL, preset["vae"], meta, seed)
     if plain:
         widths = {name: value for name, value in preset["unet"].items() if name not in SFT_ARGUMENTS}
-        denoiser = Denoiser(_drawn(UNet2DConditionModel, widths, meta, seed), None)
+        denoiser = Denoiser(drawn(UNet2DConditionModel, widths, meta, seed), None)
     else:
-        encoder = _drawn(StructuralEncoder, preset["structural_encoder"], meta, seed)
-        denoiser = Denoiser(_drawn(SFTUNet2DConditionModel, preset["unet"], meta, seed), encoder)
+        encoder = drawn(StructuralEncoder, preset["structural_encoder"], meta, seed)
+        denoiser = Denoiser(drawn(SFTUNet2DConditionModel, preset["unet"], meta, seed), encoder)
     return StableSRNetworks(
         Codec(vae),
         denoiser,
@@ -142,7 +139,7 @@ def _from_base(settings: StableSRSettings, base: Base, *, plain: bool, meta: boo
     ours = base.has("structural_encoder")
     if plain and ours:
         raise UserError(f"model.base: task base wants a plain latent-diffusion model, {base.name} is an upscaler; use task diffusion.")
-    denoiser = _upscaler(settings, base, meta, seed) if not plain else Denoiser(_loaded(UNet2DConditionModel, base, "unet", meta), None)
+    denoiser = _upscaler(settings, base, meta, seed) if not plain else Denoiser(loaded(UNet2DConditionModel, base, "unet", meta), None)
     if base.has("text_encoder") and not meta:
         text = encode_prompt(base, settings.prompt)
     elif settings.prompt and not meta:
@@ -154,6 +151,7 @@ def _from_base(settings: StableSRSettings, base: Base, *, plain: bool, meta: boo
         denoiser,
         process_of(base),
         text,
+        prompt=settings.prompt,
         base=base.name,
         source=base,
         text_config=base.config("text_encoder") if base.has("text_encoder") else None,
@@ -179,16 +177,16 @@ def process_of(base: Base) -> Process:
 def _upscaler(settings: StableSRSettings, base: Base, meta: bool, seed: int) -> Denoiser:
     """The base's UNet with structural encoder and SFT layers: its own, or drawn new, as wide as the preset of the same UNet has them."""
     if base.has("structural_encoder"):
-        return Denoiser(_loaded(SFTUNet2DConditionModel, base, "unet", meta), _loaded(StructuralEncoder, base, "structural_encoder", meta))
+        return Denoiser(loaded(SFTUNet2DConditionModel, base, "unet", meta), loaded(StructuralEncoder, base, "structural_encoder", meta))
     log.info("%s has no structural encoder: it and the SFT layers are drawn new", base.name)
-    plain, preset = _loaded(UNet2DConditionModel, base, "unet", meta), load_preset(settings.preset)
+    plain, preset = loaded(UNet2DConditionModel, base, "unet", meta), load_preset(settings.preset)
     same = plain.config.in_channels == preset["unet"]["in_channels"] and all(
         list(plain.config[name]) == preset["unet"][name] for name in ("block_out_channels", "down_block_types")
     )
     widths = {name: preset["unet"][name] for name in SFT_ARGUMENTS if same and name in preset["unet"]}
-    with _seeded(seed, meta):
+    with seeded(seed, meta):
         unet = SFTUNet2DConditionModel.from_unet(plain, **widths)
-    return Denoiser(unet, _drawn(StructuralEncoder, preset["structural_encoder"] if same else _encoder_config(unet), meta, seed))
+    return Denoiser(unet, drawn(StructuralEncoder, preset["structural_encoder"] if same else _encoder_config(unet), meta, seed))
 
 
 def _encoder_config(unet: SFTUNet2DConditionModel) -> dict[str, Any]:
@@ -216,35 +214,9 @@ def check_base_folder(settings: StableSRSettings) -> str:
     parts = {"unet": SFTUNet2DConditionModel, "structural_encoder": StructuralEncoder} if ours else {"unet": UNet2DConditionModel}
     parts |= {} if settings.vae else {"vae": _vae_class(base, "vae")}
     for part, cls in parts.items():
-        check_tensors(base.folder / part, _loaded(cls, base, part, meta=True), base.part(part))
+        check_tensors(base.folder / part, loaded(cls, base, part, meta=True), base.part(part))
     if base.has("text_encoder"):
         check_tensors(base.folder / "text_encoder", None, base.part("text_encoder"))
+        if base.has("tokenizer"):
+            check_tokenizer(base)
     return f"{base.name}: found {', '.join(has)}"
-
-
-def _loaded(cls: Any, base: Base, part: str, meta: bool) -> Any:
-    config, what = base.config(part), base.part(part)
-    try:
-        with torch.device("meta"):
-            shapes = cls.from_config(config)
-        if meta:
-            return shapes
-        check_tensors(base.folder / part, shapes, what)
-        return cls.from_pretrained(base.folder / part, torch_dtype=torch.float32, use_safetensors=True)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"{what} cannot be loaded: {str(error).splitlines()[0]}") from error
-
-
-def _drawn(cls: Any, config: dict[str, Any], meta: bool, seed: int) -> Any:
-    with _seeded(seed, meta):
-        return cls.from_config(config)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, meta: bool) -> Iterator[None]:
-    """Draw fresh layers from `seed` without touching the caller's random state."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta") if meta else contextlib.nullcontext():
-        torch.manual_seed(derive_seed(seed, "init"))
-        yield

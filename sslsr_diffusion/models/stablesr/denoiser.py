@@ -28,10 +28,10 @@ class Denoiser(nn.Module):
             zt: [B, C, h, w] noisy latent.
             t: [B] what the process tells the network of the timestep.
             condition: `z_lr` [B, C, h, w], or [B/k, C, h, w] for a batch that repeats k times (guidance); a base does not see it.
-                `text` [1 or B, L, D].
+                `text`: a sequence of [1 or B, L, D].
         """
         assert condition.text is not None
-        context, z_lr, encoder = condition.text.expand(zt.shape[0], -1, -1), condition.z_lr, self.structural_encoder
+        context, z_lr, encoder = condition.text.repeated(len(zt)).sequence, condition.z_lr, self.structural_encoder
         if encoder is None or z_lr is None:
             return self.unet(zt, t, context, return_dict=False)[0]
         features = tuple(each.to(self.unet.dtype) for each in encoder(z_lr.to(encoder.dtype), t[: len(z_lr)]))

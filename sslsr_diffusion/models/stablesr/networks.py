@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.base import Base
 from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.condition import Text
 from sslsr_diffusion.models.networks import LatentNetworks, Networks, count_parameters
 from sslsr_diffusion.models.process import Process
 from sslsr_diffusion.models.size import SizeRequirements
@@ -32,6 +33,7 @@ class StableSRNetworks(LatentNetworks):
         process: Process,
         text: Tensor,
         *,
+        prompt: str = "",
         base: str = "",
         source: Base | None = None,
         text_config: dict[str, Any] | None = None,
@@ -40,11 +42,12 @@ class StableSRNetworks(LatentNetworks):
         """
         Args:
             text: [1, L, D] context of the recipe's prompt.
+            prompt: that text itself, which the result takes where a call names none.
             source: where the text encoder lies that `components` writes along, if there is one.
             text_config: its CLIPTextConfig, which the dry run counts.
         """
-        super().__init__(codec, denoiser, process, text, base=base, revision=source.revision if source else None)
-        self.source, self.text_config = source, text_config
+        super().__init__(codec, denoiser, process, Text(text), base=base, revision=source.revision if source else None)
+        self.source, self.text_config, self.prompt = source, text_config, prompt
         self._call_defaults = dict(call_defaults or CALL_DEFAULTS)
         self.text_encoder: nn.Module | None = None
         self.tokenizer: Any = None
@@ -71,15 +74,16 @@ class StableSRNetworks(LatentNetworks):
     def text_parameters(self) -> int:
         return 0 if self.text_encoder is None else count_parameters(self.text_encoder)
 
-    def encode_prompts(self, prompts: list[str], device: torch.device) -> Tensor:
+    def encode_prompts(self, prompts: list[str], device: torch.device) -> Text:
         if self.text_encoder is None:
             return super().encode_prompts(prompts, device)
-        return encode_texts(prompts, self.text_encoder, self.tokenizer, device)
+        return Text(encode_texts(prompts, self.text_encoder, self.tokenizer, device))
 
     def shapes(self) -> Self:
         """From the configs, because hooks of offload would be copied with the modules."""
         unet, encoder, vae = map(_on_meta, (self.denoiser.unet, self.denoiser.structural_encoder, self.codec.vae))
-        text = torch.empty(1, max(77, self.text.shape[1]), self.text.shape[2], device="meta")
+        _, length, width = self.text_sequence.shape
+        text = torch.empty(1, max(77, length), width, device="meta")
         found = type(self)(Codec(vae), Denoiser(unet, encoder), self.process, text, base=self.base, text_config=self.text_config)
         for parameter, real in zip(found.parameters(), self.parameters()):
             parameter.requires_grad_(real.requires_grad)
@@ -87,7 +91,7 @@ class StableSRNetworks(LatentNetworks):
 
     def components(self) -> dict[str, Any]:
         """The diffusers components of the pipeline; the text encoder, freed after the prompt was encoded, is read again."""
-        source = self.source if self.source is not None and self.source.has("text_encoder") and not self.text.is_meta else None
+        source = self.source if self.source is not None and self.source.has("text_encoder") and not self.text_sequence.is_meta else None
         encoder = self.denoiser.structural_encoder
         return {
             "vae": self.codec.vae,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from sslsr_diffusion.models.family import FamilySettings
+from sslsr_diffusion.models.size import pixels_per_latent
 from sslsr_diffusion.shipped_model import local_folder
 
 PRESETS = Path(__file__).resolve().parent / "presets"
@@ -51,10 +52,10 @@ class StableSRSettings(FamilySettings):
         folder = None if named is None else local_folder(named)
         for path in () if folder is None else (folder / "vae" / "config.json", folder / "config.json"):
             try:
-                return 2 ** (len(json.loads(path.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
-            except (OSError, ValueError, LookupError, TypeError):
+                return pixels_per_latent(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
                 continue  # the base is not here, or damaged, which the run will say
-        return 2 ** (len(load_preset(self.preset)["vae"]["block_out_channels"]) - 1)
+        return pixels_per_latent(load_preset(self.preset)["vae"])
 
 
 def is_share(value: Any) -> bool:

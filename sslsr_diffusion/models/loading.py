@@ -1,0 +1,62 @@
+"""One component of a pipeline folder: read with its config, or drawn at random from an architecture; and what it forgets when saved."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.base import Base
+from sslsr_diffusion.models.tensor_names import check_tensors
+from sslsr_diffusion.seeding import derive_seed
+
+
+def loaded(cls: Any, base: Base, part: str, meta: bool) -> Any:
+    """A component of a base in float32; with `meta` its shapes.
+    Raises UserError: its weights are not there or not whole, or its config is of another kind.
+    """
+    config, what = base.config(part), base.part(part)
+    try:
+        with torch.device("meta"):
+            shapes = cls.from_config(config)
+        if meta:
+            return shapes
+        check_tensors(base.folder / part, shapes, what)
+        return cls.from_pretrained(base.folder / part, torch_dtype=torch.float32, use_safetensors=True)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"{what} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def drawn(cls: Any, config: dict[str, Any], meta: bool, seed: int) -> Any:
+    """A network of this architecture with weights drawn from `seed`, or its shapes."""
+    with seeded(seed, meta):
+        return cls.from_config(config)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, meta: bool) -> Iterator[None]:
+    """Draw fresh layers from `seed` without touching the caller's random state."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if meta else contextlib.nullcontext():
+        torch.manual_seed(derive_seed(seed, "init"))
+        yield
+
+
+def forget_folder(component: Any) -> None:
+    """diffusers and transformers write down where a model was loaded from, a user's home folder for example; hub ids stay."""
+
+    def local(name: object) -> bool:
+        return bool(name) and (Path(str(name)).is_absolute() or Path(str(name)).is_dir())
+
+    config = getattr(component, "config", None)
+    remembered = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
+    if local(remembered):
+        if hasattr(component, "register_to_config"):
+            component.register_to_config(_name_or_path="")
+        else:
+            component.config._name_or_path = ""
+    if hasattr(component, "init_kwargs") and local(getattr(component, "name_or_path", "")):
+        component.name_or_path = component.init_kwargs["name_or_path"] = ""  # a tokenizer

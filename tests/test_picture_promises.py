@@ -7,6 +7,7 @@ import signal
 import struct
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,6 +16,9 @@ from picture_files import camera_exif, exif_entries, png, segments, tiff
 from PIL import Image as Pillow
 from test_images import SRGB, encoded, gray_profile, smooth
 
+from sslsr_diffusion.config import parse
+from sslsr_diffusion.data.degradation import DegradationSettings
+from sslsr_diffusion.data.preparation import low_resolution
 from sslsr_diffusion.images import Image, OpenPicture, UnreadableImage, read_image, size_of, write_image, write_strips
 from sslsr_diffusion.metadata.blocks import png_chunk
 
@@ -299,6 +303,15 @@ def test_invisible_pixels_take_the_colour_of_the_nearest_visible_one():
     assert visible[0, 0].tolist() == [9, 8, 7]
     assert visible[4, 8].tolist() == visible[2, 5].tolist() == [1, 2, 3]
     assert Image(rgb).visible is rgb
+
+
+def test_training_pictures_are_made_of_what_is_visible(tmp_path):
+    rgb, alpha = np.full((64, 64, 3), 200, np.uint8), np.full((64, 64), 255, np.uint8)
+    rgb[:, 32:], alpha[:, 32:] = 0, 0
+    write_image(tmp_path / "a.png", Image(rgb, alpha))
+    low_resolution(tmp_path / "a.png", Path("a.png"), output=tmp_path, degradation=parse(DegradationSettings, {"preset": "bicubic"}))
+    for side in ("hr", "lr"):
+        assert (read_image(tmp_path / side / "a.png").rgb == 200).all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -110,9 +110,7 @@ def test_the_runner_writes_strips_and_a_limit_says_its_flag(column, tmp_path):
     options = RunnerOptions(scale=2, call={"memory_budget": 75 * 10**6, "tile": 128})
     report = upscale_files(DirectRestorer(ToyPixels()), column.parent, tmp_path / "out", options)
     assert report.done == ["a.png"]
-    assert report.failed == [
-        ("bomb.png", "3600 megapixels are more than the 1000 megapixels that are read; --max-megapixels lifts the limit.")
-    ]
+    assert report.failed == [("bomb.png", "3600 megapixels are more than the 1000 that are read; --max-megapixels lifts the limit.")]
     made = read_image(tmp_path / "out" / "a.png")
     np.testing.assert_array_equal(made.rgb, joined(strips(DirectRestorer(ToyPixels()), column, 2.0, tile=128))[0])
     np.testing.assert_allclose(made.density, (300, 300), rtol=1e-4)

@@ -206,7 +206,7 @@ def pairs(path: Path, name: Path, *, output: Path, hr: str, lr: str, scale: int 
     targets = {side: (output / side / name).with_suffix(".png") for side in ("hr", "lr")}
     if all(_is_there(target) for target in targets.values()):
         return 0
-    large, small = read_image(path, name=printable(name)).rgb, read_image(low).rgb
+    large, small = read_image(path, name=printable(name)).visible, read_image(low).visible
     sizes = (large.shape[:2], small.shape[:2])
     if sizes[0] == sizes[1]:
         rows, columns = (side // scale for side in sizes[0])

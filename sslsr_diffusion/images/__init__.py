@@ -1,7 +1,6 @@
 """The one reader and writer of pictures: pixels, alpha and metadata; 8 and 16 bit; whole or in strips; nothing lost in silence.
 
-`decoders.py` says which library reads which format, `writers.py` which writes it, `blocks.py` how metadata travel beside the pixels.
-What a file format or a conversion cannot keep comes back as a note.
+`decoders.py` says which library reads which format, `writers.py` which writes it; `metadata/` has what lies beside the pixels.
 """
 
 from sslsr_diffusion.images.picture import Image, Pixels, UnreadableImage

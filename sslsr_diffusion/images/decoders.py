@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyvips
 
 _LOADERS = {"PNG": "pngload_source", "JPEG": "jpegload_source", "TIFF": "tiffload_source", "AVIF": "heifload_source"}
-_BAND = 32 << 20  # bytes that are fetched at once
+_BAND = 4 << 20  # bytes that are fetched at once
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,7 @@ class OpenPicture:
             self._turn = 1 if kind == "AVIF" else exif.orientation(self.blocks.exif)  # AVIF's decoder has turned it
             height, width = self._rows.height, self._rows.width
             if height * width > max_pixels:
-                pixels, most = f"{height * width / 1e6:.0f}", f"{max_pixels / 1e6:.0f}"
-                raise Refused(f"{pixels} megapixels are more than the {most} megapixels that are read; {advice}")
+                raise Refused(f"{height * width / 1e6:.4g} megapixels are more than the {max_pixels / 1e6:.4g} that are read; {advice}")
         self.size = (width, height) if self._turn > 4 else (height, width)  # upright
         self.streams = self._rows.streams and self._turn <= 2  # rows are decoded from the top down; else the first call decodes all
         self._first = 0
@@ -109,9 +108,8 @@ class OpenPicture:
 def read_image(source: Path | str | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image:
     """Read one picture whole, upright, with alpha and all blocks of metadata.
 
-    8 and 16 bits stay as they are, other depths become the next of them. Gray, palette and one-bit pictures become three channels;
-    CMYK and Lab go through their profile to sRGB. Of an animation the first frame counts. `notes` say what was lost. The content decides
-    the format, not the name.
+    8 and 16 bits stay, other depths become the next of them. Gray, palette and one-bit pictures become three channels; CMYK and Lab go
+    through their profile to sRGB. Of an animation the first frame counts. `notes` say what was lost. The content decides the format.
 
     Args and errors as `OpenPicture`; UnreadableImage, too, where the pixels are damaged or cut off.
     """
@@ -120,11 +118,10 @@ def read_image(source: Path | str | bytes, *, name: str | None = None, max_pixel
 
 def size_of(path: Path) -> tuple[int, int] | None:
     """(width, height) in pixels of a picture held upright, without decoding it; None where that cannot be read."""
-    try:
+    with contextlib.suppress(UnreadableImage):
         height, width = OpenPicture(path, max_pixels=1 << 62).size
-    except UnreadableImage:
-        return None
-    return width, height
+        return width, height
+    return None
 
 
 def _read(path: Path) -> memoryview:
@@ -133,7 +130,9 @@ def _read(path: Path) -> memoryview:
     if not stat.S_ISREG(status.st_mode):
         raise Refused("not a regular file")
     if status.st_size < _MAPPED:
-        return memoryview(bytearray(path.read_bytes()))
+        data = bytearray(status.st_size)
+        with path.open("rb") as file:
+            return memoryview(data)[: file.readinto(data)]
     with path.open("rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 

@@ -35,9 +35,7 @@ def write_image(path: Path | str, image: Image, *, format: str | None = None, qu
         quality: 1 to 100, of JPEG and WebP.
     Returns:
         What the format could not keep, one phrase each ("8 of 16 bits", "alpha flattened on white").
-    Raises:
-        UserError: unknown format, or larger than the format allows.
-        OSError: the file cannot be written.
+    Raises UserError: unknown format, or larger than it allows. OSError: the file cannot be written.
     """
     return write_strips(path, [image], image.size, format=format, quality=quality)
 

@@ -28,6 +28,7 @@ CONTROLS: dict[str, Control] = {
     "prompt": Control("Prompt", "what the picture shows", str),
     "negative_prompt": Control("Negative prompt", "what the guidance leads away from", str),
     "noise_level": Control("Noise level", "noise on the input; more adds more of the model's own", int),
+    "lora_scale": Control("LoRA scale", "1 as trained, 0 the base alone"),
     "guidance_scale": Control("Guidance", "1 is off"),
 }
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Aligned training samples. Everything random about sample i was drawn from (seed, index[i]) alone."""
+    """Aligned training samples. What training draws for sample i follows from (seed, index[i]) alone."""
 
     hr: "Tensor"  # [B, 3, H, W] float32 in [0, 1]
     lr: "Tensor"  # [B, 3, H/scale, W/scale] float32 in [0, 1]
@@ -37,6 +37,7 @@ class Given:
     hr: "Tensor | None" = None  # [K, 3, H, W] in [0, 1]
     mask: "Tensor | None" = None  # [K, 1, H, W] bool
     lr: "Tensor | None" = None  # [K, 3, h, w] in [0, 1]: what the prediction was made from; None: no loss reads it
+    index: "Tensor | None" = None  # [B] int64: global sample index, which all that is random about a sample follows from
     origin: "Tensor | None" = None  # [K, 2] int64: row and column of the window in its crop; anchors the stride pattern
 
     def to(self, device: "torch.device | str") -> "Given":
@@ -54,4 +55,6 @@ class Outputs(Given):
     sr: "Tensor | None" = None  # [K, 3, H, W] the prediction in pixels, about [0, 1], not clamped, with gradient
     sr_ema: "Tensor | None" = None  # [K, 3, H, W] the same prediction by the averaged weights, without gradient; None: no loss reads it
     branch: "Tensor | None" = None  # [K, 3, H, W] a second output of the network, with gradient (SPSR: the gradient map)
+    z0: "Tensor | None" = None  # [B, C, h, w] clean latents that the prediction means, with gradient; None: no loss reads them
+    z0_hr: "Tensor | None" = None  # [B, C, h, w] those of the ground truth
     moments: "Tensor | None" = None  # [B, 2*c, h, w] mean and log-variance of the latents (task autoencoder)

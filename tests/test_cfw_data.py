@@ -145,7 +145,7 @@ def test_training_reads_the_latents_instead_of_sampling(world, made, tmp_path, m
     assert result.pipeline is not None
     assert (result.pipeline / "vae" / "config.json").is_file()
     assert read_checkpoint(tmp_path / "run" / "checkpoint-2").state["learners"]["gan"]["step"] == 3
-    assert export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "exported") == 2
+    assert export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "exported")[0] == 2
 
 
 def test_samples_that_cannot_be_used_are_named(world, made, tmp_path):

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 import typer
@@ -25,6 +25,8 @@ from sslsr_diffusion.inference.choices import COLOR_FIXES, SAMPLERS
 from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.lora import TARGETS
+from sslsr_diffusion.models.one_step.backbone import BACKBONES
+from sslsr_diffusion.models.one_step.settings import preset_names as one_step_presets
 from sslsr_diffusion.models.process import PROCESSES
 from sslsr_diffusion.models.stablesr.settings import preset_names
 from sslsr_diffusion.models.x4.settings import preset_names as x4_presets
@@ -110,6 +112,8 @@ def is_key(path: str) -> bool:
         annotations = [cls.model_fields[word].annotation for cls in at if word in cls.model_fields]
         if not annotations:
             return False
+        if any(get_origin(annotation) is dict and not sections(annotation) for annotation in annotations):
+            return True  # what stands below has names of the user's
         at = {cls for annotation in annotations for cls in sections(annotation)}
     return True
 
@@ -146,6 +150,7 @@ def test_keys_exist(page, key):
 def test_the_check_of_keys_can_fail():
     assert is_key("task.inference.antiring")
     assert is_key("losses.1.weight")
+    assert is_key("validation.refuse.grid")
     assert is_key("degradation.pool_size")
     assert not is_key("task.antiring")
     assert not is_key("training.crop_sizes")
@@ -181,9 +186,13 @@ def kinds(classes: Iterable[type[Settings]]) -> set[str]:
     return {cls.model_fields["kind"].default for cls in classes}
 
 
+def recipes_in(folder: str) -> list[str]:
+    return [name.split("/")[1] for name in shipped_recipes() if name.startswith(f"{folder}/")]
+
+
 MASKS = set(get_args(MaskSettings.model_fields["kind"].annotation))
 IN_USE = {task for family in FAMILIES.values() for task in family.tasks}  # tasks that a shipped family can have
-INFER_OPTIONS = {option.opts[0] for option in COMMAND.commands["infer"].params}
+INFER_OPTIONS = {option.opts[0] for option in COMMAND.commands["infer"].params if option.opts[0].startswith("-")}
 # RESTORERS are not here: which one a family has is no choice of the user's
 WHERE: dict[str, tuple[Iterable[str], set[str]]] = {
     "losses": (LOSSES, code_words("training.md")),
@@ -195,7 +204,10 @@ WHERE: dict[str, tuple[Iterable[str], set[str]]] = {
     "presets of the x4 upscaler": (x4_presets(), code_words("x4_upscaler.md")),
     "sets of LoRA layers": (TARGETS, code_words("training.md")),
     "recipes": ((name for name in shipped_recipes() if "/" not in name), code_words("training.md")),
-    "recipes of the GAN methods": ((name.split("/")[1] for name in shipped_recipes() if "/" in name), code_words("gan.md")),
+    "recipes of the GAN methods": (recipes_in("gan"), code_words("gan.md")),
+    "recipes of one-step models": (recipes_in("one_step"), code_words("one_step.md")),
+    "presets of one-step models": (one_step_presets(), code_words("one_step.md")),
+    "bases of one-step models": (BACKBONES, code_words("one_step.md")),
     "sources": (kinds(sections(DataSettings.model_fields["sources"].annotation)), code_words("data.md")),
     "degradations": (DEGRADATIONS, code_words("data.md")),
     "steps of a degradation": (kinds(sections(Step)), code_words("data.md")),

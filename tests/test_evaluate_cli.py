@@ -56,7 +56,7 @@ def test_two_columns_and_what_an_offline_user_sees(tmp_path, call):
     assert set(found["unavailable"]) >= {"lpips", "dists", "fid", "clipiqa", "musiq"}
     assert (tmp_path / "evaluation" / "report.html").stat().st_size > 10_000
     names = (tmp_path / "evaluation" / "metrics.csv").read_text().splitlines()[0]
-    assert names.replace(",features", "") == "image,model,seed,psnr,ssim,niqe,ssg_l1,ssg_kl"  # features where its extra is there
+    assert names.replace(",features", "") == "image,model,seed,psnr,ssim,niqe,ssg_l1,ssg_kl,grid"  # features where its extra is there
 
 
 def test_strict_refuses_before_anything_is_computed(tmp_path, call):
@@ -80,7 +80,7 @@ def test_without_a_reference_only_metrics_that_need_none(tmp_path, call):
     result = call("--restored", tmp_path / "ours")
     assert result.exit_code == 0
     found = summary(tmp_path / "evaluation")
-    assert list(found["metrics"]) == ["niqe"]
+    assert list(found["metrics"]) == ["niqe", "grid"]
     assert "give --reference DIR" in found["unavailable"]["psnr"]
 
 

@@ -13,7 +13,6 @@ from sslsr_diffusion.losses import Means
 from sslsr_diffusion.losses.gan import GANLoss, GANSettings
 from sslsr_diffusion.losses.local import flat_areas, gradient_map
 from sslsr_diffusion.runs.recipe import Recipe
-from sslsr_diffusion.runs.task import means_of
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 from sslsr_diffusion.training.job import CheckpointWritten
 from sslsr_diffusion.training.loop import train_job
@@ -174,7 +173,7 @@ def test_the_recipe_knows_where_it_fits():
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):  # what is decoded counts, not what is read
         parse(Recipe, {**small, "task": {"kind": "diffusion", "decode_crop": 4}, "training": {"crop_size": 128}})
     wide = parse(Recipe, {**values, "task": {"kind": "diffusion", "decode_crop": 4}, "training": {"crop_size": 128}})
-    assert means_of(wide).side == 32  # 8 pixels per latent one: what a discriminator is built for
+    assert wide.picture_side == 32  # 8 pixels per latent one: what a discriminator is built for
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):
         parse(Recipe, {**values, "task": {"kind": "diffusion", "decode_crop": 16}, "training": {"crop_size": 16}})
     parse(Recipe, {**values, "task": {"kind": "autoencoder"}})  # it gives pictures, so it can have it

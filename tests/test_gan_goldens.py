@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sslsr_diffusion.images.imresize import matlab_bicubic
 from sslsr_diffusion.losses import Means
 from sslsr_diffusion.losses.back_projection import BackProjectionLoss, BackProjectionSettings
-from sslsr_diffusion.losses.backbones import VGG19
+from sslsr_diffusion.losses.backbones import VGG
 from sslsr_diffusion.losses.best_buddy import BestBuddyLoss, BestBuddySettings, best_buddies
 from sslsr_diffusion.losses.discriminators import Ranker, UNetDiscriminator, VGGDiscriminator
 from sslsr_diffusion.losses.gan import GANLoss, GANSettings
@@ -224,7 +224,7 @@ PERCEPTUAL = {
 def test_perceptual(method):
     index, tensors = load_golden("gan/perceptual")
     sr, hr = (pattern(index["config"][side]["pattern_seed"], index["config"][side]["shape"]) for side in ("x", "y"))
-    network = VGG19(index["config"]["widths"])
+    network = VGG(index["config"]["widths"])
     network.load_state_dict(weights("perceptual"))
     network.requires_grad_(False).eval()
     sr.requires_grad_()

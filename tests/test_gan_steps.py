@@ -12,7 +12,7 @@ from test_gan_goldens import pattern, weights
 from torch import Tensor
 
 from sslsr_diffusion.losses import Means, build_losses
-from sslsr_diffusion.losses.backbones import VGG19
+from sslsr_diffusion.losses.backbones import VGG
 from sslsr_diffusion.losses.discriminators import Ranker
 from sslsr_diffusion.losses.perceptual import PerceptualLoss
 from sslsr_diffusion.losses.rank import RankLoss
@@ -52,7 +52,7 @@ def built(entries: list[Any], side: int, start: dict[str, dict[str, Tensor]]) ->
     losses = []
     for settings in entries:
         if settings.kind == "perceptual":
-            network = VGG19(load_golden("gan/perceptual").index["config"]["widths"])
+            network = VGG(load_golden("gan/perceptual").index["config"]["widths"])
             network.load_state_dict(weights("perceptual"))
             losses.append(PerceptualLoss(settings, network.requires_grad_(False)))
         elif settings.kind == "rank":

@@ -73,6 +73,18 @@ def test_the_newest_run_is_taken_and_said(desk, calls):
     assert calls[1]["generator"].initial_seed() == 9
 
 
+def test_a_limit_on_pixels_and_kinds_that_are_not_read_are_told_at_the_end(desk, calls):
+    write_image(desk / "in" / "large.png", Image(np.zeros((1001, 1000, 3), np.uint8)))
+    for name in ("IMG_1.HEIC", "b.psd"):
+        (desk / "in" / name).write_bytes(b"8BPS" if name.endswith("psd") else b"\0\0\0\x18ftypheic")
+    result = run("--input", "in", "--max-megapixels", 1)
+    assert result.exit_code == 1
+    assert "2 done, 3 failed" in result.output
+    assert "failed: large.png: 1.001 megapixels are more than the 1 that are read; --max-megapixels lifts" in result.output
+    assert "failed: IMG_1.HEIC: heic pictures are not read; save it as PNG" in result.output
+    assert "failed: b.psd: psd pictures are not read" in result.output
+
+
 def test_a_memory_budget_reaches_the_loader_and_every_picture_but_not_the_record(desk, calls):
     assert run("--input", "in", "--memory-budget", "500MB").exit_code == 0
     assert calls[0] == {"device": "auto", "dtype": "auto", "memory_budget": 500 * 10**6, "tile": "auto"}
@@ -123,6 +135,11 @@ def test_name_collisions_and_losses_are_listed(desk):
         (["--input", "in", "--memory-budget", "much"], "^--memory-budget much: expected a size such as 8GB"),
         (["--input", "in", "--output", "in"], "folder of the input pictures"),
         (["--input", "in", "--output", "in/a.png"], "cannot be written"),
+        (["--input", "in", "--output", "new.png"], r"^--output new\.png: expected a folder, got a name that files have"),
+        ([], "^expected --input with a picture, a folder or a pattern"),
+        (["in", "--size", "4k"], "^--size 4k: expected width and height in pixels such as 3840x2160"),
+        (["in", "--size", "0x10"], "^--size 0x10: expected"),
+        (["in", "--scale", "2", "--longest-side", "9"], "^--scale and --longest-side say the same in two ways"),
     ],
 )
 def test_mistakes_of_the_user_are_one_sentence(desk, arguments, sentence):
@@ -130,6 +147,25 @@ def test_mistakes_of_the_user_are_one_sentence(desk, arguments, sentence):
     assert isinstance(result.exception, UserError)
     assert "\n" not in str(result.exception)
     assert re.search(sentence, str(result.exception)), str(result.exception)
+
+
+def test_several_inputs_and_what_the_shell_makes_of_a_pattern(desk):
+    for number in range(3):
+        write_image(desk / f"p{number}.png", Image(np.zeros((8, 8, 3), np.uint8)))
+    assert "3 done" in run("--input", "p0.png", "p1.png", "p2.png", "--output", "one").output
+    assert "3 done" in run("--input", "p0.png", "--input", "in", "--output", "two").output
+    assert "2 done" in run("in", "--output", "three").output
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"), [(["--longest-side", 50], (50, 40)), (["--size", "60x50"], (50, 40)), (["--size", "30x70"], (38, 30))]
+)
+def test_a_target_size_in_the_place_of_a_scale(desk, target, wanted):
+    """Pictures are 20 x 16 pixels (H, W); the aspect stays."""
+    assert "2 done" in run("in", *target).output
+    assert read_image(desk / "results" / "a.png").size == wanted
+    assert "2 skipped" in run("in", *target).output
+    assert "2 done" in run("in", "--longest-side", 20).output
 
 
 def test_without_a_finished_run_the_shipped_model_is_taken_and_said(desk):

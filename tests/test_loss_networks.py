@@ -14,7 +14,7 @@ from tiny_runs import DRAWN
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.losses import LOSSES, Means, build_losses
-from sslsr_diffusion.losses.backbones import LAYERS, VGG19, build_backbone
+from sslsr_diffusion.losses.backbones import LAYERS, VGG, build_backbone
 from sslsr_diffusion.losses.discriminators import Ranker, VGGDiscriminator
 from sslsr_diffusion.losses.perceptual import PerceptualLoss, PerceptualSettings
 from sslsr_diffusion.losses.rank import RankLoss, RankSettings
@@ -49,14 +49,14 @@ def test_vgg19_is_torchvisions():
     models = pytest.importorskip("torchvision.models", reason="the extra lpips is not installed")
     with torch.device("meta"):
         theirs = {name: value.shape for name, value in models.vgg19(weights=None).state_dict().items() if name.startswith("features.")}
-        assert {name: value.shape for name, value in VGG19().state_dict().items()} == theirs
-    places = VGG19([1, 1, 1, 1, 1]).places
+        assert {name: value.shape for name, value in VGG().state_dict().items()} == theirs
+    places = VGG([1, 1, 1, 1, 1]).places
     assert [places[f"conv{name}"] for name in ("1_2", "2_2", "3_4", "4_4", "5_4")] == [2, 7, 16, 25, 34]
     assert set(places) == set(LAYERS["vgg19"])
 
 
 def test_vgg19_from_torchvisions_file_and_from_ones_own(hub, monkeypatch):
-    drawn = VGG19([2, 3, 4, 5, 6]).state_dict()
+    drawn = VGG([2, 3, 4, 5, 6]).state_dict()
     with_head = {**drawn, "classifier.0.weight": torch.zeros(2, 2)}
     monkeypatch.setitem(WEIGHTS, "vgg19", tuple(dataclasses.replace(file, sha256="") for file in WEIGHTS["vgg19"]))
     path = WEIGHTS["vgg19"][0].path
@@ -186,7 +186,8 @@ def test_every_network_is_in_the_estimate():
     before = step_bytes(load_recipe("tiny_autoencoder", [*COMMON, *size, f"losses=[{plain}]"]))
     ranker, vgg = "{kind: rank, file: none.pth}", "{kind: perceptual, file: none.pth}"
     gan = "{kind: gan, discriminator: vgg, objective: relativistic}"
-    for text, settings in ((ranker, {"file": "none.pth"}), (vgg, {}), (gan, {"discriminator": "vgg"})):
+    dists = "{kind: dists, file: none.pth}"
+    for text, settings in ((ranker, {"file": "none.pth"}), (vgg, {}), (dists, {}), (gan, {"discriminator": "vgg"})):
         after = step_bytes(load_recipe("tiny_autoencoder", [*COMMON, *size, f"losses=[{plain}, {text}]"]))
         loss = LOSSES[text[1:].split(",")[0].split(": ")[1]]
         network = loss.build(loss.settings_class(**settings), Means(side=64, shapes=True)).network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,9 @@ def test_pixel_gate_by_timestep_and_by_snr():
     assert PixelL1Loss(PixelL1Settings(weight=1, max_timestep=500))(everything)[0] == 0.5
     assert PixelL1Loss(PixelL1Settings(weight=1, min_snr=1.0))(everything)[0] == 0.5
     assert PixelL1Loss(PixelL1Settings(weight=1, max_timestep=5))(everything)[0] == 0
+    given = Given(t=torch.tensor([499, 500, 501]), noise_level=torch.tensor([0.5, 1.0, 2.0]))
+    assert PixelL1Settings(max_timestep=500).passes(given).tolist() == [True, True, False]  # up to and with the bound
+    assert PixelL1Settings(min_snr=1.0).passes(given).tolist() == [True, True, False]
 
 
 def test_latent_kl_is_zero_for_a_unit_gaussian():
@@ -103,7 +107,8 @@ def test_a_missing_input_is_named():
 
 def test_every_kind_can_be_built_from_its_defaults():
     given = {"rank": {"file": "ranker.pth"}}  # that must be given, and is not read where shapes are enough
-    built = build_losses([loss.settings_class(**given.get(kind, {})) for kind, loss in LOSSES.items()], Means(shapes=True))
+    means = Means(shapes=True, prior=lambda **asked: SimpleNamespace(network=torch.nn.Linear(1, 1)))  # the networks' part, of vsd
+    built = build_losses([loss.settings_class(**given.get(kind, {})) for kind, loss in LOSSES.items()], means)
     assert [loss.name for loss in built] == list(LOSSES)
 
 

@@ -147,7 +147,7 @@ def test_validation_leaves_a_picture_out_and_goes_on(caplog):
             raise NotEnoughMemory("out of memory even with tile 16, the smallest")
         return hr
 
-    metrics = {"error": lambda a, b: (a - b).abs().mean((1, 2, 3))}
+    metrics = {"error": lambda a, b, lr: (a - b).abs().mean((1, 2, 3))}
     settings, task = ValidationSettings(metrics=("error",), best="error"), SimpleNamespace(restore=restore, label="prediction")
     with caplog.at_level(logging.WARNING):
         result = validate(Validation(pairs, metrics, settings), task)

@@ -60,7 +60,7 @@ SMALL = {"model": {"kind": "stablesr", "init": "random", "preset": "small"}}  # 
         (
             {"task": {"kind": "decoder", "decode_crop": 16}, "losses": [{"kind": "pixel_l1"}]},
             "task.decode_crop: unknown key (value 16); allowed in task: inference, kind, part, synthesis_steps. "
-            "It belongs to kind diffusion.",
+            "It belongs to kind diffusion, one_step.",
         ),
         ({"training": {"decode_crop": 16}}, "training.decode_crop: unknown key (value 16); did you mean task.decode_crop?"),
         ({"model": {"kind": "stablesr", "train": "all"}}, "model.train: unknown key (value 'all'); did you mean task.train?"),
@@ -75,7 +75,10 @@ SMALL = {"model": {"kind": "stablesr", "init": "random", "preset": "small"}}  # 
             "It belongs to kind self_similarity.",
         ),
         ({"task": {"kind": "cfw"}}, "task.kind: 'cfw' is not allowed; expected one of diffusion, base, autoencoder, decoder, network"),
-        ({"task": {"train": "all"}}, "task: the key 'kind' is missing; expected one of diffusion, base, autoencoder, decoder, network."),
+        (
+            {"task": {"train": "all"}},
+            "task: the key 'kind' is missing; expected one of diffusion, base, autoencoder, decoder, network, one_step.",
+        ),
         (
             {"data": {"sources": [{"kind": "cfw", "path": "x"}]}},
             "data.sources.0.kind: cfw has stored latents, which task diffusion does not read; use pairs.",
@@ -87,6 +90,34 @@ def test_impossible_combinations(changes, message):
         parse(Recipe, {**BASE, **changes})
     assert message in str(caught.value)
     assert not str(caught.value).startswith("recipe:")
+
+
+LOOKS = {**BASE["data"], "validation": [{"kind": "folder", "path": "held_out"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": LOOKS}, []),
+        ({}, ["no validation: data.validation names no pictures"]),
+        ({"validation": {"limit": 0}}, []),
+        ({"data": LOOKS, "validation": {"limit": 0}, "output": {"pipeline": "best"}}, ["output.pipeline: best has no effect without"]),
+        (
+            {"data": LOOKS, "training": {"steps": 50, "schedule": {"kind": "cosine", "warmup_steps": 200}}},
+            ["training.schedule.warmup_steps: 200 are more than the 50 steps of the run, which ends at 25% of lr."],
+        ),
+        ({"data": LOOKS, "training": {"steps": 200, "schedule": {"kind": "cosine", "warmup_steps": 200}}}, []),
+        (
+            {"data": LOOKS, "training": {"steps": 50, "schedule": {"kind": "multistep", "milestones": [49, 50, 90]}}},
+            ["training.schedule.milestones: 50, 90 lie at or behind the end"],
+        ),
+        ({"data": LOOKS, "task": {"kind": "diffusion", "decode_crop": 16}}, ["task.decode_crop has no effect"]),
+        ({"data": LOOKS, "task": {"kind": "diffusion", "decode_crop": 16}, "losses": [{"kind": "pixel_l1"}]}, []),
+    ],
+)
+def test_what_does_nothing_is_said(changes, said):
+    found = list(parse(Recipe, {**BASE, **changes}).without_effect())
+    assert [any(part in text for text in found) for part in said] == [True] * len(found), found
 
 
 def test_the_baseline_differs_from_the_mission_in_losses_and_folder_alone():
@@ -154,7 +185,10 @@ def test_another_kind_of_task_replaces_the_section_that_is_extended(tmp_path: Pa
     assert other == TASKS["decoder"].settings()
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+OTHERS = [name for name in shipped_recipes() if not name.startswith("one_step/")]  # of those: test_one_step_recipes.py
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "one_step/tiny"])
 def test_every_shipped_recipe_can_be_planned_without_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its dry run counts parameters and memory, whatever is not on this machine yet; what it writes down is the same recipe again."""
     monkeypatch.chdir(ROOT)

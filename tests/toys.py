@@ -215,7 +215,7 @@ def toy_validation(every: int = 10, **values: Any) -> Validation:
     """Three pictures, measured by their mean square error."""
     return Validation(
         pairs=[PicturePair(f"p{i}.png", F.avg_pool2d(smooth(i)[None], 4)[0], smooth(i)) for i in range(3)],
-        metrics={"mse": lambda a, b: (a - b).square().mean(dim=(1, 2, 3))},
+        metrics={"mse": lambda a, b, lr: (a - b).square().mean(dim=(1, 2, 3))},
         settings=ValidationSettings(every=every, metrics=("mse",), best="mse", pictures=2, **values),
         higher_is_better={"mse": False},
     )

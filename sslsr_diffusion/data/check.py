@@ -16,7 +16,8 @@ from sslsr_diffusion.data.preparation import crop_places
 from sslsr_diffusion.data.sample_order import is_stream
 from sslsr_diffusion.data.samples import check_pair, check_whole, patiently, read_latents
 from sslsr_diffusion.data.settings import DataSettings, FolderSource, MaskSettings, RowSource, Source
-from sslsr_diffusion.data.sources import Columns, Item, load_rows, open_source, reason, row_item
+from sslsr_diffusion.data.shards import reason
+from sslsr_diffusion.data.sources import Columns, Item, load_rows, open_source, row_item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import IMAGE_SUFFIXES, list_images, printable, read_image, to_tensor
 from sslsr_diffusion.seeding import sample_generator
@@ -62,7 +63,7 @@ class Looker:
         if self._files is not None:
             density = float(self._files.read(item.name, item.file, (height, width)).mean())
         else:
-            density = float(make_mask(to_tensor(image.rgb)[None], self._mask, sample_generator(0, "check")).float().mean())
+            density = float(make_mask(to_tensor(image.visible)[None], self._mask, sample_generator(0, "check")).float().mean())
         size = self.crop_size
         count = len(crop_places(height, width, size, max(1, size // 2))) if min(height, width) >= size else 0
         digest = hashlib.blake2b(np.ascontiguousarray(image.rgb).tobytes(), digest_size=16).hexdigest() + f"{height}x{width}"

@@ -78,23 +78,29 @@ def cards(scores: Scores, picks: dict[str, list[Pick]]) -> list[Card]:
 
 
 def _card(scene: Scene, anchor: str, tags: Sequence[str]) -> Card:
-    restored = {column: load_rgb(paths[0]) for column, paths in scene.restored.items()}
-    reference = load_rgb(scene.reference) if scene.reference else None
-    height, width = next(iter(restored.values())).shape[-2:]
+    pictures = pictures_of(scene)
+    restored, reference = [pictures[column] for column in scene.restored], pictures.get("reference")
+    height, width = restored[0].shape[-2:]
     side = min(WINDOW, height, width)
-    top, left = _place(list(restored.values()), reference, side)
-    pictures = {"LR bicubic": resize_bicubic(load_rgb(scene.lr), (height, width)).clamp(0, 1)} if scene.lr else {}
-    pictures |= restored | ({} if reference is None else {"reference": reference})
+    top, left = _place(restored, reference, side)
     window = (..., slice(top, top + side), slice(left, left + side))
     zooms = [
         Zoom(title, _uri(to_array(picture[window][0])), _uri(laplacian_edge_mask(picture)[window][0, 0].numpy()))
         for title, picture in pictures.items()
     ]
-    whole = pictures.get("reference", next(reversed(list(restored.values()))))
+    whole = restored[-1] if reference is None else reference
     scale = min(1.0, THUMBNAIL / max(height, width))
     small = resize_bicubic(whole, (max(1, round(height * scale)), max(1, round(width * scale)))).clamp(0, 1)
     box = (100 * left / width, 100 * top / height, 100 * side / width, 100 * side / height)
     return Card(printable(scene.name), anchor, tuple(tags), _uri(to_array(small[0]), "JPEG"), box, side, (width, height), tuple(zooms))
+
+
+def pictures_of(scene: Scene) -> dict[str, Tensor]:
+    """Title -> [1, 3, H, W]: the bicubic input where there is one, every column's first seed, the reference where there is one."""
+    restored = {column: load_rgb(paths[0]) for column, paths in scene.restored.items()}
+    height, width = next(iter(restored.values())).shape[-2:]
+    enlarged = {"LR bicubic": resize_bicubic(load_rgb(scene.lr), (height, width)).clamp(0, 1)} if scene.lr else {}
+    return enlarged | restored | ({"reference": load_rgb(scene.reference)} if scene.reference else {})
 
 
 def _place(restored: Sequence[Tensor], reference: Tensor | None, side: int) -> tuple[int, int]:

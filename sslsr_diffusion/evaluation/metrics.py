@@ -3,34 +3,42 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation import features, learned
 from sslsr_diffusion.evaluation.fidelity import psnr, ssg_terms, ssim
+from sslsr_diffusion.evaluation.grid import grid
 from sslsr_diffusion.evaluation.niqe import niqe
 from sslsr_diffusion.tables import named
 
 __all__ = ["METRICS", "Metric", "convention", "psnr", "select", "ssim", "unavailable"]
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Metric:
-    """One number per image: `fn(restored, reference or None, *, crop_border, y_channel) -> [B]`, images [B, 3, H, W] in [0, 1]."""
+    """One number per image: `fn(restored, against or None, *, crop_border, y_channel) -> [B]`, images [B, 3, H, W] in [0, 1]."""
 
     fn: Callable[..., Tensor]
     higher_is_better: bool
     needs_reference: bool
     label: str
     digits: int  # decimals in tables
-    convention: str  # {channels}, {border}: as the options say
+    convention: str  # {channels}, {border}, {against}: as the options and the files say
     default: bool = True  # computed when nothing is asked for by name
     whole_set: Callable[..., float] | None = None  # one number for all images (FID) from both sets of features [N, D], which fn gives
     joint: Callable[..., dict[str, Tensor]] | None = None  # gives this and its sisters in one pass
     lacks: Callable[..., str | None] = lambda *, download: None  # why it cannot be computed here and what to do about it
     origin: Callable[[], str] = lambda: ""  # package and weights with their hash, where they are there
+    reads_lr: bool = False  # compares with the low-resolution picture where that is given
+
+    def against(self, reference: T | None, lr: T | None) -> T | None:
+        """Which of the two an image is compared with; None: with neither."""
+        return reference if self.needs_reference else lr if self.reads_lr else None
 
 
 def select(names: str) -> list[str]:
@@ -53,11 +61,15 @@ def unavailable(name: str, *, download: bool = True) -> str | None:
     return METRICS[name].lacks(download=download)
 
 
-def convention(name: str, *, crop_border: int, y_channel: bool) -> str:
-    """One line that says how the number comes about: channels, border, range, and the weights with their hash."""
+def convention(name: str, *, crop_border: int, y_channel: bool, has_lr: bool = False) -> str:
+    """One line that says how the number comes about: channels, border, range, and the weights with their hash.
+
+    `has_lr`: whether every image comes with its low-resolution picture.
+    """
     metric = METRICS[name]
     channels = "Y of YCbCr (BT.601, 16..235)" if y_channel else "RGB"
-    text = metric.convention.format(channels=channels, border=f"border {crop_border} px cut")
+    against = "minus that of the low-resolution picture's bicubic enlargement" if has_lr else "of the picture itself"
+    text = metric.convention.format(channels=channels, border=f"border {crop_border} px cut", against=against)
     return "; ".join(filter(None, [text, metric.origin()]))
 
 
@@ -82,6 +94,8 @@ _CLIP = "CLIP RN50 without positional embedding, five prompt pairs, RGB with CLI
 _SSG = ", on the ground truth's edge mask (Laplacian > 20, no stride), k 25, w 9, sigma 0.004, rows normalised, RGB 0..1, {border}"
 _SSG_L1, _SSG_KL = "mean |T_sr - T_gt|" + _SSG, "mean T_gt ln(T_gt / T_sr), clamped at 1e-10" + _SSG
 
+_GRID = "highest line at k/16 cycles per pixel over its neighbours in the median spectrum, both axes, luma, {against}, {border}"
+
 METRICS: dict[str, Metric] = {
     "psnr": Metric(psnr, True, True, "PSNR (dB)", 3, "{channels}, not rounded, data range 255, {border}"),
     "ssim": Metric(partial(ssim, convention="pyiqa"), True, True, "SSIM", 4, _SSIM_PYIQA),
@@ -98,4 +112,5 @@ METRICS: dict[str, Metric] = {
     "musiq": _learned("musiq", True, False, 3, "KonIQ-10k weights, RGB 0..1, multi-scale inside, {border}"),
     "ssg_l1": Metric(named("sslsr_diffusion.evaluation.fidelity:ssg_l1"), False, True, "SSG L1", 6, _SSG_L1, joint=ssg_terms),
     "ssg_kl": Metric(named("sslsr_diffusion.evaluation.fidelity:ssg_kl"), False, True, "SSG KL", 6, _SSG_KL, joint=ssg_terms),
+    "grid": Metric(grid, False, False, "Grid (dB)", 2, _GRID, reads_lr=True),
 }

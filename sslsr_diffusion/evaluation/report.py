@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sslsr_diffusion.evaluation.gallery import cards, pick
 from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.scoring import Scores
+from sslsr_diffusion.evaluation.spectrum import spectrum
 from sslsr_diffusion.evaluation.statistics import LEAST, Mean
 from sslsr_diffusion.evaluation.summary import Summary, arrow, interval, number
 from sslsr_diffusion.images import printable
@@ -20,7 +21,10 @@ MOST_DOTS = 300  # per column; beyond that only the lowest and highest are drawn
 
 
 def render_report(summary: Summary, scores: Scores, *, title: str = "Evaluation", examples: int = 2) -> str:
-    """HTML with the summary table, a distribution plot per metric and the worst and best `examples` images of each."""
+    """HTML with the summary table, a distribution plot per metric and the worst and best `examples` images of each.
+
+    Where `grid` was measured it shows a spectrum, too.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -35,7 +39,7 @@ def render_report(summary: Summary, scores: Scores, *, title: str = "Evaluation"
         for name, by in scores.values.items()
     }
     labels = {name: metric.label for name, metric in METRICS.items()}
-    shown = {"charts": charts, "picks": picks, "cards": cards(scores, picks)}
+    shown = {"charts": charts, "picks": picks, "cards": cards(scores, picks), "spectrum": spectrum(scores)}
     return environment.get_template(TEMPLATE).render(title=title, summary=summary, labels=labels, least=LEAST, **shown)
 
 

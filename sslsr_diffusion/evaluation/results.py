@@ -11,7 +11,7 @@ class Key(NamedTuple):
     """What a number depends on: the files' contents and the metric with its whole convention (border, channels, weights)."""
 
     restored: str  # SHA-256 of the file
-    reference: str  # SHA-256 of the file, or ""
+    reference: str  # SHA-256 of the file that it is compared with, or ""
     metric: str
     convention: str
 

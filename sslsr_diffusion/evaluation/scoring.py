@@ -76,6 +76,7 @@ class _Run:
     store: ResultStore
     conventions: dict[str, str]
     timed: dict[str, list[float]]  # metric -> seconds of each image
+    has_lr: bool
     problems: list[str] = field(default_factory=list)
 
 
@@ -94,8 +95,9 @@ def score(
     `progress` is called with the name of each image when it is done. Images that cannot be read are left out of every column and named
     in `problems`.
     """
-    conventions = {m: convention(m, crop_border=crop_border, y_channel=y_channel) for m in metrics}
-    run = _Run(metrics, crop_border, y_channel, device, store, conventions, {m: [] for m in metrics})
+    has_lr = all(scene.lr is not None for scene in scenes)  # one number means one thing: without all of them, none is compared with
+    conventions = {m: convention(m, crop_border=crop_border, y_channel=y_channel, has_lr=has_lr) for m in metrics}
+    run = _Run(metrics, crop_border, y_channel, device, store, conventions, {m: [] for m in metrics}, has_lr)
     columns = tuple(scenes[0].restored)
     spreads: dict[str, list[float]] = {c: [] for c in columns if len(scenes[0].restored[c]) > 1}
     kept: list[Scene] = []
@@ -137,19 +139,20 @@ def score(
 def _score_scene(run: _Run, scene: Scene) -> dict[str, list[dict[str, Any]]]:
     """Column -> for each seed: metric -> its number; of metrics over the whole set, the features of restored and reference."""
     reference = _File(scene.reference) if scene.reference else None
+    lr = _File(scene.lr) if scene.lr and run.has_lr else None
     return {
-        column: [{metric: _value(run, metric, file, reference) for metric in run.metrics} for file in map(_File, paths)]
+        column: [{metric: _value(run, metric, file, reference, lr) for metric in run.metrics} for file in map(_File, paths)]
         for column, paths in scene.restored.items()
     }
 
 
-def _value(run: _Run, name: str, file: _File, reference: _File | None) -> float | tuple[Features, Features]:
+def _value(run: _Run, name: str, file: _File, reference: _File | None, lr: _File | None) -> float | tuple[Features, Features]:
     """One metric of one image, from the store or computed now (and put there)."""
     metric = METRICS[name]
     if metric.whole_set:
         assert reference is not None
         return _features(run, name, file), _features(run, name, reference)
-    against = reference if metric.needs_reference else None
+    against = metric.against(reference, lr)
     key = _key(run, name, file, against)
     if key not in run.store:
         images = (file.tensor(run.device), against.tensor(run.device) if against else None)
@@ -196,5 +199,5 @@ def _spread(run: _Run, scene: Scene, column: str) -> float:
     return float(run.store.value(key))
 
 
-def _key(run: _Run, metric: str, file: _File, reference: _File | None) -> Key:
-    return Key(file.digest, reference.digest if reference else "", metric, f"{__version__}: {run.conventions[metric]}")
+def _key(run: _Run, metric: str, file: _File, against: _File | None) -> Key:
+    return Key(file.digest, against.digest if against else "", metric, f"{__version__}: {run.conventions[metric]}")

@@ -40,8 +40,8 @@ def quiet_diffusers() -> Iterator[None]:
     from diffusers.utils import logging
     from transformers.utils import logging as of_text
 
-    before = [(each, each.get_verbosity(), getattr(each, "is_progress_bar_enabled", lambda: True)()) for each in (logging, of_text)]
-    for each, _, _ in before:  # the question is newer than 0.35
+    before = [(each, each.get_verbosity(), each.is_progress_bar_enabled()) for each in (logging, of_text)]
+    for each, _, _ in before:
         each.set_verbosity_error()
         each.disable_progress_bar()
     try:
@@ -59,6 +59,7 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
     """A restorer around LatentNetworks, which may still be training."""
 
     kind = LatentOptions
+    work = LatentWork
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
         self.networks = networks
         super().__init__(networks, scale, defaults, {"scale": SCALE, "num_inference_steps": STEPS})
         self._host = host or Host(networks)
-        self._work = LatentWork(networks, self._host, scheduler)
+        self._work = self.work(networks, self._host, scheduler)
 
     @classmethod
     def open(cls, family: Family, path: Path, placement: Placement) -> Restorer:
@@ -97,7 +98,7 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
         return super().options - lacking - (frozenset() if networks.zoom == 1 else _FROM_LR)
 
     def check(self, **call: Any) -> list[str]:
-        options, notes = settled(LatentOptions, call, self.options, self.defaults)
+        options, notes = settled(self.kind, call, self.options, self.defaults)
         self._work.check(options)
         return notes
 

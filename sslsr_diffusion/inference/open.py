@@ -130,5 +130,6 @@ def restorer_class(family: Family) -> Any:
 RESTORERS = {
     "direct": "direct:DirectRestorer",
     "latent": "latent:LatentRestorer",
+    "one_step": "one_step:OneStepRestorer",
     "stablesr": "pipeline:StableSRRestorer",
 }

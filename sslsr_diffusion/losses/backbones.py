@@ -1,7 +1,8 @@
-"""Frozen networks whose features the perceptual loss compares: VGG19, EfficientNet-Lite1 and -Lite2."""
+"""Frozen networks whose features losses compare: VGG16, VGG19, EfficientNet-Lite1 and -Lite2."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.losses.files import read_tensors
-from sslsr_diffusion.weights import WEIGHTS, missing
+from sslsr_diffusion.weights import WEIGHTS, Weights, missing
 
 Backbone = Literal["vgg19", "efficientnet_lite1", "efficientnet_lite2"]
 
-WIDTHS, DEPTHS = (64, 128, 256, 512, 512), (2, 2, 4, 4, 4)  # VGG19: channels and number of convolutions between its poolings
-_NAMES = [f"{part}{stage}_{k}" for stage, count in enumerate(DEPTHS, 1) for k in range(1, count + 1) for part in ("conv", "relu")]
+WIDTHS = (64, 128, 256, 512, 512)  # channels between the poolings of a VGG
+DEPTHS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # number of convolutions there
+_NAMES = [f"{part}{stage}_{k}" for stage, count in enumerate(DEPTHS["vgg19"], 1) for k in range(1, count + 1) for part in ("conv", "relu")]
 LAYERS: dict[str, tuple[str, ...]] = {  # backbone -> what can be compared, from the picture inwards
     "vgg19": tuple(_NAMES),
     "efficientnet_lite1": tuple(f"block{k}" for k in range(21)),
@@ -24,23 +26,33 @@ LAYERS: dict[str, tuple[str, ...]] = {  # backbone -> what can be compared, from
 EXTRA = 'pip install "sslsr-diffusion[perceptual]"'
 
 
-class VGG19(nn.Module):
-    """Features of VGG19 (Simonyan and Zisserman, ICLR 2015): conv1_2 before its ReLU, relu1_2 after it.
+def reduction(backbone: Backbone, layer: str) -> int:
+    """Pixels of the picture per position of a layer."""
+    if backbone == "vgg19":
+        return 1 << (int(layer[4]) - 1)
+    halving = (0, 1, 4, 7, 15)  # block0 has it from the stem
+    return 1 << sum(int(layer.removeprefix("block")) >= block for block in halving)
+
+
+class VGG(nn.Module):
+    """Features of VGG19 or VGG16 (Simonyan and Zisserman, ICLR 2015): conv1_2 before its ReLU, relu1_2 after it.
 
     Tensors are called as in torchvision, features.N.weight and features.N.bias.
     """
 
-    def __init__(self, widths: Sequence[int] = WIDTHS) -> None:
+    def __init__(
+        self, widths: Sequence[int] = WIDTHS, kind: str = "vgg19", pooling: Callable[[], nn.Module] = lambda: nn.MaxPool2d(2, 2)
+    ) -> None:
         super().__init__()
         parts: list[nn.Module] = []
         self.places: dict[str, int] = {}
         channels = 3
-        for stage, (width, count) in enumerate(zip(widths, DEPTHS), 1):
+        for stage, (width, count) in enumerate(zip(widths, DEPTHS[kind]), 1):
             for k in range(1, count + 1):
                 self.places |= {f"conv{stage}_{k}": len(parts), f"relu{stage}_{k}": len(parts) + 1}
                 parts += [nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU()]
                 channels = width
-            parts.append(nn.MaxPool2d(2, 2))
+            parts.append(pooling())
         self.features = nn.Sequential(*parts)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
@@ -80,10 +92,10 @@ def check_backbone(name: str, file: str | None, key: str) -> str:
     """What is there of a backbone, for the dry run; raises what `build_backbone` would. Nothing is fetched."""
     if file is not None:
         return f"{len(read_tensors(file, key))} tensors in {file}"
-    if name == "vgg19":
-        if reason := missing(WEIGHTS["vgg19"], download=False):
-            raise UserError(f"{key}: VGG19's {reason}; or give file.")
-        return "vgg19 and its weights"
+    if name in DEPTHS:
+        if reason := missing(_vgg_weights(name), download=False):
+            raise UserError(f"{key}: {name.upper()}'s {reason}; or give file.")
+        return f"{name} and its weights"
     _packaged(name, key)
     return f"{name} and its weights"
 
@@ -93,22 +105,29 @@ def build_backbone(name: str, file: str | None, key: str, *, shapes: bool) -> nn
 
     `key`: of the recipe, for messages. UserError where weights are missing, MissingDependency where a package is.
     """
-    network = _vgg19(file, key, shapes) if name == "vgg19" else _efficientnet(name, file, key, shapes)
+    network = build_vgg(name, file, key, shapes=shapes) if name in DEPTHS else _efficientnet(name, file, key, shapes)
     return network.requires_grad_(False).eval()
 
 
-def _vgg19(file: str | None, key: str, shapes: bool) -> nn.Module:
+def build_vgg(kind: str, file: str | None, key: str, *, shapes: bool, pooling: Callable[[], nn.Module] = lambda: nn.MaxPool2d(2, 2)) -> VGG:
+    """A VGG as wide as the tensors of its file say, which are torchvision's; null: downloaded. Errors as `build_backbone`."""
     if shapes:
         with torch.device("meta"):
-            return VGG19()
-    if file is None and (reason := missing(WEIGHTS["vgg19"])):
-        raise UserError(f"{key}: VGG19's {reason}; or give file.")
-    path = file if file is not None else str(WEIGHTS["vgg19"][0].path)
+            return VGG(WIDTHS, kind, pooling)
+    if file is None and (reason := missing(_vgg_weights(kind))):
+        raise UserError(f"{key}: {kind.upper()}'s {reason}; or give file.")
+    path = file if file is not None else str(_vgg_weights(kind)[0].path)
     tensors = {name: value.float() for name, value in read_tensors(path, key).items() if name.startswith("features.")}
-    firsts = [f"features.{place}.weight" for place in (0, 5, 10, 19, 28)]
-    widths = tuple(len(tensors[first]) for first in firsts if first in tensors)
-    network = VGG19(widths) if len(widths) == len(WIDTHS) else None
-    return _loaded(network, tensors, path, key, "VGG19, by torchvision's names")
+    places = [f"features.{place}.weight" for place in accumulate((2 * depth + 1 for depth in DEPTHS[kind][:-1]), initial=0)]
+    widths = tuple(len(tensors[place]) for place in places if place in tensors)
+    network = VGG(widths, kind, pooling) if len(widths) == len(WIDTHS) else None
+    loaded: VGG = _loaded(network, tensors, path, key, f"{kind.upper()}, by torchvision's names")
+    return loaded
+
+
+def _vgg_weights(kind: str) -> tuple[Weights, ...]:
+    """The one file of it; VGG16 is the first of those that DISTS needs."""
+    return WEIGHTS["vgg19" if kind == "vgg19" else "dists"][:1]
 
 
 def _efficientnet(name: str, file: str | None, key: str, shapes: bool) -> nn.Module:
@@ -140,7 +159,7 @@ def _import(package: str, name: str, key: str) -> Any:
         raise MissingDependency(f"{key}: {name} needs {package}, whose import failed ({type(error).__name__}: {error}); {EXTRA}") from error
 
 
-def _loaded(network: nn.Module | None, tensors: Mapping[str, Tensor], path: str, key: str, what: str) -> nn.Module:
+def _loaded(network: nn.Module | None, tensors: Mapping[str, Tensor], path: str, key: str, what: str) -> Any:
     try:
         if network is None:
             raise KeyError("convolutions are missing")

@@ -1,7 +1,7 @@
 """What every loss is: a small callable over `Outputs` that knows its unit and how many of them a batch holds."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -30,7 +30,7 @@ class LossSettings(Settings):
         """(key, what is wrong) where these settings do not go with the recipe around them.
 
         Args:
-            side: of the pictures that pixel losses see, in pixels.
+            side: of the pictures that the loss sees, in pixels (of latents, in latent pixels).
             alone: whether it is the only loss.
         """
         yield from ()
@@ -69,6 +69,19 @@ class Loss(Look, Protocol):
         """The weighted scalar and the raw, detached terms; `count` None means the units of `outputs` alone."""
 
 
+class Prior(Protocol):
+    """The diffusion model that the networks were made from, as a loss asks it about latents: frozen, or with a LoRA that learns."""
+
+    network: nn.Module  # only the LoRA's parameters have gradients
+    process: Any  # add_noise, target, clean_and_noise, last: all levels of the base
+
+    def to(self, device: torch.device) -> Any:
+        """Move all of it in place."""
+
+    def predict(self, zt: Tensor, t: Tensor, *, guidance: float, learned: bool) -> Tensor:
+        """What the process asks of a network, [B, C, h, w] float32, at timesteps t [B]; `learned`: with the LoRA."""
+
+
 @dataclass(frozen=True)
 class Means:
     """What losses are built with beside their settings."""
@@ -76,6 +89,9 @@ class Means:
     seed: int = 0
     side: int = 128  # of the pictures that pixel losses see, in pixels
     shapes: bool = False  # networks on the meta device: no file is read, and none has to be there
+    half: torch.dtype | None = None  # what the networks of a step compute in, where that is not float32
+    latent: tuple[int, int] = (4, 16)  # channels and side of the latents
+    prior: Callable[..., Prior] | None = None  # (rank, negative_prompt, seed) -> one of its own; None: these networks have none
 
 
 class LatentLoss:
@@ -95,6 +111,11 @@ class LatentLoss:
         UserError or MissingDependency where a file or a package that it needs is missing or damaged.
         """
         return cls(settings)
+
+    @classmethod
+    def reads_of(cls, settings: Any) -> frozenset[str]:
+        """What the loss of a recipe's entry reads."""
+        return cls.reads
 
     @classmethod
     def check(cls, settings: Any) -> str | None:
@@ -202,6 +223,13 @@ def pixels(outputs: Outputs) -> tuple[Tensor, Tensor]:
     if outputs.sr is None or outputs.hr is None:
         raise ValueError("a pixel loss needs decoded pixels (Outputs.sr and Outputs.hr), which this step did not compute")
     return outputs.sr.float(), outputs.hr.float()
+
+
+def latents(outputs: Outputs) -> tuple[Tensor, Tensor]:
+    """The clean latents of the prediction and those of the ground truth, both float32 [B, C, h, w]."""
+    if outputs.z0 is None or outputs.z0_hr is None:
+        raise ValueError("a loss on latents needs Outputs.z0 and Outputs.z0_hr, which this step did not compute")
+    return outputs.z0.float(), outputs.z0_hr.float()
 
 
 _OF_SAMPLES = ("hr", "mask", "origin", "lr", "sr", "sr_ema", "branch")  # Outputs' fields that hold the K decoded samples

@@ -1,4 +1,4 @@
-"""Networks that judge pictures: three discriminators and RankSRGAN's ranker, with the published tensor names."""
+"""Networks that judge pictures or latents: three discriminators and RankSRGAN's ranker, with the published tensor names."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ LEAST_SIDE = 64  # of a picture for the VGG discriminator: 2 x 2 places are left
 class _VGGBody(nn.Module):
     """Stages of a 3x3 convolution and a 4x4 one that halves the picture, batch-normalised but for the first, leaky ReLU of 0.2."""
 
-    def __init__(self, width: int, stages: int, *, bias: bool) -> None:
+    def __init__(self, width: int, stages: int, *, bias: bool, channels: int = 3) -> None:
         super().__init__()
-        self.stages, self.channels = stages, 3
+        self.stages, self.channels = stages, channels
         for stage in range(stages):
             for part, kernel in enumerate((3, 4)):
                 wider = width * min(2**stage, 8)
@@ -44,8 +44,8 @@ class VGGDiscriminator(_VGGBody):
     Five stages where four would leave too much: at multiples of 64 above 128. Batch norm works on the pictures of one call.
     """
 
-    def __init__(self, width: int = 64, side: int = 128) -> None:
-        super().__init__(width, 6 if side > 128 and side % 64 == 0 else 5, bias=False)
+    def __init__(self, width: int = 64, side: int = 128, *, channels: int = 3) -> None:
+        super().__init__(width, 6 if side > 128 and side % 64 == 0 else 5, bias=False, channels=channels)
         self.side = side
         self.linear1 = nn.Linear(self.channels * (side >> self.stages) ** 2, 100)
         self.linear2 = nn.Linear(100, 1)
@@ -79,10 +79,10 @@ class UNetDiscriminator(nn.Module):
     Every call in training mode takes one step of the power iteration.
     """
 
-    def __init__(self, width: int = 64, *, skip: bool = True) -> None:
+    def __init__(self, width: int = 64, *, skip: bool = True, channels: int = 3) -> None:
         super().__init__()
         self.skip = skip
-        self.conv0 = nn.Conv2d(3, width, 3, 1, 1)
+        self.conv0 = nn.Conv2d(channels, width, 3, 1, 1)
         for k in (1, 2, 3):
             self.add_module(f"conv{k}", _normalised(width * 2 ** (k - 1), width * 2**k, 4, 2))
         for k, (inside, outside) in enumerate(((8, 4), (4, 2), (2, 1), (1, 1), (1, 1)), start=4):
@@ -116,8 +116,9 @@ class PatchDiscriminator(nn.Sequential):
     Normalised per picture: the published batch norm at its batch of 1, and no picture's logits depend on its neighbours.
     """
 
-    def __init__(self, width: int = 64, layers: int = 3) -> None:
-        parts: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+    def __init__(self, width: int = 64, layers: int = 3, *, channels: int = 3, pictures: bool = True) -> None:
+        """`pictures`: what it sees is in [0, 1] and judged in [-1, 1]; latents are judged as they are."""
+        parts: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         channels = width
         for layer in range(1, layers + 1):
             wider = width * min(2**layer, 8)
@@ -125,6 +126,7 @@ class PatchDiscriminator(nn.Sequential):
             parts += [nn.InstanceNorm2d(wider, affine=True), nn.LeakyReLU(0.2)]
             channels = wider
         super().__init__(*parts, nn.Conv2d(channels, 1, 4, 1, 1))
+        self.pictures = pictures
         for part in self:
             if isinstance(part, nn.Conv2d):
                 nn.init.normal_(part.weight, 0.0, 0.02)
@@ -133,7 +135,7 @@ class PatchDiscriminator(nn.Sequential):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, 1, h, w]"""
-        return super().forward(pictures * 2 - 1)
+        return super().forward(pictures * 2 - 1 if self.pictures else pictures)
 
 
 @torch.no_grad()

@@ -1,36 +1,45 @@
 """The adversarial loss: a discriminator that learns beside the trained networks, on the same batches."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sslsr_diffusion.losses.base import Means, NoiseGate, PixelLoss, chosen, pixels, share
+from sslsr_diffusion.errors import MissingDependency
+from sslsr_diffusion.losses.base import Means, NoiseGate, PixelLoss, chosen, decoded_active, latents, pixels, share
+from sslsr_diffusion.losses.convnext import ConvNextSettings, check_convnext, convnext_discriminator
 from sslsr_diffusion.losses.discriminators import LEAST_SIDE, PatchDiscriminator, UNetDiscriminator, VGGDiscriminator, start_orthogonally
 from sslsr_diffusion.losses.files import load_into, read_tensors
+from sslsr_diffusion.losses.learning import LearnerSettings, LearningLoss, drawn_with
 from sslsr_diffusion.losses.local import flat_areas, gradient_map
-from sslsr_diffusion.losses.objectives import OBJECTIVES, Objective
-from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.losses.objectives import OBJECTIVES, Objective, Vanilla, levels
+from sslsr_diffusion.seeding import derive_seed, sample_generator
 from sslsr_diffusion.types import Given, Outputs
 
-_Beta = Annotated[float, Field(ge=0, lt=1)]
 PATCH_LAYERS = 3
 
 
-class GANSettings(NoiseGate):
+class GANSettings(LearnerSettings, NoiseGate):
     """A discriminator learns to tell predictions from ground truth, the trained networks learn to deceive it."""
 
     kind: Literal["gan"] = "gan"
     objective: Literal["vanilla", "relativistic", "lsgan", "hinge"] = Field(
         "vanilla", description="vanilla (Real-ESRGAN); relativistic: average, against the mean of the other side (ESRGAN); lsgan; hinge."
     )
-    discriminator: Literal["vgg", "unet_sn", "patch"] = Field(
+    real_label: float = Field(1.0, gt=0, le=1, description="Of `vanilla`: what the discriminator is told of the ground truth (HYPIR: 0.8).")
+    space: Literal["pixels", "latent"] = Field(
+        "pixels",
+        description="latent: the discriminator sees the predicted clean latents and those of the ground truth; nothing is decoded.",
+    )
+    discriminator: Literal["vgg", "unet_sn", "patch", "convnext"] = Field(
         "unet_sn",
         description="unet_sn: a logit per pixel, spectral norm (Real-ESRGAN); vgg: one per picture, batch norm (SRGAN, ESRGAN); patch: "
-        "one per patch (PatchGAN).",
+        "one per patch (PatchGAN); convnext: heads on the stages of a frozen ConvNeXt of open_clip, terms added over the stages (HYPIR, "
+        "StrSR; extra `open-clip-torch`).",
     )
+    convnext: ConvNextSettings | None = Field(None, description="Of `convnext`: which network; null: the published one.")
     weight: float = Field(0.1, ge=0, description="Factor of the generator's term (Real-ESRGAN: 0.1; ESRGAN: 0.005; StableSR: 0.025).")
     start_step: int = Field(1, ge=1, description="First optimizer step that has the generator's term.")
     learn_step: int | None = Field(
@@ -42,13 +51,14 @@ class GANSettings(NoiseGate):
         "pixels", description="What the discriminator sees: pictures, or their gradient maps (SPSR)."
     )
     mask: Literal["none", "flat"] = Field("none", description="flat: flat areas of the ground truth are black on both sides (BebyGAN).")
-    lr: float = Field(1e-4, gt=0, description="Learning rate of the discriminator's Adam.")
-    lr_schedule: Literal["run", "constant"] = Field(
-        "run", description="run: the rate falls as that of the trained networks; constant: it stays."
-    )
-    betas: tuple[_Beta, _Beta] = Field((0.9, 0.99), description="Decay of its moments.")
     r1_weight: float = Field(0.0, ge=0, description="gamma of the R1 penalty gamma / 2 |d D(hr) / d hr|^2; 0: none, as published.")
-    width: int = Field(64, ge=1, description="Channels of the discriminator's first layer.")
+    r1_noise: float | None = Field(
+        None,
+        gt=0,
+        description="In place of R1's slope: r1_weight times the mean squared change of the logits under uniform noise of up to so much "
+        "(StrSR: 0.005), which needs no second derivative.",
+    )
+    width: int = Field(64, ge=1, description="Channels of the discriminator's first layer; of `convnext`: inside its heads.")
     layers: int | None = Field(
         None, ge=1, le=5, description="Of `patch`: layers between the first and the last; null: 3, which judge patches of 70 pixels."
     )
@@ -57,46 +67,69 @@ class GANSettings(NoiseGate):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.layers is not None and self.discriminator != "patch":
-            raise ValueError(f"layers: is of discriminator patch, here it is {self.discriminator}; leave it out.")
+        for key, own in (("layers", "patch"), ("convnext", "convnext")):
+            if getattr(self, key) is not None and self.discriminator != own:
+                raise ValueError(f"{key}: is of discriminator {own}, here it is {self.discriminator}; leave it out.")
         if self.init != "default" and self.file is not None:
             raise ValueError(f"init: {self.init} has no effect on weights that come from a file; leave one of them out.")
+        if self.real_label != 1 and self.objective != "vanilla":
+            raise ValueError(f"real_label: is of objective vanilla, here it is {self.objective}; leave it out.")
+        if self.r1_noise is not None and not self.r1_weight:
+            raise ValueError("r1_noise: has no effect where r1_weight is 0; set that, too, or leave it out.")
+        if self.discriminator == "convnext" and self.file is not None:
+            raise ValueError("file: the heads of convnext are always drawn; leave it out (convnext.file is what they stand on).")
+        self._fits_latents()
         return self
 
+    def _fits_latents(self) -> None:
+        pictures = {"discriminator": ("convnext",), "sees": ("gradient",), "mask": ("flat",)}
+        for key, values in pictures.items() if self.space == "latent" else ():
+            if getattr(self, key) in values:
+                raise ValueError(f"{key}: {getattr(self, key)} is of pictures, and the discriminator sees latents; leave it or space out.")
+
     def misfits(self, *, side: int, alone: bool) -> Iterator[tuple[str, str]]:
-        layers = self.layers or PATCH_LAYERS
+        layers, seen = self.layers or PATCH_LAYERS, "latents" if self.space == "latent" else "pictures"
         if self.discriminator == "patch" and side < 3 * 2**layers:
-            yield "layers", f"{layers} are too many for pictures of {side} pixels a side."
+            yield "layers", f"{layers} are too many for {seen} of {side} pixels a side."
         if self.discriminator == "vgg" and side < LEAST_SIDE:
-            yield "discriminator", f"vgg needs pictures of at least {LEAST_SIDE} pixels a side, these have {side}."
+            yield "discriminator", f"vgg needs {seen} of at least {LEAST_SIDE} pixels a side, these have {side}."
         if self.discriminator == "unet_sn" and side % 8:
-            yield "discriminator", f"unet_sn needs pictures of a multiple of 8 pixels a side, these have {side}."
+            yield "discriminator", f"unet_sn needs {seen} of a multiple of 8 pixels a side, these have {side}."
+        if self.discriminator == "convnext" and side < 32:
+            yield "discriminator", f"convnext needs {seen} of at least 32 pixels a side, these have {side}."
 
 
-class GANLoss(PixelLoss):
+class GANLoss(LearningLoss, PixelLoss):
     """weight * objective of D(sr), and of D(hr) where that is relative; the discriminator D learns from sr without gradient.
 
-    Means run over all logits of a micro-batch, relativistic ones and batch statistics too. D stays in training mode.
-    Besides being a loss it is a learner: per micro-batch `learn`, per optimizer step `update`; `network`, `optimizer` and `step` are
-    what a checkpoint keeps.
+    With `space: latent` these are the clean latents. Means run over all logits of a micro-batch, relativistic ones and batch statistics
+    too. D stays in training mode. Besides being a loss it is a learner.
     """
 
     settings_class = GANSettings
 
     def __init__(self, settings: GANSettings, means: Means = Means()) -> None:  # noqa: B008 - it is frozen
         super().__init__(settings)
-        self.step = 1  # the optimizer step that is going on
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if means.shapes else "cpu"):
-            torch.manual_seed(derive_seed(means.seed, self.name))
-            self.network: nn.Module = _discriminator(settings, means.side)
+        self.seed, self.reads = means.seed, self.reads_of(settings)
+        with drawn_with(derive_seed(means.seed, self.name), shapes=means.shapes):
+            network = _discriminator(settings, means)
             if settings.init == "orthogonal":
-                start_orthogonally(self.network)
-        self.objective: Objective = OBJECTIVES[settings.objective]
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr, betas=settings.betas)
+                start_orthogonally(network)
+        self.teach(network)
+        self.objective: Objective = Vanilla(settings.real_label) if settings.objective == "vanilla" else OBJECTIVES[settings.objective]
 
     @classmethod
-    def build(cls, settings: GANSettings, means: Means) -> Self:
-        built = cls(settings, means)
+    def reads_of(cls, settings: GANSettings) -> frozenset[str]:
+        return frozenset({"z0", "z0_hr"}) if settings.space == "latent" else cls.reads
+
+    @classmethod
+    def build(cls, settings: GANSettings, means: Means) -> Self | None:
+        try:
+            built = cls(settings, means)
+        except MissingDependency:
+            if means.shapes:  # whose estimate then lacks it; the dry run and training say what to install
+                return None
+            raise
         if settings.file is not None and not means.shapes:
             key = f"losses: {settings.called}.file"
             load_into(built.network, read_tensors(settings.file, key), path=settings.file, key=key)
@@ -104,6 +137,9 @@ class GANLoss(PixelLoss):
 
     @classmethod
     def check(cls, settings: GANSettings) -> str | None:
+        if settings.discriminator == "convnext":
+            said = check_convnext(settings.convnext or ConvNextSettings(), f"{settings.called}.convnext")
+            return f"{settings.called}: {said}"
         if settings.file is None:
             return None
         return f"{settings.called}: {len(read_tensors(settings.file, f'{settings.called}.file'))} tensors in {settings.file}"
@@ -117,75 +153,91 @@ class GANLoss(PixelLoss):
         return self.step >= self.settings.start_step
 
     def active(self, given: Given) -> Tensor:
-        return super().active(given) & (self.learns or self.counts)
+        return PixelLoss.active(self, given) & (self.learns or self.counts)
+
+    def count(self, given: Given) -> Tensor:
+        return self._active(given).sum().float()
 
     def play(self, outputs: Outputs) -> Tensor:
-        return self._generator(outputs)
+        return self.objective.generator(self.network, *self._seen(outputs))
 
     def __call__(self, outputs: Outputs, count: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        kept = chosen(self, outputs)
-        assert kept.sr is not None
-        self.network.requires_grad_(False)  # the generator's gradient passes through and leaves nothing behind
-        samples = len(kept.sr) if self.counts else 0
-        total = self._generator(kept) * samples if samples else 0 * kept.sr.sum()
+        real, fake = self._seen(outputs)
+        self.hold(still=True)
+        samples = len(fake) if self.counts else 0
+        total = self.objective.generator(self.network, real, fake) * samples if samples else 0 * fake.sum()
         value = share(total, count, self.count(outputs))
         return self.settings.weight * value, {self.name: value.detach()}
 
     def learn(self, outputs: Outputs, count: Tensor | None = None) -> dict[str, Tensor]:
         """Add this micro-batch to the discriminator's gradient; its raw loss."""
-        kept = chosen(self, outputs)
-        assert kept.sr is not None
-        self.network.requires_grad_(True)
-        samples = len(kept.sr) if self.learns else 0
-        value = torch.zeros((), device=kept.sr.device)
+        real, fake = (side.detach() for side in self._seen(outputs))
+        self.hold(still=False)
+        samples, own = len(fake) if self.learns else 0, self.count(outputs)
+        value = torch.zeros((), device=fake.device)
         if samples:
-            real, fake = self._seen(kept)
-            for half in self.objective.discriminator(self.network, real, fake.detach()):
-                value = value + self._learn(half, samples, count, outputs)
+            for half in self.objective.discriminator(self.network, real, fake):
+                value = value + self.learn_from(half, samples, count, own)
             if self.settings.r1_weight:
-                self._learn(self._penalty(real), samples, count, outputs)
+                penalty = self._penalty(real) if self.settings.r1_noise is None else self._change(real, self._indices(outputs))
+                self.learn_from(penalty, samples, count, own)
         return {f"{self.name}/discriminator": value}
 
-    def _learn(self, mean: Tensor, samples: int, count: Tensor | None, outputs: Outputs) -> Tensor:
-        """Go backward from a mean over the micro-batch's samples, as its share of the whole batch."""
-        value = share(mean * samples, count, self.count(outputs))
-        value.backward()
-        return value.detach()
-
-    def _generator(self, outputs: Outputs) -> Tensor:
-        return self.objective.generator(self.network, *self._seen(outputs))
+    def _active(self, given: Given) -> Tensor:
+        """Which of the samples that the discriminator could see count: [B] of latents, [K] of decoded pixels."""
+        return self.active(given) if self.settings.space == "latent" else decoded_active(self, given)
 
     def _seen(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
-        """Ground truth and prediction as the discriminator sees them, [K, 3, H, W] each."""
-        sr, hr = pixels(outputs)
+        """Ground truth and prediction of the samples that count, as the discriminator sees them, [K, C, h, w] each."""
+        if self.settings.space == "latent":
+            keep = self._active(outputs) if self.settings.gated else slice(None)
+            fake, real = latents(outputs)
+            return real[keep], fake[keep]
+        sr, hr = pixels(chosen(self, outputs))
         seen = [gradient_map(hr), gradient_map(sr)] if self.settings.sees == "gradient" else [hr, sr]
         if self.settings.mask == "flat":
             textured = ~flat_areas(hr)
             seen = [side * textured for side in seen]
         return seen[0], seen[1]
 
+    def _indices(self, outputs: Outputs) -> list[int]:
+        """The global sample indices of what `_seen` gives."""
+        assert outputs.index is not None
+        index = outputs.index
+        if self.settings.space == "pixels" and outputs.decoded is not None:
+            index = index[outputs.decoded]
+        return list(map(int, index[self._active(outputs)] if self.settings.gated else index))
+
     def _penalty(self, real: Tensor) -> Tensor:
         """gamma / 2 * mean |d D(x) / d x|^2 at ground truth   (Mescheder et al., ICML 2018)"""
-        real = real.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(self.network(real).sum(), real, create_graph=True)
+        real = real.requires_grad_()
+        logits = sum((level.sum() for level in levels(self.network(real))), real.new_zeros(()))
+        (slope,) = torch.autograd.grad(logits, real, create_graph=True)
         return self.settings.r1_weight / 2 * slope.square().flatten(1).sum(dim=1).mean()
 
-    def update(self, *, sound: bool, pace: float = 1.0) -> None:
-        """End an optimizer step; gradients that cannot be trusted are thrown away, and without any there is no step."""
-        gradients = [parameter.grad.norm() for parameter in self.network.parameters() if parameter.grad is not None]
-        if sound and gradients and 0 < float(torch.stack(gradients).norm()) < float("inf"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.lr * (pace if self.settings.lr_schedule == "run" else 1.0)
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
+    def _change(self, real: Tensor, indices: list[int]) -> Tensor:
+        """gamma * mean (D(x + u) - D(x))^2 at ground truth, u uniform in +-r1_noise
+
+        R1 by differences   (Lin et al., ICML 2025, "Diffusion Adversarial Post-Training", with Gaussian noise; StrSR: uniform).
+        """
+        drawn = [torch.rand(real.shape[1:], generator=sample_generator(self.seed, i, self.name, "r1"), device="cpu") for i in indices]
+        noise = self.settings.r1_noise * (2 * torch.stack(drawn) - 1).to(real)
+        pairs = zip(levels(self.network(real + noise)), levels(self.network(real)))
+        change = sum(((moved - still).square().mean() for moved, still in pairs), real.new_zeros(()))
+        weighted: Tensor = self.settings.r1_weight * change
+        return weighted
 
 
-def _discriminator(settings: GANSettings, side: int) -> nn.Module:
+def _discriminator(settings: GANSettings, means: Means) -> nn.Module:
+    if settings.discriminator == "convnext":
+        key = f"losses: {settings.called}.convnext"
+        return convnext_discriminator(settings.convnext or ConvNextSettings(), settings.width, key, shapes=means.shapes)
+    pictures = settings.space == "pixels"
+    channels, side = (3, means.side) if pictures else means.latent
     kinds: dict[str, Any] = {
-        "vgg": lambda: VGGDiscriminator(settings.width, side),
-        "unet_sn": lambda: UNetDiscriminator(settings.width),
-        "patch": lambda: PatchDiscriminator(settings.width, settings.layers or PATCH_LAYERS),
+        "vgg": lambda: VGGDiscriminator(settings.width, side, channels=channels),
+        "unet_sn": lambda: UNetDiscriminator(settings.width, channels=channels),
+        "patch": lambda: PatchDiscriminator(settings.width, settings.layers or PATCH_LAYERS, channels=channels, pictures=pictures),
     }
     network: nn.Module = kinds[settings.discriminator]()
     return network

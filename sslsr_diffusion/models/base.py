@@ -13,7 +13,8 @@ from sslsr_diffusion.shipped_model import SMALL, local_folder
 
 # Half-precision and non-EMA copies of the same weights would double the download.
 IGNORED = ["*.fp16.*", "*non_ema*", "*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "safety_checker/*", "feature_extractor/*"]
-WANTED = [f"{part}/*" for part in ("unet", "vae", "structural_encoder", "scheduler", "low_res_scheduler", "text_encoder", "tokenizer")]
+WANTED = [f"{part}/*" for part in ("unet", "transformer", "vae", "structural_encoder", "scheduler", "low_res_scheduler")]
+WANTED += [f"{part}{number}/*" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
 GONE = f"Stability AI took its 2.1 models down in November 2025: use {DEFAULT_BASE}, or any local folder in diffusers format."
 ADVICE: dict[hub.Reason, str] = {
     "invalid": f"The shipped model is {SMALL}.",

@@ -8,6 +8,7 @@ FAMILIES: dict[str, Family] = {
     for kind, where in {
         "stablesr": "stablesr.family:StableSR",
         "network": "network.family:Network",
+        "one_step": "one_step.family:OneStep",
         "x4": "x4.family:X4",
     }.items()
 }

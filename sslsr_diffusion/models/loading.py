@@ -13,8 +13,8 @@ from sslsr_diffusion.models.tensor_names import check_tensors
 from sslsr_diffusion.seeding import derive_seed
 
 
-def loaded(cls: Any, base: Base, part: str, meta: bool) -> Any:
-    """A component of a base in float32; with `meta` its shapes.
+def loaded(cls: Any, base: Base, part: str, meta: bool, **options: Any) -> Any:
+    """A component of a base in float32, or as the `options` of its from_pretrained say; with `meta` its shapes.
     Raises UserError: its weights are not there or not whole, or its config is of another kind.
     """
     config, what = base.config(part), base.part(part)
@@ -22,9 +22,9 @@ def loaded(cls: Any, base: Base, part: str, meta: bool) -> Any:
         with torch.device("meta"):
             shapes = cls.from_config(config)
         if meta:
-            return shapes
+            return shapes.to(options.get("torch_dtype", torch.float32))
         check_tensors(base.folder / part, shapes, what)
-        return cls.from_pretrained(base.folder / part, torch_dtype=torch.float32, use_safetensors=True)
+        return cls.from_pretrained(base.folder / part, use_safetensors=True, **{"torch_dtype": torch.float32, **options})
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError) as error:

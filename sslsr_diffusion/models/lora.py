@@ -73,7 +73,7 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]
 
 
 def add_lora(model: Any, settings: LoRASettings, *, seed: int) -> list[str]:
-    """Freeze a diffusers model and give it LoRA layers that train; the names of their parameters.
+    """Freeze a diffusers model and give it LoRA layers that train, in float32 whatever the model is in; the names of their parameters.
 
     B is zero, so the model says what it said. `seed`: of A. Raises MissingDependency: there is no peft.
     """
@@ -89,19 +89,38 @@ def add_lora(model: Any, settings: LoRASettings, *, seed: int) -> list[str]:
     with torch.random.fork_rng(devices=[]), torch.device("meta") if device.type == "meta" else contextlib.nullcontext():
         torch.manual_seed(derive_seed(seed, "lora"))
         model.add_adapter(config, adapter_name=NAME)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+    return list(trained)
 
 
 def has_lora(model: Any) -> bool:
     return NAME in getattr(model, "peft_config", {})
 
 
-def save_lora(models: Mapping[str, Any], folder: Path) -> None:
+def scale_lora(model: nn.Module, scale: float) -> None:
+    """How much of the LoRA layers is taken: 1 as trained, 0 the frozen weights alone."""
+    layer = import_peft().tuners.lora.LoraLayer
+    for module in model.modules():
+        if isinstance(module, layer):
+            module.set_scale(NAME, scale)
+
+
+def lora_layers(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Name of each layer that has a LoRA -> A [r, in, ...], B [out, r, ...] and alpha."""
+    layer = import_peft().tuners.lora.LoraLayer
+    found = {name: module for name, module in model.named_modules() if isinstance(module, layer)}
+    return {name: (each.lora_A[NAME].weight, each.lora_B[NAME].weight, float(each.lora_alpha[NAME])) for name, each in found.items()}
+
+
+def save_lora(models: Mapping[str, Any], folder: Path, file: str = FILE) -> None:
     """Write the LoRA layers of models as diffusers' pipelines read them with `load_lora_weights`.
 
     Args:
         models: by the names that the pipeline has for them: unet, transformer, ...
-        folder: gets `pytorch_lora_weights.safetensors`, with rank and alpha in its metadata.
+        folder: gets the file, with rank and alpha in its metadata.
+        file: its name; the default is where diffusers looks.
     """
     from safetensors.torch import save_file
 
@@ -114,7 +133,7 @@ def save_lora(models: Mapping[str, Any], folder: Path) -> None:
         layers = [name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
         known = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": layers}
         metadata |= {f"{prefix}.{key}": value for key, value in known.items()}
-    save_file(tensors, folder / FILE, metadata={"format": "pt", _METADATA: json.dumps(metadata, sort_keys=True)})
+    save_file(tensors, folder / file, metadata={"format": "pt", _METADATA: json.dumps(metadata, sort_keys=True)})
 
 
 def load_lora(model: Any, file: Path, prefix: str) -> None:

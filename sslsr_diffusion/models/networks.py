@@ -57,6 +57,18 @@ class Networks(nn.Module):
         parts = {name.replace("_", " "): part for name, part in self.components().items() if isinstance(part, nn.Module)}
         return {name: (count_parameters(part), count_parameters(part, trained=True)) for name, part in parts.items()}
 
+    def merge(self) -> None:
+        """Add LoRAs to the weights of the base, so that a result is the whole model; UserError where there are none."""
+        raise UserError(f"merge: expected a model with a LoRA, {self.base} has none; leave it out.")
+
+    def for_comfyui(self, folder: Path, scale: float) -> list[str]:
+        """Write a LoRA as ComfyUI loads it, and sentences on what it lacks; UserError where there is none."""
+        raise UserError(f"comfyui: expected a model with a LoRA of its own, {self.base} has none; leave it out.")
+
+    def left_out(self) -> list[str]:
+        """Sentences on what others, who load a result without this package, do not do with it."""
+        return []
+
     def economize(self, *, gradient_checkpointing: bool, channels_last: bool) -> None:
         """What saves memory or time and leaves the mathematics alone."""
         for part in self.modules() if gradient_checkpointing else ():
@@ -190,6 +202,13 @@ class LatentNetworks(Networks):
         """The networks that a call needs in this precision, or where its range is too small for one, that one in its own."""
         for part in (self.codec, self.denoiser):
             part.to(dtype)
+
+    def prior(self, *, rank: int, negative_prompt: str, seed: int) -> Any:
+        """The frozen diffusion model that these networks were made from, with a fresh LoRA of its own (losses.base.Prior).
+
+        Of tasks that give "prior" alone.
+        """
+        raise NotImplementedError
 
     def start_at(self, timestep: int) -> None:
         """Shorten the process, so that sampling starts at this timestep; UserError where it ends before."""

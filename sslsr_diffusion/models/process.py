@@ -193,6 +193,10 @@ class Flow(Process):
             sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
         return cls(sigmas, kept)
 
+    def at(self, *sigmas: float) -> "Flow":
+        """The same process with these levels alone, as index 0, 1, ...; networks are told any sigma, not those of a scheduler's steps."""
+        return Flow(torch.tensor(sigmas, dtype=torch.float64), self.scheduler_config)
+
     def timestep(self, t: Tensor) -> Tensor:
         """T sigma_t, as diffusers' flow pipelines tell their networks."""
         return self.num_train_timesteps * self.spread[t.to(self.spread.device)]

@@ -65,7 +65,7 @@ def _variants(recipe: Recipe) -> dict[str, Recipe]:
     savings: dict[str, dict[str, dict[str, Any]]] = {}
     if not training.gradient_checkpointing:
         savings["gradient_checkpointing: true"] = {"training": {"gradient_checkpointing": True}}
-    if hasattr(task, "decode_crop") and any("sr" in LOSSES[loss.kind].reads for loss in recipe.losses):
+    if hasattr(task, "decode_crop") and any("sr" in LOSSES[loss.kind].reads_of(loss) for loss in recipe.losses):
         smaller = 32 if task.decode_crop is None else task.decode_crop // 2
         if smaller >= 16:
             savings[f"decode_crop: {smaller}"] = {"task": {"decode_crop": smaller}}
@@ -96,10 +96,14 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
     half = training.mixed_precision != "no"
     task = build_task(_one_sampling_step(recipe), meta=True)
     modules = nn.ModuleList([task.module, task.networks])
-    every, trained = count_parameters(modules), count_parameters(modules, trained=True)
-    losses = build_losses(recipe.losses, means_of(recipe, shapes=True))
+    trained = count_parameters(modules, trained=True)
+    stored = sum(p.numel() * p.element_size() for p in modules.parameters())
+    whole = sum(p.numel() for p in modules.parameters() if p.element_size() == 4)
+    losses = build_losses(recipe.losses, means_of(recipe, task, shapes=True))
     learning = nn.ModuleList([loss.network for loss in losses if isinstance(loss, Learner)])
-    beside = nn.ModuleList([network for loss in losses if (network := loss.network) is not None])  # float32, always
+    beside = nn.ModuleList([network for loss in losses if (network := loss.network) is not None])
+    known = {id(parameter) for parameter in modules.parameters()}  # a prior stands on the same weights
+    extra = sum(p.numel() for p in beside.parameters() if id(p) not in known)  # float32, always
     batch = _batch(recipe, task)
     draws = task.draw(batch, [_Everything(loss) for loss in losses])
     _to_meta(task, torch.bfloat16 if half else torch.float32)
@@ -117,16 +121,16 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
             total = total + (outputs.pred - outputs.target).square().mean()
         if outputs.moments is not None:
             total = total + outputs.moments.square().mean()
-        if outputs.sr is not None:
-            total = sum((loss.play(outputs) for loss in losses if isinstance(loss, PixelLoss)), total)
+        played = [loss for loss in losses if isinstance(loss, PixelLoss) and all(getattr(outputs, name) is not None for name in loss.reads)]
+        total = sum((loss.play(outputs) for loss in played), total)
         total.backward()
         del outputs, total
     per_state = 2 if training.optimizer.kind == "adamw8bit" else 8
     # autocast's half-precision copies: of trained weights for the whole step, of frozen ones as long as the graph holds them
-    copies = 2 * (trained if training.gradient_checkpointing else every) if half else 0
+    copies = 2 * (trained if training.gradient_checkpointing else whole) if half else 0
     return {
-        "weights": (every + count_parameters(beside)) * 4 + copies,
-        "optimizer": trained * per_state + count_parameters(learning) * 8,
+        "weights": stored + extra * 4 + copies,
+        "optimizer": trained * per_state + count_parameters(learning, trained=True) * 8,
         "average": trained * 4 if training.ema else 0,
         "activations and gradients": peak.peak + (trained * 2 if half else 0),
     }

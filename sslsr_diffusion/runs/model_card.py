@@ -31,6 +31,12 @@ LICENCES = {  # of known bases; the model is derived from its base
     "sd2-community/": "openrail++",
     "stabilityai/stable-diffusion-2": "openrail++",
     "stabilityai/stable-diffusion-x4-upscaler": "openrail++",
+    "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
+    "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
+    "Tongyi-MAI/Z-Image": "apache-2.0",
+}
+TERMS = {  # of bases that the hub gives to those alone who accepted them
+    "stabilityai/stable-diffusion-3": "the base is under Stability AI's community licence, whose terms its page asks to accept first",
 }
 
 
@@ -62,6 +68,7 @@ def model_card(
     shipped = base == SMALL and shipped_folder(SMALL) is not None
     origin = SMALL if shipped else repository or ""
     of_base = next((licence for prefix, licence in LICENCES.items() if origin.startswith(prefix)), "other")
+    terms = next((terms for prefix, terms in TERMS.items() if origin.startswith(prefix)), "see the base model")
     licence = licence or ("apache-2.0" if base is None else of_base)
     link = f"[{base}](https://huggingface.co/{repository})" if repository else "a local model"
     metrics = metrics or {}
@@ -84,7 +91,7 @@ def model_card(
         step=metrics.get("step"),
         pictures=[{"alt": Path(path).stem, "path": path.replace(" ", "%20")} for path in pictures],
         recipe=yaml.safe_dump(scrub({k: v for k, v in recipe.items() if k != "output"}), **style).replace("```", "'''"),
-        licence_text=f"`{licence}`" + (" (see the base model)" if licence == "other" else "") + ".",
+        licence_text=f"`{licence}`" + (f" ({terms})" if licence == "other" else "") + ".",
     )
 
 

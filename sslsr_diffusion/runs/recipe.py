@@ -11,6 +11,7 @@ from sslsr_diffusion.config import Settings, apply_overrides, find_recipe, one_o
 from sslsr_diffusion.data import DataSettings
 from sslsr_diffusion.hub import has_id_shape
 from sslsr_diffusion.losses import LOSSES, LossEntry
+from sslsr_diffusion.losses.learning import LearningLoss
 from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.family import Family, FamilySettings
 from sslsr_diffusion.tasks.diffusion import DiffusionTaskSettings
@@ -61,15 +62,36 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
-        mistakes = [*self._task_fits(), *self._losses_fit(), *self._sizes_fit(), *self._output_fits()]
-        if self.validation.limit and self.validation.best not in self.validation.metrics:
-            mistakes.append(
-                f"validation.best: {self.validation.best!r} is not measured; expected one of validation.metrics: "
-                f"{', '.join(self.validation.metrics)}."
-            )
+        mistakes = [*self._task_fits(), *self._losses_fit(), *self._turns_fit(), *self._sizes_fit(), *self._output_fits()]
+        mistakes += self._best_is_measured() if self.validation.limit else ()
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+    def without_effect(self) -> Iterator[str]:
+        """A sentence about each part that does nothing, or not what it says, in this run."""
+        schedule, steps = self.training.schedule, self.training.steps
+        looks = bool(self.validation.limit and self.data.validation)
+        if self.validation.limit and not looks:
+            yield "no validation: data.validation names no pictures, so nothing is measured and no weights are the best."
+        if self.output.pipeline == "best" and not looks:
+            yield "output.pipeline: best has no effect without validation; the last weights become the result."
+        if schedule.warmup_steps > steps:
+            warm, share = schedule.warmup_steps, f"{steps / schedule.warmup_steps:.0%}"
+            yield f"training.schedule.warmup_steps: {warm} are more than the {steps} steps of the run, which ends at {share} of lr."
+        late = [milestone for milestone in schedule.milestones if milestone >= steps]
+        if late:
+            yield f"training.schedule.milestones: {', '.join(map(str, late))} lie at or behind the end of the run of {steps} steps."
+        if getattr(self.task, "decode_crop", None) and not any("sr" in LOSSES[loss.kind].reads_of(loss) for loss in self.losses):
+            yield "task.decode_crop has no effect: no loss looks at pixels."
+
+    def _best_is_measured(self) -> Iterator[str]:
+        settings = self.validation
+        for key, names in (("best", [settings.best]), ("refuse", settings.refuse)):
+            for name in names:
+                if name not in settings.metrics:
+                    known = ", ".join(settings.metrics)
+                    yield f"validation.{key}: {name!r} is not measured; expected one of validation.metrics: {known}."
 
     def _task_fits(self) -> Iterator[str]:
         kind, family = self.task.kind, self.family
@@ -92,14 +114,22 @@ class Recipe(Settings):
         yield from (f"losses: {name} is what the logs call something else; give it another `name`." for name in names if name in RESERVED)
         gives = self.task_kind.gives
         possible = [kind for kind, loss in LOSSES.items() if loss.reads <= gives]
-        side = self.picture_side
         for i, loss in enumerate(self.losses):
+            reads = LOSSES[loss.kind].reads_of(loss)
+            side = self.picture_side if "z0" not in reads else self.training.crop_size // self.model.codec_scale()
             if loss.kind not in possible:
                 yield f"losses.{i}.kind: {loss.kind} is impossible in task {self.task.kind}; possible are {', '.join(possible)}."
-            elif "sr_ema" in LOSSES[loss.kind].reads and self.training.ema is None:
+            elif not reads <= gives:
+                lacking = min(reads - gives)
+                yield f"losses.{i}: as it is set, {loss.kind} reads {lacking}, which task {self.task.kind} does not give; set it otherwise."
+            elif "sr_ema" in reads and self.training.ema is None:
                 yield f"losses.{i}.kind: {loss.kind} compares with the averaged weights' picture; set training.ema: {{decay: 0.999}}."
             for key, why in loss.misfits(side=side, alone=len(names) == 1):
                 yield f"losses.{i}.{key}: {why}"
+
+    def _turns_fit(self) -> Iterator[str]:
+        if self.training.turns == "alternate" and not any(issubclass(LOSSES[loss.kind], LearningLoss) for loss in self.losses):
+            yield "training.turns: alternate needs a loss that learns, gan or vsd; add one, or leave it at together."
 
     def _sizes_fit(self) -> Iterator[str]:
         sizes = [("training.crop_size", self.training.crop_size)]

@@ -52,6 +52,8 @@ def train(
     check_one_way(resume, restart)
     main = int(os.environ.get("RANK", "0")) == 0
     folder = RunFolder(run_folder(recipe))
+    for text in recipe.without_effect() if main else ():
+        logger.warning("%s", text)
     if resume is None and main:
         if restart:
             folder.move_aside()
@@ -122,7 +124,7 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
             device=device,
         )
 
-    losses = build_losses(recipe.losses, means_of(recipe))
+    losses = build_losses(recipe.losses, means_of(recipe, task))
     base = {"id": task.networks.base, "revision": task.networks.revision}
     trained_with = {loss.name for loss in losses}
     return Job(
@@ -162,22 +164,24 @@ def _validation(recipe: Recipe) -> Validation | None:
     for name, said in lacking_metrics(recipe).items():
         logger.warning("validation goes without %s", said)
         del metrics[name]
-    if settings.best not in metrics and recipe.output.pipeline == "best":
+    deciding = [("best", settings.best), *(("refuse", name) for name in settings.refuse)]
+    lacking = [f"{key}: {name}" for key, name in deciding if name not in metrics]
+    if lacking and recipe.output.pipeline == "best":
         raise UserError(
-            f"output.pipeline: best needs validation.best: {settings.best}, which cannot be measured here (see the warning above, or "
-            "--dry-run); mend that, take another of validation.metrics as best, or set output.pipeline: last."
+            f"output.pipeline: best needs validation.{lacking[0]}, which cannot be measured here (see the warning above, or "
+            "--dry-run); mend that, take another of validation.metrics, or set output.pipeline: last."
         )
     higher = {name: METRICS[name].higher_is_better for name in metrics}
     return Validation(pairs, metrics, settings, higher)
 
 
-def validation_metric(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """(restored, reference), both [B, 3, H, W] in [0, 1] -> [B]; UserError for a name that cannot be measured per picture."""
+def validation_metric(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(restored, hr, lr), [B, 3, H, W] or [B, 3, h, w] in [0, 1] -> [B]; UserError for a name that cannot be measured per picture."""
     metric = METRICS.get(name)
     if metric is None or metric.whole_set:
         usable = [key for key, entry in METRICS.items() if not entry.whole_set]
         raise UserError(f"validation.metrics: {name!r} cannot be measured per picture; expected some of {', '.join(usable)}.")
-    return lambda restored, reference: metric.fn(restored, reference if metric.needs_reference else None, crop_border=0, y_channel=False)
+    return lambda restored, hr, lr: metric.fn(restored, metric.against(hr, lr), crop_border=0, y_channel=False)
 
 
 def lacking_metrics(recipe: Recipe, *, download: bool = True) -> dict[str, str]:
@@ -187,10 +191,11 @@ def lacking_metrics(recipe: Recipe, *, download: bool = True) -> dict[str, str]:
     """
     found = {name: unavailable(name, download=download) for name in recipe.validation.metrics}
     said = {name: f"{name}: {reason}" for name, reason in found.items() if reason is not None}
-    best, instead = recipe.validation.best, next((name for name in found if name not in said), None)
-    if best in said:
-        advice = f" (--set validation.best={instead} chooses by that)" if instead else ""
-        said[best] += f"; without it no weights are kept as the best{advice}"
+    instead = next((name for name in found if name not in said), None)
+    best, refuse = recipe.validation.best, recipe.validation.refuse
+    for name in said.keys() & {best, *refuse}:
+        advice = f" (--set validation.best={instead} chooses by that)" if instead and name not in refuse else ""
+        said[name] += f"; without it no weights are kept as the best{advice}"
     return said
 
 

@@ -1,5 +1,6 @@
 """The task that a recipe describes, built (with `meta` from shapes alone), and the result that its checkpoint gives."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import atomic_folder
 from sslsr_diffusion.inference.open import find_model
 from sslsr_diffusion.losses import LOSSES, Means
-from sslsr_diffusion.models.networks import PixelNetworks
+from sslsr_diffusion.models.networks import LatentNetworks, PixelNetworks
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.frame import Frame
@@ -26,15 +27,21 @@ def build_task(recipe: Recipe, *, meta: bool = False) -> Task:
     """The task of a recipe; with `meta` no weights are read and no hub is asked. UserError: a part cannot be built."""
     task = recipe.task_kind.build(recipe.task, frame_of(recipe, meta=meta))
     for i, loss in enumerate(recipe.losses):
-        lacking = sorted(LOSSES[loss.kind].reads - task.gives)
+        lacking = sorted(LOSSES[loss.kind].reads_of(loss) - task.gives)
         if lacking:
             raise UserError(f"losses.{i}.kind: {loss.kind} reads {lacking[0]}, which this model does not make; leave it out.")
     return task
 
 
-def means_of(recipe: Recipe, *, shapes: bool = False) -> Means:
+def means_of(recipe: Recipe, task: Task, *, shapes: bool = False) -> Means:
     """What the losses of a recipe are built with; with `shapes` on the meta device, and nothing is read."""
-    return Means(seed=recipe.seed, side=recipe.picture_side, shapes=shapes)
+    means = Means(seed=recipe.seed, side=recipe.picture_side, shapes=shapes)
+    if not isinstance(task.networks, LatentNetworks):
+        return means
+    side = recipe.training.crop_size
+    channels, height, _ = task.networks.codec.noise_shape(torch.empty(1, 3, side, side, device="meta"))[1:]
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.training.mixed_precision)
+    return replace(means, latent=(channels, height), prior=task.networks.prior, half=half)
 
 
 def frame_of(recipe: Recipe, *, meta: bool = False) -> Frame:
@@ -65,13 +72,24 @@ def training_crops(recipe: Recipe, count: int) -> Tensor:
 
 
 def export_checkpoint(
-    folder: Path, output: Path, *, averaged: bool = True, half: bool = False, blend: tuple[str, float] | None = None
-) -> int:
-    """Write the result of a checkpoint: networks from its recipe and base, trained tensors from it; returns its step.
+    folder: Path,
+    output: Path,
+    *,
+    averaged: bool = True,
+    half: bool = False,
+    blend: tuple[str, float] | None = None,
+    merge: bool = False,
+    comfyui: bool = False,
+) -> tuple[int, list[str]]:
+    """Write the result of a checkpoint: networks from its recipe and base, trained tensors from it.
+
+    Its step, and what there is to say about the result.
 
     Args:
         averaged: the moving average of the trained tensors, where the run kept one.
         half: float16 files, half the size; loading converts to whatever precision is asked for.
+        comfyui: of a LoRA: ComfyUI's files beside the result, too.
+        merge: of a LoRA: the whole model with the LoRA in its weights, in the place of the LoRA.
         blend: another model, and the share of this one in every weight of the result; the rest is the other's.
     Raises UserError: the checkpoint is damaged, or belongs to a model that can no longer be built; the other model is another network.
     """
@@ -85,13 +103,16 @@ def export_checkpoint(
     load_trained(trained_parameters(task.module), weights, what=str(folder))
     if blend is not None:
         _blend(task, recipe, *blend)
+    if merge:
+        task.networks.merge()
     task.module.eval()
 
     with atomic_folder(output) as new:
         task.save(new)
+        notes = task.networks.for_comfyui(new, recipe.scale) if comfyui else []
         if half:
             halve(new)
-    return int(state["progress"]["step"])
+    return int(state["progress"]["step"]), [*notes, *task.networks.left_out()]
 
 
 def _blend(task: Task, recipe: Recipe, other: str, alpha: float) -> None:

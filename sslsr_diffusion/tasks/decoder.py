@@ -15,8 +15,7 @@ from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.seeding import derive_seed
-from sslsr_diffusion.tasks.diffusion import call_defaults
-from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
+from sslsr_diffusion.tasks.frame import Frame, SampledCallSettings, TaskSettings
 from sslsr_diffusion.tasks.pixels import seen
 from sslsr_diffusion.tasks.task import Draws, TaskBase
 from sslsr_diffusion.types import Batch, Outputs
@@ -32,7 +31,7 @@ class DecoderTaskSettings(TaskSettings):
         "(CFW, StableSR's second stage).",
     )
     synthesis_steps: int = Field(20, ge=1, description="Sampling steps of the frozen upscaler per training sample, where none is stored.")
-    inference: CallSettings = Field(CallSettings(), description="How the upscaler is called in validation and by default.")
+    inference: SampledCallSettings = Field(SampledCallSettings(), description="How the upscaler is called in validation and by default.")
 
 
 class DecoderTask(TaskBase):
@@ -77,7 +76,7 @@ class DecoderTask(TaskBase):
             assert condition.z_lr is not None
             return sample_latents(networks, condition.z_lr, condition, indices, settings.synthesis_steps, seed=frame.seed)
 
-        restorer = restorer_of(networks, frame.family, scale=frame.scale, **call_defaults(settings.inference))
+        restorer = restorer_of(networks, frame.family, scale=frame.scale, **settings.inference.named)
         return cls(networks, seed=frame.seed, synthesize=synthesize, fused=fused, restorer=restorer)
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:

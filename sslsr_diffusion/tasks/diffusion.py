@@ -15,13 +15,13 @@ from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.condition import Text
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.seeding import sample_generator
-from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings
-from sslsr_diffusion.tasks.pixels import choose_pixels, seen
+from sslsr_diffusion.tasks.frame import Frame, SampledCallSettings, TaskSettings, WindowSettings
+from sslsr_diffusion.tasks.pixels import choose_pixels, decoded, seen
 from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise, reads_of
 from sslsr_diffusion.types import Batch, Given, Outputs
 
 
-class DiffusionTaskSettings(TaskSettings):
+class DiffusionTaskSettings(WindowSettings):
     """A denoiser learns to enlarge (Wang et al., IJCV 2024), its decoded x0 seen by pixel losses (Chen et al., ACM MM 2024)."""
 
     kind: Literal["diffusion"] = "diffusion"
@@ -29,9 +29,6 @@ class DiffusionTaskSettings(TaskSettings):
         None,
         description="What of the networks trains; stablesr: sft (structural encoder and SFT layers, as published) or all (the whole "
         "denoiser); x4: all, attention (the weights of all attention layers) or lora (model.lora). null: the family's first.",
-    )
-    decode_crop: int | None = Field(
-        None, ge=4, description="Side in latent pixels of the random window that pixel losses decode; null: the whole crop."
     )
     sampler_steps: int | None = Field(
         None,
@@ -53,7 +50,7 @@ class DiffusionTaskSettings(TaskSettings):
         description="Share of the samples that are trained with the empty text in the place of model.prompt, so that guidance has "
         "something to lead away from (0.1 is usual); x4 alone.",
     )
-    inference: CallSettings = Field(CallSettings(), description="How the upscaler is called in validation and by default.")
+    inference: SampledCallSettings = Field(SampledCallSettings(), description="How the upscaler is called in validation and by default.")
 
     @model_validator(mode="after")
     def _one_step(self) -> Self:
@@ -64,10 +61,6 @@ class DiffusionTaskSettings(TaskSettings):
                 f"inference.steps: expected 1 for a one-step model (it is what its pipeline will take, too), got {self.inference.steps}."
             )
         return self
-
-    def picture_side(self, crop_size: int, codec_scale: int) -> int:
-        """That of the window."""
-        return crop_size if self.decode_crop is None else min(crop_size, self.decode_crop * codec_scale)
 
 
 class DiffusionTask(TaskBase):
@@ -80,7 +73,7 @@ class DiffusionTask(TaskBase):
 
     networks: LatentNetworks
     settings: ClassVar[type[TaskSettings]] = DiffusionTaskSettings
-    gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr", "sr_ema"})
+    gives: ClassVar[frozenset[str]] = frozenset({"pred", "sr", "sr_ema", "z0", "z0_hr"})
 
     def __init__(
         self,
@@ -127,7 +120,7 @@ class DiffusionTask(TaskBase):
             timesteps=timesteps,
             from_lr=start is not None,
             prompt_dropout=settings.prompt_dropout,
-            restorer=restorer_of(networks, frame.family, scale=frame.scale, **call_defaults(settings.inference)),
+            restorer=restorer_of(networks, frame.family, scale=frame.scale, **settings.inference.named),
         )
 
     def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
@@ -135,7 +128,7 @@ class DiffusionTask(TaskBase):
         process, codec = self.networks.process, self.networks.codec
         places = [int(torch.randint(len(self.timesteps), (), generator=sample_generator(self.seed, i, "timestep"))) for i in indices]
         t = torch.tensor([self.timesteps[place] for place in places])
-        given = Given(t=t.to(device), noise_level=process.noise_level(t).to(device))
+        given = Given(t=t.to(device), index=batch.index.to(device), noise_level=process.noise_level(t).to(device))
         latent, height, width = codec.noise_shape(batch.hr)[1:], *batch.hr.shape[-2:]
         shapes = {"posterior_hr": latent, "posterior_lr": self.networks.seen_noise_shape(height, width), "noise": latent}
         noise = {purpose: per_sample_noise(self.seed, indices, purpose, shape).to(device) for purpose, shape in shapes.items()}
@@ -162,26 +155,14 @@ class DiffusionTask(TaskBase):
         pred = module(zt, nets.process.timestep(t), condition).float()  # epsilon, v, velocity: only the process knows which
         clean, _ = nets.process.clean_and_noise(pred, zt, t)
         gain = nets.process.clean_gain(t).to(pred.device)
-        return Outputs(**vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=self._decode(clean, draws))
+        sr = decoded(nets.codec, clean, draws.given, draws.windows)
+        return Outputs(**vars(draws.given), pred=pred, target=target, clean_gain=gain, sr=sr, z0=clean, z0_hr=z0)
 
     def _texts(self, prompted: Tensor) -> Text:
         """[B] bool -> one text per sample: the recipe's prompt or the empty one."""
         assert self.networks.blank is not None
         both = self.networks.blank.followed_by(self.networks.text)
         return both.each(lambda part: part[prompted.long()])
-
-    def _decode(self, z0: Tensor, draws: Draws) -> Tensor | None:
-        """Pixels of the samples and windows that some loss looks at. Decoding with gradient is a step's memory peak."""
-        if draws.given.decoded is None:
-            return None
-        if draws.given.decoded.numel() == 0:
-            assert draws.given.hr is not None
-            return draws.given.hr + 0 * z0.sum()
-        z0 = z0[draws.given.decoded]
-        codec, windows = self.networks.codec, draws.windows
-        if windows is None:
-            return codec.decode(z0).float()
-        return windows.cut_interior(codec.decode(windows.cut_latents(z0)).float(), codec.scale)
 
 
 def _check_fit(settings: DiffusionTaskSettings, networks: LatentNetworks, frame: Frame) -> None:
@@ -196,9 +177,3 @@ def _check_fit(settings: DiffusionTaskSettings, networks: LatentNetworks, frame:
     if settings.prompt_dropout and (networks.blank is None or not frame.model.prompt):
         lacks = "trains with one text alone" if networks.blank is None else "has no model.prompt to drop"
         raise UserError(f"task.prompt_dropout: expected 0 for a model that {lacks}, got {settings.prompt_dropout}; leave it out.")
-
-
-def call_defaults(settings: CallSettings) -> dict[str, Any]:
-    """What the restorer takes where a call names nothing; a None is left to the base."""
-    named = {"num_inference_steps": settings.steps, "detail": settings.detail, "antiring": settings.antiring}
-    return {name: value for name, value in named.items() if value is not None}

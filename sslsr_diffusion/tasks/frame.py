@@ -55,10 +55,21 @@ class TaskSettings(Settings):
         return crop_size
 
 
+class WindowSettings(TaskSettings):
+    """What tasks have that decode latents."""
+
+    decode_crop: int | None = Field(
+        None, ge=4, description="Side in latent pixels of the random window that pixel losses decode; null: the whole crop."
+    )
+
+    def picture_side(self, crop_size: int, codec_scale: int) -> int:
+        """That of the window."""
+        return crop_size if self.decode_crop is None else min(crop_size, self.decode_crop * codec_scale)
+
+
 class CallSettings(Settings):
     """How the upscaler is called in validation; the result keeps these values as its defaults."""
 
-    steps: int = Field(20, ge=1, description="Sampling steps.")
     detail: float | None = Field(
         None,
         ge=0,
@@ -73,3 +84,18 @@ class CallSettings(Settings):
         description="How much is taken back of what leaves the range of the low-resolution pixels nearby. null: the base's default, or 0; "
         "on --resume what the run had.",
     )
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What the restorer takes where a call names nothing; a None is left to the base."""
+        return {name: value for name, value in (("detail", self.detail), ("antiring", self.antiring)) if value is not None}
+
+
+class SampledCallSettings(CallSettings):
+    """That of upscalers that sample in steps."""
+
+    steps: int = Field(20, ge=1, description="Sampling steps.")
+
+    @property
+    def named(self) -> dict[str, Any]:
+        return {"num_inference_steps": self.steps, **super().named}

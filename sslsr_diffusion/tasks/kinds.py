@@ -28,5 +28,6 @@ TASKS: dict[str, type[TaskKind]] = {
         "autoencoder": "autoencoder:AutoencoderTask",
         "decoder": "decoder:DecoderTask",
         "network": "network:NetworkTask",
+        "one_step": "one_step:OneStepTask",
     }.items()
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.losses import Look
+from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.seeding import sample_generator
 from sslsr_diffusion.types import Batch, Given
 
@@ -64,17 +65,17 @@ def seen(batch: Batch, zoom: int = 1) -> Tensor:
     return resize_bicubic(batch.lr, size=(batch.hr.shape[-2] // zoom, batch.hr.shape[-1] // zoom)).clamp(0, 1)
 
 
-def all_pixels(batch: Batch) -> Given:
-    """For tasks without noise levels: every sample is seen, whole."""
+def all_samples(batch: Batch) -> Given:
+    """For tasks without noise levels: no sample is gated out."""
     samples, device = batch.hr.shape[0], batch.hr.device
-    return Given(
-        t=torch.zeros(samples, dtype=torch.int64, device=device),
-        noise_level=torch.zeros(samples, device=device),
-        decoded=torch.arange(samples, device=device),
-        hr=batch.hr,
-        lr=batch.lr,
-        mask=batch.mask,
-    )
+    t, level = torch.zeros(samples, dtype=torch.int64, device=device), torch.zeros(samples, device=device)
+    return Given(t=t, noise_level=level, index=batch.index.to(device))
+
+
+def all_pixels(batch: Batch) -> Given:
+    """Of them, those that make no latents: every sample is seen, whole."""
+    samples = torch.arange(len(batch.hr), device=batch.hr.device)
+    return replace(all_samples(batch), decoded=samples, hr=batch.hr, lr=batch.lr, mask=batch.mask)
 
 
 def choose_pixels(
@@ -95,3 +96,19 @@ def choose_pixels(
         windows = draw_windows(batch.index[decoded.cpu()].tolist(), latent, decode_crop, seed)
         hr, mask, origin = windows.cut_pixels(hr, scale), windows.cut_pixels(mask, scale), windows.start * scale
     return replace(given, decoded=decoded, hr=hr, mask=mask, origin=origin), windows
+
+
+def decoded(codec: Codec, z0: Tensor, given: Given, windows: Windows | None) -> Tensor | None:
+    """Pixels of the samples and windows that `choose_pixels` chose, from all clean latents [B, C, h, w]; None where no loss looks.
+
+    Decoding with gradient is a step's memory peak.
+    """
+    if given.decoded is None:
+        return None
+    if given.decoded.numel() == 0:
+        assert given.hr is not None
+        return given.hr + 0 * z0.sum()
+    z0 = z0[given.decoded]
+    if windows is None:
+        return codec.decode(z0).float()
+    return windows.cut_interior(codec.decode(windows.cut_latents(z0)).float(), codec.scale)

@@ -37,9 +37,10 @@ class Task(Protocol):
 
     @property
     def gives(self) -> frozenset[str]:
-        """Of "pred", "sr", "lr", "sr_ema", "branch", "moments": a loss is possible where its `reads` are among them.
+        """Of "pred", "sr", "lr", "sr_ema", "branch", "z0", "z0_hr", "moments", "prior": a loss is possible where it reads some of these.
 
-        `run` computes them, but for "sr_ema": that is the "sr" of a second run, with a `module` that has the averaged weights.
+        `run` computes them, but for "sr_ema": that is the "sr" of a second run, with a `module` that has the averaged weights; and "prior",
+        which is no output: `networks.prior` gives what the loss asks.
         """
 
     @property

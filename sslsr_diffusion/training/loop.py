@@ -160,9 +160,12 @@ def _validate(run: Run, validation: Validation) -> None:
             value = result.values.get(name)
             if value is not None and isnan(value):
                 logger.warning("validation.best: %s has no number for any held-out picture, so these weights cannot become the best", name)
-            best = value is not None and validation.better(value, progress.best) and keep_best(run, value)
+            refusals = validation.refusals(result.values)
+            best = value is not None and validation.better(value, progress.best) and not refusals and keep_best(run, value)
             if best:
                 progress.best, progress.best_step = value, progress.step  # only now: the record never names weights that are not there
+            if refusals and session.main:
+                logger.warning("step %d: these weights cannot become the best: %s", progress.step, "; ".join(refusals))
             run.reporter.validated(result)  # after best/: what is in the history is not done again when the run goes on
             if best:
                 publish_best(run)

@@ -16,9 +16,11 @@ _OF_TRAINING = ("steps", "log_every", "non_finite_limit", "spike_factor", "cpu_t
 _OF_DATA = ("workers", "prefetch", "start_method", "validation")
 CHANGEABLE = {f"training.{key}" for key in _OF_TRAINING} | {f"data.{key}" for key in _OF_DATA}
 CHANGEABLE |= {"task.inference", "task.sampling_steps", "validation", "checkpoints", "output"}
-# Changing these makes another number of the metric that chooses best/.
-_MEASURING = ("best", "size", "limit", "seed")
+# Changing these makes another number of the metric that chooses best/, or other weights that may not become it.
+_MEASURING = ("best", "refuse", "size", "limit", "seed")
 MEASURED_BY = {"task.inference", "task.sampling_steps", "data.validation"} | {f"validation.{key}" for key in _MEASURING}
+
+WHOLE_RUN = {"linear", "cosine", "cosine_with_restarts", "polynomial"}  # schedules whose curve depends on training.steps
 
 
 def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
@@ -51,6 +53,12 @@ def check_same_recipe(state: Mapping[str, Any], recipe: Mapping[str, Any], world
         )
     for line in lines:
         logger.warning("recipe changed since the checkpoint: %s", line)
+    kind = recipe.get("training", {}).get("schedule", {}).get("kind")
+    if "training.steps" in found and kind in WHOLE_RUN:
+        logger.warning(
+            "the %s schedule reaches over the whole run: with training.steps %s -> %s the learning rate goes on another curve from here",
+            *(kind, *found["training.steps"]),
+        )
 
 
 def check_same_step(steps: Sequence[int]) -> None:

@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,13 +18,15 @@ from sslsr_diffusion.losses.base import Learner
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.task import Draws, Task, apply_losses
 from sslsr_diffusion.training.checkpoints import Checkpoint
-from sslsr_diffusion.training.engines import Engine, Zero2Engine, distribution, make_accelerator
+from sslsr_diffusion.training.engines import Engine, Update, Zero2Engine, distribution, make_accelerator
 from sslsr_diffusion.training.optimizers import averaged, build_ema, build_optimizer, build_schedule
 from sslsr_diffusion.training.settings import TrainingSettings
 from sslsr_diffusion.training.state import (
     AutoWeight,
     Progress,
     full_tensor,
+    learned_parameters,
+    learned_state,
     load_optimizer_state_dict,
     load_trained,
     optimizer_state_dict,
@@ -46,14 +49,15 @@ class StepReport:
 
     loss: float
     raw: dict[str, float]
-    grad_norm: float
+    grad_norm: float | None  # None: it was the learners' turn
     mask_density: float
     updated: bool
 
     def values(self) -> dict[str, float]:
         """By the names of history and trackers."""
         terms = {f"loss/{name}": value for name, value in self.raw.items()}
-        return {**terms, "loss/total": self.loss, "train/grad_norm": self.grad_norm, "train/mask_density": self.mask_density}
+        norm = {} if self.grad_norm is None else {"train/grad_norm": self.grad_norm}
+        return {**terms, "loss/total": self.loss, **norm, "train/mask_density": self.mask_density}
 
 
 class Session:
@@ -90,23 +94,31 @@ class Session:
             raise UserError(f"losses: {self.compares[0]} compares with the picture by the averaged weights, and {why}.")
         self.stop_asked = False
 
+    def _turn(self) -> tuple[bool, bool]:
+        """Whether this step moves the trained networks, and whether it moves the learners."""
+        first = self.progress.step % 2 == 0
+        return (True, True) if self.settings.turns == "together" else (first, not first)
+
     def step(self, micro: Sequence[Batch], *, stop: bool = False) -> StepReport:
         """One optimizer step over all micro-batches; `stop` on any process sets `stop_asked` on all."""
+        trains, learns = self._turn()
         batches = [batch.to(self.device) for batch in micro]
         draws = [self.task.draw(batch, self.losses) for batch in batches]
         counts = self._global_counts(draws, stop)
         scales = {name: auto.value for name, auto in self.auto.items()}
         sums: dict[str, Tensor] = {}
         for last, batch, draw in zip([*[False] * (len(batches) - 1), True], batches, draws):
-            with self.engine.accumulating(last=last):
+            with self.engine.accumulating(last=last), torch.set_grad_enabled(trains):
                 with self.engine.autocast():
                     outputs = self.task.run(self.engine.model, batch, draw)
                     if self.compares:
                         outputs = replace(outputs, sr_ema=self._by_averaged_weights(batch, draw))
                 result = apply_losses(outputs, self.losses, counts, scales)
-                self.engine.backward(result.loss, last=last)
+                if trains:
+                    self.engine.backward(result.loss, last=last)
             weighted = {f"weighted/{name}": value for name, value in result.weighted.items()}
-            learned = {name: value for learner in self.learners for name, value in learner.learn(outputs, counts[learner.name]).items()}
+            learners = self.learners if learns else []
+            learned = {name: value for learner in learners for name, value in learner.learn(outputs, counts[learner.name]).items()}
             density = batch.mask.float().mean() / len(batches)
             for name, value in {"": result.loss.detach(), ".mask": density, **weighted, **result.raw, **learned}.items():
                 sums[name] = sums.get(name, 0) + value.float()
@@ -129,18 +141,21 @@ class Session:
         loss, density = terms.pop(""), terms.pop(".mask")
         weighted = {name.removeprefix("weighted/"): terms.pop(name) for name in list(terms) if name.startswith("weighted/")}
         pace = self.learning_rate() / self.settings.optimizer.lr
-        norm, sound, overflow = self.engine.update(loss)
+        trains, learns = self._turn()
+        norm, sound, overflow = self.engine.update(loss) if trains else Update(0.0, isfinite(loss))
         if sound:
             self.schedule.step()
+        if sound and trains:
             if self.ema is not None:
                 self.ema.step(self.parameters.values())
             for name, auto in self.auto.items():
                 auto.observe(weighted[name], [value for other, value in weighted.items() if other != name])
         for learner in self.learners:
-            self._average_gradients(learner.network)
+            if learns:
+                self._average_gradients(learned_parameters(learner).values())
             learner.update(sound=sound, pace=pace)
         self._count(loss, names, sound=sound, overflow=overflow)
-        return StepReport(loss, terms, norm, density, sound)
+        return StepReport(loss, terms, norm if trains else None, density, sound)
 
     def _count(self, loss: float, names: tuple[str, ...], *, sound: bool, overflow: bool) -> None:
         progress, settings = self.progress, self.settings
@@ -170,9 +185,9 @@ class Session:
         self.stop_asked = bool(total[-1] > 0) if self.world_size > 1 else stop
         return {loss.name: total[i] / self.world_size for i, loss in enumerate(self.losses)}
 
-    def _average_gradients(self, network: nn.Module) -> None:
+    def _average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """What DDP does for the trained networks."""
-        for parameter in network.parameters() if self.world_size > 1 else ():
+        for parameter in parameters if self.world_size > 1 else ():
             if parameter.grad is None:  # nothing to learn from on this process, perhaps on another
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
@@ -223,9 +238,10 @@ class Session:
             "world_size": self.world_size,
         }
         for learner in self.learners:
-            parameters, kept = dict(learner.network.named_parameters()), learner.network.state_dict()
-            tensors[f"learner-{learner.name}"] = {name: full_tensor(value).clone() for name, value in kept.items()}
-            tensors[f"learner-{learner.name}-optimizer"], others = optimizer_state_dict(learner.optimizer, list(parameters))
+            tensors[f"learner-{learner.name}"] = {name: full_tensor(value).clone() for name, value in learned_state(learner).items()}
+            tensors[f"learner-{learner.name}-optimizer"], others = optimizer_state_dict(
+                learner.optimizer, list(learned_parameters(learner))
+            )
             state["learners"][learner.name] = {"step": learner.step, "optimizer": others}
         return Checkpoint(tensors, state)
 
@@ -244,9 +260,8 @@ class Session:
         for learner in self.learners:
             if learner.name in state["learners"]:  # not where the loss was added to the recipe afterwards
                 known, file = state["learners"][learner.name], f"learner-{learner.name}"
-                parameters = dict(learner.network.named_parameters())
-                load_trained(learner.network.state_dict(), tensors[file], what=what)
-                load_optimizer_state_dict(learner.optimizer, parameters, tensors[f"{file}-optimizer"], known["optimizer"])
+                load_trained(learned_state(learner), tensors[file], what=what)
+                load_optimizer_state_dict(learner.optimizer, learned_parameters(learner), tensors[f"{file}-optimizer"], known["optimizer"])
                 learner.step = known["step"]
         self.progress = Progress(**{**state["progress"], "skipped_in_a_row": 0})
         self.auto = {name: AutoWeight(**{**state["auto_weights"].get(name, {}), "steps": auto.steps}) for name, auto in self.auto.items()}

@@ -65,6 +65,11 @@ class TrainingSettings(Settings):
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm; null: never.")
     optimizer: OptimizerSettings = Field(OptimizerSettings(), description="The optimizer.")
     schedule: ScheduleSettings = Field(ScheduleSettings(), description="The learning-rate schedule.")
+    turns: Literal["together", "alternate"] = Field(
+        "together",
+        description="alternate: odd steps move the trained networks, even ones what learns beside them (the losses gan and vsd), as HYPIR "
+        "and StrSR do; both count as steps.",
+    )
     ema: EMASettings | None = Field(None, description="Moving average of the trained weights; null: off.")
     log_every: int = Field(10, ge=1, description="Optimizer steps between two lines in the tracker.")
     non_finite_limit: int = Field(20, ge=1, description="Stop after this many steps in a row with a loss or gradient that is not a number.")
@@ -84,6 +89,11 @@ class ValidationSettings(Settings):
         "psnr",
         description="The metric that decides which weights are the best. psnr picks the smoothest of a model that makes up detail; "
         "features (extra `features`) does not. One that cannot be measured here has no stand-in: no weights are kept as the best then.",
+    )
+    refuse: dict[str, float] = Field(
+        {},
+        description="Metric -> the largest mean (of one where higher is better: the smallest) that weights may have to become the best, "
+        "for example {grid: 4} against a raster of 8 or 16 pixels.",
     )
     pictures: int = Field(4, ge=0, description="Rows of the picture grid.")
     seed: int = Field(1234, ge=0, description="Seed of the sampler's noise; the same in every pass.")

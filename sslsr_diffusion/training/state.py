@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.losses.base import Learner
 
 
 @dataclass
@@ -56,6 +57,18 @@ class AutoWeight:
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of what is trained, in a fixed order."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def learned_parameters(learner: Learner) -> dict[str, nn.Parameter]:
+    """Name -> parameter of what a learner's optimizer moves, in its order; what else its network holds is frozen."""
+    moved = {id(parameter) for group in learner.optimizer.param_groups for parameter in group["params"]}
+    return {name: parameter for name, parameter in learner.network.named_parameters() if id(parameter) in moved}
+
+
+def learned_state(learner: Learner) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a learner's network: what learns, and the buffers."""
+    frozen = dict(learner.network.named_parameters()).keys() - learned_parameters(learner).keys()
+    return {name: value for name, value in learner.network.state_dict().items() if name not in frozen}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

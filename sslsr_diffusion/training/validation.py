@@ -35,7 +35,7 @@ class Validation:
     """The pictures of a pass and what is measured on them."""
 
     pairs: Sequence[Pair]
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
+    metrics: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]]  # of restored, hr, lr [1, 3, H, W] in [0, 1]
     settings: ValidationSettings
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
     without: set[tuple[str, str]] = field(default_factory=set)  # metric and picture: has no number, and that was said
@@ -44,6 +44,15 @@ class Validation:
         if than is None:
             return value == value
         return value > than if self.higher_is_better.get(self.settings.best, True) else value < than
+
+    def refusals(self, values: Mapping[str, float]) -> list[str]:
+        """Why weights with these means cannot become the best, by `validation.refuse`; a mean that is not there is a reason, too."""
+        found = []
+        for name, limit in self.settings.refuse.items():
+            value, higher = values.get(name, nan), self.higher_is_better.get(name, True)
+            if not (value >= limit if higher else value <= limit):
+                found.append(f"{name} is {value:.4g}, validation.refuse allows {'at least' if higher else 'at most'} {limit:g}")
+        return found
 
 
 @dataclass
@@ -113,8 +122,10 @@ def _measure(validation: Validation, task: Task, pair: Pair, position: int) -> _
     lr, hr = pair.lr[None], pair.hr[None]
     with torch.random.fork_rng(devices=[]):  # measuring must not change what training draws next
         restored = task.restore(lr, hr, derive_seed(settings.seed, position)).float().cpu().clamp(0, 1)
+    if not restored.isfinite().all():
+        logger.warning("validation: the %s of %s has values that are not numbers (pink in the grid)", task.label, pair.name)
     bicubic = resize_bicubic(lr, size=(hr.shape[-2], hr.shape[-1])).clamp(0, 1)
-    values, baseline = (_values(validation, pair.name, picture, hr) for picture in (restored, bicubic))
+    values, baseline = (_values(validation, pair.name, picture, hr, lr) for picture in (restored, bicubic))
     if position >= settings.pictures:
         return _Measured(position, values, baseline, [], [])
     first = next(iter(values), None)
@@ -123,14 +134,14 @@ def _measure(validation: Validation, task: Task, pair: Pair, position: int) -> _
     return _Measured(position, values, baseline, [bicubic[0], restored[0], hr[0]], captions)
 
 
-def _values(validation: Validation, name: str, picture: Tensor, hr: Tensor) -> dict[str, float]:
+def _values(validation: Validation, name: str, picture: Tensor, hr: Tensor, lr: Tensor) -> dict[str, float]:
     found = {}
     for metric, measure in validation.metrics.items():
         value, why = nan, "nothing in it to measure"
-        try:
-            value = float(measure(picture, hr).mean())
-        except UserError as error:
-            why = str(error)
+        try:  # what a library of metrics does with a picture is not worth the run either
+            value = float(measure(picture, hr, lr).mean()) if picture.isfinite().all() else nan
+        except Exception as error:
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         if isnan(value) and (metric, name) not in validation.without:
             validation.without.add((metric, name))
             logger.warning("validation: %s has no number for %s, which is left out of its means: %s", metric, name, why)

@@ -1,6 +1,7 @@
 """What a base's network is to a one-step upscaler: a denoiser with the noise process's signs and times, whatever the network's own are."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,10 @@ class Backbone(nn.Module):
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any], name: str) -> None:
+        """Raises Refused where a network of this class and config needs more than a call gives it; `name`: of the base."""
 
     @property
     def channels(self) -> int:
@@ -60,6 +65,12 @@ class Backbone(nn.Module):
     @abstractmethod
     def encoded(self, pipe: Any, prompt: str) -> Text:
         """The prompt by a pipeline that has text encoders."""
+
+    def prepared(self, zt: Tensor, condition: Condition) -> tuple[Tensor, Text]:
+        """The latents, and one text for each, in the network's precision."""
+        assert condition.text is not None
+        dtype = self.network.dtype
+        return zt.to(dtype), condition.text.repeated(len(zt)).each(lambda part: part.to(dtype))
 
     @abstractmethod
     def forward(self, zt: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -23,16 +23,15 @@ class Flux2(Backbone):
 
     def forward(self, zt: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Tokens are the latent's pixels row by row; their coordinates are (0, row, column, 0), a text's (0, 0, 0, its place)."""
-        assert condition.text is not None
+        zt, text = self.prepared(zt, condition)
         count, _, height, width = zt.shape
-        text = condition.text.repeated(count).sequence
         zero = torch.arange(1, device=zt.device)
-        rows, columns, places = (torch.arange(length, device=zt.device) for length in (height, width, text.shape[1]))
+        rows, columns, places = (torch.arange(length, device=zt.device) for length in (height, width, text.sequence.shape[1]))
         pred = self.network(
             hidden_states=zt.flatten(2).transpose(1, 2),  # [B, C, h, w] -> [B, h w, C]
             timestep=t / 1000,
             guidance=None,
-            encoder_hidden_states=text,
+            encoder_hidden_states=text.sequence,
             img_ids=torch.cartesian_prod(zero, rows, columns, zero).expand(count, -1, -1),
             txt_ids=torch.cartesian_prod(zero, zero, zero, places).expand(count, -1, -1),
             return_dict=False,

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.5, 2.1 and turbo: an unpacked latent of four channels, epsilon or v, timesteps as they are."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -18,13 +19,13 @@ class StableDiffusion(Backbone):
     flow = False
     tokens = 77
 
-    def __init__(self, network: Any) -> None:
-        super().__init__(network)
-        wants = network.config.addition_embed_type or network.config.class_embed_type
+    @classmethod
+    def check(cls, config: Mapping[str, Any], name: str) -> None:
+        wants = config.get("addition_embed_type") or config.get("class_embed_type") or config.get("num_class_embeds")
         if wants:
             raise Refused(
-                f"model.base: expected a Stable Diffusion 1.5, 2.1 or turbo UNet, which sees a latent and a text, got one that wants "
-                f"{wants}, too, as SDXL's does; choose another base."
+                f"model.base: {name}: expected a Stable Diffusion 1.5, 2.1 or turbo UNet, which sees a latent and a text, got one that "
+                f"wants {wants}, too, as SDXL's and the x4 upscaler's do; choose another base."
             )
 
     @property
@@ -43,6 +44,5 @@ class StableDiffusion(Backbone):
         return Text(encode_prompt(base, prompt))
 
     def forward(self, zt: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        assert condition.text is not None
-        text = condition.text.repeated(len(zt))
+        zt, text = self.prepared(zt, condition)
         return self.network(zt, t, text.sequence, return_dict=False)[0]

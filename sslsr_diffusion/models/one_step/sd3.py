@@ -27,8 +27,7 @@ class StableDiffusion3(Backbone):
         return Text(sequence, pooled)
 
     def forward(self, zt: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        assert condition.text is not None
-        text = condition.text.repeated(len(zt))
+        zt, text = self.prepared(zt, condition)
         return self.network(
             hidden_states=zt, timestep=t, encoder_hidden_states=text.sequence, pooled_projections=text.pooled, return_dict=False
         )[0]

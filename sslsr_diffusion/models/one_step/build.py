@@ -1,0 +1,182 @@
+"""Settings to a one-step upscaler's networks: a base from a folder or hub id, or drawn at random, with fresh LoRAs."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sslsr_diffusion.errors import MissingDependency, Refused, UserError
+from sslsr_diffusion.models.base import Base, find_base
+from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.condition import Text
+from sslsr_diffusion.models.loading import drawn, loaded
+from sslsr_diffusion.models.one_step.backbone import BACKBONES, Backbone, backbone_class
+from sslsr_diffusion.models.one_step.networks import OneStepNetworks
+from sslsr_diffusion.models.one_step.result import PROMPT, read_text, read_told
+from sslsr_diffusion.models.one_step.settings import OneStepSettings, load_preset
+from sslsr_diffusion.models.process import DDPM, Flow, Process
+from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identity, start_near_identity
+from sslsr_diffusion.models.tensor_names import check_tensors
+from sslsr_diffusion.shipped_model import local_folder
+from sslsr_diffusion.tables import named
+
+
+def build_networks(settings: OneStepSettings, *, meta: bool = False, seed: int = 0) -> OneStepNetworks:
+    """Codec, base network and process, all frozen but for the settings' fresh LoRAs and whole layers.
+
+    Args:
+        meta: shapes only: no weights are read and, unless `base` is a folder, no network is used.
+        seed: of what is drawn: LoRAs, and the base with init random.
+
+    UserError where the base cannot be found, is of another class, or does not go with the rest of the settings.
+    """
+    if settings.lora is None and settings.encoder_lora is None and not settings.full:
+        raise UserError("model.lora: expected lora, encoder_lora or full, got none of them, so nothing would train; give one.")
+    networks = _frozen(settings, meta=meta, seed=seed)
+    networks.add_trained(seed)
+    return networks
+
+
+def read_networks(folder: Path, *, meta: bool = False) -> OneStepNetworks:
+    """The networks of a result, frozen; its base is looked for where the run had it, or in the folder itself where it is merged.
+    UserError where a file is missing, damaged, or of another base.
+    """
+    told = read_told(folder)
+    settings = told.settings.model_copy(update={"base": str(folder)}) if (folder / "vae").is_dir() else told.settings
+    networks = _frozen(settings, None if meta else read_text(folder / PROMPT), meta=meta, seed=told.seed)
+    networks.call = told.call
+    if meta:
+        networks.add_trained(told.seed)
+    else:
+        networks.load(folder)
+    return networks.requires_grad_(False).eval()
+
+
+def _frozen(settings: OneStepSettings, text: Text | None = None, *, meta: bool, seed: int) -> OneStepNetworks:
+    """The base as it is; `text`: the encoded prompt, where it is known already, and no text encoder is read."""
+    if settings.init == "random" or (meta and not local_folder(settings.base).is_dir()):
+        networks = _from_preset(settings, text, meta=meta, seed=seed)
+    else:
+        networks = _from_base(settings, find_base(settings.base, settings.revision), text, meta=meta)
+    networks.check_fit()
+    return networks.requires_grad_(False).eval()
+
+
+def _from_preset(settings: OneStepSettings, text: Text | None, *, meta: bool, seed: int) -> OneStepNetworks:
+    preset = load_preset(settings.preset)
+    backbone = _known(preset.get("unet") or preset["transformer"], settings.preset)
+    if settings.prompt and not meta:
+        raise UserError("model.prompt: a model with init: random has no text encoder; leave the prompt empty, or train from a base.")
+    vae = drawn(_class(backbone.autoencoder_class), preset["vae"], meta, seed)
+    if not meta and vae.quant_conv is not None and can_start_near_identity(vae):
+        start_near_identity(vae)  # its latents show the picture, though nobody trained it
+    denoiser = backbone(drawn(_class(backbone.network_class), preset[backbone.part], meta, seed))
+    if meta and settings.weights != "float32":
+        denoiser.to(torch.bfloat16)
+    text = text or denoiser.no_text(backbone.tokens if meta and settings.init == "pretrained" else 1)
+    base = settings.base if settings.init == "pretrained" else f"random:{settings.preset}"
+    return OneStepNetworks(Codec(vae), denoiser, _process(preset["scheduler"], denoiser, base), text, settings, base=base, seed=seed)
+
+
+def _from_base(settings: OneStepSettings, base: Base, text: Text | None, *, meta: bool) -> OneStepNetworks:
+    backbone = backbone_of(base)
+    vae = loaded(_class(backbone.autoencoder_class), base, "vae", meta)
+    denoiser = backbone(loaded(_class(backbone.network_class), base, backbone.part, meta, **_held(settings.weights)))
+    process = _process(base.config("scheduler"), denoiser, base.name)
+    if text is None:
+        text = denoiser.no_text(backbone.tokens) if meta else _encoded(denoiser, base, settings.prompt)
+    return OneStepNetworks(Codec(vae), denoiser, process, text, settings, base=base.name, source=base)
+
+
+def _held(weights: str) -> dict[str, Any]:
+    """What from_pretrained is told of the network's precision; MissingDependency where bitsandbytes is wanted and is not there."""
+    if weights in ("float32", "bfloat16"):
+        return {"torch_dtype": getattr(torch, weights)}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependency(f"model.weights: {weights} needs bitsandbytes: pip install 'sslsr-diffusion[adam8bit]'")
+    bits = {"load_in_8bit": True} if weights == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    compute = {} if weights == "int8" else {"bnb_4bit_compute_dtype": torch.bfloat16}
+    return {"torch_dtype": torch.bfloat16, "quantization_config": _class("BitsAndBytesConfig")(**bits, **compute)}
+
+
+def backbone_of(base: Base) -> type[Backbone]:
+    """How the network in a pipeline folder is called; Refused where its class, or its autoencoder's, is not known here."""
+    part = "unet" if base.has("unet") else "transformer"
+    backbone = _known(base.config(part), base.name)
+    vae = base.config("vae").get("_class_name")
+    if vae != backbone.autoencoder_class:
+        raise Refused(f"model.base: {base.name}: expected {backbone.autoencoder_class} in vae/, got {vae}; choose another base.")
+    return backbone
+
+
+def _known(config: dict[str, Any], name: str) -> type[Backbone]:
+    kind = str(config.get("_class_name"))
+    if kind not in BACKBONES:
+        raise Refused(f"model.base: {name}: expected one of {', '.join(BACKBONES)}, got {kind}; choose another base.")
+    backbone = backbone_class(kind)
+    backbone.check(config, name)
+    return backbone
+
+
+def _class(name: str) -> Any:
+    return named(f"diffusers:{name}")
+
+
+def _process(config: dict[str, Any], denoiser: Backbone, name: str) -> Process:
+    """The base's noise process; Refused where it is not of the kind that its network is made for."""
+    try:
+        process = Process.of(config)
+    except UserError as error:
+        raise Refused(f"model.base: {name}: {error}") from None
+    if not isinstance(process, Flow if denoiser.flow else DDPM):
+        wanted = "a flow's scheduler, such as FlowMatchEulerDiscreteScheduler" if denoiser.flow else "a scheduler of the DDPM family"
+        raise Refused(
+            f"model.base: {name}: expected {wanted}, for a {denoiser.network_class}, got {config.get('_class_name')}; "
+            "take the scheduler of the original base."
+        )
+    return process
+
+
+def _encoded(denoiser: Backbone, base: Base, prompt: str) -> Text:
+    """The prompt's text; zeros for a base that never had a text encoder, as those that this package trains."""
+    if base.has("text_encoder"):
+        try:
+            return denoiser.encode(base, prompt)
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200].rstrip(".")
+            raise UserError(f"model.base: the text encoder of {base.name} cannot be loaded ({reason}).") from error
+    if _lists_text_encoder(base):
+        raise UserError(f"model.base: {base.name} lacks its text_encoder/, which model.prompt is encoded with; fetch the whole model.")
+    if prompt:
+        raise UserError(f"model.prompt: {base.name} has no text encoder; leave the prompt empty.")
+    return denoiser.no_text()
+
+
+def _lists_text_encoder(base: Base) -> bool:
+    try:
+        index = json.loads((base.folder / "model_index.json").read_text(encoding="utf-8"))
+        return any(index.get("text_encoder") or ())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
+def check_base_folder(settings: OneStepSettings) -> str:
+    """What a run would find in the base's folder, from configs and headers alone.
+
+    UserError where a component is missing, its weights are not there or not whole, or it is not one for this family.
+    """
+    base = Base(settings.base, local_folder(settings.base))
+    networks = build_networks(settings, meta=True)
+    backbone = backbone_of(base)
+    for part, cls in ((backbone.part, backbone.network_class), ("vae", backbone.autoencoder_class)):
+        check_tensors(base.folder / part, loaded(_class(cls), base, part, meta=True), base.part(part))
+    found = [part for part in (backbone.part, "vae", "scheduler", "text_encoder") if base.has(part)]
+    if "text_encoder" in found:
+        check_tensors(base.folder / "text_encoder", None, base.part("text_encoder"))
+    elif _lists_text_encoder(base):
+        raise UserError(f"model.base: {base.name} lacks its text_encoder/; fetch the whole model.")
+    return f"{networks.base}: found {', '.join(found)}"

@@ -1,0 +1,78 @@
+"""Task `one_step`: one call of a base with a LoRA, from the low-resolution latents to a picture that the losses see."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sslsr_diffusion.inference.open import restorer_of
+from sslsr_diffusion.inference.restorer import Restorer
+from sslsr_diffusion.losses import Look
+from sslsr_diffusion.models.one_step.networks import OneStepNetworks
+from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings, WindowSettings
+from sslsr_diffusion.tasks.pixels import all_samples, choose_pixels, decoded, seen
+from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise, reads_of
+from sslsr_diffusion.types import Batch, Outputs
+
+
+class OneStepTaskSettings(WindowSettings):
+    """A base learns to enlarge in one call; which call that is, the model section says."""
+
+    kind: Literal["one_step"] = "one_step"
+    inference: CallSettings = Field(CallSettings(), description="How the upscaler is called in validation and by default.")
+
+
+class OneStepTask(TaskBase):
+    """z_lr = encode(bicubic(lr));  z = z_lr, or noised;  x0 = rule(denoiser(z, t));  sr = decode(x0)"""
+
+    networks: OneStepNetworks
+    settings: ClassVar[type[TaskSettings]] = OneStepTaskSettings
+    gives: ClassVar[frozenset[str]] = frozenset({"sr", "sr_ema", "z0", "z0_hr", "prior"})
+
+    def __init__(self, networks: OneStepNetworks, *, seed: int, decode_crop: int | None = None, restorer: Restorer | None = None) -> None:
+        self.networks, self.restorer = networks, restorer
+        self.module: nn.Module = Generator(networks)
+        self.seed, self.decode_crop = seed, decode_crop
+
+    @classmethod
+    def build(cls, settings: OneStepTaskSettings, frame: Frame) -> Self:
+        networks = frame.build()
+        assert isinstance(networks, OneStepNetworks)
+        restorer = restorer_of(networks, frame.family, scale=frame.scale, **settings.inference.named)
+        return cls(networks, seed=frame.seed, decode_crop=settings.decode_crop, restorer=restorer)
+
+    def draw(self, batch: Batch, losses: Sequence[Look]) -> Draws:
+        codec, device = self.networks.codec, batch.hr.device
+        shape = codec.noise_shape(batch.hr)[1:]
+        reads = reads_of(losses)
+        purposes = ["posterior_lr", *(["noise"] if self.networks.starts_noised else []), *(["posterior_hr"] if "z0_hr" in reads else [])]
+        noise = {purpose: per_sample_noise(self.seed, batch.index.tolist(), purpose, shape).to(device) for purpose in purposes}
+        given, windows = choose_pixels(all_samples(batch), batch, losses, scale=codec.scale, decode_crop=self.decode_crop, seed=self.seed)
+        return Draws(given, noise, windows, reads)
+
+    def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
+        x0 = module(seen(batch), draws.noise["posterior_lr"], draws.noise.get("noise"))
+        z0_hr = self.networks.truth(batch.hr, draws.noise["posterior_hr"]) if "z0_hr" in draws.reads else None
+        return Outputs(**vars(draws.given), sr=decoded(self.networks.codec, x0, draws.given, draws.windows), z0=x0, z0_hr=z0_hr)
+
+
+class Generator(nn.Module):
+    """Encoder and denoiser in one forward, as DDP and sharding want it; the decoder, frozen, stays outside."""
+
+    def __init__(self, networks: OneStepNetworks) -> None:
+        super().__init__()
+        self.denoiser = networks.denoiser
+        if networks.settings.encoder_lora is not None:
+            self.encoder = networks.codec.vae.encoder
+        self._networks = (networks,)  # no part of it: the decoder would be wrapped, too
+
+    def forward(self, picture: Tensor, posterior: Tensor, noise: Tensor | None) -> Tensor:
+        """[B, 3, H, W] in [0, 1] and standard normal noises [B, C, h, w] -> clean latents [B, C, h, w] float32."""
+        (networks,) = self._networks
+        condition = networks.see(picture, posterior)
+        assert condition.z_lr is not None
+        start = networks.start(condition.z_lr, noise)
+        t = torch.full((len(start),), networks.timestep, device=start.device)
+        return networks.clean(self.denoiser(start, t, condition).float(), start, condition.z_lr)

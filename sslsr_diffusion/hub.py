@@ -299,7 +299,7 @@ def _retry_after(error: Exception) -> float | None:
     if getattr(response, "status_code", None) not in (429, 503):
         return None
     try:
-        return min(max(float(response.headers["Retry-After"]), 1.0), _LONGEST_WAIT_S)
+        return min(max(1.0, float(response.headers["Retry-After"])), _LONGEST_WAIT_S)  # in this order nan is 1
     except (KeyError, ValueError):
         return None
 

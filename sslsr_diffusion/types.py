@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Aligned training samples. Everything random about sample i was drawn from (seed, index[i]) alone."""
+    """Aligned training samples. What training draws for sample i follows from (seed, index[i]) alone."""
 
     hr: "Tensor"  # [B, 3, H, W] float32 in [0, 1]
     lr: "Tensor"  # [B, 3, H/scale, W/scale] float32 in [0, 1]

@@ -38,6 +38,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     width = plain.denoiser.unet.config.cross_attention_dim
     config = CLIPTextConfig(hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=49408)
     CLIPTextModel(config).save_pretrained(folder / "base/text_encoder")
+    (folder / "base/tokenizer").mkdir()
+    (folder / "base/tokenizer/vocab.json").write_text("{}")  # never read here
     return {"upscaler": save_upscaler(folder / "upscaler"), "base": folder / "base"}
 
 
@@ -67,6 +69,11 @@ def a_pointer(part: Path) -> None:
 def cut_off(part: Path) -> None:
     (file,) = part.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def emptied(part: Path) -> None:
+    for file in part.iterdir():
+        file.unlink()
 
 
 def a_missing_shard(part: Path) -> None:
@@ -101,6 +108,7 @@ CASES = {
     ),
     "cut off": ("base", "unet", cut_off, rf"{re.escape(WEIGHTS)} is not a whole safetensors file: .*; fetch the model again\."),
     "a shard": ("base", "vae", a_missing_shard, r"model-1-of-2\.safetensors is not a whole safetensors file: .*; fetch the model again\."),
+    "the words": ("base", "tokenizer", emptied, r"expected vocab\.json or tokenizer\.json, got no files; fetch the model again\."),
     "the text": ("base", "text_encoder", cut_off, r"model\.safetensors is not a whole safetensors file: "),
 }
 SCHEDULERS = {

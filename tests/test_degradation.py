@@ -278,7 +278,13 @@ def test_own_steps_and_another_final_size():
 def test_the_sharpened_target():
     hr = _picture(64)
     assert torch.equal(Degradation(DegradationSettings(), 4).target(hr), hr)
-    assert not torch.equal(Degradation(DegradationSettings(preset="real_esrgan"), 4).target(hr), hr)
+    sharpened = Degradation(DegradationSettings(preset="real_esrgan"), 4).target
+    assert not torch.equal(sharpened(hr), hr)
+    # a step of 2 n grey levels differs from its blur by n: sharpened from 10 on, as published
+    for levels, changed in ((19.0, False), (22.0, True)):
+        step = torch.full((1, 3, 64, 64), 0.5)
+        step[..., 32:] += levels / 255
+        assert torch.equal(sharpened(step), step) != changed
 
 
 @pytest.mark.parametrize(

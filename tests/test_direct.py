@@ -109,6 +109,16 @@ def test_a_memory_budget_chooses_the_tiles_and_says_the_least_that_would_do(rest
     assert sides(restorer, big, memory_budget=caught.value.least, tile=64) == {(1, 3, 32, 32)}
 
 
+def test_a_picture_whose_own_copies_do_not_fit_gets_no_smaller_tiles_for_that(monkeypatch):
+    restorer, big = DirectRestorer(ToyPixels()), photo(300, 200)
+    own = restorer._bytes(300, steady=False)
+    monkeypatch.setattr("sslsr_diffusion.inference.direct.free_bytes", lambda device: own + 1)
+    assert own + 1 > 4 * 3 * 5 * 300 * 200 * 4  # so the copies count, and leave too little for the whole
+    assert sides(restorer, big) != {(1, 3, 300, 200)}
+    monkeypatch.setattr("sslsr_diffusion.inference.direct._PICTURES", 10**6)
+    assert sides(restorer, big) == {(1, 3, 300, 200)}
+
+
 @pytest.mark.parametrize("error", [GPU, HOST], ids=["gpu", "cpu"])
 @pytest.mark.parametrize("tile", ["auto", None, 256])
 def test_where_memory_runs_out_smaller_tiles_take_over_and_are_kept(error, tile, caplog):

@@ -192,7 +192,7 @@ def recipes_in(folder: str) -> list[str]:
 
 MASKS = set(get_args(MaskSettings.model_fields["kind"].annotation))
 IN_USE = {task for family in FAMILIES.values() for task in family.tasks}  # tasks that a shipped family can have
-INFER_OPTIONS = {option.opts[0] for option in COMMAND.commands["infer"].params}
+INFER_OPTIONS = {option.opts[0] for option in COMMAND.commands["infer"].params if option.opts[0].startswith("-")}
 # RESTORERS are not here: which one a family has is no choice of the user's
 WHERE: dict[str, tuple[Iterable[str], set[str]]] = {
     "losses": (LOSSES, code_words("training.md")),

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from evaluation_samples import folders, picture, write
+from PIL import Image
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.evaluation.dataset import find_dataset, scale_of
+from sslsr_diffusion.evaluation.dataset import common_scale, find_dataset
 from sslsr_diffusion.evaluation.scoring import load_rgb
 
 
@@ -16,7 +18,7 @@ def test_a_folder_with_both_sides_or_two_folders(tmp_path):
     for text in (str(tmp_path), f"{where['lr']},{where['hr']}"):
         found = find_dataset(text, scale=4, made=made)
         assert (found.lr, found.hr) == (where["lr"], where["hr"])
-        assert scale_of(found) == 4
+        assert found.scale == 4
     assert not made.exists()
 
 
@@ -25,7 +27,7 @@ def test_photographs_are_cut_and_shrunk(tmp_path):
     found = find_dataset(str(tmp_path / "photos"), scale=4, made=tmp_path / "made")
     assert load_rgb(found.hr / "sub" / "a.png").shape[-2:] == (40, 48)
     assert load_rgb(found.lr / "sub" / "a.png").shape[-2:] == (10, 12)
-    assert scale_of(found) == 4
+    assert found.scale == 4
 
 
 def test_bad_photographs_are_left_out_by_name(tmp_path):
@@ -50,8 +52,8 @@ def test_what_is_not_there_is_said(tmp_path):
         find_dataset(str(tmp_path / "empty"), scale=4, made=tmp_path)
     write(tmp_path / "a" / "x.png", picture(0))
     write(tmp_path / "b" / "y.png", picture(0))
-    with pytest.raises(UserError, match="one of the same stem"):
-        scale_of(find_dataset(f"{tmp_path / 'a'},{tmp_path / 'b'}", scale=4, made=tmp_path))
+    with pytest.raises(UserError, match="is named like one of"):
+        find_dataset(f"{tmp_path / 'a'},{tmp_path / 'b'}", scale=4, made=tmp_path)
 
 
 def test_other_photographs_leave_nothing_of_the_first_ones(tmp_path):
@@ -65,3 +67,33 @@ def test_other_photographs_leave_nothing_of_the_first_ones(tmp_path):
     with pytest.raises(UserError, match="is where this command stores what it makes"):
         find_dataset(str(made / "hr"), scale=4, made=made)
     assert (made / "hr" / "two0.png").is_file()
+
+
+def test_a_ground_truth_that_is_no_multiple_is_cut_to_what_its_input_shows(tmp_path):
+    for name, side in (("a", (43, 49)), ("b", (40, 48))):
+        truth = picture(0, *side)
+        write(tmp_path / "hr" / f"{name}.png", truth)
+        write(tmp_path / "lr" / f"{name}x4.png", truth[:40:4, :48:4])
+    found = find_dataset(str(tmp_path), scale=2, made=tmp_path / "made")
+    assert found.scale == 4  # and not 49 / 12
+    assert np.array_equal(np.asarray(Image.open(found.hr / "a.png")), picture(0, 43, 49)[:40, :48])
+    assert (found.hr / "b.png").read_bytes() == (tmp_path / "hr" / "b.png").read_bytes()
+    assert "1 of 2 ground truths: cut to 4 times the input" in found.left_out[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        ([((120, 80), (481, 321))], 4),
+        ([((120, 80), (300, 200)), ((10, 12), (25, 30))], 2.5),
+        ([((64, 64), (64, 64))], 1),
+        ([((1, 40), (5, 163)), ((30, 30), (121, 122))], 4),  # one pair alone would allow 3 to 5
+    ],
+)
+def test_one_scale_holds_for_every_pair(sizes, wanted):
+    assert common_scale({str(i): pair for i, pair in enumerate(sizes)}) == wanted
+
+
+def test_pairs_of_two_scales_are_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"a is 120 x 80 and 480 x 320, c is 60 x 60 and 120 x 120; `sslsr prepare pairs`"):
+        common_scale({"a": ((120, 80), (480, 320)), "b": ((9, 9), (36, 36)), "c": ((60, 60), (120, 120))})

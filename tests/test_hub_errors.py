@@ -57,6 +57,10 @@ CASES = {  # the hub's answer, what is asked for, reason, sentence
     "bad data set": (None, {"name": "a--b", "kind": "dataset"}, "invalid", "nor a valid hub id"),
     "broken": ((500, {}), {}, "unreachable", r"cannot be reached \(.*500.*\); connect once so that it is cached \(unset HF_HUB_OFFLINE"),
     "busy": ((429, {"Retry_After": "7"}), {}, "unreachable", "429 Too Many Requests"),
+    "busy for a day": ((429, {"Retry_After": "86400"}), {}, "unreachable", "429 Too Many Requests"),
+    "busy for no time": ((429, {"Retry_After": "-5"}), {}, "unreachable", "429 Too Many Requests"),
+    "busy for nan": ((429, {"Retry_After": "nan"}), {}, "unreachable", "429 Too Many Requests"),
+    "busy until a date": ((429, {"Retry_After": "Wed, 21 Oct 2026 07:28:00 GMT"}), {}, "unreachable", "429 Too Many Requests"),
     "cut": (("cut", {}), {}, "unreachable", r"cannot be reached \(\w+: "),
     "dropped": (("drop", {}), {}, "unreachable", r"cannot be reached \(\w+: "),
     "log-in page": (("page", {}), {}, "unreachable", r"cannot be reached \(JSONDecodeError: "),
@@ -83,7 +87,8 @@ def test_every_answer_has_its_sentence(hub, monkeypatch, ask, answer, asked, rea
         fetch(patterns=["*.json"], **asked) if ask == "fetch" else look_up(**asked)
     error = caught.value
     assert (error.reason, f"model.base: {error.said}") == (reason, str(error))
-    assert error.retry_after == (7 if "Retry_After" in str(answer) else None)
+    wish = answer[1].get("Retry_After") if isinstance(answer, tuple) else None
+    assert error.retry_after == {"7": 7, "86400": 600, "-5": 1, "nan": 1}.get(wish)  # a second to ten minutes
     assert TOKEN not in str(error)
     assert "\n" not in str(error)
     assert str(error).endswith(".")

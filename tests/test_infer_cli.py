@@ -123,6 +123,11 @@ def test_name_collisions_and_losses_are_listed(desk):
         (["--input", "in", "--memory-budget", "much"], "^--memory-budget much: expected a size such as 8GB"),
         (["--input", "in", "--output", "in"], "folder of the input pictures"),
         (["--input", "in", "--output", "in/a.png"], "cannot be written"),
+        (["--input", "in", "--output", "new.png"], r"^--output new\.png: expected a folder, got a name that files have"),
+        ([], "^expected --input with a picture, a folder or a pattern"),
+        (["in", "--size", "4k"], "^--size 4k: expected width and height in pixels such as 3840x2160"),
+        (["in", "--size", "0x10"], "^--size 0x10: expected"),
+        (["in", "--scale", "2", "--longest-side", "9"], "^--scale and --longest-side say the same in two ways"),
     ],
 )
 def test_mistakes_of_the_user_are_one_sentence(desk, arguments, sentence):
@@ -130,6 +135,25 @@ def test_mistakes_of_the_user_are_one_sentence(desk, arguments, sentence):
     assert isinstance(result.exception, UserError)
     assert "\n" not in str(result.exception)
     assert re.search(sentence, str(result.exception)), str(result.exception)
+
+
+def test_several_inputs_and_what_the_shell_makes_of_a_pattern(desk):
+    for number in range(3):
+        write_image(desk / f"p{number}.png", Image(np.zeros((8, 8, 3), np.uint8)))
+    assert "3 done" in run("--input", "p0.png", "p1.png", "p2.png", "--output", "one").output
+    assert "3 done" in run("--input", "p0.png", "--input", "in", "--output", "two").output
+    assert "2 done" in run("in", "--output", "three").output
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"), [(["--longest-side", 50], (50, 40)), (["--size", "60x50"], (50, 40)), (["--size", "30x70"], (38, 30))]
+)
+def test_a_target_size_in_the_place_of_a_scale(desk, target, wanted):
+    """Pictures are 20 x 16 pixels (H, W); the aspect stays."""
+    assert "2 done" in run("in", *target).output
+    assert read_image(desk / "results" / "a.png").size == wanted
+    assert "2 skipped" in run("in", *target).output
+    assert "2 done" in run("in", "--longest-side", 20).output
 
 
 def test_without_a_finished_run_the_shipped_model_is_taken_and_said(desk):

@@ -21,6 +21,7 @@ from sslsr_diffusion.images import Image, read_image, write_image
 from sslsr_diffusion.models import FAMILIES, AutoencoderKLCFW
 from sslsr_diffusion.models.stablesr.build import build_networks
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
+from sslsr_diffusion.models.tensor_names import variant_of
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +197,24 @@ def test_the_scale_in_the_index_is_the_pipelines_own(models):
     picture = np.zeros((5, 7, 3), dtype=np.uint8)
     assert pipe(picture).images[0].size == (14, 10)
     assert pipe(picture, scale=3).images[0].size == (21, 15)
+
+
+def test_a_folder_of_half_precision_variants_is_opened(desk):
+    """What diffusers writes with variant="fp16"; one plain component among them is no hindrance."""
+    pipe = StableSRPipeline.from_pretrained("plain")
+    pipe.save_pretrained("half", variant="fp16")
+    assert variant_of(Path("half")) == "fp16"
+    assert "2 done" in run("--input", "in", "--model", "half", "--device", "cpu").output
+    (desk / "half/vae/diffusion_pytorch_model.fp16.safetensors").rename(desk / "half/vae/diffusion_pytorch_model.safetensors")
+    assert "2 done" in run("--input", "in", "--model", "half", "--device", "cpu", "--output", "mixed").output
+    pictures = [read_image(Path(folder, "0.png")).rgb for folder in ("results", "mixed")]
+    assert np.array_equal(*pictures)
+    assert variant_of(Path("plain")) is None
+
+
+def test_float16_on_a_cpu_gets_a_hint(desk, caplog):
+    assert "2 done" in run("--input", "in", "--model", "direct.toy", "--device", "cpu", "--dtype", "float16").output
+    assert "float16 is slow on a CPU" in caplog.text
+    caplog.clear()
+    assert "2 done" in run("--input", "in", "--model", "direct.toy", "--device", "cpu", "--dtype", "bfloat16", "--overwrite").output
+    assert "slow" not in caplog.text

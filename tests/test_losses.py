@@ -50,6 +50,9 @@ def test_pixel_gate_by_timestep_and_by_snr():
     assert PixelL1Loss(PixelL1Settings(weight=1, max_timestep=500))(everything)[0] == 0.5
     assert PixelL1Loss(PixelL1Settings(weight=1, min_snr=1.0))(everything)[0] == 0.5
     assert PixelL1Loss(PixelL1Settings(weight=1, max_timestep=5))(everything)[0] == 0
+    given = Given(t=torch.tensor([499, 500, 501]), noise_level=torch.tensor([0.5, 1.0, 2.0]))
+    assert PixelL1Settings(max_timestep=500).passes(given).tolist() == [True, True, False]  # up to and with the bound
+    assert PixelL1Settings(min_snr=1.0).passes(given).tolist() == [True, True, False]
 
 
 def test_latent_kl_is_zero_for_a_unit_gaussian():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from evaluation_samples import folders, picture, write
@@ -7,6 +9,7 @@ from PIL import Image
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.pairing import pair_files
+from sslsr_diffusion.partners import partners
 
 
 def test_pairs_by_stem_whatever_the_extension_and_subfolder(tmp_path):
@@ -21,12 +24,40 @@ def test_pairs_by_stem_whatever_the_extension_and_subfolder(tmp_path):
 
 def test_suffix_is_taken_off_the_restored_stem(tmp_path):
     write(tmp_path / "hr" / "a.png", picture(0))
-    write(tmp_path / "ours" / "a_x4.png", picture(0))
+    write(tmp_path / "ours" / "a_out.png", picture(0))
     write(tmp_path / "ours" / "grid.png", picture(0))  # not named like a result: passed over
-    pairing = pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr", suffix="_x4")
+    pairing = pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr", suffix="_out")
     assert [scene.name for scene in pairing.scenes] == ["a"]
-    with pytest.raises(UserError, match=r"no image is in every folder: ours has a_x4, grid; the reference has a\. .*--suffix"):
+    with pytest.raises(UserError, match=r"no image is in every folder: ours has a_out, grid; the reference has a\. .*--suffix"):
         pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr")
+
+
+@pytest.mark.parametrize(
+    ("truth", "low"),
+    [
+        ("0001", "0001x4"),
+        ("0001", "0001x4m"),
+        ("below/Canon_001_HR", "below/Canon_001_LR4"),
+        ("97_x1", "97_x4"),
+        ("img_001_SRF_4_HR", "img_001_SRF_4_LR"),
+        ("baby_HR_x4", "baby_LRBI_x4"),
+        ("baby_gt", "baby"),
+    ],
+)
+def test_names_of_the_usual_sets_belong_together(tmp_path, truth, low):
+    assert partners([truth, "other"], [low, "another"]) == {truth: low}
+    write(tmp_path / "hr" / f"{truth}.png", picture(0))
+    write(tmp_path / "hr" / "other.png", picture(0))
+    write(tmp_path / "ours" / f"{low}.png", picture(0))
+    write(tmp_path / "lr" / f"{low}.png", picture(0, 10, 12))
+    scene = pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr", tmp_path / "lr").scenes[0]
+    assert (scene.name, scene.restored["ours"][0].stem, scene.lr.stem) == (truth, Path(low).name, Path(low).name)
+
+
+def test_a_name_that_several_could_belong_to_has_no_partner():
+    assert partners(["a", "b"], ["a", "ax4", "b_lr", "bx4"]) == {"a": "a"}  # of the same name comes first
+    assert partners(["fox1", "fox2"], ["fox1", "fox2"]) == {"fox1": "fox1", "fox2": "fox2"}
+    assert partners(["photo1024x768"], ["photo1024"]) == {}
 
 
 def test_missing_files_are_listed_and_only_common_images_kept(tmp_path):
@@ -47,10 +78,11 @@ def test_every_seed_of_a_column_must_have_the_image(tmp_path):
     assert pairing.scenes[0].lr == where["lr"] / "scene1.png"
 
 
-def test_sizes_that_differ_are_an_error_that_names_both(tmp_path):
+@pytest.mark.parametrize(("height", "width"), [(40, 47), (39, 48)])
+def test_sizes_that_differ_are_an_error_that_names_both(tmp_path, height, width):
     write(tmp_path / "hr" / "a.png", picture(0, 40, 48))
-    write(tmp_path / "ours" / "a.png", picture(0, 40, 47))
-    with pytest.raises(UserError, match=r"ours.a\.png is 47 x 40, .*hr.a\.png is 48 x 40"):
+    write(tmp_path / "ours" / "a.png", picture(0, height, width))
+    with pytest.raises(UserError, match=rf"ours.a\.png is {width} x {height}, .*hr.a\.png is 48 x 40"):
         pair_files({"ours": [tmp_path / "ours"]}, tmp_path / "hr")
 
 

@@ -20,6 +20,7 @@ from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.antiring import antiring
 from sslsr_diffusion.inference.options import LatentOptions
+from sslsr_diffusion.inference.pipeline import StableSRRestorer
 from sslsr_diffusion.models import AutoencoderKLCFW
 from sslsr_diffusion.models.stablesr.build import build_networks
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
@@ -254,6 +255,27 @@ def test_the_default_number_of_steps_travels_with_the_folder(tmp_path) -> None:
     seen = []
     pipe(photo(), generator=seeded(), callback_on_step_end=lambda pipe, index, t, latents: seen.append(t) or {})
     assert len(seen) == 3
+
+
+def test_the_prompt_of_the_training_travels_with_the_model(tmp_path) -> None:
+    asked = run(make_pipeline(**text_parts()), photo(), prompt="a cat")
+    assert torch.equal(run(make_pipeline(**text_parts(), default_prompt="a cat"), photo()), asked)
+    assert not torch.equal(run(make_pipeline(**text_parts(), default_prompt="a cat"), photo(), prompt=""), asked)
+    networks = build_networks(StableSRSettings(init="random", preset="tiny"))
+    networks.prompt = "a cat"
+    StableSRRestorer(networks, scale=2).save(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert (index["default_prompt"], index["default_scale"]) == ("a cat", 2)
+
+
+def test_components_make_the_same_upscaler() -> None:
+    """diffusers' own way to a second pipeline; the defaults of a call are part of the model."""
+    own = {"default_num_inference_steps": 3, "default_scale": 2, "default_detail": 0.5, "default_antiring": 0.25, "default_prompt": "a cat"}
+    first = StableSRPipeline(**components(), **own)
+    again = StableSRPipeline(**first.components)
+    assert {name: again.config[name] for name in own} == own
+    assert again.unet is first.unet
+    assert first.restorer is first.restorer
 
 
 def test_callback_may_replace_the_latents():

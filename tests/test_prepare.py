@@ -256,3 +256,41 @@ def test_a_place_that_cannot_be_written_is_told(photos):
     result = RUN.invoke(app, ["prepare", "fit", "--lr-folder", str(photos), "--output", str(photos)])
     assert isinstance(result.exception, UserError)
     assert "cannot be written (Is a directory)" in str(result.exception)
+
+
+def test_pairs_are_made_to_fit(tmp_path):
+    """A rest is cut, an enlarged partner is shrunk, what is not the same picture is named."""
+    whole = picture((83, 97), 1)
+    small = Image.fromarray(whole[:80, :96]).resize((24, 20), Image.Resampling.BOX)
+    for name, high, low in (
+        ("0001", whole, whole[:80:4, :96:4]),
+        ("realsr_HR", whole[:80, :96], np.asarray(small.resize((96, 80), Image.Resampling.BICUBIC))),
+        ("more", whole[:80], whole[::4, ::4]),
+        ("half", whole, whole[::2, ::2]),
+        ("alone", whole, None),
+    ):
+        for side, pixels in (("hr", high), ("lr", low)):
+            if pixels is not None:
+                (tmp_path / "in" / side).mkdir(parents=True, exist_ok=True)
+                label = {"0001": "0001x4", "realsr_HR": "realsr_LR4"}.get(name, name) if side == "lr" else name
+                Image.fromarray(pixels).save(tmp_path / "in" / side / f"{label}.png")
+    output = run("pairs", tmp_path / "in", "--output", tmp_path / "out", "--processes", 1, code=1)
+    assert "half.png: the sizes of the pair do not fit --scale 4: 97x83 and 49x42 pixels" in output
+    assert "alone.png: no partner of that name" in output
+    assert "3 of 5 pictures done, 6 new files" in output
+    made = {path.relative_to(tmp_path / "out").as_posix(): np.asarray(Image.open(path)) for path in (tmp_path / "out").rglob("*.png")}
+    assert np.array_equal(made["hr/0001.png"], whole[:80, :96])
+    assert np.array_equal(made["lr/0001.png"], whole[:80:4, :96:4])
+    assert made["lr/more.png"].shape == (20, 24, 3)
+    assert made["hr/realsr_HR.png"].shape == (80, 96, 3)
+    shrunk = made["lr/realsr_HR.png"].astype(float)
+    assert shrunk.shape == (20, 24, 3)
+    assert np.abs(shrunk - np.asarray(small)).mean() < 4  # of 255: two bicubic filters are not quite each other's inverse
+    assert "3 usable" in run("check", tmp_path / "out", "--kind", "pairs", "--crop-size", 64, "--processes", 1)
+
+
+def test_an_emptied_result_is_made_again(photos, tmp_path):
+    words = ("crops", photos / "below", "--output", tmp_path / "out", "--size", 64, "--processes", 1)
+    run(*words)
+    (tmp_path / "out" / "b_s001.png").write_bytes(b"")
+    assert "1 new files" in run(*words)

@@ -61,11 +61,23 @@ def test_half_precision_latents_do_not_lose_the_noise_levels() -> None:
     assert torch.equal(got.float(), want)
 
 
+SD21 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
 def test_base_schedulers_become_the_samplers_one() -> None:
-    base = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", steps_offset=1)
+    base = DDIMScheduler(**SD21, prediction_type="v_prediction", steps_offset=1)
     made = Process.of(base.config, "DDIMScheduler").scheduler()
     assert (made.config.prediction_type, made.config.clip_sample, made.config.variance_type) == ("v_prediction", False, "fixed_small")
     assert torch.equal(made.alphas_cumprod, base.alphas_cumprod)
+
+
+def test_a_schedule_that_ends_in_pure_noise_is_kept() -> None:
+    """rescale_betas_zero_snr (Lin et al., WACV 2024): the last timestep shows nothing of the picture."""
+    base = DDIMScheduler(**SD21, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    made = Process.of(base.config, "DDIMScheduler")
+    assert isinstance(made, DDPM)
+    assert made.alphas_cumprod[-1] < 1e-6 < Process.of(SD21, "DDIMScheduler").alphas_cumprod[-1]
+    assert torch.equal(made.scheduler().alphas_cumprod, base.alphas_cumprod)
 
 
 @pytest.mark.parametrize(

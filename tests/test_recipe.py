@@ -92,6 +92,34 @@ def test_impossible_combinations(changes, message):
     assert not str(caught.value).startswith("recipe:")
 
 
+LOOKS = {**BASE["data"], "validation": [{"kind": "folder", "path": "held_out"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": LOOKS}, []),
+        ({}, ["no validation: data.validation names no pictures"]),
+        ({"validation": {"limit": 0}}, []),
+        ({"data": LOOKS, "validation": {"limit": 0}, "output": {"pipeline": "best"}}, ["output.pipeline: best has no effect without"]),
+        (
+            {"data": LOOKS, "training": {"steps": 50, "schedule": {"kind": "cosine", "warmup_steps": 200}}},
+            ["training.schedule.warmup_steps: 200 are more than the 50 steps of the run, which ends at 25% of lr."],
+        ),
+        ({"data": LOOKS, "training": {"steps": 200, "schedule": {"kind": "cosine", "warmup_steps": 200}}}, []),
+        (
+            {"data": LOOKS, "training": {"steps": 50, "schedule": {"kind": "multistep", "milestones": [49, 50, 90]}}},
+            ["training.schedule.milestones: 50, 90 lie at or behind the end"],
+        ),
+        ({"data": LOOKS, "task": {"kind": "diffusion", "decode_crop": 16}}, ["task.decode_crop has no effect"]),
+        ({"data": LOOKS, "task": {"kind": "diffusion", "decode_crop": 16}, "losses": [{"kind": "pixel_l1"}]}, []),
+    ],
+)
+def test_what_does_nothing_is_said(changes, said):
+    found = list(parse(Recipe, {**BASE, **changes}).without_effect())
+    assert [any(part in text for text in found) for part in said] == [True] * len(found), found
+
+
 def test_the_baseline_differs_from_the_mission_in_losses_and_folder_alone():
     found = differences(resolved(load_recipe("sd_upscaler_ssl")), resolved(load_recipe("sd_upscaler")))
     assert set(found) == {"losses", "output.dir"}

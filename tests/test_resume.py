@@ -232,6 +232,13 @@ def test_a_changed_recipe_is_refused_unless_allowed(caplog):
     check_same_recipe(state, heavier, 1, allow=True)
 
 
+@pytest.mark.parametrize(("kind", "said"), [("cosine", True), ("linear", True), ("constant", False), ("multistep", False)])
+def test_more_steps_bend_a_schedule_and_that_is_said(caplog, kind, said):
+    before = {"training": {"steps": 10, "batch_size": 2, "accumulate": 1, "schedule": {"kind": kind}}}
+    check_same_recipe({"recipe": before, "world_size": 1}, {"training": {**before["training"], "steps": 20}}, 1, allow=False)
+    assert (f"the {kind} schedule reaches over the whole run: with training.steps 10 -> 20 the learning rate" in caplog.text) == said
+
+
 def test_data_goes_on_at_the_global_sample_index():
     recipe = {"training": {"batch_size": 4, "accumulate": 1}}
     state = {"recipe": recipe, "world_size": 2, "data": [{"batch": 6, "pool": []}, {"batch": 6, "pool": []}]}

@@ -197,6 +197,9 @@ def test_what_is_done_is_skipped_until_input_settings_or_model_change(tmp_path):
     assert run(source, out).done == ["a.png"]
     (out / "b.png").unlink()
     assert run(source, out).done == ["b.png"]
+    for left in (0, 20):  # by a full disk, a copy that was cut off, ...
+        os.truncate(out / "b.png", left)
+        assert run(source, out).done == ["b.png"]
     for change in ({"seed": 1}, {"call": {"num_inference_steps": 3}}, {"model": "other"}, {"scale": 3}):
         assert len(run(source, out, **change).done) == 2, change
     assert len(run(source, out, overwrite=True).done) == 2

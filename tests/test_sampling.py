@@ -14,7 +14,9 @@ from torch import Tensor
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.inference.choices import SAMPLERS
 from sslsr_diffusion.inference.sampling import (
+    DiffusersSampler,
     OriginalDDIM,
+    SamplerCall,
     SpacedDDIM,
     SpacedDDPM,
     build_sampler,
@@ -264,6 +266,32 @@ def test_impossible_strength_is_refused(strength):
 def test_schedulers_of_other_families_are_refused(name):
     with pytest.raises(UserError, match=f"{name} is not of the DDPM family"):
         build_sampler(name, ddpm(), 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "said"),
+    [
+        ("PNDMScheduler", 1, r"cannot run with num_inference_steps 1 and strength 1 \(operands could not be broadcast"),
+        ("RePaintScheduler", 4, "cannot run with"),
+        ("CogVideoXDPMScheduler", 4, "cannot run with"),
+        ("VQDiffusionScheduler", 4, "cannot be made from this model's process"),
+    ],
+)
+def test_a_scheduler_that_cannot_run_here_says_so_before_any_picture(name, steps, said):
+    with pytest.raises(UserError, match=rf"^sampler: {name} {said}.* one of ddpm, ddim"):
+        build_sampler(name, ddpm(), steps)
+
+
+def call_of(steps: int) -> SamplerCall:
+    return SamplerCall(ddpm(), steps, strength=1.0, eta=0.0, seeds=[0, 1], device=torch.device("cpu"))
+
+
+def test_a_rehearsal_leaves_no_trace_in_the_scheduler():
+    sampler = build_sampler("PNDMScheduler", ddpm(), 5, seeds=[0, 1])
+    start, pred = torch.zeros(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
+    plain = DiffusersSampler(type(sampler._scheduler).from_config(sampler._scheduler.config), call_of(5))
+    walked = [sample(each, lambda x, t: pred, start, lambda index: start) for each in (sampler, plain)]
+    assert torch.equal(*walked)
 
 
 def test_a_scheduler_whose_package_is_missing_says_so(monkeypatch):

@@ -182,6 +182,64 @@ def test_webdataset_shards(tmp_path):
     assert len({name for batch in take(open_small(settings(streamed)), 3) for name in batch.names}) == 6
 
 
+@pytest.mark.parametrize("column", [None, "png"])
+def test_a_stream_of_tar_files_gives_what_the_same_files_give_from_the_disk(tmp_path, column):
+    jpeg = io.BytesIO()
+    Image.fromarray(picture((72, 80), 0)).save(jpeg, "JPEG")
+    _tar(tmp_path / "a.tar", {"k.v1.png": _png(1), "k.v2.png": _png(2), "k.txt": b"words", "deep/photo.1.jpg": jpeg.getvalue()})
+    _tar(tmp_path / "b.tar", {"only.JPG": jpeg.getvalue()})
+    source = settings({"kind": "webdataset", "path": str(tmp_path), "column": column}).sources[0]
+    names = {"k.v1.png", "k.v2.png"} if column else {"k.v1.png", "k.v2.png", "deep/photo.1.jpg", "only.JPG"}
+    listed = open_source(source)
+    from_disk = {(item.file, item.hr) for item in map(listed.item, range(len(listed)))}
+    assert {name for name, _ in from_disk} == names
+    assert {(item.file, item.hr) for item in itertools.islice(Stream(source, 0), len(names))} == from_disk
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_something_else_than_pictures_is_named(tmp_path, streaming):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"image": [_png(0)], "number": [3], "list": [[1.5, 2.5]], "group": [{"a": 1}], "none": [None]}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    for column, kind in (("number", "int64"), ("list", "list"), ("group", "groups of a"), ("none", "null")):
+        for key in ("column", "lr_column"):
+            source = {"kind": "parquet", "path": str(tmp_path), "streaming": streaming, key: column}
+            with pytest.raises(UserError, match=f"expected encoded pictures in column '{column}', got {kind}; name another column"):
+                open_small(settings(source))
+    named = {"kind": "parquet", "path": str(tmp_path), "streaming": streaming, "name_column": "number"}
+    assert next(open_small(settings(named), batch_size=1)).names[0].endswith(" 3")
+
+
+def test_a_cell_of_text_is_no_message(tmp_path):
+    import base64
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = base64.b64encode(_png(1)).decode()
+    pq.write_table(pa.table({"image": [text] * 2}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="nothing is left to train on") as caught:
+        next(open_small(settings({"kind": "parquet", "path": str(tmp_path / "t.parquet")})))
+    assert len(str(caught.value)) < 700 < len(text)
+
+
+def test_pairs_are_found_by_the_names_of_the_usual_sets(tmp_path):
+    for folder, name, size in (
+        ("hr", "0001", 80),
+        ("lr", "0001x4", 20),
+        ("hr", "Canon_2_HR", 80),
+        ("lr", "Canon_2_LR4", 20),
+        ("lr", "9x4", 20),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.fromarray(picture((size, size), 1)).save(tmp_path / folder / f"{name}.png")
+    loader = open_small(settings({"kind": "pairs", "path": str(tmp_path)}))
+    assert {Path(name).stem for batch in take(loader, 3) for name in batch.names} == {"0001", "Canon_2_HR"}
+    assert ["9x4.png: no partner of that name in hr/" in text for text in loader.problems()] == [True]
+
+
 @pytest.fixture
 def pairs(tmp_path) -> Path:
     for side in ("hr", "lr"):
@@ -216,11 +274,14 @@ def test_small_pairs_stay_aligned_when_reflected(tmp_path):
 def test_pairs_that_do_not_fit_are_named(pairs):
     Image.fromarray(picture((81, 96), 7)).save(pairs / "hr" / "odd.png")
     Image.fromarray(picture((20, 24), 7)).save(pairs / "lr" / "odd.png")
+    Image.fromarray(picture((80, 97), 7)).save(pairs / "hr" / "wide.png")
+    Image.fromarray(picture((20, 24), 7)).save(pairs / "lr" / "wide.png")
     Image.fromarray(picture((80, 80), 8)).save(pairs / "hr" / "alone.png")
     loader = open_small(settings({"kind": "pairs", "path": str(pairs)}))
     assert all("sub" in name for batch in take(loader, 6) for name in batch.names)
     text = "\n".join(loader.problems())
-    assert "the sizes of the pair do not fit scale 4: 96x81 and 24x20 pixels" in text
+    assert "the sizes of the pair do not fit scale 4: 96x81 and 24x20 pixels" in text  # either side alone
+    assert "the sizes of the pair do not fit scale 4: 97x80 and 24x20 pixels" in text
     assert "alone.png: no partner of that name in lr/" in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from hypothesis import strategies as st
 from ssg_inputs import assert_close, make_pair
 from torch.autograd import forward_ad
 
-from sslsr_diffusion.ops import BackendUnavailable, self_similarity_graph, ssg_cpu
+from sslsr_diffusion.ops import BackendUnavailable, self_similarity_graph, ssg_cpu, ssg_cuda, ssg_torch
+from sslsr_diffusion.ops.settings import GraphSettings
+from sslsr_diffusion.ops.ssg import choose_backend
+from sslsr_diffusion.ops.ssg_cuda_launch import row_geometry
 
 GOLDEN = load_golden("ssl/ssg")
 FLOAT32, FLOAT64 = torch.float32, torch.float64
@@ -258,3 +262,16 @@ def test_what_is_no_tensor_is_named():
         self_similarity_graph(IMAGE, MASK.numpy())
     with pytest.raises(ValueError, match=r"sigma: expected a positive finite number, got '0\.004'"):
         self_similarity_graph(IMAGE, MASK, sigma="0.004")
+
+
+def test_auto_takes_torch_for_sizes_that_a_gpu_has_no_room_for(monkeypatch):
+    """As on a card with 64 KB of shared memory per block; by name it is never another backend."""
+    image = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, shape=(1, 3, 256, 256))
+    monkeypatch.setattr(ssg_cuda, "unavailable", lambda device: None)
+    monkeypatch.setattr(ssg_cuda, "shared_memory_limit", lambda device: 64 * 1024)
+    small, large = GraphSettings(25, 9, 0.004, True), GraphSettings(127, 31, 0.004, True)
+    assert choose_backend("auto", image, small) is ssg_cuda
+    assert choose_backend("auto", image, large) is ssg_torch
+    assert choose_backend("cuda", image, large) is ssg_cuda
+    with pytest.raises(ValueError, match=r"search_size = 127 with window_size = 31 needs \d+ bytes of shared memory"):
+        row_geometry(127, 31, 3, 64 * 1024)

@@ -13,7 +13,7 @@ from test_sources import _png, _tar
 
 from sslsr_diffusion.data import sample_order
 from sslsr_diffusion.data.sample_order import Stream
-from sslsr_diffusion.data.settings import ParquetSource
+from sslsr_diffusion.data.settings import ParquetSource, WebdatasetSource
 from sslsr_diffusion.errors import UserError
 
 ROWS = 40
@@ -88,6 +88,23 @@ def test_a_damaged_shard_is_left_out_and_named(tmp_path, kind, streaming):
         path.write_bytes(b"junk" * 300)
     with pytest.raises(UserError, match="no whole"):
         open_small(settings(source))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_a_damaged_shard_behind_a_url_is_left_out_while_training(tmp_path, kind):
+    """Nobody looks at it before its turn comes; then the next one follows, and a resume sees the same."""
+    source = _source(tmp_path, kind, 4)
+    shard = sorted(tmp_path.glob("s*"))[1]
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    settings_of = ParquetSource if kind == "parquet" else WebdatasetSource
+    remote = settings_of(**source | {"path": f"file://{tmp_path}/*.{'tar' if kind == 'webdataset' else kind}"})
+    stream = Stream(remote, 0)
+    names = [re.findall(r"id\d\d", item.name)[-1] for item in itertools.islice(stream, 45)]
+    assert {f"id{i:02d}" for i in range(ROWS) if not 10 <= i < 20} <= set(names)
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = Stream(remote, 0)
+    resumed.load_state_dict(state)
+    assert [next(resumed).name for _ in range(40)] == [next(stream).name for _ in range(40)]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])

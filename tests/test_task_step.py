@@ -146,3 +146,15 @@ def test_lr_is_upsampled_and_clamped():
     assert seen[1].shape == batch.hr.shape
     assert seen[1].min() == 0
     assert seen[1].max() == 1
+
+
+def test_the_origin_of_a_window_is_where_its_pixels_lie():
+    """Of the window itself, not of the larger patch that is decoded: it anchors the stride pattern of the mask."""
+    task, batch = DiffusionTask(toy_networks(), seed=1, decode_crop=3), toy_batch(list(range(6)))
+    draws = task.draw(batch, toy_losses())
+    assert draws.windows is not None
+    assert not torch.equal(draws.windows.start, draws.windows.patch_start)
+    given, side = draws.given, 3 * 4
+    for row, (top, left) in enumerate(given.origin.tolist()):
+        whole = batch.hr[given.decoded[row]]
+        assert torch.equal(given.hr[row], whole[:, top : top + side, left : left + side])

@@ -73,6 +73,23 @@ def test_two_disagreeing_tiles_meet_in_a_ramp_as_long_as_the_overlap():
     assert got.diff().max() < 1.01 * np.pi / 16
 
 
+@pytest.mark.parametrize(("kind", "ramp"), [("smooth", lambda d: d), ("middle", lambda d: np.clip(2 * d - 0.5, 0, 1))])
+def test_a_tiles_ramp_is_read_at_the_middle_of_its_pixels(kind, ramp):
+    """So the weights of two neighbours that share the overlap sum to 1 everywhere."""
+    side = tile_weights(24, 24, kind, overlap=8)[12]
+    want = np.sin(np.pi / 2 * ramp((np.arange(8) + 0.5) / 8)) ** 2
+    np.testing.assert_allclose(side[:8].numpy(), want, atol=2e-9)
+    np.testing.assert_allclose((side[:8] + side[-8:]).numpy(), 1, atol=2e-9)
+
+
+def test_the_ramp_grows_with_what_the_tiles_are_enlarged_by():
+    values = iter([0.0, 1.0])
+    got = blend(lambda tiles, _: torch.full((1, 1, 1, 64), next(values)), [torch.zeros(1, 1, 1, 24)], tile_boxes(1, 24, 16, 8), overlap=8)
+    assert got.shape[-1] == 96
+    assert got[0, 0, 0].diff()[32:63].min() > 0
+    assert got[0, 0, 0].diff().max() < 1.01 * np.pi / 64
+
+
 def test_a_wrong_border_leaves_no_trace_in_the_middle_kind_and_keeps_its_say_where_it_is_alone():
     """A quarter of the overlap is spoilt on every side of each tile; at the picture's own border there is nobody else to ask."""
     boxes = tile_boxes(40, 56, 24, 8)
@@ -151,9 +168,9 @@ def test_rounded_up():
     assert rounded_up(3, 8, least=17) == 24
 
 
-def planned(side: int, size: SizeRequirements, *, room: int, tile: int | str | None = "auto") -> TilePlan:
+def planned(side: int, size: SizeRequirements, *, room: int, tile: int | str | None = "auto", copies: int = 0) -> TilePlan:
     """For a picture of side x side where a network call takes as many bytes as it sees latent pixels."""
-    memory = SimpleNamespace(picture_bytes=lambda *_: 0, denoise_bytes=lambda h, w, *_, **__: h * w, codec_bytes=lambda *_, **__: 0)
+    memory = SimpleNamespace(picture_bytes=lambda *_: copies, denoise_bytes=lambda h, w, *_, **__: h * w, codec_bytes=lambda *_, **__: 0)
     options = {"vae_scale": 8, "room": Room(room), "overlap": None, "vae_tile": None}
     return plan_tiles(side, side, size=size, memory=lambda: memory, tile=tile, **options)
 
@@ -174,6 +191,14 @@ def test_no_tile_is_smaller_than_what_the_networks_take():
     assert planned(1024, size, room=0, tile=208).tile == 208
     with pytest.raises(UserError, match=r"^tile: expected at least 208 pixels, the smallest that these networks take, got 192\.$"):
         planned(1024, size, room=0, tile=192)
+
+
+def test_a_picture_whose_own_copies_do_not_fit_gets_no_smaller_tiles_for_that(caplog):
+    size, room = SizeRequirements(multiple_of=16, trained=256), 40 * 40
+    assert planned(1024, size, room=room).tile == 256  # 32 x 32 latent pixels; 384 would take 48 x 48
+    assert planned(1024, size, room=room, copies=room - 600).tile == 192  # what is left decides
+    assert planned(1024, size, room=room, copies=10 * room).tile == 256
+    assert "the picture's own copies need about" in caplog.text
 
 
 def test_a_picture_of_the_smallest_side_is_one_tile_though_the_training_size_is_far_below_it():

@@ -16,6 +16,7 @@ from sslsr_diffusion.training import loop as loop_module
 from sslsr_diffusion.training import outputs
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
 from sslsr_diffusion.training.loop import train_job
+from sslsr_diffusion.training.reporting import picture_grid
 from sslsr_diffusion.training.validation import validate
 
 
@@ -47,6 +48,38 @@ def test_a_picture_without_a_number_is_named_once_and_left_out(caplog):
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 5  # two for odd, three for none
     assert f"validation: odd has no number for {names[0]}, which is left out of its means: NIQE needs two blocks" in said[0]
+
+
+def test_a_picture_of_no_numbers_is_said_and_shown_and_ends_nothing(tmp_path, caplog):
+    looking, task = toy_validation(), toy_task()
+    task.restore = lambda lr, hr, seed: torch.where(torch.arange(hr.shape[-1]) < 3, math.nan, hr)
+    broken = {"mse": looking.metrics["mse"], "fell": lambda restored, reference: torch.linalg.cholesky(-torch.eye(2))}
+    with caplog.at_level(logging.WARNING, "sslsr_diffusion"):
+        result = validate(replace(looking, metrics=broken), task)
+    name = looking.pairs[0].name
+    assert f"the {task.label} of {name} has values that are not numbers" in caplog.text
+    assert f"fell has no number for {name}, which is left out of its means" in caplog.text
+    assert math.isnan(result.values["mse"])
+    assert math.isnan(result.values["fell"])
+    grid = picture_grid(result.rows, result.captions)
+    height, width = result.rows[0][1].shape[-2:]
+    cell = grid[22 : 22 + height, 4 + width + 4 : 4 + 2 * width + 4]  # caption, gaps
+    assert (cell[:, :3] == (255, 0, 255)).all()
+    assert (cell[:, 3:] != (255, 0, 255)).any(axis=-1).all()
+
+
+def test_what_shows_a_run_cannot_end_it(tmp_path, monkeypatch, caplog):
+    """A tracker whose service fell over, a plot that cannot be drawn."""
+
+    def broken(*_, **__):
+        raise RuntimeError("the service has gone")
+
+    monkeypatch.setattr("accelerate.Accelerator.log", broken)
+    monkeypatch.setattr("sslsr_diffusion.training.outputs.plot_losses", broken)
+    result = train_job(replace(toy_job(tmp_path / "run"), validation=toy_validation()))
+    assert result.pipeline is not None
+    assert caplog.text.count("could not be written (RuntimeError: the service has gone); training goes on") == 1
+    assert "loss.png could not be drawn (RuntimeError: the service has gone)" in caplog.text
 
 
 def test_a_best_that_cannot_be_measured_is_said_and_history_stays_json(tmp_path, caplog):

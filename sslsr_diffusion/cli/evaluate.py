@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslsr_diffusion.cli.flags import as_flags, flagged, interruptible, progress_bar
+from sslsr_diffusion.cli.flags import as_flags, as_folder, flagged, interruptible, progress_bar
 from sslsr_diffusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def evaluate(
     crop_border: Annotated[int, typer.Option(min=0, help="Pixels cut from each side before scoring (FID: none). The SSL paper: 4.")] = 0,
     y_channel: Annotated[bool, typer.Option("--y-channel", help="PSNR and SSIM on Y of YCbCr instead of RGB.")] = False,
     suffix: Annotated[str, typer.Option(help="What restored files have after the reference's stem, for example _x4.")] = "",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html, summary.json, metrics.csv.")] = Path("evaluation"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=as_folder, help="Folder for report.html, summary.json, metrics.csv.")
+    ] = Path("evaluation"),
     examples: Annotated[int, typer.Option(min=0, max=20, help="Worst and best images shown per metric.")] = 2,
     strict: Annotated[bool, typer.Option("--strict", help="A metric that cannot be computed, or an image left out, is an error.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Download no weights.")] = False,
@@ -84,7 +86,7 @@ def evaluate(
     if dataset:
         from sslsr_diffusion.evaluation.dataset import find_dataset
 
-        pairs = find_dataset(dataset, scale=scale, made=output / "dataset")
+        pairs = find_dataset(dataset, scale=scale, made=output / "dataset", suffix=suffix)
         for line in pairs.left_out:
             typer.echo(f"left out: {line}", err=True)
         reference, lr = pairs.hr, pairs.lr
@@ -160,7 +162,6 @@ def _named(text: str) -> tuple[str, str]:
 
 def _upscale(path: str, pairs: "Dataset", folder: Path, seeds: range, steps: int | None, device: str) -> list[Path]:
     """One folder of results per seed, made by the same runner as `sslsr infer`; what is done is skipped."""
-    from sslsr_diffusion.evaluation.dataset import scale_of
     from sslsr_diffusion.inference.open import find_model, open_model
     from sslsr_diffusion.inference.restorer import Restorer
     from sslsr_diffusion.inference.runner import RunnerOptions, find_work, run_work
@@ -171,7 +172,7 @@ def _upscale(path: str, pairs: "Dataset", folder: Path, seeds: range, steps: int
         found = find_model(path)
         for seed, output in zip(seeds, folders):
             call = {} if steps is None else {"num_inference_steps": steps}
-            options = RunnerOptions(scale_of(pairs), seed, call, "PNG", replace_own=True, model=found.fingerprint)
+            options = RunnerOptions(pairs.scale, seed, call, "PNG", replace_own=True, model=found.fingerprint)
             work = find_work(pairs.lr, output, options)
             for picture in work.todo:  # what cannot be made now must not be scored as it was made before
                 (work.output / picture.target).unlink(missing_ok=True)

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from sslsr_diffusion.cli.flags import as_flags
+from sslsr_diffusion.cli.flags import as_flags, as_folder
 from sslsr_diffusion.errors import UserError
 
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, a run's best/ folder, or a run folder (its newest checkpoint).")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the result to.")],
+    output: Annotated[Path, typer.Option("--output", "-o", callback=as_folder, help="Folder to write the result to.")],
     raw: Annotated[bool, typer.Option("--raw", help="The trained weights themselves, not their moving average.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Weights in float16: half the size on disk.")] = False,
     blend: Annotated[str | None, typer.Option(help="Another network of the same kind: run, file or hub id; weights between both.")] = None,

@@ -3,12 +3,14 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from sslsr_diffusion.errors import UserError
 
+FILE = re.compile(r"\.(png|jpe?g|webp|tiff?|bmp|gif|html|csv|json|ya?ml|safetensors|pth|zip)", re.IGNORECASE)
 RENAMED = {"num_inference_steps": "steps", "vae_tile": "tile"}
 
 
@@ -29,6 +31,13 @@ def one_of(table: Iterable[str], help: str) -> Any:
         return value
 
     return typer.Option(help=help, metavar=f"[{'|'.join(names)}]", callback=check)
+
+
+def as_folder(value: Path | None) -> Path | None:
+    """The callback of an option that names a folder to write to: UserError for the name of a file that is not there."""
+    if value is not None and FILE.fullmatch(value.suffix) and not value.exists():
+        raise UserError(f"--output {value}: expected a folder, got a name that files have; what is written there keeps its own names.")
+    return value
 
 
 @contextlib.contextmanager

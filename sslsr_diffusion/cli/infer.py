@@ -1,10 +1,11 @@
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslsr_diffusion.cli.flags import RENAMED, as_flags, flagged, interruptible, one_of, progress_bar
+from sslsr_diffusion.cli.flags import RENAMED, as_flags, as_folder, flagged, interruptible, one_of, progress_bar
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.choices import COLOR_FIXES, FORMATS, SAMPLERS
 
@@ -30,6 +31,7 @@ Model = Annotated[
     ),
 ]
 ColorFix = Annotated[str | None, one_of(COLOR_FIXES, "Colours of the input. [default: wavelet; none for plain networks]")]
+Photos = Annotated[list[str] | None, typer.Argument(metavar="[INPUT]...", help="The same, and what a pattern without quotes becomes.")]
 Format = Annotated[str | None, one_of(FORMATS, "Format of the results; without it the input's, and png for gif, bmp, ...")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is done with the same settings, replace files of others.")]
 MemoryBudget = Annotated[
@@ -38,14 +40,17 @@ MemoryBudget = Annotated[
 
 
 def infer(
-    input: Annotated[str, typer.Option("--input", "-i", help="Picture, folder or glob pattern (quote it).")],
+    photos: Photos = None,
+    input: Annotated[list[str] | None, typer.Option("--input", "-i", help="Picture, folder or glob pattern; repeatable.")] = None,
     model: Model = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("results"),
+    output: Annotated[Path, typer.Option("--output", "-o", callback=as_folder, help="Folder for the results.")] = Path("results"),
     scale: Annotated[
         float | None,
         typer.Option(min=0.01, max=64, help="Enlargement: the output has round(scale * size) pixels; without it the model's own."),
     ] = None,
+    longest_side: Annotated[int | None, typer.Option(min=1, help="In the place of --scale: pixels of each result's longest side.")] = None,
+    size: Annotated[str | None, typer.Option(help="In the place of --scale: results as large as fit into 3840x2160, undistorted.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps; without it the model's own, or 200.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every picture.")] = 0,
     tile: Annotated[str, typer.Option(help="Side of a tile in output pixels, 'auto' (by free memory) or 'none' (whole picture).")] = "auto",
@@ -86,6 +91,9 @@ def infer(
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done with these settings is skipped."""
     given = {**locals(), "num_inference_steps": steps}
+    inputs, box = [*(input or ()), *(photos or ())], _box(scale, longest_side, size)
+    if not inputs:
+        raise UserError("expected --input with a picture, a folder or a pattern such as 'photos/*.jpg', got none.")
     call: dict[str, Any] = {"tile": _tile(tile), **{name: given[name] for name in CALL if given[name] is not None}}
     with interruptible(), as_flags(*FLAGS):
         from sslsr_diffusion.devices import find_device, parse_bytes
@@ -101,8 +109,10 @@ def infer(
             model, why = default_model(Path("runs"))
             typer.echo(f"model: {model} ({why}; --model chooses another)")
         found = find_model(model, revision)
-        options = RunnerOptions(scale, seed, call, FORMATS[format] if format else None, overwrite=overwrite, model=found.fingerprint)
-        work = find_work(input, output, options)
+        options = RunnerOptions(
+            scale, seed, call, FORMATS[format] if format else None, overwrite=overwrite, model=found.fingerprint, box=box
+        )
+        work = find_work(inputs, output, options)
         if work.todo:
             restorer = open_model(found, **where)
             _say_how(restorer, call)
@@ -124,6 +134,20 @@ def _tile(text: str) -> int | str | None:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise UserError(f"--tile {text}: expected a side in output pixels such as 512, auto or none.")
     return int(text)
+
+
+def _box(scale: float | None, longest_side: int | None, size: str | None) -> tuple[int, int] | None:
+    """Width and height that each result fits into; None: it is enlarged by a scale."""
+    given = {"--scale": scale, "--longest-side": longest_side, "--size": size}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} say the same in two ways; give one of them.")
+    if size is None:
+        return None if longest_side is None else (longest_side, longest_side)
+    found = re.fullmatch(r"([1-9]\d{0,5})[xX]([1-9]\d{0,5})", size, re.ASCII)
+    if found is None:
+        raise UserError(f"--size {size}: expected width and height in pixels such as 3840x2160.")
+    return int(found[1]), int(found[2])
 
 
 def _say_how(restorer: "Restorer", call: dict[str, Any]) -> None:

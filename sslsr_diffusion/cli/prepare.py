@@ -3,13 +3,14 @@ from typing import Annotated, Any
 
 import typer
 
+from sslsr_diffusion.cli.flags import as_folder
 from sslsr_diffusion.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.")
 
 Place = Annotated[str | None, typer.Argument(metavar="INPUT", help="A folder, a picture or a pattern.", show_default=False)]
 Input = Annotated[str | None, typer.Option("--input", help="The same by name.", show_default=False)]
-Output = Annotated[Path, typer.Option("--output", help="Folder for the results; what is there already is kept.")]
+Output = Annotated[Path, typer.Option("--output", callback=as_folder, help="Folder for the results; what is there already is kept.")]
 Processes = Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe (repeatable).")]
 Edge = Annotated[int, typer.Option(min=1, help="Pixels.")]
@@ -62,6 +63,25 @@ def lr(
 
     settings = parse(DegradationSettings, {"preset": preset})
     _run("low_resolution", _input(place, source), output, processes, degradation=settings, scale=scale, seed=seed)
+
+
+@app.command()
+def pairs(
+    output: Output,
+    place: Annotated[str | None, typer.Argument(metavar="INPUT", help="A folder with the two folders in it.", show_default=False)] = None,
+    source: Input = None,
+    hr: Annotated[str, typer.Option(help="The folder of high-resolution pictures, below INPUT (or absolute).")] = "hr",
+    lr: Annotated[str, typer.Option(help="The folder of low-resolution pictures.")] = "lr",
+    scale: Annotated[int, typer.Option(min=1, max=8, help="How many times larger the hr of a pair is to be.")] = 4,
+    processes: Processes = 0,
+) -> None:
+    """Make real pairs fit: hr/ cut to exactly --scale times lr/; an lr that is already as large as its hr (RealSR) is shrunk."""
+    base = Path(_input(place, source)).expanduser()
+    sides = {"hr": str(base / hr), "lr": str(base / lr)}
+    for side in sides.values():
+        if not Path(side).is_dir():
+            raise UserError(f"expected a folder {side}, found none; name the two folders by --hr and --lr.")
+    _run("pairs", sides["hr"], output, processes, **sides, scale=scale)
 
 
 @app.command()

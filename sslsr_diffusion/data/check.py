@@ -16,7 +16,8 @@ from sslsr_diffusion.data.preparation import crop_places
 from sslsr_diffusion.data.sample_order import is_stream
 from sslsr_diffusion.data.samples import check_pair, check_whole, patiently, read_latents
 from sslsr_diffusion.data.settings import DataSettings, FolderSource, MaskSettings, RowSource, Source
-from sslsr_diffusion.data.sources import Columns, Item, load_rows, open_source, reason, row_item
+from sslsr_diffusion.data.shards import reason
+from sslsr_diffusion.data.sources import Columns, Item, load_rows, open_source, row_item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import IMAGE_SUFFIXES, list_images, printable, read_image, to_tensor
 from sslsr_diffusion.seeding import sample_generator

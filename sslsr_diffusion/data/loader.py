@@ -118,7 +118,7 @@ class TrainingLoader:
             hr=torch.stack([s.hr for s in samples]),
             lr=torch.stack([self._degraded(s) for s in samples]),
             mask=torch.stack([s.mask for s in samples]),
-            index=torch.tensor([s.index for s in samples]),
+            index=torch.tensor([s.place for s in samples]),
             names=tuple(s.name for s in samples),
             latents=torch.stack(latents) if len(latents) == len(samples) else None,
         )

@@ -1,4 +1,4 @@
-"""Preparing files for training: multi-scale copies, sub-images, mask files, low-resolution test sets. One picture at a time.
+"""Preparing files for training: multi-scale copies, sub-images, mask files, low-resolution test sets, pairs. One picture at a time.
 
 Each job is a function (path, relative name, options) -> files written; `run_jobs` spreads them over processes. What exists already is
 kept, every file is written under a temporary name first, and a picture that cannot be used comes back with its reason.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +27,11 @@ from sslsr_diffusion.data.degradation import Degradation, DegradationSettings
 from sslsr_diffusion.data.filters import opencv
 from sslsr_diffusion.data.masks import make_mask
 from sslsr_diffusion.data.settings import MaskSettings
+from sslsr_diffusion.data.sources import by_stem
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.files import atomic_write
-from sslsr_diffusion.images import Image, printable, read_image, to_array, to_tensor, write_image
+from sslsr_diffusion.images import Image, printable, read_image, resize_bicubic, to_array, to_tensor, write_image
+from sslsr_diffusion.partners import partners
 from sslsr_diffusion.seeding import sample_generator
 
 T = TypeVar("T")
@@ -165,7 +167,7 @@ def crop_places(height: int, width: int, size: int, step: int) -> list[tuple[int
 def masks(path: Path, name: Path, *, output: Path, settings: MaskSettings) -> int:
     """Mask files in the layout of the published script: mat/<stem>.mat (key `mat`, 0/1, compressed) and png/<stem>.png (0/255)."""
     targets = {suffix: (output / suffix / name).with_suffix(f".{suffix}") for suffix in ("mat", "png")}
-    if all(target.exists() for target in targets.values()):
+    if all(_is_there(target) for target in targets.values()):
         return 0
     hr = to_tensor(read_image(path, name=printable(name)).rgb)[None]
     mask = make_mask(hr, settings, sample_generator(0, str(name), "mask"))[0, 0].numpy()
@@ -183,13 +185,51 @@ def low_resolution(path: Path, name: Path, *, output: Path, degradation: Degrada
     if not height or not width:
         raise UserError(f"{printable(name)}: {hr.shape[2]}x{hr.shape[1]} pixels are less than the scale {scale}.")
     targets = {side: (output / side / name).with_suffix(".png") for side in ("hr", "lr")}
-    if all(target.exists() for target in targets.values()):
+    if all(_is_there(target) for target in targets.values()):
         return 0
     cut = hr[None, :, :height, :width].contiguous()
     model = Degradation(degradation, scale)
     ops = model.draw(height, width, sample_generator(seed, name.as_posix(), "test"))
     lr = model.apply(cut, ops, sample_generator(seed, name.as_posix(), "test noise"))
     return _write_new(targets["hr"], lambda: to_array(cut[0])) + _write_new(targets["lr"], lambda: to_array(lr[0]))
+
+
+def pairs(path: Path, name: Path, *, output: Path, hr: str, lr: str, scale: int = 4) -> int:
+    """A real pair that fits: hr/<stem>.png exactly `scale` times as large as lr/<stem>.png.
+
+    A low-resolution picture that is as large as its partner was enlarged (RealSR's layout): it is shrunk again (bicubic, antialiased).
+    What one of the two shows more than the other at the right and at the bottom, less than two low-resolution pixels, is cut.
+    """
+    low = _partners(hr, lr).get(path)
+    if low is None:
+        raise UserError(f"{printable(name)}: no partner of that name in {lr}.")
+    targets = {side: (output / side / name).with_suffix(".png") for side in ("hr", "lr")}
+    if all(_is_there(target) for target in targets.values()):
+        return 0
+    large, small = read_image(path, name=printable(name)).rgb, read_image(low).rgb
+    sizes = (large.shape[:2], small.shape[:2])
+    if sizes[0] == sizes[1]:
+        rows, columns = (side // scale for side in sizes[0])
+    else:
+        rows, columns = (min(side // scale, less) for side, less in zip(*sizes))
+        if any(abs(scale * less - side) >= 2 * scale for side, less in zip(*sizes)):
+            shown = " and ".join(f"{width}x{height}" for height, width in sizes)
+            raise UserError(
+                f"{printable(name)}: the sizes of the pair do not fit --scale {scale}: {shown} pixels; give the scale that does."
+            )
+    if not rows or not columns:
+        raise UserError(f"{printable(name)}: {sizes[0][1]}x{sizes[0][0]} pixels are less than the scale {scale}.")
+    large = large[: rows * scale, : columns * scale]
+    if sizes[0] == sizes[1]:
+        enlarged = to_tensor(small[: rows * scale, : columns * scale])[None]
+        small = to_array(resize_bicubic(enlarged, (rows, columns))[0], small.dtype)
+    return _write_new(targets["hr"], lambda: large) + _write_new(targets["lr"], lambda: small[:rows, :columns])
+
+
+@lru_cache(maxsize=1)
+def _partners(hr: str, lr: str) -> dict[Path, Path]:
+    high, low = by_stem(Path(hr)), by_stem(Path(lr))
+    return {high[mine]: low[theirs] for mine, theirs in partners(high, low).items()}
 
 
 _LABELS: dict[Callable[..., int], tuple[str, ...]] = {multiscale: ("", "S", *(label for label, _ in _MULTI_SCALE))}
@@ -216,8 +256,13 @@ def default_processes() -> int:
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
+def _is_there(target: Path) -> bool:
+    """One that was emptied is made again."""
+    return target.exists() and target.stat().st_size > 0
+
+
 def _write_new(target: Path, make: Callable[[], NDArray[np.generic]], *, gray: bool = False) -> int:
-    if target.exists():
+    if _is_there(target):
         return 0
     target.parent.mkdir(parents=True, exist_ok=True)
     write_image(target, Image(np.ascontiguousarray(make()), gray=gray), format="PNG")

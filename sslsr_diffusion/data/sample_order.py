@@ -18,7 +18,8 @@ import torch
 
 from sslsr_diffusion.data.samples import Request
 from sslsr_diffusion.data.settings import RowSource, Source
-from sslsr_diffusion.data.sources import Columns, Item, Row, load_rows, reason, row_item
+from sslsr_diffusion.data.shards import reason
+from sslsr_diffusion.data.sources import Columns, Item, Row, load_rows, row_item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.seeding import derive_seed
 
@@ -214,18 +215,17 @@ class Requests:
     def __iter__(self) -> Iterator[list[Request]]:
         while True:
             group = self.batch * self._world + self._rank
-            indices = list(range(group * self._size, (group + 1) * self._size))
-            if self._pool is not None:
-                indices = self._pool.exchange(indices, self.batch)
-            requests = [self._request(index) for index in indices]
+            places = list(range(group * self._size, (group + 1) * self._size))
+            indices = places if self._pool is None else self._pool.exchange(places, self.batch)
+            requests = [self._request(index, place) for index, place in zip(indices, places)]
             self.batch += 1
             self.marks.append(self.state_dict())
             yield requests
 
-    def _request(self, index: int) -> Request:
+    def _request(self, index: int, place: int) -> Request:
         source, ordinal = self._order.at(index)
         item = next(self._streams[source]) if source in self._streams else None
-        return Request(index, index // self._size, source, ordinal, item)
+        return Request(index, place, index // self._size, source, ordinal, item)
 
     def state_dict(self) -> LoaderState:
         state: LoaderState = {"batch": self.batch, "lengths": self._lengths}

@@ -34,7 +34,8 @@ _FIRST_WAIT, _LONGEST_WAIT = 30.0, 1800.0  # seconds until a picture is asked fo
 class Request:
     """What the main process asks a worker for."""
 
-    index: int  # global sample index: the seed of everything random in the sample
+    index: int  # of the sample: the seed of everything random in it
+    place: int  # global sample index, the place in training: the seed of what training draws; another one where a pool hands it out again
     group: int  # global micro-batch: the seed of draws that a pair pool shares
     source: int
     ordinal: int  # how many samples of this source came before, over all processes
@@ -47,6 +48,7 @@ class Sample:
     lr: Tensor | None  # [3, H / scale, W / scale]; None: to be degraded on the training device
     mask: Tensor  # [1, H, W]
     index: int
+    place: int
     name: str
     ops: list[Op] = field(default_factory=list)
     latents: Tensor | None = None  # [c, h, w], scaled: what the upscaler made of lr
@@ -114,7 +116,7 @@ class SampleMaker:
         good = [request for request, sample in zip(requests, samples) if sample is not None]
         for place, (request, sample) in enumerate(zip(requests, samples)):
             if sample is None and good:
-                other = replace(good[place % len(good)], index=request.index, group=request.group)
+                other = replace(good[place % len(good)], index=request.index, place=request.place, group=request.group)
                 samples[place] = self._sample(other, problems)
         return [sample for sample in samples if sample is not None], problems
 
@@ -173,12 +175,12 @@ class SampleMaker:
             mask = cap_mask(mask, self.settings.mask.max_pixels, generator)
         if "lr" in crops:
             latents = None if item.latents is None else read_latents(item.latents)
-            return Sample(hr[0], to_tensor(crops["lr"]), mask[0], request.index, item.name, [Op("real pair")], latents)
+            return Sample(hr[0], to_tensor(crops["lr"]), mask[0], request.index, request.place, item.name, [Op("real pair")], latents)
         shared = sample_generator(self.seed, request.group, "shared") if self.settings.degradation.pool_size else None
         ops = self.degradation.draw(hr.shape[2], hr.shape[3], with_generator("degradation"), shared)
         later = self.settings.degradation.device == "training"
         lr = None if later else self.degradation.apply(hr, ops, with_generator("noise"))[0]
-        return Sample(hr[0], lr, mask[0], request.index, item.name, ops)
+        return Sample(hr[0], lr, mask[0], request.index, request.place, item.name, ops)
 
     def _read(self, item: Item, problems: list[str]) -> Planes:
         """The planes of an item at full size: hr, lr for real pairs, mask for mask files; padded where smaller than the crop."""
@@ -224,7 +226,8 @@ class SampleMaker:
 def check_pair(name: str, hr: Sequence[int], lr: Sequence[int], scale: int) -> None:
     """Raises Unusable unless the first picture, [H, W], is `scale` times as large as the second."""
     if tuple(hr) != tuple(scale * side for side in lr):
-        raise Unusable(f"{name}: the sizes of the pair do not fit scale {scale}: {hr[1]}x{hr[0]} and {lr[1]}x{lr[0]} pixels.")
+        sizes = f"{hr[1]}x{hr[0]} and {lr[1]}x{lr[0]} pixels"
+        raise Unusable(f"{name}: the sizes of the pair do not fit scale {scale}: {sizes}; `sslsr prepare pairs` makes pairs that do.")
 
 
 def check_whole(item: Item, height: int, width: int, crop_size: int) -> None:

@@ -74,9 +74,8 @@ class WebdatasetSource(_Source):
 
     kind: Literal["webdataset"] = "webdataset"
     path: str = Field(description="A .tar file, a folder or a pattern such as shards/*.tar; URLs need streaming.")
-    streaming: bool = Field(False, description="Read through `datasets` in the stream's order, for shards behind URLs.")
-    column: str = Field("jpg", description="Streams only: the suffix under which the pictures stand in the shards.")
-    lr_column: None = Field(None, description="Not available for shards.")
+    streaming: bool = Field(False, description="Read on the fly in the stream's order, for shards behind URLs.")
+    column: str | None = Field(None, description="Only the files with this suffix, jpg for example; null: every picture.")
     shuffle_window: int = Field(256, ge=1, description="Streams only: so many neighbouring pictures are handed out in random order.")
 
 

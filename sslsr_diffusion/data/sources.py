@@ -4,7 +4,7 @@ Of hub, parquet and webdataset sources what is sound is opened, pictures stay en
 """
 
 import glob
-import tarfile
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from sslsr_diffusion.data.settings import CFWSource, FilesSource, FolderSource, PairsSource, RowSource, Source, WebdatasetSource
+from sslsr_diffusion.data.shards import local_files, pictures_in, reason, sound, stream_tar_files
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import IMAGE_SUFFIXES, list_images, printable
+from sslsr_diffusion.images import list_images, printable
+from sslsr_diffusion.partners import partners
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+_SHOWN, _LONGEST = 120, 1024  # characters of a name in a message, and of a name at all: a cell may hold a whole picture as text
 
 
 class Encoded(TypedDict, total=False):
@@ -47,16 +51,20 @@ class Columns(NamedTuple):
 
     @classmethod
     def of(cls, settings: RowSource) -> "Columns":
-        return cls(settings.column, settings.lr_column, getattr(settings, "name_column", None))
+        return cls("image") if settings.kind == "webdataset" else cls(settings.column, settings.lr_column, settings.name_column)
 
 
 def row_item(name: str, row: Row, columns: Columns) -> Item:
     """The encoded picture (or pair) of one row; `name` is its source's and its number."""
     hr, path = _encoded(row.get(columns.hr))
     given = row.get(columns.name) if columns.name else None
-    file = str(given or row.get("__key__") or path)
-    label = f"{name} {printable(file if given or not path else Path(file).name)}" if file else name
-    return Item(label, hr, _encoded(row.get(columns.lr))[0] if columns.lr else None, file=file)
+    file = str(row.get("__key__") or path if given is None else given)
+    label = f"{name} {_shown(Path(file).name if file == path else file)}" if file else name
+    return Item(label, hr, _encoded(row.get(columns.lr))[0] if columns.lr else None, file=file if len(file) <= _LONGEST else "")
+
+
+def _shown(text: str) -> str:
+    return printable(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)")
 
 
 def _encoded(cell: Encoded | bytes | str | None) -> tuple[Path | bytes, str]:
@@ -118,20 +126,21 @@ def _files(settings: FilesSource) -> IndexedSource:
 
 def _pairs(settings: PairsSource) -> IndexedSource:
     base = Path(settings.path).expanduser()
-    hr, lr = _by_stem(base / settings.hr), _by_stem(base / settings.lr)
+    hr, lr = by_stem(base / settings.hr), by_stem(base / settings.lr)
+    found = partners(hr, lr)
     lost = [
         f"{printable(mine[stem])}: no partner of that name in {other}/."
-        for mine, theirs, other in ((hr, lr, "lr"), (lr, hr, "hr"))
-        for stem in sorted(mine.keys() - theirs.keys())
+        for mine, paired, other in ((hr, set(found), "lr"), (lr, set(found.values()), "hr"))
+        for stem in sorted(mine.keys() - paired)
     ]
-    return IndexedSource(settings.path, [(hr[s], lr[s]) for s in sorted(hr.keys() & lr.keys())], _file_item, lost)
+    return IndexedSource(settings.path, [(hr[mine], lr[theirs]) for mine, theirs in sorted(found.items())], _file_item, lost)
 
 
 def _cfw(settings: CFWSource) -> IndexedSource:
     base = Path(settings.path).expanduser()
     if not (base / "latents").is_dir():
         raise UserError(f"cfw source {settings.path!r}: expected hr/, lr/ and latents/, found no latents/; make them: sslsr prepare cfw.")
-    hr, lr = _by_stem(base / "hr"), _by_stem(base / "lr")
+    hr, lr = by_stem(base / "hr"), by_stem(base / "lr")
     latents = {path.stem: path for path in (base / "latents").glob("*.safetensors")}
     whole = hr.keys() & lr.keys() & latents.keys()
     halves = [path for stem, path in sorted({**hr, **lr, **latents}.items()) if stem not in whole]
@@ -139,7 +148,7 @@ def _cfw(settings: CFWSource) -> IndexedSource:
     return IndexedSource(settings.path, [(hr[s], lr[s], latents[s]) for s in sorted(whole)], _file_item, lost)
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def by_stem(folder: Path) -> dict[str, Path]:
     """Pictures by their path below the folder without suffix."""
     if not folder.is_dir():
         raise UserError(f"pairs source: expected a folder {printable(folder)}, found none; set hr and lr to the names of the two folders.")
@@ -158,7 +167,7 @@ def _rows(settings: RowSource) -> IndexedSource:
 
 def _webdataset(settings: WebdatasetSource) -> IndexedSource:
     """Local tar files, listed once by their headers and then read at random."""
-    found = {shard: pictures_in(shard) for shard in local_files(settings.path, ".tar")}
+    found = {shard: pictures_in(shard, settings.column) for shard in local_files(settings.path, ".tar")}
     members = [(shard, *member) for shard, (inside, _) in found.items() for member in inside]
     return IndexedSource(settings.path, members, _tar_item, [problem for _, problem in found.values() if problem])
 
@@ -174,43 +183,26 @@ OPENERS: dict[str, Callable[..., IndexedSource]] = {
 }
 
 
-def local_files(path: str, suffix: str) -> list[Path]:
-    """The files of that suffix at a path: itself, in a folder, or matching a pattern."""
-    base = Path(path).expanduser()
-    found = sorted(base.rglob(f"*{suffix}")) if base.is_dir() else [base] if base.is_file() else sorted(map(Path, glob.glob(str(base))))
-    if not found:
-        raise UserError(f"expected {suffix} files at {path!r}, found none.")
-    return found
-
-
-def pictures_in(shard: Path) -> tuple[list[tuple[int, int, str]], str]:
-    """Offset, length and name of every picture in a tar file, and what is wrong with the file ("": nothing)."""
-    found: list[tuple[int, int, str]] = []
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.isreg() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES:
-                    found.append((member.offset_data, member.size, member.name))
-    except (tarfile.TarError, OSError) as error:
-        return found, f"{printable(shard)}: not read to its end, no whole uncompressed tar file ({error})."
-    return found, ""
-
-
 def load_rows(settings: RowSource, *, streaming: bool) -> "tuple[Dataset | IterableDataset, list[str]]":
     """The data set behind the settings, its pictures left encoded, and what was left out of it, one sentence per file.
-    Raises UserError: it cannot be loaded, or has no such column (the message names those that it has).
+    Raises UserError: it cannot be loaded, or has no such column of pictures (the message names those that it has).
     """
     import datasets
 
     lost: list[str] = []
+    remote = "://" in settings.path
     try:
         if settings.kind == "hub":
             place = {"name": settings.name, "split": settings.split, "revision": settings.revision}
             rows = datasets.load_dataset(settings.path, **place, streaming=streaming)
+        elif settings.kind == "webdataset":
+            return stream_tar_files(_urls(settings.path) if remote else list(map(str, _sound(settings, lost))), settings.column), lost
         else:
-            suffix = ".parquet" if settings.kind == "parquet" else ".tar"
-            files = [settings.path] if "://" in settings.path else _sound(local_files(settings.path, suffix), lost)
-            rows = datasets.load_dataset(settings.kind, data_files=files, split="train", streaming=streaming)
+            # `datasets` takes paths for patterns; what is behind a URL is first looked at when it is read
+            files = [settings.path] if remote else [glob.escape(str(path)) for path in _sound(settings, lost)]
+            newer = "on_bad_files" in inspect.signature(datasets.Dataset.from_parquet).parameters
+            bad = {"on_bad_files": "warn"} if newer and remote else {}
+            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming, **bad)
     except UserError:
         raise
     except Exception as error:  # datasets raises nearly everything: network, parsing, missing files
@@ -218,32 +210,15 @@ def load_rows(settings: RowSource, *, streaming: bool) -> "tuple[Dataset | Itera
     return _undecoded(rows, settings), lost
 
 
-def reason(error: BaseException) -> str:
-    """The first line of an error, of the one behind it if there is one."""
-    text = str(error.__cause__ or error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+def _sound(settings: RowSource, lost: list[str]) -> list[Path]:
+    return sound(local_files(settings.path, ".tar" if settings.kind == "webdataset" else ".parquet"), lost)
 
 
-def _sound(files: list[Path], lost: list[str]) -> list[str]:
-    """Without the files that would end every reading: a parquet file has its index at its end, a tar file is followed by its headers."""
-    checks: dict[str, Callable[[Path], str]] = {".parquet": _parquet_problem, ".tar": lambda path: pictures_in(path)[1]}
-    problems = {path: checks[path.suffix](path) for path in files if path.suffix in checks}
-    lost += [problem for problem in problems.values() if problem]
-    sound = [glob.escape(str(path)) for path in files if not problems.get(path)]  # `datasets` takes them for patterns
-    if not sound:
-        raise UserError(f"{lost[0]} No file is left.")
-    return sound
+def _urls(pattern: str) -> list[str]:
+    """The URLs that a pattern with * stands for, where its storage can list."""
+    import fsspec
 
-
-def _parquet_problem(path: Path) -> str:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        ParquetFile(path).close()
-    except (ArrowException, OSError) as error:
-        return f"{printable(path)}: left out, no whole parquet file ({reason(error)})."
-    return ""
+    return [file.full_name for file in fsspec.open_files(pattern)] if "*" in pattern else [pattern]
 
 
 def _undecoded(rows: "Dataset | IterableDataset", settings: RowSource) -> "Dataset | IterableDataset":
@@ -257,6 +232,22 @@ def _undecoded(rows: "Dataset | IterableDataset", settings: RowSource) -> "Datas
         if names and column not in names:
             raise UserError(f"{where}: expected a column {column!r}, found {', '.join(names)}; set column.")
         if column != columns.name:
+            kind = (rows.features or {}).get(column)
+            if kind is not None and not _holds_pictures(kind):
+                raise UserError(f"{where}: expected encoded pictures in column {column!r}, got {_kind(kind)}; name another column.")
             rows = rows.cast_column(column, Image(decode=False))
     keep = [*wanted, *(["__key__"] if "__key__" in names else [])]
     return rows.select_columns(keep) if names else rows
+
+
+def _holds_pictures(kind: Any) -> bool:
+    """Whether a column's type can be that of encoded pictures: bytes, paths, or both."""
+    from datasets import Image
+
+    if isinstance(kind, dict):
+        return bool(kind.keys() & {"bytes", "path"})
+    return isinstance(kind, Image) or getattr(kind, "dtype", "").removeprefix("large_") in ("string", "binary")
+
+
+def _kind(kind: Any) -> str:
+    return "groups of " + ", ".join(kind) if isinstance(kind, dict) else str(getattr(kind, "dtype", type(kind).__name__.lower()))

@@ -1,4 +1,4 @@
-"""Which restored image belongs to which reference: by stem, in every column, with what is missing said aloud."""
+"""Which restored image belongs to which reference: by name, in every column, with what is missing said aloud."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import list_images, printable, size_of
+from sslsr_diffusion.partners import partners
 
 SHOWN = 5
 
@@ -29,7 +30,8 @@ class Pairing:
 def pair_files(
     columns: Mapping[str, Sequence[Path]], reference: Path | None = None, lr: Path | None = None, *, suffix: str = ""
 ) -> Pairing:
-    """Scenes that every column (and the reference, if any) has; a restored file is named reference stem + suffix, any extension.
+    """Scenes that every column (and the reference, if any) has; a restored file is named reference stem + suffix, any extension,
+    or differs from the reference by what the usual sets add (`partners`).
 
     Args:
         columns: name -> one folder (or file, or pattern) per seed of that model.
@@ -38,9 +40,9 @@ def pair_files(
         suffix: what the restored files' stems have after the reference's.
     Raises UserError: two files of one folder share a stem, no scene is complete, or the sizes of a pair differ (both are named).
     """
-    restored = {name: [_by_stem(folder, suffix) for folder in folders] for name, folders in columns.items()}
-    truths = _by_stem(reference, "") if reference else None
-    inputs = _by_stem(lr, "") if lr else {}
+    truths = by_stem(reference) if reference else None
+    restored = {name: [_named_like(truths, by_stem(folder, suffix)) for folder in folders] for name, folders in columns.items()}
+    inputs = _named_like(truths, by_stem(lr)) if lr else {}
     if truths and len(truths) == 1:  # one file against one file is a pair whatever the names are
         (stem,) = truths
         for seeds in restored.values():
@@ -64,7 +66,13 @@ def pair_files(
     return Pairing(scenes, tuple(p for p in problems if p))
 
 
-def _by_stem(source: Path, suffix: str) -> dict[str, Path]:
+def _named_like(truths: Mapping[str, Path] | None, files: dict[str, Path]) -> dict[str, Path]:
+    """The files by the names of their references, where they have one."""
+    theirs = {name: truth for truth, name in partners(truths or (), files).items()}
+    return {theirs.get(name, name): path for name, path in files.items()}
+
+
+def by_stem(source: Path, suffix: str = "") -> dict[str, Path]:
     """Path below the folder without extension and suffix -> file. Files that lack the suffix are not the model's output."""
     found: dict[str, Path] = {}
     for path in list_images(source):

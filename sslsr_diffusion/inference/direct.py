@@ -153,8 +153,9 @@ class DirectRestorer(AroundNetworks[CallOptions]):
             sides = [most if options.tile is None else min(options.tile // zoom, most)]
             if budget is None:
                 return sides[0]
+        spared = beside if beside > room and budget is None else 0  # no tile could mend that
         for side in sides:
-            if beside + self._bytes(side, steady=budget is not None) <= room:
+            if beside - spared + self._bytes(side, steady=budget is not None) <= room:
                 return side
         if budget is None:
             return sides[-1]

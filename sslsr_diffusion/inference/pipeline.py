@@ -26,6 +26,7 @@ from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.models.stablesr.text import empty_context
+from sslsr_diffusion.models.tensor_names import variant_of
 from sslsr_diffusion.shipped_model import shipped_folder
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class StableSRPipeline(DiffusionPipeline):
         scheduler: a diffusers scheduler of the DDPM family: betas, prediction type and the default sampler.
         text_encoder, tokenizer: CLIP; without them the text context is zeros and a prompt is refused.
         default_num_inference_steps: sampling steps of a call that names none; kept in model_index.json.
-        default_scale, default_detail, default_antiring: the same for `scale`, `detail` and `antiring`.
+        default_scale, default_detail, default_antiring, default_prompt: the same for `scale`, `detail`, `antiring` and `prompt`.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"  # the structural encoder alternates with the UNet, so both stay
@@ -95,6 +96,7 @@ class StableSRPipeline(DiffusionPipeline):
         default_scale=4,
         default_detail=1.0,
         default_antiring=0.0,
+        default_prompt="",
     ):
         super().__init__()
         self.register_modules(
@@ -105,9 +107,15 @@ class StableSRPipeline(DiffusionPipeline):
             default_scale=default_scale,
             default_detail=default_detail,
             default_antiring=default_antiring,
+            default_prompt=default_prompt,
         )
         self.memory_budget: int | None = None  # bytes, of a call that names none
         self._restorer: tuple[Any, LatentRestorer] | None = None
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The networks and the defaults of a call: `StableSRPipeline(**pipe.components)` is the same upscaler."""
+        return {**super().components, **{name: self.config[name] for name in self.config if name.startswith("default_")}}
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options: Any) -> str:
@@ -145,7 +153,8 @@ class StableSRPipeline(DiffusionPipeline):
             denoiser = Denoiser(self.unet, self.structural_encoder)
             networks = StableSRNetworks(Codec(self.vae), denoiser, process, empty_context(self.unet))
             networks.text_encoder, networks.tokenizer = self.text_encoder, self.tokenizer
-            defaults = {"memory_budget": self.memory_budget, **{name: self.config[f"default_{name}"] for name in DEFAULTS}}
+            own = {name: self.config[f"default_{name}"] for name in (*DEFAULTS, "prompt")}
+            defaults = {"memory_budget": self.memory_budget, **own}
             restorer = LatentRestorer(
                 networks, scale=self.config.default_scale, defaults=defaults, host=PipelineHost(self), scheduler=self.scheduler
             )
@@ -216,7 +225,8 @@ class StableSRPipeline(DiffusionPipeline):
             antiring: how much is taken back, 0 to 1, of what is brighter or darker in the model's picture than every low-resolution pixel
                 nearby (about 7 x 7 of them): the seams beside edges that a discriminator or an already sharpened input leads to. Before
                 `detail` mixes in the bicubic enlargement; None: the pipeline's own (0 unless recipe or base said otherwise).
-            prompt, negative_prompt: one text or one per picture; the negative one acts with guidance_scale above 1.
+            prompt, negative_prompt: one text or one per picture; the negative one acts with guidance_scale above 1. A prompt of None: the
+                pipeline's own, the one that it was trained with.
             guidance_scale: u + g (c - u); 1 is off.
             tile, vae_tile: side in output pixels of the square that denoiser and autoencoder see at once; "auto": by memory; None: whole.
             tile_overlap: in output pixels; default half a tile, as published.
@@ -251,11 +261,13 @@ _OPTIONS = [name for name in _SIGNATURE if name not in ("self", "image", "scale"
 class StableSRRestorer(LatentRestorer):
     """StableSR's networks, which may still be training; saved as, and opened as, a StableSRPipeline."""
 
+    networks: StableSRNetworks
+
     @classmethod
     def open(cls, family: Family, path: Path, placement: Placement) -> StableSRPipeline:
         """In the wanted precision at once: both copies together would be the peak."""
         with quiet_diffusers():
-            pipe = StableSRPipeline.from_pretrained(path, local_files_only=True, torch_dtype=placement.dtype)
+            pipe = StableSRPipeline.from_pretrained(path, local_files_only=True, torch_dtype=placement.dtype, variant=variant_of(path))
         pipe.memory_budget = placement.memory_budget
         if placement.offload == "model":
             pipe.enable_model_cpu_offload(device=placement.device)
@@ -268,6 +280,7 @@ class StableSRRestorer(LatentRestorer):
 
     def save(self, folder: Path) -> None:
         defaults = {f"default_{name}": self.defaults[name] for name in DEFAULTS}
+        defaults["default_prompt"] = self.networks.prompt
         StableSRPipeline(**self.networks.components(), default_scale=self.scale, **defaults).save(folder)
 
 

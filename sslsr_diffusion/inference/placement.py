@@ -1,5 +1,6 @@
 """Where a pipeline's networks go: device, precision, and whether they wait on the CPU, from what is there or from a memory budget."""
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.tile_plan import Room, Tile, plan_tiles
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import LatentNetworks
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -48,6 +51,8 @@ def place(family: Family, path: Path, device: torch.device, dtype: str, budget: 
         raise UserError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}.")
     chosen = DTYPES.get(dtype)
     if device.type == "cpu":
+        if chosen == torch.float16:
+            log.warning("dtype float16 is slow on a CPU, often more than ten times: float32 is fast, and bfloat16 needs as little memory")
         kinds = [chosen] if chosen else [torch.float32, torch.bfloat16]
         choices = [Placement(device, kind, memory_budget=budget, may_be_faster=chosen is None) for kind in kinds]
     else:

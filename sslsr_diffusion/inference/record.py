@@ -29,10 +29,13 @@ class Record:
     def knows(self, output: str) -> bool:
         return output in self._last
 
-    def is_done(self, output: str, settings: str, source: Path) -> bool:
-        """Was `output` finished from the same bytes with the same settings? Hashes only if size or time differ."""
+    def is_done(self, output: str, settings: str, source: Path, target: Path) -> bool:
+        """Was `output` finished from the same bytes with the same settings, and is all of it still in its file `target`?
+
+        Hashes only if the source's size or time differ.
+        """
         event = self._last.get(output, {})
-        if event.get("state") != "done" or event.get("settings") != settings:
+        if event.get("state") != "done" or event.get("settings") != settings or event.get("bytes") != target.stat().st_size:
             return False
         status = source.stat()
         if [status.st_size, status.st_mtime_ns] == event.get("stat"):
@@ -46,8 +49,8 @@ class Record:
     def begin(self, output: str, source: Path) -> None:
         self._append({"output": output, "state": "begun", "source": str(source.resolve())})
 
-    def finish(self, output: str, settings: str, source: Path, input_hash: str, stat: os.stat_result) -> None:
-        known = {"settings": settings, "input": input_hash, "stat": [stat.st_size, stat.st_mtime_ns]}
+    def finish(self, output: str, settings: str, source: Path, input_hash: str, stat: os.stat_result, size: int) -> None:
+        known = {"settings": settings, "input": input_hash, "stat": [stat.st_size, stat.st_mtime_ns], "bytes": size}
         self._append({"output": output, "state": "done", "source": str(source.resolve()), **known})
 
     def _append(self, event: dict[str, Any]) -> None:

@@ -33,11 +33,18 @@ class RunnerOptions:
     overwrite: bool = False  # do again what is done, and replace files that we did not write
     replace_own: bool = False  # do again what this command has made of another picture
     model: str = ""  # fingerprint of the model: another one means other settings
+    box: tuple[int, int] | None = None  # width, height: each result as large as fits into it, in the place of `scale`
+
+    def scale_of(self, size: tuple[int, int], own: float) -> float:
+        """Output pixels per pixel of an input of `size` (H, W), for a restorer whose own scale is `own`."""
+        if self.box is not None:
+            return min(self.box[0] / size[1], self.box[1] / size[0])
+        return own if self.scale is None else self.scale
 
     @property
     def digest(self) -> str:
         call = {name: value for name, value in self.call.items() if name != "memory_budget"}  # how, not what
-        kept = {"scale": self.scale, "seed": self.seed, "call": call, "quality": self.quality, "model": self.model}
+        kept = {"scale": self.scale, "seed": self.seed, "call": call, "quality": self.quality, "model": self.model, "box": self.box}
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -180,7 +187,7 @@ def _obstacle(item: Picture, root: Path, originals: set[Path], work: Work) -> st
         key = item.target.as_posix()
         if not work.record.knows(key):
             return f"{printable(item.target)} is already there and was not made by this command; --overwrite replaces it"
-        if work.record.is_done(key, work.options.digest, item.source):
+        if work.record.is_done(key, work.options.digest, item.source, target):
             return ""
         made_from = work.record.source(key)
         if made_from != str(item.source.resolve()) and not work.options.replace_own:
@@ -234,7 +241,7 @@ def _make(restorer: Restorer, item: Picture, work: Work, options: RunnerOptions)
     work.record.begin(key, item.source)
     target.parent.mkdir(parents=True, exist_ok=True)
     notes = write_image(target, result, format=item.format, quality=work.options.quality)
-    work.record.finish(key, work.options.digest, item.source, input_hash, stat)
+    work.record.finish(key, work.options.digest, item.source, input_hash, stat, target.stat().st_size)
     return (*image.notes, *result.notes, *notes)
 
 
@@ -246,7 +253,7 @@ def upscale_image(restorer: Restorer, image: Image, options: RunnerOptions) -> I
     import torch
 
     generator = torch.Generator().manual_seed(options.seed)
-    given, scale = to_tensor(image.rgb), restorer.scale if options.scale is None else options.scale
+    given, scale = to_tensor(image.rgb), options.scale_of(image.size, restorer.scale)
     output = restorer(given, scale=scale, generator=generator, output_type="pt", **options.call)
     answer = output.images[0]
     size = tuple(max(1, round(scale * side)) for side in image.size)

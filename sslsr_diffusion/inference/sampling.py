@@ -4,11 +4,12 @@ A sampler knows its model timesteps (descending), how the start is made, and one
 All latents are scaled [B, 4, h, w] float32; noise comes in as an argument.
 """
 
+import copy
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -260,7 +261,7 @@ def build_sampler(
     spaced_timesteps(num_steps, process.last + 1)
     call = SamplerCall(process, num_steps, strength, eta, seeds, torch.device(device))
     if name is None and scheduler is not None and (as_it_is or type(scheduler).__name__ not in OWN):
-        return DiffusersSampler(type(scheduler).from_config(scheduler.config), call)
+        return _rehearsed(type(scheduler).from_config(scheduler.config), call)
     name = name or OWN.get(type(scheduler).__name__) or ("ddpm" if isinstance(process, DDPM) else "ddim")
     where = SAMPLERS.get(name, f"diffusers:{name}")
     if where.startswith("diffusers:"):
@@ -281,9 +282,24 @@ def _by_class(name: str, call: SamplerCall) -> Sampler:
         made = cls.from_config(call.ddpm(name).scheduler().config, timestep_spacing=spacing)
     except ImportError as error:
         raise MissingDependency(f"sampler: {name} needs a package that is not installed: {' '.join(str(error).split())}") from None
+    except (TypeError, NotImplementedError) as error:  # another family's: it wants arguments of its own
+        raise UserError(f"sampler: {name} cannot be made from this model's process ({error}); use one of {', '.join(SAMPLERS)}.") from None
     if not hasattr(made, "add_noise") or not hasattr(made, "alphas_cumprod"):
         raise UserError(f"sampler: {name} is not of the DDPM family, which this model was trained for; use one of {', '.join(SAMPLERS)}.")
-    return DiffusersSampler(made, call)
+    return _rehearsed(made, call)
+
+
+def _rehearsed(scheduler: Any, call: SamplerCall) -> DiffusersSampler:
+    """The sampler, once a copy of its scheduler has walked to the end with a latent of one pixel; UserError where it cannot."""
+    try:
+        trial = DiffusersSampler(copy.deepcopy(scheduler), replace(call, seeds=call.seeds[:1] or [0]))
+        pixel = torch.zeros(1, 1, 1, 1, device=call.device)
+        sample(trial, lambda x, t: torch.zeros_like(x), trial.start(pixel, pixel), lambda index: pixel)
+    except Exception as error:  # schedulers raise nearly everything
+        name, said = type(scheduler).__name__, str(error) or type(error).__name__
+        wish = f"num_inference_steps {call.num_steps} and strength {call.strength:g}"
+        raise UserError(f"sampler: {name} cannot run with {wish} ({said}); use others, or one of {', '.join(SAMPLERS)}.") from None
+    return DiffusersSampler(scheduler, call)
 
 
 OWN = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}  # schedulers that stand for samplers of ours

@@ -112,16 +112,18 @@ def plan_tiles(
     asked = {"tile": _asked("tile", tile, longest, size), "vae_tile": _asked("vae_tile", vae_tile, longest, vae_tiles(vae_scale))}
     sides = {"tile": _sides(longest, size), "vae_tile": _vae_sides(longest, vae_scale)}
 
+    def beside() -> int:
+        return memory().picture_bytes(*padded, pictures)
+
     def cost(part: str, side: int) -> int:
         h, w = (min(side, edge) // vae_scale for edge in padded)
         samples = batch if side < longest else min(batch, pictures)
         weights = memory().weight_bytes(room.offload) if room.strict or room.offload != "none" else (0, 0)
-        beside = memory().picture_bytes(*padded, pictures)
         if part == "tile":
-            return weights[0] + beside + memory().denoise_bytes(h, w, samples * (2 if guided else 1), steady=room.strict)
-        return weights[1] + beside + memory().codec_bytes(h, w, samples, steady=room.strict)
+            return weights[0] + beside() + memory().denoise_bytes(h, w, samples * (2 if guided else 1), steady=room.strict)
+        return weights[1] + beside() + memory().codec_bytes(h, w, samples, steady=room.strict)
 
-    chosen = {part: _choose(part, asked[part], sides[part], limits.get(part), cost, room) for part in asked}
+    chosen = {part: _choose(part, asked[part], sides[part], limits.get(part), cost, beside, room) for part in asked}
     if room.strict:
         _check_budget(chosen, asked, sides, cost, room)
     side, vae_side = chosen["tile"], chosen["vae_tile"]
@@ -143,12 +145,23 @@ def plan_tiles(
     return plan
 
 
-def _choose(part: str, asked: int | None, sides: Sequence[int], limit: int | None, cost: Cost, room: Room) -> int:
-    """The side that was asked for, or the largest that fits the room; below `limit` either way."""
+def _choose(
+    part: str, asked: int | None, sides: Sequence[int], limit: int | None, cost: Cost, beside: Callable[[], int], room: Room
+) -> int:
+    """The side that was asked for, or the largest that fits the room; below `limit` either way.
+
+    Where already the picture's own copies do not fit, no tile could mend that, so they are left out of the account.
+    """
     if asked is not None:
         return min(asked, limit or asked)
-    for side in sides:
-        if (limit is None or side <= limit) and cost(part, side) <= room.bytes:
+    possible, copies = [side for side in sides if limit is None or side <= limit], beside()
+    spared = copies if copies > room.bytes and not room.strict else 0
+    for side in possible:
+        if cost(part, side) - spared <= room.bytes:
+            if spared:
+                log.warning(
+                    "the picture's own copies need about %s, free are %s; %s %d", *map(shown_bytes, (copies, room.bytes)), part, side
+                )
             return side
     least = sides[-1]
     if not room.strict:

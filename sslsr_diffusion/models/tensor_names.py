@@ -50,6 +50,16 @@ def _is_pointer(path: Path) -> bool:
     return path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
 
 
+def variant_of(folder: Path) -> str | None:
+    """`fp16` of a pipeline folder in which a component's weights are there as *.fp16.safetensors alone; None: all are there plain."""
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        stems = [path.name.removesuffix(".safetensors").partition(".") for path in part.glob("*.safetensors")]
+        variants = [variant.partition("-")[0] for stem, _, variant in stems if stem in FILES and variant]
+        if variants and len(variants) == len(stems):
+            return variants[0]
+    return None
+
+
 def weight_files(folder: Path, what: str) -> list[Path]:
     """The safetensors of a component; UserError, which names what lies there, where there are none."""
     for stem in FILES:

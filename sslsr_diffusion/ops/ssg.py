@@ -46,7 +46,7 @@ def self_similarity_graph(
     """
     image, mask = checked(image, mask, search_size, window_size, sigma)
     settings = GraphSettings(search_size, window_size, float(sigma), bool(normalize))
-    return choose_backend(backend, image).graph(image, mask, settings)
+    return choose_backend(backend, image, settings).graph(image, mask, settings)
 
 
 def check_sizes(search_size: int, window_size: int, sigma: float) -> None:
@@ -102,7 +102,7 @@ def backend_module(name: str) -> ModuleType:
     return BACKENDS[name]
 
 
-def choose_backend(name: str, image: Tensor) -> ModuleType:
+def choose_backend(name: str, image: Tensor, settings: GraphSettings) -> ModuleType:
     """The module that runs `image`; "auto" takes the fastest that can, a name is taken literally or refused with the reason.
 
     An image with a forward-mode tangent, which the fast backends would drop without a word, is a RuntimeError.
@@ -110,6 +110,8 @@ def choose_backend(name: str, image: Tensor) -> ModuleType:
     module = BACKENDS.get(image.device.type, ssg_torch) if name == "auto" else backend_module(name)  # cpu and cuda are devices' names, too
     wide = module in (ssg_cpu, ssg_cuda) and image.dtype != torch.float32
     reason = None if wide else module.unavailable(image.device)
+    if name == "auto" and module is ssg_cuda and not (wide or reason):
+        reason = ssg_cuda.too_large(image.device, settings.search, settings.window, image.shape[1])
     if name == "auto" and (wide or reason):
         module = ssg_torch
     elif wide:

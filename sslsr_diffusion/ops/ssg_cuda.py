@@ -13,7 +13,19 @@ from sslsr_diffusion.ops import ssg_cuda_launch as geometry
 from sslsr_diffusion.ops.cupy_loader import CupyLauncher, shared_memory_limit, unavailable
 from sslsr_diffusion.ops.settings import GraphSettings
 
-__all__ = ["graph", "loss", "unavailable"]
+__all__ = ["graph", "loss", "too_large", "unavailable"]
+
+
+def too_large(device: torch.device, search: int, window: int, channels: int) -> str | None:
+    """Why a row of these sizes does not fit into a block of this GPU; None: it does."""
+    try:
+        geometry.row_geometry(search, window, channels, shared_memory_limit(device))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+too_large._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `unavailable`: torch.compile asks once
 
 
 def loss(

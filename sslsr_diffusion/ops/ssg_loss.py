@@ -108,7 +108,7 @@ class SelfSimilarityLoss(nn.Module):
         if self.prefilter_sigma:
             sr, gt = (self._smoothed(picture) for picture in (sr, gt))
         weights = (self.l1_weight, self.kl_weight)
-        total, l1, kl = choose_backend(self.backend, sr).loss(sr, gt, marked, settings, weights, num_rows)
+        total, l1, kl = choose_backend(self.backend, sr, settings).loss(sr, gt, marked, settings, weights, num_rows)
         return (total, {"l1": l1, "kl": kl, "rows": marked.sum()}) if return_terms else total
 
     def _smoothed(self, picture: Tensor) -> Tensor:

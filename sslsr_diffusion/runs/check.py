@@ -56,6 +56,8 @@ def dry_run(
     say("\nchecks")
     for check in checks:
         say(f"  {check.what:<12} {check.verdict:<14} {check.detail}")
+    for text in recipe.without_effect():
+        say(f"  note: {text}")
     say("")
     counted = [line for task in built for line in (*describe_parameters(task), *describe_memory(recipe))]
     for line in counted or ["parameters and memory cannot be counted"]:

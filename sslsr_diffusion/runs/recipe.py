@@ -76,6 +76,23 @@ class Recipe(Settings):
                     known = ", ".join(settings.metrics)
                     yield f"validation.{key}: {name!r} is not measured; expected one of validation.metrics: {known}."
 
+    def without_effect(self) -> Iterator[str]:
+        """A sentence about each part that does nothing, or not what it says, in this run."""
+        schedule, steps = self.training.schedule, self.training.steps
+        looks = bool(self.validation.limit and self.data.validation)
+        if self.validation.limit and not looks:
+            yield "no validation: data.validation names no pictures, so nothing is measured and no weights are the best."
+        if self.output.pipeline == "best" and not looks:
+            yield "output.pipeline: best has no effect without validation; the last weights become the result."
+        if schedule.warmup_steps > steps:
+            warm, share = schedule.warmup_steps, f"{steps / schedule.warmup_steps:.0%}"
+            yield f"training.schedule.warmup_steps: {warm} are more than the {steps} steps of the run, which ends at {share} of lr."
+        late = [milestone for milestone in schedule.milestones if milestone >= steps]
+        if late:
+            yield f"training.schedule.milestones: {', '.join(map(str, late))} lie at or behind the end of the run of {steps} steps."
+        if getattr(self.task, "decode_crop", None) and not any("sr" in LOSSES[loss.kind].reads_of(loss) for loss in self.losses):
+            yield "task.decode_crop has no effect: no loss looks at pixels."
+
     def _task_fits(self) -> Iterator[str]:
         kind, family = self.task.kind, self.family
         if kind not in family.tasks:

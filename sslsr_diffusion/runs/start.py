@@ -52,6 +52,8 @@ def train(
     check_one_way(resume, restart)
     main = int(os.environ.get("RANK", "0")) == 0
     folder = RunFolder(run_folder(recipe))
+    for text in recipe.without_effect() if main else ():
+        logger.warning("%s", text)
     if resume is None and main:
         if restart:
             folder.move_aside()

@@ -94,13 +94,16 @@ def write_result(run: Run) -> Path:
         elif session.main:
             with weights, atomic_folder(folder.pipeline) as new:
                 job.task.save(new)
-        if session.main:
-            plot_losses(folder.history(), folder.path / "loss.png")
     except OSError as error:
         raise UserError(
             f"training is done, but its pipeline could not be written ({error}). The weights are safe in {source}: "
             f"make room, then `sslsr export {source} --output {folder.pipeline}`."
         ) from error
+    if session.main:
+        try:
+            plot_losses(folder.history(), folder.path / "loss.png")
+        except Exception as error:  # a picture of the run is not worth its end
+            logger.warning("loss.png could not be drawn (%s: %s)", type(error).__name__, error)
     if session.main and job.publisher is not None:
         job.publisher.publish(folder.pipeline, f"Step {published}", files=_card(run, published))
         run.stop.release()  # everything is on the disk: a signal need not wait for the hub
@@ -114,5 +117,8 @@ def _card(run: Run, step: int) -> dict[str, Path | bytes]:
     if run.job.card is None:
         return {}
     measured = [row for row in run.folder.validations() if row["step"] <= step]
-    pictures = [picture for picture in sorted(run.folder.pictures.glob("step-*.png")) if int(picture.stem.removeprefix("step-")) <= step]
+    shown = {
+        int(number): path for path in run.folder.pictures.glob("step-*.png") if (number := path.stem.removeprefix("step-")).isdecimal()
+    }
+    pictures = [shown[number] for number in sorted(shown) if number <= step]
     return run.job.card(measured[-1] if measured else {}, pictures[-1:])

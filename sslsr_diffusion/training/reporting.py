@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sslsr_diffusion.images import to_array
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _BAR = 18  # pixels of caption above each picture
 _GAP = 4
+_NO_NUMBER = (1.0, 0.0, 1.0)  # the colour of pixels that are none
 
 
 class Reporter:
@@ -31,7 +33,7 @@ class Reporter:
         self._rows: list[dict[str, float]] = []
         self._began = time.perf_counter()
         self._bar: Any = None
-        self._full = False
+        self._said = False
         if session.main:
             from tqdm import tqdm
 
@@ -92,31 +94,31 @@ class Reporter:
         from PIL import Image
 
         grid = picture_grid(result.rows, result.captions)
-        with self._disk():
+        with self._beside_the_run():
             Image.fromarray(grid).save(self.folder.pictures / f"step-{step:06d}.png")
         for tracker in self.session.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_image("validation", grid, step, dataformats="HWC")
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({"validation": np.asarray(grid)[None]}, step=step)
+            with self._beside_the_run():
+                if tracker.name == "tensorboard":
+                    tracker.writer.add_image("validation", grid, step, dataformats="HWC")
+                elif hasattr(tracker, "log_images"):
+                    tracker.log_images({"validation": np.asarray(grid)[None]}, step=step)
 
     def _write_down(self, step: int, values: dict[str, float]) -> None:
-        with self._disk():
+        with self._beside_the_run():
             self.folder.append_history({"step": step, **values})
-        with self._disk():
+        with self._beside_the_run():
             self.session.accelerator.log(values, step=step)
 
     @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
-        """A full disk costs lines and pictures, never the run; it is said once."""
+    def _beside_the_run(self) -> Iterator[None]:
+        """A full disk, or a tracker whose service has gone, costs lines and pictures, never the run; it is said once."""
         try:
             yield
-        except OSError as error:
-            if not self._full:
-                logger.warning(
-                    "step %d: history or pictures could not be written (%s); training goes on", self.session.progress.step, error
-                )
-            self._full = True
+        except Exception as error:
+            if not self._said:
+                what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                logger.warning("step %d: history or pictures could not be written (%s); training goes on", self.session.progress.step, what)
+            self._said = True
 
     def say(self, text: str) -> None:
         """A line above the progress bar and in the log."""
@@ -156,8 +158,13 @@ def picture_grid(rows: Sequence[Sequence[Tensor]], captions: Sequence[Sequence[s
         for x, (picture, name) in enumerate(zip(row, names)):
             left, top = x * cell_w + _GAP, y * cell_h + _GAP
             draw.text((left, top + 2), name, fill="black")
-            sheet.paste(Image.fromarray(to_array(picture.float().cpu())), (left, top + _BAR))
+            sheet.paste(Image.fromarray(to_array(_with_numbers(picture.float().cpu()))), (left, top + _BAR))
     return np.asarray(sheet)
+
+
+def _with_numbers(picture: Tensor) -> Tensor:
+    """[3, H, W] with pixels that are no numbers in a colour of their own."""
+    return torch.where(picture.isfinite().all(dim=0), picture, torch.tensor(_NO_NUMBER)[:, None, None])
 
 
 def plot_losses(history: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -20,6 +20,8 @@ CHANGEABLE |= {"task.inference", "task.sampling_steps", "validation", "checkpoin
 _MEASURING = ("best", "refuse", "size", "limit", "seed")
 MEASURED_BY = {"task.inference", "task.sampling_steps", "data.validation"} | {f"validation.{key}" for key in _MEASURING}
 
+WHOLE_RUN = {"linear", "cosine", "cosine_with_restarts", "polynomial"}  # schedules whose curve depends on training.steps
+
 
 def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     """Key path -> (value then, value now) of everything that differs; a missing key counts as None."""
@@ -51,6 +53,12 @@ def check_same_recipe(state: Mapping[str, Any], recipe: Mapping[str, Any], world
         )
     for line in lines:
         logger.warning("recipe changed since the checkpoint: %s", line)
+    kind = recipe.get("training", {}).get("schedule", {}).get("kind")
+    if "training.steps" in found and kind in WHOLE_RUN:
+        logger.warning(
+            "the %s schedule reaches over the whole run: with training.steps %s -> %s the learning rate goes on another curve from here",
+            *(kind, *found["training.steps"]),
+        )
 
 
 def check_same_step(steps: Sequence[int]) -> None:

@@ -122,6 +122,8 @@ def _measure(validation: Validation, task: Task, pair: Pair, position: int) -> _
     lr, hr = pair.lr[None], pair.hr[None]
     with torch.random.fork_rng(devices=[]):  # measuring must not change what training draws next
         restored = task.restore(lr, hr, derive_seed(settings.seed, position)).float().cpu().clamp(0, 1)
+    if not restored.isfinite().all():
+        logger.warning("validation: the %s of %s has values that are not numbers (pink in the grid)", task.label, pair.name)
     bicubic = resize_bicubic(lr, size=(hr.shape[-2], hr.shape[-1])).clamp(0, 1)
     values, baseline = (_values(validation, pair.name, picture, hr, lr) for picture in (restored, bicubic))
     if position >= settings.pictures:
@@ -136,10 +138,10 @@ def _values(validation: Validation, name: str, picture: Tensor, hr: Tensor, lr: 
     found = {}
     for metric, measure in validation.metrics.items():
         value, why = nan, "nothing in it to measure"
-        try:
-            value = float(measure(picture, hr, lr).mean())
-        except UserError as error:
-            why = str(error)
+        try:  # what a library of metrics does with a picture is not worth the run either
+            value = float(measure(picture, hr, lr).mean()) if picture.isfinite().all() else nan
+        except Exception as error:
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         if isnan(value) and (metric, name) not in validation.without:
             validation.without.add((metric, name))
             logger.warning("validation: %s has no number for %s, which is left out of its means: %s", metric, name, why)

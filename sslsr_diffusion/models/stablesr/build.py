@@ -17,7 +17,7 @@ from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identit
 from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks, StableSRNetworks
 from sslsr_diffusion.models.stablesr.settings import SFT_ARGUMENTS, StableSRSettings, load_preset
 from sslsr_diffusion.models.stablesr.structural_encoder import StructuralEncoder
-from sslsr_diffusion.models.stablesr.text import empty_context, encode_prompt
+from sslsr_diffusion.models.stablesr.text import check_tokenizer, empty_context, encode_prompt
 from sslsr_diffusion.models.stablesr.unet import SFTUNet2DConditionModel
 from sslsr_diffusion.models.tensor_names import check_tensors
 from sslsr_diffusion.shipped_model import local_folder
@@ -148,6 +148,7 @@ def _from_base(settings: StableSRSettings, base: Base, *, plain: bool, meta: boo
         denoiser,
         process_of(base),
         text,
+        prompt=settings.prompt,
         base=base.name,
         source=base,
         text_config=base.config("text_encoder") if base.has("text_encoder") else None,
@@ -213,4 +214,6 @@ def check_base_folder(settings: StableSRSettings) -> str:
         check_tensors(base.folder / part, loaded(cls, base, part, meta=True), base.part(part))
     if base.has("text_encoder"):
         check_tensors(base.folder / "text_encoder", None, base.part("text_encoder"))
+        if base.has("tokenizer"):
+            check_tokenizer(base)
     return f"{base.name}: found {', '.join(has)}"

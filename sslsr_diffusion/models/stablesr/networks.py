@@ -33,6 +33,7 @@ class StableSRNetworks(LatentNetworks):
         process: Process,
         text: Tensor,
         *,
+        prompt: str = "",
         base: str = "",
         source: Base | None = None,
         text_config: dict[str, Any] | None = None,
@@ -41,11 +42,12 @@ class StableSRNetworks(LatentNetworks):
         """
         Args:
             text: [1, L, D] context of the recipe's prompt.
+            prompt: that text itself, which the result takes where a call names none.
             source: where the text encoder lies that `components` writes along, if there is one.
             text_config: its CLIPTextConfig, which the dry run counts.
         """
         super().__init__(codec, denoiser, process, Text(text), base=base, revision=source.revision if source else None)
-        self.source, self.text_config = source, text_config
+        self.source, self.text_config, self.prompt = source, text_config, prompt
         self._call_defaults = dict(call_defaults or CALL_DEFAULTS)
         self.text_encoder: nn.Module | None = None
         self.tokenizer: Any = None

@@ -56,10 +56,19 @@ def count_text_encoder(config: dict[str, Any]) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def check_tokenizer(base: "Base") -> None:
+    """Raises UserError for a folder without a vocabulary, which transformers would take for one of two words."""
+    folder = base.folder / "tokenizer"
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        there = ", ".join(sorted(path.name for path in folder.iterdir())) or "no files"
+        raise UserError(f"{base.part('tokenizer')}: expected vocab.json or tokenizer.json, got {there}; fetch the model again.")
+
+
 def load_tokenizer(base: "Base") -> Any:
     """None if the base has no tokenizer (the empty prompt does without)."""
     if not base.has("tokenizer"):
         return None
+    check_tokenizer(base)
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(base.folder / "tokenizer")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Pillow
 
-from sslsr_diffusion.images.metadata import PNG_SIGNATURE, png_chunk
+from sslsr_diffusion.metadata.blocks import PNG_SIGNATURE, png_chunk
 
 GOOD = ("a.png", "m.jpg", "z.tif", "sub/deep.webp", "folder.png/inside.png")
 NAMES = [

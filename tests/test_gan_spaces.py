@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import assert_same_checkpoint, smooth, toy_batch, toy_job, toy_losses, toy_task
 
+from sslsr_diffusion import hub
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.losses import Means, build_losses
@@ -245,16 +247,16 @@ def test_a_task_gives_latents_and_decodes_nothing_for_them():
 def test_the_estimate_counts_it(open_clip):
     """On latents, and on a frozen network, of which only the heads have optimizer states."""
     size = ["training.crop_size=64", "data.sources=[]", "validation.limit=0"]
-    more = ("", ", {kind: gan, space: latent, discriminator: patch, layers: 1}", ", {kind: gan, discriminator: convnext, width: 4}")
-    before, latent, stages = (
-        step_bytes(load_recipe("tiny", [*size, f"losses=[{{kind: diffusion}}, {{kind: pixel_l1}}{gan}]"])) for gan in more
-    )
-    (built,) = build_losses([GANSettings(**STAGES)], Means(shapes=True))
-    learned, every = (sum(p.numel() for p in built.network.parameters() if p.requires_grad or not alone) for alone in (True, False))
-    assert stages["optimizer"] - before["optimizer"] == 8 * learned
-    assert stages["weights"] - before["weights"] == 4 * every
-    assert every > learned
-    assert latent["activations and gradients"] > before["activations and gradients"]
+    plain = "{kind: diffusion}, {kind: pixel_l1}"
+    both = f"{plain}, {{kind: gan, space: latent, name: latent, discriminator: patch, layers: 1}}, {{kind: gan, discriminator: convnext}}"
+    recipes = [load_recipe("tiny", [*size, f"losses=[{entries}]"]) for entries in (plain, both)]
+    before, after = map(step_bytes, recipes)
+    networks = [loss.network for loss in build_losses(recipes[1].losses[2:], Means(shapes=True, latent=(8, 16)))]
+    learned, every = (sum(p.numel() for net in networks for p in net.parameters() if p.requires_grad or whole) for whole in (False, True))
+    assert 0 < learned < every
+    assert after["optimizer"] - before["optimizer"] == 8 * learned
+    assert after["weights"] - before["weights"] == 4 * every
+    assert after["activations and gradients"] > before["activations and gradients"]
 
 
 BASE = {"data": {"sources": []}, "validation": {"limit": 0}, "training": {"crop_size": 64}}
@@ -307,3 +309,28 @@ def test_what_convnext_lacks_is_one_sentence(open_clip, monkeypatch):
     with pytest.raises(MissingDependency, match=r'gan\.convnext: convnext needs open_clip, .*; pip install "sslsr-diffusion\[open-clip'):
         GANLoss.check(GANSettings(**STAGES))
     assert build_losses([GANSettings(**STAGES)], Means(shapes=True)) == []
+
+
+def test_weights_of_the_hub_are_one_file_of_those_that_it_has(open_clip, monkeypatch, tmp_path):
+    settings, asked = GANSettings(**STAGES), []
+    name = "open_clip_pytorch_model.bin"
+
+    def fetch(repository: str, *, patterns: list[str], field: str) -> Path:
+        asked.append((repository, patterns))
+        (tmp_path / name).write_bytes(open_clip.read_bytes())
+        return tmp_path
+
+    monkeypatch.setattr(hub, "cached", lambda *args, **options: tmp_path)
+    monkeypatch.setattr(hub, "look_up", lambda *args, **options: hub.Found("0123456789abcdef", (name, "README.md")))
+    monkeypatch.setattr(hub, "fetch", fetch)
+    said = "gan: laion/of-the-test on the hub, commit 0123456789ab; open_clip_pytorch_model.bin is downloaded when training starts"
+    assert GANLoss.check(settings) == said
+    assert asked == []
+    built = GANLoss.build(settings, Means(seed=2))
+    assert asked == [("laion/of-the-test", [name])]
+    assert torch.equal(built.network.stem.weight, on_stages(open_clip).network.stem.weight)
+    assert GANLoss.check(settings) == f"gan: {tmp_path / name}"
+    (tmp_path / name).unlink()
+    monkeypatch.setattr(hub, "look_up", lambda *args, **options: hub.Found("0123456789abcdef", ("README.md",)))
+    with pytest.raises(UserError, match=r"^gan\.convnext: laion/of-the-test on the hub holds none of open_clip_model\.safe"):
+        GANLoss.check(settings)

@@ -73,6 +73,18 @@ def test_the_newest_run_is_taken_and_said(desk, calls):
     assert calls[1]["generator"].initial_seed() == 9
 
 
+def test_a_limit_on_pixels_and_kinds_that_are_not_read_are_told_at_the_end(desk, calls):
+    write_image(desk / "in" / "large.png", Image(np.zeros((1001, 1000, 3), np.uint8)))
+    for name in ("IMG_1.HEIC", "b.psd"):
+        (desk / "in" / name).write_bytes(b"8BPS" if name.endswith("psd") else b"\0\0\0\x18ftypheic")
+    result = run("--input", "in", "--max-megapixels", 1)
+    assert result.exit_code == 1
+    assert "2 done, 3 failed" in result.output
+    assert "failed: large.png: 1.001 megapixels are more than the 1 that are read; --max-megapixels lifts" in result.output
+    assert "failed: IMG_1.HEIC: heic pictures are not read; save it as PNG" in result.output
+    assert "failed: b.psd: psd pictures are not read" in result.output
+
+
 def test_a_memory_budget_reaches_the_loader_and_every_picture_but_not_the_record(desk, calls):
     assert run("--input", "in", "--memory-budget", "500MB").exit_code == 0
     assert calls[0] == {"device": "auto", "dtype": "auto", "memory_budget": 500 * 10**6, "tile": "auto"}

@@ -17,7 +17,7 @@ from sslsr_diffusion.inference.sampling import build_sampler, spaced_timesteps
 from sslsr_diffusion.models.stablesr.build import build_networks
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 from sslsr_diffusion.runs.start import build_job, train
-from sslsr_diffusion.tasks.pixels import seen as seen_by_networks
+from sslsr_diffusion.tasks.pixels import seen as as_seen
 from sslsr_diffusion.training.job import Job
 from sslsr_diffusion.types import Batch
 
@@ -113,10 +113,10 @@ def test_a_one_step_model_trains_and_samples_from_the_same_start(photos: Path, t
     sampler = build_sampler(None, job.task.networks.process, 1, device=torch.device("cpu"))
     assert seen["t"].tolist() == [99, 99] == [*sampler.timesteps] * 2
     codec, noise = job.task.networks.codec, draws.noise
-    drawn = [codec.encode(seen_by_networks(batch), noise[f"posterior_{side}"]) for side in ("lr", "hr")]
+    drawn = [codec.encode(as_seen(batch), noise[f"posterior_{side}"]) for side in ("lr", "hr")]
     assert torch.equal(seen["z_lr"], drawn[0])
     assert not torch.equal(*drawn)
-    torch.testing.assert_close(seen["zt"], sampler.start(draws.noise["noise"], seen["z_lr"]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(seen["zt"], sampler.start(noise["noise"], seen["z_lr"]), rtol=0, atol=1e-4)
 
 
 def test_a_one_step_model_keeps_its_start_and_its_call(one_step: Path) -> None:

@@ -88,6 +88,9 @@ def infer(
         ),
     ] = Dtype.auto,
     memory_budget: MemoryBudget = None,
+    max_megapixels: Annotated[
+        float, typer.Option(min=1, help="A larger input is refused: small files can claim to be pictures without end.")
+    ] = 1000,
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done with these settings is skipped."""
     given = {**locals(), "num_inference_steps": steps}
@@ -110,7 +113,14 @@ def infer(
             typer.echo(f"model: {model} ({why}; --model chooses another)")
         found = find_model(model, revision)
         options = RunnerOptions(
-            scale, seed, call, FORMATS[format] if format else None, overwrite=overwrite, model=found.fingerprint, box=box
+            scale,
+            seed,
+            call,
+            FORMATS[format] if format else None,
+            overwrite=overwrite,
+            model=found.fingerprint,
+            box=box,
+            max_pixels=round(max_megapixels * 1e6),
         )
         work = find_work(inputs, output, options)
         if work.todo:

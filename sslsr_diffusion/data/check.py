@@ -63,7 +63,7 @@ class Looker:
         if self._files is not None:
             density = float(self._files.read(item.name, item.file, (height, width)).mean())
         else:
-            density = float(make_mask(to_tensor(image.rgb)[None], self._mask, sample_generator(0, "check")).float().mean())
+            density = float(make_mask(to_tensor(image.visible)[None], self._mask, sample_generator(0, "check")).float().mean())
         size = self.crop_size
         count = len(crop_places(height, width, size, max(1, size // 2))) if min(height, width) >= size else 0
         digest = hashlib.blake2b(np.ascontiguousarray(image.rgb).tobytes(), digest_size=16).hexdigest() + f"{height}x{width}"

@@ -52,7 +52,7 @@ def estimate(path: Path) -> Estimate:
     """Estimate one file. Raises UnreadableImage: it is no picture."""
     data = path.read_bytes()
     image = read_image(data, name=printable(path))
-    luma, table = _jpeg(data) or (_luma(image.rgb), None)
+    luma, table = _jpeg(data) or (_luma(image.visible), None)
     coefficients = block_dct(luma)
     quality = table_quality(table) if table is not None else blocking_quality(coefficients)
     steps = table if table is not None else None if quality is None else scaled_table(quality)

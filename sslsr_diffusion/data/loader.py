@@ -252,7 +252,7 @@ def open_validation_pairs(settings: DataSettings, *, crop_size: int, scale: int,
 
 def _pair(source: IndexedSource, position: int, degradation: Degradation, crop_size: int, seed: int) -> ValidationPair:
     item, scale = source.item(position), degradation.scale
-    hr = to_tensor(read_image(item.hr, name=item.name).rgb)
+    hr = to_tensor(read_image(item.hr, name=item.name).visible)
     height, width = (min(crop_size, n) // scale * scale for n in hr.shape[1:])
     if not height or not width:
         raise UserError(f"{item.name}: {hr.shape[2]}x{hr.shape[1]} pixels are less than the scale {scale}.")
@@ -261,7 +261,7 @@ def _pair(source: IndexedSource, position: int, degradation: Degradation, crop_s
     if item.lr is None:
         ops = degradation.draw(height, width, sample_generator(seed, position, "validation"))
         return ValidationPair(item.name, degradation.apply(cut[None], ops, sample_generator(seed, position, "validation noise"))[0], cut)
-    lr = to_tensor(read_image(item.lr, name=item.name).rgb)
+    lr = to_tensor(read_image(item.lr, name=item.name).visible)
     check_pair(item.name, hr.shape[1:], lr.shape[1:], scale)
     low = lr[:, top // scale : (top + height) // scale, left // scale : (left + width) // scale].contiguous()
     return ValidationPair(item.name, low, cut)

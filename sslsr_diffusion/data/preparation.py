@@ -133,7 +133,7 @@ def multiscale(path: Path, name: Path, *, output: Path, shortest_edge: int = 512
     sizes["S"] = (long, shortest_edge) if width >= height else (shortest_edge, long)
     if min(height, width) >= shortest_edge:
         sizes[""] = (width, height)
-    picture = Pillow.fromarray(image.rgb if image.bits == 8 else to_array(to_tensor(image.rgb)))
+    picture = Pillow.fromarray(image.visible if image.bits == 8 else to_array(to_tensor(image.visible)))
     written = 0
     for label, size in sizes.items():
         target = output / name.with_name(f"{name.stem}{label}.png")
@@ -143,7 +143,7 @@ def multiscale(path: Path, name: Path, *, output: Path, shortest_edge: int = 512
 
 def crops(path: Path, name: Path, *, output: Path, size: int = 512, step: int = 256) -> int:
     """Sub-images `<stem>_s001.png`, row by row; a last row and column lie flush with the border. A smaller picture is a problem by name."""
-    pixels = read_image(path, name=printable(name)).rgb
+    pixels = read_image(path, name=printable(name)).visible
     height, width = pixels.shape[:2]
     if min(height, width) < size:
         what = f"{printable(name)}: {width}x{height} pixels are less than the crop of {size}"
@@ -169,7 +169,7 @@ def masks(path: Path, name: Path, *, output: Path, settings: MaskSettings) -> in
     targets = {suffix: (output / suffix / name).with_suffix(f".{suffix}") for suffix in ("mat", "png")}
     if all(_is_there(target) for target in targets.values()):
         return 0
-    hr = to_tensor(read_image(path, name=printable(name)).rgb)[None]
+    hr = to_tensor(read_image(path, name=printable(name)).visible)[None]
     mask = make_mask(hr, settings, sample_generator(0, str(name), "mask"))[0, 0].numpy()
     buffer = io.BytesIO()
     savemat(buffer, {"mat": mask.astype(int)}, do_compression=True)
@@ -180,7 +180,7 @@ def masks(path: Path, name: Path, *, output: Path, settings: MaskSettings) -> in
 
 def low_resolution(path: Path, name: Path, *, output: Path, degradation: DegradationSettings, scale: int = 4, seed: int = 0) -> int:
     """A test pair: hr/<stem>.png cut to a multiple of the scale, lr/<stem>.png degraded by (seed, name)."""
-    hr = to_tensor(read_image(path, name=printable(name)).rgb)
+    hr = to_tensor(read_image(path, name=printable(name)).visible)
     height, width = (n // scale * scale for n in hr.shape[1:])
     if not height or not width:
         raise UserError(f"{printable(name)}: {hr.shape[2]}x{hr.shape[1]} pixels are less than the scale {scale}.")
@@ -206,7 +206,7 @@ def pairs(path: Path, name: Path, *, output: Path, hr: str, lr: str, scale: int 
     targets = {side: (output / side / name).with_suffix(".png") for side in ("hr", "lr")}
     if all(_is_there(target) for target in targets.values()):
         return 0
-    large, small = read_image(path, name=printable(name)).rgb, read_image(low).rgb
+    large, small = read_image(path, name=printable(name)).visible, read_image(low).visible
     sizes = (large.shape[:2], small.shape[:2])
     if sizes[0] == sizes[1]:
         rows, columns = (side // scale for side in sizes[0])

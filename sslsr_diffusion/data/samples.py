@@ -184,11 +184,11 @@ class SampleMaker:
 
     def _read(self, item: Item, problems: list[str]) -> Planes:
         """The planes of an item at full size: hr, lr for real pairs, mask for mask files; padded where smaller than the crop."""
-        hr = read_image(item.hr, name=item.name).rgb
+        hr = read_image(item.hr, name=item.name).visible
         height, width = hr.shape[:2]
         planes: Planes = {"hr": hr}
         if item.lr is not None:
-            planes["lr"] = lr = read_image(item.lr, name=f"{item.name} (low-resolution partner)").rgb
+            planes["lr"] = lr = read_image(item.lr, name=f"{item.name} (low-resolution partner)").visible
             check_pair(item.name, (height, width), lr.shape[:2], self.scale)
         check_whole(item, height, width, self.crop_size)
         if self._mask_files is not None:

@@ -1,303 +1,151 @@
-import io
+import contextlib
+import mmap
 import re
 import stat
-import warnings
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from sslsr_diffusion.images import metadata
-from sslsr_diffusion.images.files import printable
+from sslsr_diffusion.images.decoders import READERS
 from sslsr_diffusion.images.picture import Image, Pixels, UnreadableImage
-from sslsr_diffusion.images.writers import EXIF_TAGS_OF_TIFF
+from sslsr_diffusion.listing import UNREAD_SUFFIXES, kind_of, printable
+from sslsr_diffusion.metadata import exif
+from sslsr_diffusion.metadata.blocks import SPLIT, Blocks, profile_space
+from sslsr_diffusion.metadata.headers import Refused
 
-if TYPE_CHECKING:
-    import PIL.Image
-    from PIL.ImageFile import ImageFile
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
-
-MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb: 0.5 GB of RGB
-_TOO_MANY = f"are more than the {MAX_PIXELS / 1e6:.0f} megapixels that are read; cut the picture into pieces"
-MAX_BYTES = 4 << 30
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "TGA", "AVIF", "JPEG2000")  # none that runs a program
+MAX_PIXELS = 178_956_970  # of a picture that is read whole: 0.5 GB of RGB
+_MAPPED = 64 << 20  # larger files are mapped, not read
 
 
-def read_image(source: Path | str | bytes, *, name: str | None = None) -> Image:
-    """Read one picture whole, upright, with profile, EXIF and alpha.
+class OpenPicture:
+    """A picture file that is open: its blocks and size are known, its pixels are decoded when they are asked for."""
 
-    8 and 16 bits stay as they are. Gray, palette and one-bit pictures become three channels; CMYK and Lab go through their
-    profile to sRGB. Of an animation the first frame counts (`notes` says so). The content decides the format, not the name.
+    def __init__(
+        self,
+        source: Path | str | bytes,
+        *,
+        name: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+        advice: str = "cut the picture into pieces",
+    ) -> None:
+        """
+        Args:
+            source: a path, or the bytes of a file.
+            name: how messages call it; default the file's name.
+            max_pixels: a larger picture is refused; `advice` says what to do then.
+        Raises UnreadableImage: not a picture, damaged at its start, empty, a decompression bomb, or of a kind that would lose values.
+        """
+        self._label = name or ("image" if isinstance(source, bytes) else printable(Path(source).name))
+        with self._refusing():
+            data = memoryview(bytearray(source)) if isinstance(source, bytes) else _read(Path(source))
+            if not len(data):
+                raise Refused("the file is empty")
+            suffix = "" if isinstance(source, bytes) else Path(source).suffix.lower()
+            self.format = kind = kind_of(bytes(data[:32])) or "TGA"  # which has no magic
+            if kind not in READERS or (suffix in UNREAD_SUFFIXES and kind in ("TIFF", "TGA")):  # raw files of cameras look like TIFF
+                raise Refused(f"{suffix.removeprefix('.') or kind} pictures are not read; save it as PNG, JPEG, TIFF or WebP")
+            self.blocks = SPLIT[kind](data) if kind in SPLIT else Blocks()
+            self._rows = READERS[kind](data, kind, self.blocks)
+            self._turn = 1 if kind == "AVIF" else exif.orientation(self.blocks.exif)  # AVIF's decoder has turned it
+            height, width = self._rows.height, self._rows.width
+            if height * width > max_pixels:
+                raise Refused(f"{height * width / 1e6:.4g} megapixels are more than the {max_pixels / 1e6:.4g} that are read; {advice}")
+        self.size = (width, height) if self._turn > 4 else (height, width)  # upright
+        self.streams = self._rows.streams and self._turn <= 2  # rows are decoded from the top down; else the first call decodes all
+        self._first = 0
+        self._kept: Pixels = np.empty((0, 0, 0), np.uint8)  # rows that the last call has decoded
 
-    Args:
-        source: a path, or the bytes of a file.
-        name: how messages call it; default the file's name.
-    Raises UnreadableImage: not a picture, damaged, cut off, empty, a decompression bomb, or of a kind that would lose values.
+    def read(self, top: int = 0, bottom: int | None = None) -> Image:
+        """Rows of the upright picture, with all its blocks; where it streams, no call begins above the one before."""
+        bottom = self.size[0] if bottom is None else bottom
+        with self._refusing():
+            samples = self._upright(top, bottom)
+        channels, found, notes = samples.shape[2], self.blocks, list(self.blocks.notes)
+        profile, space = found.icc_profile, profile_space(found.icc_profile)
+        gray = channels < 3 and space != "RGB"  # gray pixels with an RGB profile become colour for its sake
+        if profile and space != ("GRAY" if gray else "RGB"):
+            profile = None
+            notes.append(f"colour profile left out, it is for {printable(space) if space else 'nothing known'}")
+        turned = found.xmp if self._turn == 1 else re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", found.xmp or b"")
+        return Image(
+            np.ascontiguousarray(samples[..., :3] if channels > 2 else samples[..., [0, 0, 0]]),
+            np.ascontiguousarray(samples[..., -1]) if channels in (2, 4) else None,
+            profile,
+            exif.upright_exif(found.exif, self.size) if found.exif else None,
+            self.format,
+            gray,
+            tuple(notes),
+            turned or None,
+            found.iptc,
+            found.density if all(1 <= each <= 100_000 for each in found.density or (0,)) else None,
+            tuple(found.own),
+        )
+
+    def _upright(self, top: int, bottom: int) -> Pixels:
+        if not self.streams:
+            if not len(self._kept):
+                self._kept = self._rows.read(0, self._rows.height)
+            array = self._kept.swapaxes(0, 1) if self._turn > 4 else self._kept
+            array = array[::-1] if self._turn in (3, 4, 7, 8) else array
+            return (array[:, ::-1] if self._turn in (2, 3, 6, 7) else array)[top:bottom]
+        done = self._first + len(self._kept)
+        known = self._kept[top - self._first :]
+        self._first, self._kept = top, known
+        if done < bottom:
+            fresh = self._rows.read(max(top, done), bottom)
+            self._kept = np.concatenate([known, fresh]) if len(known) else fresh
+        return self._kept[: bottom - top, :: -1 if self._turn == 2 else 1]
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # decoders raise nearly everything on damaged files, KeyError and struct.error included
+            raise UnreadableImage(f"{self._label}: {_reason(error)}.") from error
+
+
+def read_image(source: Path | str | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image:
+    """Read one picture whole, upright, with alpha and all blocks of metadata.
+
+    8 and 16 bits stay, other depths become the next of them. Gray, palette and one-bit pictures become three channels; CMYK and Lab go
+    through their profile to sRGB. Of an animation the first frame counts. `notes` say what was lost. The content decides the format.
+
+    Args and errors as `OpenPicture`; UnreadableImage, too, where the pixels are damaged or cut off.
     """
-    label = name or ("image" if isinstance(source, bytes) else printable(Path(source).name))
-    data = b""
-    try:
-        data = source if isinstance(source, bytes) else _read_bytes(Path(source))
-        if not data:
-            raise _Refused("the file is empty")
-        return _decode(data)
-    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files, KeyError and struct.error included
-        raise UnreadableImage(f"{label}: {_reason(error, data[:4])}.") from error
-
-
-_MAGIC = {
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"\xff\xd8\xff": "JPEG",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"MM\0+": "TIFF",
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-}
-
-
-def format_of(path: Path) -> str | None:
-    """The format that a file's first bytes promise, as `Image.format` would say; None for all that cannot be written anyway."""
-    try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            start = file.read(16)
-    except OSError:
-        return None
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return "WEBP"
-    return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
-
-
-class _Refused(Exception):
-    """The message is the reason as the user reads it."""
-
-
-def _reason(error: Exception, magic: bytes) -> str:
-    from PIL import UnidentifiedImageError
-    from PIL.Image import DecompressionBombError
-
-    text = str(error).strip().rstrip(".").splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, UnidentifiedImageError) and magic in (b"II*\0", b"MM\0*"):
-        return "damaged, or a TIFF of an unusual kind; save it as gray or RGB with 8 or 16 bits"
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture, damaged at the start, or of a format other than " + ", ".join(f for f in FORMATS if f not in ("DIB", "MPO"))
-    if isinstance(error, DecompressionBombError):
-        got = re.search(r"\d+", text)
-        return f"{int(got[0]) / 1e6:.0f} megapixels {_TOO_MANY}" if got else f"its pixels {_TOO_MANY}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be read ({error.strerror})"
-    if isinstance(error, _Refused):
-        return text
-    if "truncated" in text.lower() or "cut off" in text:
-        return "the file is cut off"
-    return f"damaged ({printable(text)[:120]})"
-
-
-def _read_bytes(path: Path) -> bytes:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise _Refused("not a regular file")
-    if status.st_size > MAX_BYTES:
-        raise _Refused(f"the file has {status.st_size / 2**30:.1f} GB, more than {MAX_BYTES >> 30} GB")
-    return path.read_bytes()
-
-
-def _open(source: Path | BinaryIO) -> "ImageFile":
-    """Pillow's lazy image of a path or a binary file, of our formats alone."""
-    from PIL import Image as Pillow
-
-    # What Pillow only warns about is either reported by us or harmless; a filter by module is safe in threads, catch_warnings is not.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    Pillow.init()
-    return Pillow.open(source, formats=[f for f in FORMATS if f in Pillow.OPEN])
+    return OpenPicture(source, name=name, max_pixels=max_pixels).read()
 
 
 def size_of(path: Path) -> tuple[int, int] | None:
-    """(width, height) in pixels of a picture held upright, from its header alone; None where that cannot be read."""
-    try:
-        with _open(path) as file:
-            turned = file.getexif().get(metadata.ORIENTATION, 1) >= 5
-            return (file.height, file.width) if turned else (file.width, file.height)
-    except Exception:  # whatever a broken file does to Pillow; reading it whole says what is wrong
-        return None
+    """(width, height) in pixels of a picture held upright, without decoding it; None where that cannot be read."""
+    with contextlib.suppress(UnreadableImage):
+        height, width = OpenPicture(path, max_pixels=1 << 62).size
+        return width, height
+    return None
 
 
-def _decode(data: bytes) -> Image:
-    with _open(io.BytesIO(data)) as file:
-        width, height = file.size
-        if width * height > MAX_PIXELS:
-            raise _Refused(f"{width * height / 1e6:.0f} megapixels {_TOO_MANY}")
-        kind = {"MPO": "JPEG", "DIB": "BMP"}.get(file.format or "", file.format or "")
-        exif, turn = _exif(file, kind)
-        notes = _notes(file, kind)
-        if _bits(file, kind, data) == 16:
-            image = _sixteen_bits(data, file, kind)
-            image = replace(image, rgb=_upright(image.rgb, turn), alpha=None if image.alpha is None else _upright(image.alpha, turn))
-        else:
-            image = _eight_bits(file)
-            if kind != "TIFF":  # Pillow turns TIFF pictures itself
-                image = replace(image, rgb=_upright(image.rgb, turn), alpha=None if image.alpha is None else _upright(image.alpha, turn))
-    image = _with_profile(image)
-    return replace(image, exif=exif, format=kind, notes=(*notes, *image.notes))
+def _read(path: Path) -> memoryview:
+    """The bytes of a file, which may be written to: the file does not change."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise Refused("not a regular file")
+    if status.st_size < _MAPPED:
+        data = bytearray(status.st_size)
+        with path.open("rb") as file:
+            return memoryview(data)[: file.readinto(data)]
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
-def _notes(file: "ImageFile", kind: str) -> tuple[str, ...]:
-    if kind == "JPEG" or not getattr(file, "is_animated", False):  # the further pictures of a JPEG are previews
-        return ()
-    return ("the first of several pages",) if kind == "TIFF" else ("the first frame of an animation",)
-
-
-def _exif(file: "ImageFile", kind: str) -> tuple[bytes | None, int]:
-    """The EXIF block without prefix, its orientation set to 1; and the orientation as it was."""
-    if kind == "TIFF":
-        raw, turn = _exif_of_tiff(file)
-    else:
-        raw = file.info.get("exif") or b""
-        text = file.info.get("Raw profile type exif")  # ImageMagick's older PNG files
-        if not raw and isinstance(text, str):
-            raw = bytes.fromhex("".join(text.split("\n")[3:]))
-        raw = raw.removeprefix(metadata.PREFIX)
-        turn = metadata.orientation(raw)
-    height, width = (file.width, file.height) if turn > 4 and kind != "TIFF" else (file.height, file.width)
-    return metadata.updated_exif(raw, (height, width)), turn
-
-
-def _exif_of_tiff(file: "ImageFile") -> tuple[bytes, int]:
-    """In TIFF the EXIF entries stand among those of the picture itself."""
-    from PIL import Image as Pillow
-
-    there, kept = file.getexif(), Pillow.Exif()
-    for tag, value in there.items():
-        if tag in EXIF_TAGS_OF_TIFF:
-            kept[tag] = there.get_ifd(tag) if tag in (0x8769, 0x8825) else value
-    turn = there.get(metadata.ORIENTATION, 1)
-    return (kept.tobytes().removeprefix(metadata.PREFIX) if len(kept) else b""), turn if turn in range(1, 9) else 1
-
-
-def _upright(array: Pixels, turn: int) -> Pixels:
-    """[H, W, ...] as EXIF orientation `turn` wants it shown."""
-    if turn > 4:
-        array = array.swapaxes(0, 1)
-    if turn in (3, 4, 7, 8):
-        array = array[::-1]
-    if turn in (2, 3, 6, 7):
-        array = array[:, ::-1]
-    return np.ascontiguousarray(array)
-
-
-def _bits(file: "ImageFile", kind: str, data: bytes) -> int:
-    """Bits per value that the file holds: 8 also for fewer, 16 where OpenCV can decode them."""
-    if kind == "PNG":
-        return 16 if data[24] == 16 else 8
-    if kind == "PPM":
-        header = re.match(rb"P[56]\s(?:\s*#[^\n]*\n)*\s*\d+\s+\d+\s+(\d+)\s", data[:4096])
-        return 16 if header and int(header[1]) == 65535 else 8
-    if kind != "TIFF":
-        return 8
-    tags = _tags(file)
-    bits, sample_format = tags.get(258, (1,)), tags.get(339, (1,))
-    if max(bits) <= 8:
-        return 8
-    if set(bits) != {16} or set(sample_format) != {1}:
-        what = {2: "signed", 3: "floating point"}.get(sample_format[0], "unsigned")
-        raise _Refused(f"{bits[0]}-bit {what} values; expected 8 or 16 bits unsigned")
-    if tags.get(262) not in (1, 2):
-        raise _Refused("16-bit TIFF of another kind than gray or RGB; save it as RGB or with 8 bits")
-    if tags.get(284, 1) != 1:  # OpenCV would mix the planes up
-        raise _Refused("16-bit TIFF with separate colour planes; save it interleaved")
-    return 16
-
-
-def _tags(file: "ImageFile") -> "ImageFileDirectory_v2":
-    from PIL.TiffImagePlugin import TiffImageFile
-
-    assert isinstance(file, TiffImageFile)
-    return file.tag_v2
-
-
-def _sixteen_bits(data: bytes, file: "ImageFile", kind: str) -> Image:
-    """Pillow would halve the bits of colour; OpenCV keeps them, and knows nothing of metadata."""
-    import cv2
-
-    transparent = None
-    if kind == "PNG":
-        transparent = next((body for name, body in metadata.png_chunks(data) if name == b"tRNS"), None)
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it would print every damaged file to the terminal; we report it
-    unturned = metadata.updated_exif(data, file.size) if kind == "TIFF" else None  # or OpenCV turns the picture too
-    pixels = cv2.imdecode(np.frombuffer(unturned or data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.dtype != np.uint16:
-        raise _Refused("the pixels cannot be decoded; the file is cut off or damaged")
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    gray = (kind != "PPM" and (data[25] in (0, 4) if kind == "PNG" else _tags(file).get(262) == 1)) or pixels.shape[2] == 1
-    rgb = pixels[..., [0, 0, 0]] if pixels.shape[2] < 3 else pixels[..., 2::-1]
-    alpha = pixels[..., -1] if pixels.shape[2] in (2, 4) else None
-    if transparent is not None:  # one colour stands for "transparent"
-        key = np.frombuffer(transparent, ">u2").astype(np.uint16)
-        alpha = np.where((rgb == key).all(axis=2), 0, 65535).astype(np.uint16)
-    if alpha is not None and kind == "TIFF" and tuple(_tags(file).get(338, ())) == (1,):  # premultiplied
-        rgb = np.minimum(np.round(rgb * (65535.0 / np.maximum(alpha, 1))[..., None]), 65535).astype(np.uint16)
-    return Image(np.ascontiguousarray(rgb), alpha, _profile(file), gray=gray)
-
-
-def _eight_bits(file: "PIL.Image.Image") -> Image:
-    mode = file.mode
-    if mode in ("I", "F") or mode.startswith("I;"):
-        raise _Refused(f"32-bit or unusual values (Pillow's mode {mode}); expected 8 or 16 bits unsigned")
-    file.load()
-    profile, notes = _profile(file), tuple[str, ...]()
-    if mode in ("CMYK", "LAB"):
-        file, profile, notes = _to_srgb(file, profile)
-    gray = mode in ("1", "L", "LA", "La")
-    transparent = file.has_transparency_data
-    pixels = np.asarray(
-        file.convert({(True, True): "LA", (True, False): "L", (False, True): "RGBA", (False, False): "RGB"}[gray, transparent])
-    )
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    rgb = pixels[..., [0, 0, 0]] if gray else pixels[..., :3]
-    return Image(np.ascontiguousarray(rgb), np.ascontiguousarray(pixels[..., -1]) if transparent else None, profile, gray=gray, notes=notes)
-
-
-def _profile(file: "PIL.Image.Image") -> bytes | None:
-    return file.info.get("icc_profile") or None
-
-
-def _to_srgb(file: "PIL.Image.Image", profile: bytes | None) -> "tuple[PIL.Image.Image, bytes | None, tuple[str, ...]]":
-    """CMYK and Lab cannot stay: convert through the profile, and leave the picture untagged (sRGB)."""
-    from PIL import ImageCms
-
-    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
-    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
-    srgb = ImageCms.createProfile("sRGB")
-    try:
-        if file.mode == "LAB":
-            source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-        elif profile:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        else:
-            return file.convert("RGB"), None, ("CMYK without a profile, converted to sRGB by formula",)
-        converted = ImageCms.profileToProfile(file, source, srgb, renderingIntent=intent, outputMode="RGB", flags=flags)
-        assert converted is not None  # it is where the conversion is done in place
-        return converted, None, (f"{file.mode} converted to sRGB",)
-    except ImageCms.PyCMSError:
-        return file.convert("RGB"), None, (f"{file.mode} with an unusable profile, converted to sRGB by formula",)
-
-
-def _with_profile(image: Image) -> Image:
-    """Keep the profile only where it describes these channels; gray pixels with an RGB profile stay RGB for its sake."""
-    if image.icc_profile is None:
-        return image
-    space = metadata.profile_space(image.icc_profile)
-    if space == "RGB":
-        return replace(image, gray=False)
-    if space == "GRAY" and image.gray:
-        return image
-    return replace(
-        image,
-        icc_profile=None,
-        notes=(*image.notes, f"colour profile left out, it is for {printable(space) if space else 'nothing known'}"),
-    )
+def _reason(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    if isinstance(error, Refused):
+        return lines[0]
+    text = lines[-1].strip().rstrip(".") if lines else type(error).__name__
+    if isinstance(error, SyntaxError):  # Pillow's, of a header that is not TGA's
+        return "not a picture, damaged at the start, or of a format other than " + ", ".join(READERS)
+    if re.search("truncated|cut off|premature|end of (file|stream)|not enough", str(error), re.IGNORECASE):
+        return "the file is cut off"
+    return f"damaged ({printable(text)[:120]})"

@@ -1,200 +1,172 @@
-import io
+"""Which library writes which format, strip by strip; the blocks of metadata go in whole, what a format cannot hold comes back as a note.
+
+PNG and TIFF are deflated here: no library takes strips without starting threads, which do not survive a fork (see `decoders.py`), and
+for TIFF the EXIF block has to lie where it lay. JPEG: OpenCV, and libvips, which makes the same pixels, for what comes in strips.
+"""
+
+import itertools
+import shutil
 import struct
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
 import numpy as np
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.files import atomic_write
-from sslsr_diffusion.images.metadata import PNG_SIGNATURE, PREFIX, png_chunk, updated_exif
+from sslsr_diffusion.files import TEMPORARY, atomic_file
+from sslsr_diffusion.images.decoders import libvips
+from sslsr_diffusion.images.picture import Image, Pixels
+from sslsr_diffusion.listing import SUFFIXES, suffixes_of
+from sslsr_diffusion.metadata import blocks, exif
 
-if TYPE_CHECKING:
-    import PIL.Image
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
-
-    from sslsr_diffusion.images.picture import Image, Pixels
-
-SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # format -> suffix of a new file
-_FURTHER = {"JPEG": (".jpeg", ".jpe", ".jfif"), "TIFF": (".tiff",)}
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
-LARGEST_JPEG_EXIF = 65533 - len(PREFIX)
+Strips = Iterator[Pixels]  # [n, W, C] each: gray or colour, then alpha where there is one
 
 
-def write_image(path: Path | str, image: "Image", *, format: str | None = None, quality: int = 95) -> tuple[str, ...]:
-    """Write a picture with its profile, EXIF and alpha: complete under its name, or not at all.
+def write_image(path: Path | str, image: Image, *, format: str | None = None, quality: int = 95) -> tuple[str, ...]:
+    """Write a picture with its alpha and all blocks of metadata: complete under its name, or not at all.
 
     Args:
         format: "PNG", "JPEG", "WEBP" or "TIFF"; default by the suffix of `path`.
         quality: 1 to 100, of JPEG and WebP.
     Returns:
         What the format could not keep, one phrase each ("8 of 16 bits", "alpha flattened on white").
-    Raises:
-        UserError: unknown format, or larger than the format allows.
-        OSError: the file cannot be written.
+    Raises UserError: unknown format, or larger than it allows. OSError: the file cannot be written.
     """
+    return write_strips(path, [image], image.size, format=format, quality=quality)
+
+
+def write_strips(
+    path: Path | str, strips: Iterable[Image], size: tuple[int, int], *, format: str | None = None, quality: int = 95
+) -> tuple[str, ...]:
+    """`write_image` of a picture of `size` (H, W) that comes in strips, from the top down; the first one's blocks count."""
     path = Path(path)
     named = (name for name in SUFFIXES if path.suffix.lower() in suffixes_of(name))
     wanted = format or next(named, path.suffix or "no suffix")
     if wanted not in SUFFIXES:
         raise UserError(f"cannot write {wanted!r}: expected one of {', '.join(SUFFIXES)}.")
-    if max(image.size) > LARGEST_SIDE.get(wanted, max(image.size)):
-        height, width = image.size
-        raise UserError(f"{width} x {height} pixels are more than {wanted} can hold ({LARGEST_SIDE[wanted]} a side); use PNG.")
-    data, notes = _ENCODERS[wanted](image, quality)
-    atomic_write(path, data)
+    if max(size) > LARGEST_SIDE.get(wanted, max(size)):
+        raise UserError(f"{size[1]} x {size[0]} pixels are more than {wanted} can hold ({LARGEST_SIDE[wanted]} a side); use PNG.")
+    images = iter(strips)
+    head = next(images)
+    head = replace(head, exif=head.exif and exif.upright_exif(head.exif, size))
+    samples = (_samples(image, wanted) for image in itertools.chain([head], images))
+    notes = blocks.not_kept(head, wanted)
+    with atomic_file(path) as new, new.open("xb") as file:
+        notes += _ENCODERS[wanted](file, head, size, samples, quality)
+    return tuple(notes)
+
+
+def _samples(image: Image, wanted: str) -> Pixels:
+    colour = image.rgb[..., :1] if image.gray else image.rgb
+    samples = colour if image.alpha is None else np.concatenate([colour, image.alpha[..., None]], axis=2)
+    if image.bits == 16 and wanted in ("JPEG", "WEBP"):
+        samples = ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    if image.alpha is None or wanted != "JPEG":
+        return samples
+    alpha = samples[..., -1:].astype(np.uint32)
+    return ((samples[..., :-1] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _jpeg(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, quality: int) -> list[str]:
+    segments, notes = blocks.jpeg_head(head, blocks.same_own(head.format, "JPEG"))
+    first = next(strips)
+    if len(first) == size[0]:
+        import cv2
+
+        full = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+        made = cv2.imencode(".jpg", first[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_OPTIMIZE, 1, *full])[1].data
+        file.write(b"\xff\xd8" + segments + made[20:])  # 20: the start, and a JFIF segment that ours takes the place of
+        return notes
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=Path(file.name).parent) as folder:
+        raw, jpeg = Path(folder) / "raw", Path(folder) / "made.jpg"
+        with raw.open("wb") as out:
+            for strip in itertools.chain([first], strips):
+                out.write(strip.tobytes())
+        whole = libvips().Image.rawload(str(raw), size[1], size[0], first.shape[2], access="sequential")
+        whole = whole.copy(interpretation="srgb" if first.shape[2] == 3 else "b-w")
+        whole.jpegsave(str(jpeg), Q=quality, subsample_mode="off", keep="none")
+        with jpeg.open("rb") as done:
+            file.write(done.read(2) + segments)
+            shutil.copyfileobj(done, file, 1 << 24)
     return notes
 
 
-def suffixes_of(format: str) -> tuple[str, ...]:
-    """The suffixes under which a format of `SUFFIXES` may be written, lower case."""
-    return (SUFFIXES[format], *_FURTHER.get(format, ()))
-
-
-def _samples(image: "Image") -> "Pixels":
-    """[H, W, 1 to 4]: gray or colour, then alpha where there is one."""
-    colour = image.rgb[..., :1] if image.gray else image.rgb
-    return colour if image.alpha is None else np.concatenate([colour, image.alpha[..., None]], axis=2)
-
-
-def _pillow(samples: "Pixels") -> "PIL.Image.Image":
+def _webp(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, quality: int) -> list[str]:
     from PIL import Image as Pillow
 
-    return Pillow.fromarray(np.ascontiguousarray(samples[..., 0] if samples.shape[2] == 1 else samples))
+    samples, held = np.concatenate(list(strips)), {"exif": head.exif, "xmp": head.xmp, "icc_profile": head.icc_profile}
+    if head.gray:  # WebP has no gray
+        samples, held["icc_profile"] = np.concatenate([samples[..., [0, 0, 0]], samples[..., 1:]], axis=2), None
+    picture = Pillow.fromarray(np.ascontiguousarray(samples))
+    picture.save(file, "WEBP", quality=quality, method=4, exact=True, **{name: body for name, body in held.items() if body})
+    return []
 
 
-def _metadata(image: "Image") -> dict[str, bytes]:
-    exif = updated_exif(image.exif, image.size) if image.exif else None
-    return ({"icc_profile": image.icc_profile} if image.icc_profile else {}) | ({"exif": PREFIX + exif} if exif else {})
+def _png(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, quality: int) -> list[str]:
+    """One IDAT chunk for every band of rows."""
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[(1 if head.gray else 3) + (head.alpha is not None)]
+    file.write(blocks.PNG_SIGNATURE + blocks.png_chunk(b"IHDR", struct.pack(">IIBBBBB", size[1], size[0], head.bits, kind, 0, 0, 0)))
+    file.write(blocks.png_head(head, blocks.same_own(head.format, "PNG")))
+    deflate, above = zlib.compressobj(5), None
+    for strip in strips:
+        rows = np.ascontiguousarray(strip, dtype=strip.dtype.newbyteorder(">")).view(np.uint8).reshape(len(strip), -1)
+        step = strip[0, 0].nbytes
+        for band in _cut(iter([rows]), max(1, (1 << 20) // rows.shape[1])):
+            body = deflate.compress(_paeth(band, np.zeros_like(band[0]) if above is None else above, step).tobytes())
+            above = band[-1]
+            file.write(blocks.png_chunk(b"IDAT", body) if body else b"")
+    file.write(blocks.png_chunk(b"IDAT", deflate.flush()) + blocks.png_chunk(b"IEND", b""))
+    return []
 
 
-def _eight_bits(image: "Image") -> "tuple[Pixels, tuple[str, ...]]":
-    samples = _samples(image)
-    if image.bits == 8:
-        return samples, ()
-    return ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8), ("8 of 16 bits",)
+def _paeth(rows: Pixels, before: Pixels, step: int) -> Pixels:
+    """[n, bytes] -> [n, 1 + bytes]: each byte less the neighbour (left, above, above left) that is nearest to left + above - above left."""
+    above = np.concatenate([before[None], rows[:-1]])
+    a, c = (np.pad(x[:, :-step], ((0, 0), (step, 0))).astype(np.int16) for x in (rows, above))
+    b = above.astype(np.int16)
+    to_a, to_b, to_c = np.abs(b - c), np.abs(a - c), np.abs(a + b - 2 * c)
+    guess = np.where((to_a <= to_b) & (to_a <= to_c), a, np.where(to_b <= to_c, b, c)).astype(np.uint8)
+    return np.pad(rows - guess, ((0, 0), (1, 0)), constant_values=4)
 
 
-def _jpeg(image: "Image", quality: int) -> tuple[bytes, tuple[str, ...]]:
-    samples, notes = _eight_bits(image)
-    if image.alpha is not None:
-        alpha = samples[..., -1:].astype(np.uint32)
-        samples = ((samples[..., :-1] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-        notes += ("alpha flattened on white",)
-    metadata = _metadata(image)
-    if len(metadata.get("exif", b"")) - len(PREFIX) > LARGEST_JPEG_EXIF:
-        del metadata["exif"]
-        notes += ("EXIF left out, too large for JPEG",)
-    buffer = io.BytesIO()
-    _pillow(samples).save(buffer, "JPEG", quality=quality, subsampling=0, optimize=max(image.size) < 8192, **metadata)
-    return buffer.getvalue(), notes
+def _cut(strips: Strips, rows: int) -> Strips:
+    """The same rows in strips of `rows` each; the last may be shorter."""
+    rest: Pixels | None = None
+    for strip in strips:
+        rest = strip if rest is None or not len(rest) else np.concatenate([rest, strip])
+        whole = len(rest) // rows * rows
+        yield from (rest[at : at + rows] for at in range(0, whole, rows))
+        rest = rest[whole:]
+    if rest is not None and len(rest):
+        yield rest
 
 
-def _webp(image: "Image", quality: int) -> tuple[bytes, tuple[str, ...]]:
-    samples, notes = _eight_bits(image)
-    buffer, metadata = io.BytesIO(), _metadata(image)
-    if image.gray:
-        samples = np.concatenate([samples[..., :1].repeat(3, axis=2), samples[..., 1:]], axis=2)  # WebP has no gray
-        if metadata.pop("icc_profile", None):
-            notes += ("the gray profile left out, WebP is always colour",)
-    _pillow(samples).save(buffer, "WEBP", quality=quality, method=4, exact=True, **metadata)
-    return buffer.getvalue(), notes
-
-
-def _png(image: "Image", quality: int) -> tuple[bytes, tuple[str, ...]]:
-    if image.bits == 8:
-        buffer = io.BytesIO()
-        _pillow(_samples(image)).save(buffer, "PNG", **_metadata(image))
-        return buffer.getvalue(), ()
-    samples = _samples(image)
-    height, width, channels = samples.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    parts = [PNG_SIGNATURE, png_chunk(b"IHDR", header)]
-    metadata = _metadata(image)
-    if "icc_profile" in metadata:
-        parts.append(png_chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(metadata["icc_profile"])))
-    if "exif" in metadata:
-        parts.append(png_chunk(b"eXIf", metadata["exif"][len(PREFIX) :]))
-    parts.append(_filtered(samples))
-    return b"".join([*parts, png_chunk(b"IEND", b"")]), ()
-
-
-def _filtered(samples: "Pixels") -> bytes:
-    """PNG scan lines through the Paeth filter, deflated: one IDAT chunk for every band of rows."""
-    height, step = samples.shape[0], samples.shape[2] * 2
-    rows = np.ascontiguousarray(samples, dtype=">u2").view(np.uint8).reshape(height, -1)
-    deflate, chunks, band = zlib.compressobj(5), [], max(1, (1 << 22) // max(1, rows.shape[1]))
-    for top in range(0, height, band):
-        x = rows[top : top + band]
-        above = np.concatenate([rows[top - 1 : top] if top else np.zeros_like(x[:1]), x[:-1]])
-        a = np.pad(x, ((0, 0), (step, 0)))[:, : x.shape[1]].astype(np.int16)  # left
-        c = np.pad(above, ((0, 0), (step, 0)))[:, : x.shape[1]].astype(np.int16)  # above left
-        b = above.astype(np.int16)
-        to_a, to_b, to_c = np.abs(b - c), np.abs(a - c), np.abs(a + b - 2 * c)
-        guess = np.where((to_a <= to_b) & (to_a <= to_c), a, np.where(to_b <= to_c, b, c)).astype(np.uint8)
-        body = deflate.compress(np.pad(x - guess, ((0, 0), (1, 0)), constant_values=4).tobytes())
-        if body:
-            chunks.append(png_chunk(b"IDAT", body))
-    chunks.append(png_chunk(b"IDAT", deflate.flush()))
-    return b"".join(chunks)
-
-
-def _tiff(image: "Image", quality: int) -> tuple[bytes, tuple[str, ...]]:
-    """The directory with EXIF and profile, then one deflated strip after another, with the horizontal predictor."""
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
-
-    notes: tuple[str, ...] = ()
-    if image.gray and image.alpha is not None and image.bits == 16:  # hardly any reader knows this kind, ours neither
-        notes = ("the gray profile left out, 16-bit TIFF with alpha is colour",) if image.icc_profile else ()
-        image = replace(image, gray=False, icc_profile=None)
-    samples = _samples(image)
-    height, width, channels = samples.shape
-    samples = samples.astype(samples.dtype.newbyteorder("<"))
-    rows = max(1, (1 << 20) // (width * channels * samples.itemsize))
-    body, offsets, lengths = bytearray(), [], []
-    for top in range(0, height, rows):
-        strip = samples[top : top + rows]
-        strip = np.concatenate([strip[:, :1], strip[:, 1:] - strip[:, :-1]], axis=1)
-        offsets.append(len(body))
-        body += zlib.compress(strip.tobytes(), 6)
-        lengths.append(len(body) - offsets[-1])
-        body += b"\0" * (len(body) % 2)
-    if len(body) > 0xFFF00000:
+def _tiff(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, quality: int) -> list[str]:
+    """The EXIF block where it always is, at the start of its offsets; deflated strips with the horizontal predictor; the directory."""
+    channels = (1 if head.gray else 3) + (head.alpha is not None)
+    row = size[1] * channels * head.bits // 8
+    if row * size[0] > 0xFFF00000:
         raise UserError("the picture is larger than the 4 GB that TIFF can hold; use PNG.")
-    directory = ImageFileDirectory_v2(prefix=b"II")
-    _tiff_exif(image, directory)
-    directory[256], directory[257], directory[277] = width, height, channels
-    directory[258] = (image.bits,) * channels
-    directory[259], directory[317], directory[262], directory[284] = 8, 2, 1 if image.gray else 2, 1
-    directory[273], directory[278], directory[279] = tuple(offsets), rows, tuple(lengths)
-    directory[339] = (1,) * channels
-    if image.alpha is not None:
-        directory[338] = 2  # unassociated alpha
-    if image.icc_profile:
-        directory.tagtype[34675] = 7
-        directory[34675] = image.icc_profile
-    directory.tagtype[273] = directory.tagtype[279] = 4
-    return b"II*\0\x08\0\0\0" + directory.tobytes(8) + bytes(body), notes  # Pillow adds the directory's own length to 273
+    order, entries = exif.entries_for_tiff(head.exif) if head.exif else ("<", {})
+    file.write((head.exif or b"II*\0" + bytes(4)).ljust(8, b"\0"))
+    rows, offsets, lengths = max(1, (1 << 20) // row), [], []
+    for strip in _cut(strips, rows):
+        strip = np.concatenate([strip[:, :1], strip[:, 1:] - strip[:, :-1]], axis=1)
+        file.write(bytes(file.tell() % 2))
+        offsets.append(file.tell())
+        lengths.append(file.write(zlib.compress(strip.astype(strip.dtype.newbyteorder("<" if order == "<" else ">")).tobytes(), 6)))
+    longs = {256: [size[1]], 257: [size[0]], 273: offsets, 278: [rows], 279: lengths}
+    shorts = {258: [head.bits] * channels, 259: [8], 262: [1 if head.gray else 2], 277: [channels], 284: [1], 317: [2], 339: [1] * channels}
+    shorts |= {338: [2]} if head.alpha is not None else {}  # not premultiplied
+    tags = {tag: exif.numbers(order, kind, values) for kind, some in ((3, shorts), (4, longs)) for tag, values in some.items()}
+    exif.write_directory(file, order, entries, tags | blocks.tiff_tags(head, order, 282 in entries))
+    return []
 
 
-def _tiff_exif(image: "Image", directory: "ImageFileDirectory_v2") -> None:
-    from PIL import Image as Pillow
-
-    exif = Pillow.Exif()
-    updated = updated_exif(image.exif, image.size) if image.exif else None
-    if updated:
-        exif.load(PREFIX + updated)
-    for tag, value in exif.items():
-        if tag in EXIF_TAGS_OF_TIFF:
-            directory[tag] = exif.get_ifd(tag) if tag in (0x8769, 0x8825) else value
-    directory[274] = 1
-
-
-EXIF_TAGS_OF_TIFF = frozenset(
-    [270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 0x8769, 0x8825, 0x9C9B, 0x9C9C, 0x9C9D, 0x9C9E, 0x9C9F]
-)
-
-_ENCODERS: "dict[str, Callable[[Image, int], tuple[bytes, tuple[str, ...]]]]" = {"PNG": _png, "JPEG": _jpeg, "WEBP": _webp, "TIFF": _tiff}
+Encoder = Callable[[BinaryIO, Image, tuple[int, int], Strips, int], list[str]]
+_ENCODERS: dict[str, Encoder] = {"PNG": _png, "JPEG": _jpeg, "WEBP": _webp, "TIFF": _tiff}

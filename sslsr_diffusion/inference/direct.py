@@ -20,7 +20,7 @@ from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
 from sslsr_diffusion.inference.restorer import AroundNetworks, Output, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import check_tile, within_memory
-from sslsr_diffusion.inference.tiling import blend, even_boxes, rounded_up
+from sslsr_diffusion.inference.tiling import Strip, blend, even_boxes, rounded_up, strips_of_tiles, tile_offsets
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import PixelNetworks
 from sslsr_diffusion.models.size import SizeRequirements
@@ -76,6 +76,32 @@ class DirectRestorer(AroundNetworks[CallOptions]):
             made = resize_bicubic(self._enlarge(batch, options, notes), enlarged_size(batch, scale))
             restored.extend(options.finish(made, enlarged(batch, scale) if options.looks_back else None, batch))
         return Output(from_tensors(restored, output_type), notes)
+
+    def strips(self, size: tuple[int, int], *, scale: float, held: int, **call: Any) -> tuple[list[Strip], dict[str, Any]]:
+        """Strips that begin and end with rows of tiles of the whole picture; colours that are fixed by its mean need it in one piece."""
+        options, _ = settled(CallOptions, call, self.options, self.defaults)
+        whole = [Strip(0, size[0], 0, size[0])], dict(call)
+        tops_fit = not (self._unit * scale) % 1 or scale == self.networks.scale
+        if options.color_fix == "adain" or options.tile is None or not tops_fit:
+            return whole
+        height, width = (rounded_up(side, self._unit, self._least) for side in size)
+        parameter, zoom = next(self.networks.parameters()), self.networks.scale
+        shares = parameter.device.type == "cpu"
+        budget = options.memory_budget if shares else None
+        room = (free_bytes(torch.device("cpu")) if budget is None else budget) - held
+        room -= sum(p.numel() for p in self.networks.parameters()) * parameter.dtype.itemsize if budget is not None else 0
+        row = 4 * 3 * _PICTURES * width * max(zoom, scale) ** 2
+        sides = self._sides(max(height, width)) if options.tile == "auto" else [options.tile // zoom]
+        if not shares:
+            sides = [self._side(torch.empty(1, 3, height, width, device="meta"), options)]
+        beside = {side: self._bytes(side, steady=budget is not None) if shares else 0 for side in sides}
+        if min(beside.values()) + row * height > room:
+            for side in sides:
+                tops = tile_offsets(height, side, self._overlap(side, options))
+                rows = int((room - beside[side]) / row - side) // (side - self._overlap(side, options)) + 1
+                if 3 <= rows < len(tops):
+                    return strips_of_tiles(tops, side, size[0], rows), {**call, "tile": side * zoom}
+        return whole
 
     def save(self, folder: Path) -> None:
         self.networks.save(folder, scale=self.scale, **self.kept_defaults)

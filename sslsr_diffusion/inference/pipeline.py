@@ -19,6 +19,7 @@ from sslsr_diffusion.inference.noise import Generators
 from sslsr_diffusion.inference.options import OnStepEnd, Texts
 from sslsr_diffusion.inference.placement import Placement
 from sslsr_diffusion.inference.tile_plan import Tile, TilePlan
+from sslsr_diffusion.inference.tiling import Strip
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.loading import forget_folder
@@ -175,6 +176,9 @@ class StableSRPipeline(DiffusionPipeline):
 
     def check(self, **call: Any) -> list[str]:
         return self.restorer.check(**call)
+
+    def strips(self, size: tuple[int, int], *, scale: float, held: int, **call: Any) -> tuple[list[Strip], dict[str, Any]] | None:
+        return self.restorer.strips(size, scale=scale, held=held, **call)
 
     def memory_model(self) -> MemoryModel:
         """What a tile of these networks takes."""

@@ -12,6 +12,7 @@ from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.noise import Generators
 from sslsr_diffusion.inference.options import CallOptions
 from sslsr_diffusion.inference.pictures import OUTPUT_TYPES
+from sslsr_diffusion.inference.tiling import Strip
 from sslsr_diffusion.models.networks import Networks
 
 O = TypeVar("O", bound=CallOptions)
@@ -44,6 +45,13 @@ class Restorer(Protocol):
         """What there is to say about a call with these options, for example that one of them has no effect; no picture is made.
 
         Raises UserError where the call would be refused whatever the picture.
+        """
+
+    def strips(self, size: tuple[int, int], *, scale: float, held: int, **call: Any) -> tuple[list[Strip], dict[str, Any]] | None:
+        """The strips in which a picture of (h, w) pixels is made so that memory is enough, and the call that makes each of them.
+
+        Put together, the rows that strips answer for are the result of one piece. None: a result depends on the whole picture.
+        Asked only where a picture may be too large; `held` bytes are taken by the picture itself. Raises NotEnoughMemory.
         """
 
     def __call__(
@@ -133,6 +141,9 @@ class AroundNetworks(Generic[O]):
     def kept_defaults(self) -> dict[str, Any]:
         """The defaults that are the model's; how much memory there is, is this machine's."""
         return {name: value for name, value in self.defaults.items() if name != "memory_budget"}
+
+    def strips(self, size: tuple[int, int], *, scale: float, held: int, **call: Any) -> tuple[list[Strip], dict[str, Any]] | None:
+        return None
 
     def _settled(self, call: Mapping[str, Any], scale: float | None, output_type: str) -> tuple[float, O, list[str]]:
         """Scale and options of a call, checked, and notes."""

@@ -5,19 +5,20 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import SUFFIXES, Image, format_of, list_images, printable, read_image, suffixes_of, write_image
-from sslsr_diffusion.images.tensors import resize_bicubic, to_array, to_tensor
+from sslsr_diffusion.images import SUFFIXES, Image, OpenPicture, format_of, list_images, printable, suffixes_of, write_strips
 from sslsr_diffusion.inference.record import RECORD_NAME, Record, sha256
 from sslsr_diffusion.inference.restorer import Restorer
+from sslsr_diffusion.inference.strips import upscaled
 
 log = logging.getLogger(__name__)
 
+MAX_PIXELS = 1_000_000_000
 Progress = Callable[[int, int, str], None]  # done so far, total, name of the next picture ("" at the end)
 
 
@@ -32,6 +33,7 @@ class RunnerOptions:
     quality: int = 95  # 1 to 100, JPEG and WebP
     overwrite: bool = False  # do again what is done, and replace files that we did not write
     replace_own: bool = False  # do again what this command has made of another picture
+    max_pixels: int = MAX_PIXELS  # a larger picture is refused: a few bytes may claim to be a picture that never ends
     model: str = ""  # fingerprint of the model: another one means other settings
     box: tuple[int, int] | None = None  # width, height: each result as large as fits into it, in the place of `scale`
 
@@ -117,7 +119,7 @@ def _find(source: str | Path, output: Path) -> list[tuple[Path, Path]]:
     root = path if path.is_dir() else path.parent if path.exists() else _fixed_part(path)
     if root.resolve() == resolved:
         raise UserError(f"--output {printable(output)}: is the folder of the input pictures; choose another one, they would be replaced.")
-    files = list_images(source, skip_folder=lambda folder: folder.resolve() == resolved or (folder / RECORD_NAME).exists())
+    files = list_images(source, skip_folder=lambda folder: folder.resolve() == resolved or (folder / RECORD_NAME).exists(), unread=True)
     return [(file, file.relative_to(root)) for file in files]
 
 
@@ -236,32 +238,25 @@ def _reason(error: Exception, item: Picture) -> str:
 def _make(restorer: Restorer, item: Picture, work: Work, options: RunnerOptions) -> tuple[str, ...]:
     key, target = item.target.as_posix(), work.output / item.target
     stat, input_hash = item.source.stat(), sha256(item.source)  # before the work: the file may be replaced meanwhile
-    image = read_image(item.source)
-    result = upscale_image(restorer, image, options)
+
+    def opened() -> OpenPicture:
+        return OpenPicture(item.source, max_pixels=options.max_pixels, advice="--max-megapixels lifts the limit")
+
+    notes: dict[str, None] = {}
+    picture = opened()
+    scale = options.scale_of(picture.size, restorer.scale)
+    made = _noted(upscaled(restorer, picture, opened, scale, seed=options.seed, call=options.call), notes)
+    first = next(made)
     work.record.begin(key, item.source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    notes = write_image(target, result, format=item.format, quality=work.options.quality)
+    height, width = (max(1, round(scale * side)) for side in picture.size)
+    written = write_strips(target, itertools.chain([first], made), (height, width), format=item.format, quality=work.options.quality)
     work.record.finish(key, work.options.digest, item.source, input_hash, stat, target.stat().st_size)
-    return (*image.notes, *result.notes, *notes)
+    return (*notes, *written)
 
 
-def upscale_image(restorer: Restorer, image: Image, options: RunnerOptions) -> Image:
-    """The picture enlarged by the restorer, its alpha by bicubic, with profile, EXIF, depth and format of the original.
-
-    Raises ValueError where the restorer refused the picture, or answered with a wrong size.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(options.seed)
-    given, scale = to_tensor(image.rgb), options.scale_of(image.size, restorer.scale)
-    output = restorer(given, scale=scale, generator=generator, output_type="pt", **options.call)
-    answer = output.images[0]
-    size = tuple(max(1, round(scale * side)) for side in image.size)
-    if tuple(answer.shape) != (3, *size):
-        raise ValueError(f"expected {size[1]} x {size[0]} pixels from the model, got {list(answer.shape)}")
-    dtype, alpha = image.rgb.dtype, None
-    if image.gray:
-        answer = answer.mean(dim=0, keepdim=True).expand(3, -1, -1)
-    if image.alpha is not None:
-        alpha = to_array(resize_bicubic(to_tensor(image.alpha)[None], (size[0], size[1]))[0], dtype)[..., 0]
-    return replace(image, rgb=to_array(answer, dtype), alpha=alpha, notes=tuple(output.notes))
+def _noted(strips: Iterator[Image], notes: dict[str, None]) -> Iterator[Image]:
+    """The strips, whose notes are kept, each once."""
+    for strip in strips:
+        notes.update(dict.fromkeys(strip.notes))
+        yield strip

@@ -58,6 +58,29 @@ def even_boxes(height: int, width: int, tile: int, overlap: int, unit: int) -> l
     return [Box(top, left, tall, wide) for left in lefts for top in tops]
 
 
+class Strip(NamedTuple):
+    """Low-resolution rows: read from `top` to `bottom`, responsible from `first` to `last`."""
+
+    top: int
+    bottom: int
+    first: int
+    last: int
+
+
+def strips_of_tiles(tops: Sequence[int], side: int, height: int, rows: int) -> list[Strip]:
+    """Strips of at most `rows` rows of tiles (3 or more), whose tops are `tops`, for a picture of `height` rows."""
+    strips, first, begin = list[Strip](), 0, 0
+    while True:
+        last = min(first + rows, len(tops)) - 1
+        if last == len(tops) - 1:
+            return [*strips, Strip(tops[first], height, begin, height)]
+        # the next strip must know all tiles of its rows, this one, too: rows from below tile first - 1 up to above tile last + 1
+        following = next(k for k in range(last, first, -1) if tops[k - 1] + side <= tops[last + 1])
+        end = (tops[following - 1] + side + tops[last + 1]) // 2
+        strips.append(Strip(tops[first], tops[last] + side, begin, end))
+        first, begin = following, end
+
+
 def tile_weights(height: int, width: int, kind: str = "smooth", overlap: int = 0) -> Tensor:
     """How much a tile has to say at each of its pixels, [height, width] float64: w[y, x] = p(y; height) p(x; width).
 

@@ -110,13 +110,17 @@ def _file_of_hub(settings: ConvNextSettings, key: str, *, download: bool) -> str
     repository = str(config.get("hf_hub", "")).rstrip("/")
     if not repository:
         raise UserError(f"{key}.pretrained: open_clip knows no {settings.pretrained!r} of {settings.name} on the hub; give file.")
-    folder = hub.fetch(repository, patterns=FILES, field=key) if download else hub.cached(repository, patterns=FILES)
-    if folder is None:
-        return f"{repository} on the hub, commit {hub.look_up(repository, field=key).commit[:12]}; downloaded when training starts"
-    found = next((folder / name for name in FILES if (folder / name).is_file()), None)
-    if found is None:
+    folder = hub.cached(repository, patterns=FILES)
+    kept = next((folder / name for name in FILES if (folder / name).is_file()), None) if folder is not None else None
+    if kept is not None:
+        return str(kept)
+    there = hub.look_up(repository, field=key)
+    name = next((name for name in FILES if name in there.files), None)
+    if name is None:
         raise UserError(f"{key}: {repository} on the hub holds none of {', '.join(FILES)}; give file.")
-    return str(found)
+    if not download:
+        return f"{repository} on the hub, commit {there.commit[:12]}; {name} is downloaded when training starts"
+    return str(hub.fetch(repository, patterns=[name], field=key) / name)
 
 
 @contextmanager

@@ -216,7 +216,10 @@ class GANLoss(LearningLoss, PixelLoss):
         return self.settings.r1_weight / 2 * slope.square().flatten(1).sum(dim=1).mean()
 
     def _change(self, real: Tensor, indices: list[int]) -> Tensor:
-        """gamma * mean (D(x + u) - D(x))^2 at ground truth, u uniform in +-r1_noise: R1 by differences   (Lin et al., 2025, equation 6)"""
+        """gamma * mean (D(x + u) - D(x))^2 at ground truth, u uniform in +-r1_noise
+
+        R1 by differences   (Lin et al., ICML 2025, "Diffusion Adversarial Post-Training", with Gaussian noise; StrSR: uniform).
+        """
         drawn = [torch.rand(real.shape[1:], generator=sample_generator(self.seed, i, self.name, "r1"), device="cpu") for i in indices]
         noise = self.settings.r1_noise * (2 * torch.stack(drawn) - 1).to(real)
         pairs = zip(levels(self.network(real + noise)), levels(self.network(real)))

@@ -68,14 +68,6 @@ class Recipe(Settings):
             raise ValueError("\n".join(mistakes))
         return self
 
-    def _best_is_measured(self) -> Iterator[str]:
-        settings = self.validation
-        for key, names in (("best", [settings.best]), ("refuse", settings.refuse)):
-            for name in names:
-                if name not in settings.metrics:
-                    known = ", ".join(settings.metrics)
-                    yield f"validation.{key}: {name!r} is not measured; expected one of validation.metrics: {known}."
-
     def without_effect(self) -> Iterator[str]:
         """A sentence about each part that does nothing, or not what it says, in this run."""
         schedule, steps = self.training.schedule, self.training.steps
@@ -92,6 +84,14 @@ class Recipe(Settings):
             yield f"training.schedule.milestones: {', '.join(map(str, late))} lie at or behind the end of the run of {steps} steps."
         if getattr(self.task, "decode_crop", None) and not any("sr" in LOSSES[loss.kind].reads_of(loss) for loss in self.losses):
             yield "task.decode_crop has no effect: no loss looks at pixels."
+
+    def _best_is_measured(self) -> Iterator[str]:
+        settings = self.validation
+        for key, names in (("best", [settings.best]), ("refuse", settings.refuse)):
+            for name in names:
+                if name not in settings.metrics:
+                    known = ", ".join(settings.metrics)
+                    yield f"validation.{key}: {name!r} is not measured; expected one of validation.metrics: {known}."
 
     def _task_fits(self) -> Iterator[str]:
         kind, family = self.task.kind, self.family

@@ -3,7 +3,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from sslsr_diffusion.images.picture import Pixels
+Pixels = NDArray[np.uint8 | np.uint16]
 
 if TYPE_CHECKING:
     import torch

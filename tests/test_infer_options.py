@@ -86,7 +86,7 @@ def test_all_of_them_reach_the_restorer_and_none_is_made_up(desk, monkeypatch):
     [
         ("direct.toy", "--fidelity", 0.5, "no CFW decoder"),
         ("direct.toy", "--sampler", "ddim", "no sampling"),
-        ("direct.toy", "--strength", 0.5, "no sampling"),
+        ("direct.toy", "--strength", 0.5, "no sampling from the picture"),
         ("direct.toy", "--prompt", "a cat", "no text encoder"),
         ("direct.toy", "--negative-prompt", "blur", "no text encoder"),
         ("direct.toy", "--guidance-scale", 2.0, "no text encoder"),

@@ -88,8 +88,7 @@ def _by_vips(data: memoryview, kind: str, found: Blocks) -> Rows:
     if image.interpretation == "cmyk":
         image = _cmyk(image, found)
     if image.format not in ("uchar", "ushort"):
-        what = {"float": "floating point", "double": "floating point"}.get(image.format, image.format)
-        raise Refused(f"{what} values; expected 8 or 16 bits unsigned")
+        raise Refused(f"values of the kind {image.format}; expected 8 or 16 bits unsigned")
     most = 2 if image.interpretation in ("b-w", "grey16") or image.bands < 3 else 4
     if image.bands > most:
         found.lose(f"{image.bands - most} of its channels", "they are no colour")
@@ -119,8 +118,7 @@ def _by_pillow(data: memoryview, kind: str, found: Blocks) -> Rows:
     if kind not in Pillow.OPEN:
         raise Refused(f"the Pillow that is installed here does not read {kind}")
     file = Pillow.OPEN[kind][0](io.BytesIO(data), "")  # not Pillow.open, which has a limit of its own on pixels
-    if kind in ("BMP", "GIF", "TGA"):
-        found.density = file.info.get("dpi")
+    found.density = found.density or file.info.get("dpi")
     if kind != "WEBP" and getattr(file, "is_animated", False):
         found.notes.append("the first frame of an animation")
     if file.mode in ("LAB", "CMYK"):

@@ -64,7 +64,7 @@ def find_model(model: str, revision: str | None = None) -> FoundModel:
         family = family_of(path)
         if family is None:
             raise UserError(
-                f"model {model}: expected a model of {_listed()}, such as a folder with the model_index.json of a StableSRPipeline or "
+                f"model {model}: expected a model of {_listed()}, such as a folder with a model_index.json of StableSRPipeline or "
                 "StableDiffusionUpscalePipeline, or a file of weights that ends in .safetensors or .pth; "
                 "a run folder has one in pipeline/ once the run is finished, and `sslsr export` makes one from a checkpoint."
             )

@@ -193,6 +193,7 @@ def recipes_in(folder: str) -> list[str]:
 MASKS = set(get_args(MaskSettings.model_fields["kind"].annotation))
 IN_USE = {task for family in FAMILIES.values() for task in family.tasks}  # tasks that a shipped family can have
 INFER_OPTIONS = {option.opts[0] for option in COMMAND.commands["infer"].params if option.opts[0].startswith("-")}
+PAGE_OPTIONS = {option.opts[0] for verb in ("page", "explore") for option in COMMAND.commands[verb].params}
 # RESTORERS are not here: which one a family has is no choice of the user's
 WHERE: dict[str, tuple[Iterable[str], set[str]]] = {
     "losses": (LOSSES, code_words("training.md")),
@@ -218,6 +219,7 @@ WHERE: dict[str, tuple[Iterable[str], set[str]]] = {
     "samplers, sslsr infer --help": (SAMPLERS, help_words("infer")),
     "colour fixes": (COLOR_FIXES, code_words("upscaling.md")),
     "options of sslsr infer": (INFER_OPTIONS, code_words("upscaling.md")),
+    "options of sslsr page and explore": (PAGE_OPTIONS, code_words("page.md")),
     "commands": (verbs(), set().union(*map(code_words, PAGES))),
 }
 

@@ -20,6 +20,7 @@ LAYERS = [
     {"tasks"},
     {"training"},
     {"runs"},
+    {"page"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -49,6 +49,9 @@ def evaluate(
         Path, typer.Option("--output", "-o", callback=as_folder, help="Folder for report.html, summary.json, metrics.csv.")
     ] = Path("evaluation"),
     examples: Annotated[int, typer.Option(min=0, max=20, help="Worst and best images shown per metric.")] = 2,
+    explore: Annotated[
+        int, typer.Option(min=0, max=20, help="Worst and best images per metric that get a page of their graphs, linked from the report.")
+    ] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="A metric that cannot be computed, or an image left out, is an error.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Download no weights.")] = False,
     weights_dir: WeightsDir = None,
@@ -77,7 +80,7 @@ def evaluate(
 
     from sslsr_diffusion.devices import find_device
 
-    _check_arguments(restored, reference, model, dataset, lr)
+    _check_arguments(restored, reference, model, dataset, lr, explore)
     if not model and (seeds > 1 or steps is not None):
         raise UserError("--seeds and --steps are for --model, which upscales; results that are there already are taken as they are.")
     device = str(find_device(device))
@@ -99,20 +102,22 @@ def evaluate(
     pairing = pair_files(columns, reference, lr, suffix=suffix)
     scores = _score(pairing, chosen, output, crop_border, y_channel, device)
     options = {"crop_border": crop_border, "y_channel": y_channel, **({"suffix": suffix} if suffix else {})}
-    problems = _write(scores, pairing, lacking, output, options, examples)
+    problems = _write(scores, pairing, lacking, output, options, examples, explore)
     if not any((~np.isnan(values)).any() for by in (*scores.values.values(), *scores.whole_set.values()) for values in by.values()):
         raise UserError(f"no metric has a value for any image, see the remarks; the first: {problems[0] if problems else 'none'}")
     if strict and problems:
         raise UserError(f"--strict: {len(problems)} remark(s), see above; the first: {problems[0]}")
 
 
-def _check_arguments(restored: Any, reference: Path | None, model: Any, dataset: str | None, lr: Path | None) -> None:
+def _check_arguments(restored: Any, reference: Path | None, model: Any, dataset: str | None, lr: Path | None, explore: int) -> None:
     if not restored and not model:
         raise UserError("expected --restored DIR (with --reference DIR), or --model PATH with --dataset DIR; got neither.")
     if model and not dataset:
         raise UserError("--model needs --dataset: a folder with lr/ and hr/, LR_DIR,HR_DIR or a folder of photographs.")
     if dataset and reference:
         raise UserError("--dataset brings its own references; give either --dataset or --reference.")
+    if explore and not (reference or dataset):
+        raise UserError("--explore shows graphs beside those of the truth; give --reference DIR.")
     if dataset and lr:
         raise UserError("--dataset brings its own low-resolution inputs; give either --dataset or --lr.")
 
@@ -201,7 +206,7 @@ def _score(pairing: "Pairing", chosen: list[str], output: Path, crop_border: int
 
 
 def _write(
-    scores: "Scores", pairing: "Pairing", lacking: dict[str, str], output: Path, options: dict[str, Any], examples: int
+    scores: "Scores", pairing: "Pairing", lacking: dict[str, str], output: Path, options: dict[str, Any], examples: int, explore: int
 ) -> list[str]:
     from sslsr_diffusion.evaluation.metrics import METRICS
     from sslsr_diffusion.evaluation.report import render_report
@@ -212,7 +217,9 @@ def _write(
     summary = summarize(scores, options=options, unavailable=lacking, problems=pairing.problems)
     atomic_write(output / "metrics.csv", to_csv(scores).encode())
     atomic_write(output / "summary.json", to_json(summary).encode())
-    atomic_write(output / "report.html", render_report(summary, scores, examples=examples).encode("utf-8", "backslashreplace"))
+    links = _explorers(scores, explore, output) if explore else {}
+    report = render_report(summary, scores, examples=max(examples, explore), links=links)
+    atomic_write(output / "report.html", report.encode("utf-8", "backslashreplace"))
     intervals = "with 95 % bootstrap intervals" if summary.images >= LEAST else f"without intervals, which need {LEAST} images"
     typer.echo(f"\n{summary.images} images; means {intervals}, * best, ↑ higher is better, ↓ lower is better\n")
     typer.echo(text_table(summary))
@@ -222,6 +229,37 @@ def _write(
         typer.echo(f"remark: {problem}", err=True)
     typer.echo(f"\n{output / 'report.html'}, summary.json, metrics.csv")
     return summary.problems
+
+
+def _explorers(scores: "Scores", count: int, output: Path) -> dict[tuple[str, str], str]:
+    """A page of graphs for each column of each of the worst and best images; (anchor, column) -> its address from the report."""
+    from sslsr_diffusion.evaluation.gallery import anchor, pick
+    from sslsr_diffusion.evaluation.scoring import load_rgb
+    from sslsr_diffusion.files import atomic_write
+    from sslsr_diffusion.images import printable
+    from sslsr_diffusion.page.explorer import Measured, explore
+
+    chosen = {p.anchor for picks in pick(scores, count).values() for p in picks}
+    scenes = [(i, scene) for i, scene in enumerate(scores.scenes) if anchor(i) in chosen]
+    folder = output / "explore"
+    folder.mkdir(exist_ok=True)
+    links: dict[tuple[str, str], str] = {}
+    with progress_bar(len(scenes), desc="pages of graphs", unit="image") as bar:
+        for i, scene in scenes:
+            assert scene.reference is not None
+            truth, low = load_rgb(scene.reference), load_rgb(scene.lr) if scene.lr else None
+            for number, (column, paths) in enumerate(scene.restored.items()):
+                values = {name: Measured(float(by[column][i, 0]), scores.conventions[name]) for name, by in scores.values.items()}
+                title = f"{printable(scene.name)}, {column}"
+                try:
+                    page = explore(load_rgb(paths[0]), truth, low, title=title, name=column, numbers=values).page
+                except UserError as error:  # too small for a graph
+                    typer.echo(f"no page of graphs for {title}: {error}", err=True)
+                    continue
+                links[anchor(i), column] = f"explore/{anchor(i)}-{number}.html"
+                atomic_write(output / links[anchor(i), column], page.encode("utf-8", "backslashreplace"))
+            bar.update()
+    return links
 
 
 def _list_metrics() -> None:

@@ -7,7 +7,7 @@ import typer
 
 from sslsr_diffusion.cli.flags import RENAMED, as_flags, as_folder, flagged, interruptible, one_of, progress_bar
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.inference.choices import COLOR_FIXES, FORMATS, SAMPLERS
+from sslsr_diffusion.inference.choices import COLOR_FIXES, FORMATS, SAMPLERS, parse_tile
 
 if TYPE_CHECKING:
     from sslsr_diffusion.inference.restorer import Restorer
@@ -97,7 +97,9 @@ def infer(
     inputs, box = [*(input or ()), *(photos or ())], _box(scale, longest_side, size)
     if not inputs:
         raise UserError("expected --input with a picture, a folder or a pattern such as 'photos/*.jpg', got none.")
-    call: dict[str, Any] = {"tile": _tile(tile), **{name: given[name] for name in CALL if given[name] is not None}}
+    with as_flags("tile"):
+        call: dict[str, Any] = {"tile": parse_tile(tile)}
+    call |= {name: given[name] for name in CALL if given[name] is not None}
     with interruptible(), as_flags(*FLAGS):
         from sslsr_diffusion.devices import find_device, parse_bytes
         from sslsr_diffusion.inference.open import default_model, find_model, open_model
@@ -136,14 +138,6 @@ def infer(
     _show(work.report, output)
     if work.report.failed:
         raise typer.Exit(1)
-
-
-def _tile(text: str) -> int | str | None:
-    if text in ("auto", "none"):
-        return None if text == "none" else text
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise UserError(f"--tile {text}: expected a side in output pixels such as 512, auto or none.")
-    return int(text)
 
 
 def _box(scale: float | None, longest_side: int | None, size: str | None) -> tuple[int, int] | None:

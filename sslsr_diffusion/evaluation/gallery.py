@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ class Zoom:
     title: str
     crop: str  # data URI
     mask: str  # data URI
+    link: str | None = None  # address of a page about this picture of this column
 
 
 @dataclass(frozen=True)
@@ -61,38 +62,47 @@ def pick(scores: Scores, examples: int) -> dict[str, list[Pick]]:
         best = order[max(count, len(order) - count) :]
         chosen = [("worst", i) for i in order[:count]] + [("best", i) for i in reversed(best)]
         picks[name] = [
-            Pick(kind, printable(scores.scenes[i].name), f"image-{i}", {c: float(v[i]) for c, v in per_column.items()})
-            for kind, i in chosen
+            Pick(kind, printable(scores.scenes[i].name), anchor(i), {c: float(v[i]) for c, v in per_column.items()}) for kind, i in chosen
         ]
     return picks
 
 
-def cards(scores: Scores, picks: dict[str, list[Pick]]) -> list[Card]:
-    """One card per picked image, in the order of the folder, however many metrics picked it."""
+def anchor(index: int) -> str:
+    """How the report calls the image of `scores.scenes[index]`."""
+    return f"image-{index}"
+
+
+def cards(scores: Scores, picks: dict[str, list[Pick]], links: Mapping[tuple[str, str], str] | None = None) -> list[Card]:
+    """One card per picked image, in the order of the folder, however many metrics picked it; links: (anchor, column) -> address."""
     tags: dict[str, list[str]] = {}
     for metric, chosen in picks.items():
         for p in chosen:
             numbers = ", ".join(f"{column} {value:.{METRICS[metric].digits}f}" for column, value in p.values.items())
             tags.setdefault(p.anchor, []).append(f"{p.kind} {METRICS[metric].label}: {numbers}")
-    return [_card(scene, f"image-{i}", tags[f"image-{i}"]) for i, scene in enumerate(scores.scenes) if f"image-{i}" in tags]
+    return [_card(scene, anchor(i), tags[anchor(i)], links or {}) for i, scene in enumerate(scores.scenes) if anchor(i) in tags]
 
 
-def _card(scene: Scene, anchor: str, tags: Sequence[str]) -> Card:
+def _card(scene: Scene, called: str, tags: Sequence[str], links: Mapping[tuple[str, str], str]) -> Card:
     pictures = pictures_of(scene)
     restored, reference = [pictures[column] for column in scene.restored], pictures.get("reference")
     height, width = restored[0].shape[-2:]
     side = min(WINDOW, height, width)
-    top, left = _place(restored, reference, side)
+    top, left = worst_window(restored, reference, (side, side))
     window = (..., slice(top, top + side), slice(left, left + side))
     zooms = [
-        Zoom(title, _uri(to_array(picture[window][0])), _uri(laplacian_edge_mask(picture)[window][0, 0].numpy()))
+        Zoom(
+            title,
+            data_uri(to_array(picture[window][0])),
+            data_uri(laplacian_edge_mask(picture)[window][0, 0].numpy()),
+            links.get((called, title)),
+        )
         for title, picture in pictures.items()
     ]
     whole = restored[-1] if reference is None else reference
     scale = min(1.0, THUMBNAIL / max(height, width))
     small = resize_bicubic(whole, (max(1, round(height * scale)), max(1, round(width * scale)))).clamp(0, 1)
     box = (100 * left / width, 100 * top / height, 100 * side / width, 100 * side / height)
-    return Card(printable(scene.name), anchor, tuple(tags), _uri(to_array(small[0]), "JPEG"), box, side, (width, height), tuple(zooms))
+    return Card(printable(scene.name), called, tuple(tags), data_uri(to_array(small[0]), "JPEG"), box, side, (width, height), tuple(zooms))
 
 
 def pictures_of(scene: Scene) -> dict[str, Tensor]:
@@ -103,19 +113,19 @@ def pictures_of(scene: Scene) -> dict[str, Tensor]:
     return enlarged | restored | ({"reference": load_rgb(scene.reference)} if scene.reference else {})
 
 
-def _place(restored: Sequence[Tensor], reference: Tensor | None, side: int) -> tuple[int, int]:
-    """Where to look: the window with the largest squared error (without a reference: with the most edge pixels); top, left."""
+def worst_window(restored: Sequence[Tensor], reference: Tensor | None, sides: tuple[int, int]) -> tuple[int, int]:
+    """Where to look: the window (height, width) with the largest squared error (without a reference: the most edges); top, left."""
     if reference is not None:
         weights = [(r - reference).square().mean(dim=1, keepdim=True) for r in restored]
     else:
         weights = [laplacian_edge_mask(r).float() for r in restored]
-    stride = max(1, side // 16)
-    sums = functional.avg_pool2d(torch.stack(weights).mean(dim=0), side, stride)[0, 0]
+    stride = max(1, min(sides) // 16)
+    sums = functional.avg_pool2d(torch.stack(weights).mean(dim=0), sides, stride)[0, 0]
     best = int(sums.argmax())
     return best // sums.shape[1] * stride, best % sums.shape[1] * stride
 
 
-def _uri(pixels: NDArray[np.generic], kind: str = "WEBP") -> str:
+def data_uri(pixels: NDArray[np.generic], kind: str = "WEBP") -> str:
     """A data URI: lossless WebP for windows, one bit per pixel for masks, JPEG for the small overview."""
     from PIL import Image
 

@@ -20,10 +20,18 @@ WIDTH, ROW, LEFT, RIGHT, TOP = 400, 46, 8, 8, 6
 MOST_DOTS = 300  # per column; beyond that only the lowest and highest are drawn
 
 
-def render_report(summary: Summary, scores: Scores, *, title: str = "Evaluation", examples: int = 2) -> str:
+def render_report(
+    summary: Summary,
+    scores: Scores,
+    *,
+    title: str = "Evaluation",
+    examples: int = 2,
+    links: Mapping[tuple[str, str], str] | None = None,
+) -> str:
     """HTML with the summary table, a distribution plot per metric and the worst and best `examples` images of each.
 
-    Where `grid` was measured it shows a spectrum, too.
+    links: (`gallery.anchor` of an image, column) -> address of a page about that picture. Where `grid` was measured it shows a
+    spectrum, too.
     """
     import jinja2
 
@@ -39,7 +47,7 @@ def render_report(summary: Summary, scores: Scores, *, title: str = "Evaluation"
         for name, by in scores.values.items()
     }
     labels = {name: metric.label for name, metric in METRICS.items()}
-    shown = {"charts": charts, "picks": picks, "cards": cards(scores, picks), "spectrum": spectrum(scores)}
+    shown = {"charts": charts, "picks": picks, "cards": cards(scores, picks, links), "spectrum": spectrum(scores)}
     return environment.get_template(TEMPLATE).render(title=title, summary=summary, labels=labels, least=LEAST, **shown)
 
 

@@ -34,11 +34,16 @@ class FoundModel:
 
 def default_model(runs: Path) -> tuple[str, str]:
     """What is used where nobody chose, and why: the result of the run in `runs` that finished last, else the shipped small model."""
-    found = [result for result in runs.glob(f"*/{RESULT}") if family_of(result) is not None]
+    found = finished_runs(runs)
     if not found:
         return SMALL, f"the small model that comes with sslsr-diffusion; there is no finished run in {runs}/"
-    newest = max(found, key=lambda folder: max(path.stat().st_mtime_ns for path in folder.iterdir()))
-    return str(newest), "the newest finished run"
+    return str(found[0]), "the newest finished run"
+
+
+def finished_runs(runs: Path) -> list[Path]:
+    """The results of the finished runs in a folder, the newest first."""
+    found = [result for result in runs.glob(f"*/{RESULT}") if family_of(result) is not None]
+    return sorted(found, key=lambda folder: max(path.stat().st_mtime_ns for path in folder.iterdir()), reverse=True)
 
 
 def family_of(path: Path) -> Family | None:

@@ -1,0 +1,200 @@
+"""The page's three tabs in gradio: upscale and compare, look at runs, explore graphs. What they do is done elsewhere.
+
+The server imports this file when it knows that gradio is there.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.images import printable
+from sslsr_diffusion.inference.open import finished_runs
+from sslsr_diffusion.inference.runner import RunnerOptions
+from sslsr_diffusion.page.bench import Bench, Made
+from sslsr_diffusion.page.controls import call_of, fields, shown
+from sslsr_diffusion.page.explorer import EXAMPLE, explore_files
+from sslsr_diffusion.page.runs import draw_curves, list_runs, look_at
+from sslsr_diffusion.page.shelf import Shelf
+from sslsr_diffusion.shipped_model import SMALL
+
+ONE = {"concurrency_id": "work", "concurrency_limit": 1}  # of all that computes: whoever comes second waits
+LOOKING = {"concurrency_id": "runs", "concurrency_limit": 1}  # pyplot draws for one at a time
+BUTTONS = ["fullscreen", "download"]  # of pictures; gradio's third one shares them with a hub
+REFRESH = 3.0  # seconds between looks at a run
+
+
+@dataclass
+class App:
+    """`models` stand in the list beside the finished runs in `runs`."""
+
+    bench: Bench
+    shelf: Shelf
+    models: Sequence[str]
+    runs: Path
+
+    def build(self) -> Any:
+        """The gradio.Blocks."""
+        with gr.Blocks(title="sslsr-diffusion", analytics_enabled=False, fill_width=True) as blocks:
+            gr.Markdown("# sslsr-diffusion\nEverything stays on this machine; what you upload is deleted when the page's server ends.")
+            with gr.Tab("Upscale"):
+                self.upscaling()
+            with gr.Tab("Runs") as runs:
+                self.training(runs)
+            with gr.Tab("Explore"):
+                self.exploring()
+
+            def leave(request: gr.Request) -> None:
+                self.bench.stop(request.session_hash)
+
+            blocks.unload(leave)
+        blocks.queue(default_concurrency_limit=1)
+        return blocks
+
+    def upscaling(self) -> None:
+        listed = list(dict.fromkeys([*self.models, *map(str, finished_runs(self.runs)), SMALL]))
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                pictures = gr.File(label="Pictures", file_count="multiple", height=130)
+                folder = gr.File(label="or a folder", file_count="directory", height=130)
+                told = "listed ones, or type a run folder, a hub id, a file of weights; several are compared"
+                models = gr.Dropdown(listed, value=listed[:1], multiselect=True, allow_custom_value=True, label="Models", info=told)
+                with gr.Row():
+                    scale = gr.Number(4, label="Scale", info="enlargement", minimum=0.01, maximum=64, min_width=140)
+                    seed = gr.Number(0, label="Seed", info="of every picture", precision=0, minimum=0, min_width=140)
+                with gr.Row():
+                    options = fields()
+                with gr.Row():
+                    start = gr.Button("Upscale", variant="primary")
+                    stop = gr.Button("Stop", variant="stop")
+            with gr.Column(scale=3, min_width=300):
+                said = gr.Markdown("Drop pictures and press Upscale.", elem_id="said", container=True)
+                picture = gr.Dropdown([], label="Show", visible=False)
+                results = gr.File(label="Results, with their metadata", file_count="multiple", interactive=False, visible=False, height=130)
+                view = gr.HTML(elem_id="comparison")
+        made = gr.State([])
+
+        def upscale(given: dict[Any, Any], request: gr.Request, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
+            call = call_of({name: given[component] for name, component in options.items()})
+            if given[scale] is None:
+                raise UserError("scale: expected a number such as 4, got none.")
+            files = [Path(path) for path in [*(given[pictures] or []), *(given[folder] or [])]]
+            work = RunnerOptions(float(given[scale]), int(given[seed] or 0), call)
+
+            def bar(share: float, text: str) -> None:
+                progress(share, desc=text)
+
+            done = self.bench.upscale(files, given[models], self.shelf.new(), work, owner=str(request.session_hash), progress=bar)
+            names = [(source.name, str(source)) for source in _sources(done)]
+            first = names[0][1] if names else None
+            shown = gr.update(choices=names, value=first, visible=len(names) > 1)
+            paths = [str(path) for each in done for path in each.results.values()]
+            text = "\n".join(f"- {printable(line)}" for each in done for line in each.said)
+            return [text, shown, self.compare(done, first), gr.update(value=paths, visible=bool(paths)), done]
+
+        given = {pictures, folder, models, scale, seed, *options.values()}
+
+        def halt(request: gr.Request) -> None:
+            if not self.bench.stop(request.session_hash):
+                gr.Info("No job of yours is running.")
+
+        start.click(self.told(upscale), given, [said, picture, view, results, made], show_progress_on=[said], **ONE)
+        stop.click(halt, concurrency_limit=None, show_progress="hidden")
+        picture.input(self.compare, [made, picture], view, **ONE)
+        gr.on(None, self.told(self.options), models, list(options.values()), show_progress="minimal", **ONE)  # at first, and of others
+
+    def options(self, models: list[str]) -> list[Any]:
+        """The fields for what at least one of the models has; the values shown are the last one's."""
+        had: frozenset[str] = frozenset()
+        defaults: dict[str, Any] = {}
+        for model in models:
+            _, restorer = self.bench.open(model)
+            had, defaults = had | restorer.options, {**defaults, **restorer.defaults}
+        return shown(had, defaults)
+
+    def compare(self, made: Sequence[Made], source: str | None) -> str:
+        """The viewer on one picture: its bicubic enlargement and every model's result."""
+        results = {each.model: each.results[Path(source)] for each in made if Path(source) in each.results} if source else {}
+        return self.shelf.frame(self.shelf.comparison(Path(str(source)), results)) if results else ""
+
+    def training(self, tab: gr.Tab) -> None:
+        names = list_runs(self.runs)
+        with gr.Row():
+            run = gr.Dropdown(names, value=names[0] if names else None, label=f"Run in {self.runs}/", min_width=200)
+            about = gr.Markdown("" if names else f"No run in {self.runs}/ yet.", elem_id="run", container=True)
+        with gr.Row():
+            curves = gr.Image(show_label=False, interactive=False, buttons=BUTTONS)
+            with gr.Column():
+                step = gr.Slider(0, 1, 1, step=1, label="Validation", interactive=True, visible=False)
+                grid = gr.Image(show_label=False, interactive=False, buttons=BUTTONS)
+        with gr.Accordion("Recipe", open=False):
+            recipe = gr.Code(language="yaml", interactive=False)
+        seen = gr.State()
+
+        def look(name: str | None, before: Any, anew: bool) -> list[Any]:
+            found = list_runs(self.runs)
+            name = name if name in found else next(iter(found), None)
+            if name is None:
+                return [gr.skip()] * 7
+            at = look_at(self.runs / name)
+            state = (name, at.state)
+            text = f"**{printable(name)}** {at.about}"
+            if state == before and not anew:
+                return [gr.update(choices=found), text, *[gr.skip()] * 4, before]
+            most = len(at.grids)
+            slider = gr.update(minimum=1, maximum=max(2, most), value=most, visible=most > 1)
+            drawn = draw_curves(self.runs / name, self.shelf.new())
+            return [gr.update(choices=found, value=name), text, drawn, slider, at.grids[-1] if most else None, at.recipe, state]
+
+        def choose(name: str, number: float) -> Any:
+            grids = look_at(self.runs / name).grids if name in list_runs(self.runs) else ()
+            return grids[min(len(grids), int(number)) - 1] if grids else None
+
+        outputs = [run, about, curves, step, grid, recipe, seen]
+        gr.Timer(REFRESH).tick(functools.partial(look, anew=False), [run, seen], outputs, show_progress="hidden", **LOOKING)
+        for event in (run.input, tab.select):
+            event(functools.partial(look, anew=True), [run, seen], outputs, **LOOKING)
+        step.input(choose, [run, step], grid, show_progress="hidden")
+
+    def exploring(self) -> None:
+        with gr.Row():
+            sr, gt, lr = (gr.File(label=label, height=120) for label in ("Result", "Truth", "Low-resolution input (optional)"))
+            with gr.Column(min_width=160):
+                align = gr.Checkbox(False, label="resize a result of another size")
+                start = gr.Button("Explore", variant="primary")
+                example = gr.Button("Show an example")
+        view = gr.HTML(elem_id="explorer")
+
+        def explore(sr: str | None, gt: str | None, lr: str | None, align: bool) -> str:
+            if sr is None or gt is None:
+                raise UserError(f"{'result' if sr is None else 'truth'}: expected a picture, got none; drop one into its field.")
+            made = explore_files(Path(sr), Path(gt), Path(lr) if lr else None, align=align)
+            return self.shelf.frame(self.shelf.page(made.page))
+
+        def show_example() -> str:
+            sr, gt, lr = (str(EXAMPLE / f"{name}.png") for name in ("result", "truth", "lr"))
+            return explore(sr, gt, lr, False)
+
+        start.click(self.told(explore), [sr, gt, lr, align], view, **ONE)
+        example.click(show_example, None, view, **ONE)
+
+    def told(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, with a user's mistake as a sentence on the page; the server goes on."""
+
+        @functools.wraps(act)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return act(*args, **kwargs)
+            except (UserError, MissingDependency) as error:
+                raise gr.Error(str(error), duration=None, print_exception=False) from None
+
+        return run
+
+
+def _sources(made: Sequence[Made]) -> list[Path]:
+    """The pictures that at least one model has done."""
+    return list(dict.fromkeys(source for each in made for source in each.results))

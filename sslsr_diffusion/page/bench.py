@@ -1,0 +1,146 @@
+"""Where the page's models run: one is open, one job runs, and a job can be stopped between any two layers of its networks."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.open import FoundModel, find_model, open_model
+from sslsr_diffusion.inference.restorer import Restorer
+from sslsr_diffusion.inference.runner import RunnerOptions, Work, find_work, run_work
+
+STEP_END = "callback_on_step_end"  # the option of restorers that sample in steps
+Said = Callable[[float, str], object]  # share of the work that is done, and what is being done
+
+
+class Stopped(BaseException):
+    """Somebody wants the job to end; no Exception, because the runner goes on with the next picture after one."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one model made of the pictures: input -> result, and sentences about them."""
+
+    model: str
+    results: Mapping[Path, Path]
+    said: tuple[str, ...]
+
+
+@dataclass
+class Bench:
+    """`where`: device, dtype and memory_budget of every model, as `open_model` takes them."""
+
+    where: Mapping[str, Any] = field(default_factory=dict)
+    _open: tuple[FoundModel, Restorer] | None = None
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _owner: str | None = None  # session whose job runs
+
+    def open(self, model: str) -> tuple[FoundModel, Restorer]:
+        """A model, which takes the place of the one that was open before. Raises UserError."""
+        found = find_model(model.strip())
+        if self._open is None or self._open[0].fingerprint != found.fingerprint:
+            self._open = None  # its memory, before another one is loaded
+            self._open = found, open_model(found, **self.where)
+        return self._open
+
+    def stop(self, owner: str | None = None) -> bool:
+        """End the job of a session, or whichever runs; False where none of its jobs runs."""
+        if self._owner is None or owner not in (None, self._owner):
+            return False
+        self._stop.set()
+        return True
+
+    def upscale(
+        self,
+        pictures: Sequence[Path],
+        models: Sequence[str],
+        folder: Path,
+        options: RunnerOptions,
+        *,
+        owner: str = "",
+        progress: Said = lambda share, text: None,
+    ) -> list[Made]:
+        """Every picture by every model, into a folder per model below `folder`; what a model lacks among the options is not asked of it.
+
+        A job that is stopped gives what was done by then. Raises UserError: a model or an option cannot be used.
+        """
+        if not pictures:
+            raise UserError("pictures: expected at least one, got none; drop some into the field.")
+        if not models:
+            raise UserError("models: expected at least one, got none; choose one in the list.")
+        made: list[Made] = []
+        with self._job(owner):
+            for number, model in enumerate(models):
+                bar = _Bar(progress, model, number, len(models))
+                progress(bar.share(0), f"opening {model}")
+                found, restorer = self.open(model)
+                call = {name: value for name, value in options.call.items() if name in restorer.options}
+                if STEP_END in restorer.options:
+                    call[STEP_END] = bar.step
+                work = find_work(pictures, folder / f"{number + 1}", replace(options, call=call, model=found.fingerprint))
+                stopped = False
+                try:
+                    run_work(restorer, work, progress=bar.picture)
+                except Stopped:
+                    stopped = True
+                made.append(_made(model, work, stopped))
+                if stopped:
+                    break
+        return made
+
+    @contextlib.contextmanager
+    def _job(self, owner: str) -> Iterator[None]:
+        """The networks' layers ask in this thread whether to go on."""
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
+        here = threading.get_ident()
+
+        def ask(*_: object) -> None:
+            if self._stop.is_set() and threading.get_ident() == here:
+                raise Stopped
+
+        self._stop.clear()
+        self._owner = owner
+        hook = register_module_forward_pre_hook(ask)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._owner = None
+
+
+@dataclass
+class _Bar:
+    """How far one of several models is, told after each picture and each sampling step."""
+
+    progress: Said
+    model: str
+    number: int
+    models: int
+    done: int = 0
+    total: int = 1
+
+    def share(self, pictures: float) -> float:
+        return (self.number + pictures / max(1, self.total)) / self.models
+
+    def picture(self, done: int, total: int, name: str) -> None:
+        self.done, self.total = done, total
+        if name:
+            self.progress(self.share(done), f"{self.model}: {name}, {done + 1} of {total}")
+
+    def step(self, *told: Any) -> None:
+        """(step, timestep, tensors); pipelines tell themselves first."""
+        number, _, _ = told[-3:]
+        self.progress(self.share(self.done), f"{self.model}: picture {self.done + 1} of {self.total}, step {number + 1}")
+
+
+def _made(model: str, work: Work, stopped: bool) -> Made:
+    report = work.report
+    said = [f"{model}: {len(report.done)} of {len(work.todo)} done" + (", stopped" if stopped else "")]
+    said += [f"{name or model}: {note}" for name, note in report.notes]
+    said += [f"{name} failed: {reason}" for name, reason in report.failed]
+    done = set(report.done)
+    return Made(model, {item.source: work.output / item.target for item in work.todo if item.name in done}, tuple(said))

@@ -104,6 +104,8 @@ def test_a_profile_shows_what_the_code_says(name):
         ({b"cHRM": bytes(32)}, "these are no primaries of a picture"),
         ({b"cHRM": bytes(range(32))}, "these are no primaries of a picture"),
         ({b"cHRM": struct.pack(">8I", 31270, 32900, *[64000, 33000] * 3)}, "these are no primaries of a picture"),
+        ({b"cHRM": struct.pack(">8I", 31270, 32900, 300000, 33000, 10000, 90000, 10000, 1000)}, "these are no primaries of a picture"),
+        ({b"cHRM": struct.pack(">8I", 2000, 2000, 64000, 33000, 30000, 60000, 100, 100)}, "these are no primaries of a picture"),
         ({b"cHRM": struct.pack(">8I", 80000, 10000, 64000, 33000, 30000, 60000, 15000, 6000)}, "these are no primaries of a picture"),
     ],
 )

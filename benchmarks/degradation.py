@@ -28,7 +28,7 @@ from sslsr_diffusion.data import operations
 from sslsr_diffusion.data.blur_kernels import kernel_from
 from sslsr_diffusion.data.degradation import DEGRADATIONS, Degradation, DegradationSettings
 from sslsr_diffusion.data.jpeg import _matrices, quality_factor
-from sslsr_diffusion.images.imresize import cubic_matrix
+from sslsr_diffusion.imresize import cubic_matrix
 
 SIZE, SCALE = 512, 4
 

@@ -22,6 +22,8 @@ def tiff(samples, *, order="<", big=False, planar=False, turn=None, extra=(), **
     numbers |= {338: (3, [2])} if channels in (2, 4) else {}
     numbers |= {274: (3, [turn])} if turn else {}
     numbers |= {int(name[1:]): value for name, value in tags.items()}
+    if numbers[262] == (3, [5]):
+        numbers.pop(338)  # CMYK: the fourth is no alpha
     head, width_of = (16, 20) if big else (8, 12)
     count, offset, inline = ("Q", "Q", 8) if big else ("H", "I", 4)
 
@@ -49,6 +51,19 @@ def png(rows, bits, kind, *chunks, width=None):
     body = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())
     parts = [(b"IHDR", header), *chunks, (b"IDAT", body), (b"IEND", b"")]
     return PNG_SIGNATURE + b"".join(png_chunk(name, data) for name, data in parts)
+
+
+def box(kind, body, *, length=None):
+    """A box of JPEG 2000 or AVIF."""
+    return struct.pack(">I", 8 + len(body) if length is None else length) + kind + body
+
+
+def bmp(pixels, profile=b"", kind=b"DEBM"):
+    """[H, W, 3] as a BMP of version 5, the profile behind the pixels."""
+    rows = np.pad(pixels[::-1, :, ::-1].reshape(len(pixels), -1), ((0, 0), (0, -3 * pixels.shape[1] % 4))).tobytes()
+    header = struct.pack("<IiiHHIIiiII", 124, pixels.shape[1], len(pixels), 1, 24, 0, len(rows), 0, 0, 0, 0) + bytes(16) + kind + bytes(48)
+    header += struct.pack("<IIII", 0, 124 + len(rows), len(profile), 0)
+    return b"BM" + struct.pack("<IHHI", 14 + len(header) + len(rows) + len(profile), 0, 0, 138) + header + rows + profile
 
 
 def segments(jpeg, *added):

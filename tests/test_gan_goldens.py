@@ -10,7 +10,7 @@ import torch
 from goldens import load_golden
 from torch import Tensor, nn
 
-from sslsr_diffusion.images.imresize import matlab_bicubic
+from sslsr_diffusion.imresize import matlab_bicubic
 from sslsr_diffusion.losses import Means
 from sslsr_diffusion.losses.back_projection import BackProjectionLoss, BackProjectionSettings
 from sslsr_diffusion.losses.backbones import VGG

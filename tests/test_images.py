@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from picture_files import tiff
 from PIL import Image as Pillow
 from PIL import ImageCms, ImageOps
 
@@ -235,6 +236,24 @@ def test_cmyk_goes_through_its_profile(format):
     assert without.notes == ("CMYK without a profile converted to sRGB",)
     broken = read_image(encoded(cyan, format, icc_profile=cmyk_profile()[:200], **options))
     assert "unusable" in broken.notes[0]
+
+
+def test_cmyk_of_16_bits_keeps_them():
+    """Linear in each ink from corner to corner of the profile's table: values between those of 8 bits come out between."""
+    inks = np.zeros((4, 512, 4), np.uint16)
+    inks[..., 3] = np.linspace(0, 65535, 512)
+    embedded = (34675, 7, len(cmyk_profile()), cmyk_profile())
+    image = read_image(tiff(inks, t262=(3, [5]), extra=[embedded]))
+    assert image.rgb.dtype == np.uint16
+    assert image.notes == ("CMYK converted to sRGB",)
+    assert image.icc_profile is None
+    for ink, got in ((0, image.rgb[1, 0]), (1, image.rgb[1, -1])):
+        assert np.abs(got / 257 - srgb_of_lab((255 - 60 * ink) / 2.55, 0, 0)).max() <= 1
+    assert len(np.unique(image.rgb[1, :, 0])) > 500
+    eight = read_image(tiff((inks // 257).astype(np.uint8), t262=(3, [5]), extra=[embedded]))
+    assert np.abs(image.rgb / 257 - eight.rgb).max() <= 1.5  # of ink and of light, 8 bits round both
+    without = read_image(tiff(inks, t262=(3, [5])))
+    assert (without.rgb.dtype, without.notes) == (np.uint16, ("CMYK without a profile converted to sRGB",))
 
 
 def test_a_profile_stays_only_where_it_describes_the_channels():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from goldens import load_golden
 
 from sslsr_diffusion.data.resizing import area_average, interpolate
-from sslsr_diffusion.images.imresize import matlab_bicubic
+from sslsr_diffusion.imresize import matlab_bicubic
 
 GOLDEN = load_golden("ssl/imresize")
 

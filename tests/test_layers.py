@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "sslsr_diffusion"
 LAYERS = [
     {
         *("types", "errors", "seeding", "config", "mistakes", "tables", "files", "unpickle", "hub", "weights", "devices"),
-        *("shipped_model", "partners", "listing", "tensors", "metadata", "images", "ops"),
+        *("shipped_model", "partners", "listing", "tensors", "imresize", "metadata", "images", "ops"),
     },
     {"data", "models", "losses", "evaluation"},
     {"inference"},

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from toys import smooth
 
-from sslsr_diffusion.images.imresize import matlab_bicubic
+from sslsr_diffusion.imresize import matlab_bicubic
 from sslsr_diffusion.losses import LOSSES, Means, build_losses
 from sslsr_diffusion.losses.diffusion import DiffusionLoss, DiffusionSettings
 from sslsr_diffusion.losses.latent_kl import LatentKLLoss, LatentKLSettings

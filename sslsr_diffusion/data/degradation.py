@@ -14,7 +14,7 @@ from sslsr_diffusion.data.filters import unsharp_mask
 from sslsr_diffusion.data.operations import run
 from sslsr_diffusion.data.steps import BlurStep, BsrganStep, NoiseStep, QuantizeStep, ReduceStep, SincStep, Step, second_order
 from sslsr_diffusion.images import resize_bicubic
-from sslsr_diffusion.images.imresize import matlab_bicubic
+from sslsr_diffusion.imresize import matlab_bicubic
 
 
 class PublishedDegradation(NamedTuple):

@@ -10,7 +10,7 @@ from sslsr_diffusion.data.filters import filter2d, unsharp_mask
 from sslsr_diffusion.data.jpeg import jpeg_codec, jpeg_model
 from sslsr_diffusion.data.noise import correlated_noise, gaussian_noise, poisson_noise
 from sslsr_diffusion.data.resizing import area_average, interpolate
-from sslsr_diffusion.images.imresize import matlab_bicubic
+from sslsr_diffusion.imresize import matlab_bicubic
 
 
 def run(image: Tensor, ops: Sequence[Op], generator: Generator) -> Tensor:

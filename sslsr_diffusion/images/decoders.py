@@ -7,7 +7,6 @@ fetched from one; its WebP decoder starts threads all the same, so Pillow reads 
 import functools
 import io
 import logging
-import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ def _by_vips(data: memoryview, kind: str, found: Blocks) -> Rows:
 def _cmyk(image: "pyvips.Image", found: Blocks) -> "pyvips.Image":
     """CMYK cannot stay: through its profile to sRGB; libvips has a general one for pictures without."""
     profile, found.icc_profile = found.icc_profile or b"", None
-    usable = profile_space(profile) == "CMYK" and struct.unpack(">I", profile[:4])[0] <= len(profile)
+    usable = profile_space(profile) == "CMYK"
     if usable:
         image = image.copy()
         image.set_type(libvips().GValue.blob_type, "icc-profile-data", profile)

@@ -66,7 +66,7 @@ class OpenPicture:
         gray = channels < 3 and space != "RGB"  # gray pixels with an RGB profile become colour for its sake
         if profile and space != ("GRAY" if gray else "RGB"):
             profile = None
-            notes.append(f"colour profile left out, it is for {printable(space) if space else 'nothing known'}")
+            notes.append(f"colour profile left out, {f'it is for {printable(space)}' if space else 'it is damaged'}")
         turned = found.xmp if self._turn == 1 else re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", found.xmp or b"")
         return Image(
             np.ascontiguousarray(samples[..., :3] if channels > 2 else samples[..., [0, 0, 0]]),

@@ -21,7 +21,7 @@ from sslsr_diffusion.files import TEMPORARY, atomic_file
 from sslsr_diffusion.images.decoders import libvips
 from sslsr_diffusion.images.picture import Image, Pixels
 from sslsr_diffusion.listing import SUFFIXES, suffixes_of
-from sslsr_diffusion.metadata import blocks, exif
+from sslsr_diffusion.metadata import blocks, exif, heads
 
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 Strips = Iterator[Pixels]  # [n, W, C] each: gray or colour, then alpha where there is one
@@ -53,9 +53,8 @@ def write_strips(
         raise UserError(f"{size[1]} x {size[0]} pixels are more than {wanted} can hold ({LARGEST_SIDE[wanted]} a side); use PNG.")
     images = iter(strips)
     head = next(images)
-    head = replace(head, exif=head.exif and exif.upright_exif(head.exif, size))
+    head, notes = heads.fitted(replace(head, exif=head.exif and exif.upright_exif(head.exif, size)), wanted)
     samples = (_samples(image, wanted) for image in itertools.chain([head], images))
-    notes = blocks.not_kept(head, wanted)
     with atomic_file(path) as new, new.open("xb") as file:
         notes += _ENCODERS[wanted](file, head, size, samples, quality)
     return tuple(notes)
@@ -73,7 +72,7 @@ def _samples(image: Image, wanted: str) -> Pixels:
 
 
 def _jpeg(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, quality: int) -> list[str]:
-    segments, notes = blocks.jpeg_head(head, blocks.same_own(head.format, "JPEG"))
+    segments, notes = heads.jpeg_head(head)
     first = next(strips)
     if len(first) == size[0]:
         import cv2
@@ -101,7 +100,7 @@ def _webp(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, qu
 
     samples, held = np.concatenate(list(strips)), {"exif": head.exif, "xmp": head.xmp, "icc_profile": head.icc_profile}
     if head.gray:  # WebP has no gray
-        samples, held["icc_profile"] = np.concatenate([samples[..., [0, 0, 0]], samples[..., 1:]], axis=2), None
+        samples = np.concatenate([samples[..., [0, 0, 0]], samples[..., 1:]], axis=2)
     picture = Pillow.fromarray(np.ascontiguousarray(samples))
     picture.save(file, "WEBP", quality=quality, method=4, exact=True, **{name: body for name, body in held.items() if body})
     return []
@@ -111,7 +110,7 @@ def _png(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, qua
     """One IDAT chunk for every band of rows."""
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[(1 if head.gray else 3) + (head.alpha is not None)]
     file.write(blocks.PNG_SIGNATURE + blocks.png_chunk(b"IHDR", struct.pack(">IIBBBBB", size[1], size[0], head.bits, kind, 0, 0, 0)))
-    file.write(blocks.png_head(head, blocks.same_own(head.format, "PNG")))
+    file.write(heads.png_head(head))
     deflate, above = zlib.compressobj(5), None
     for strip in strips:
         rows = np.ascontiguousarray(strip, dtype=strip.dtype.newbyteorder(">")).view(np.uint8).reshape(len(strip), -1)
@@ -164,7 +163,7 @@ def _tiff(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, qu
     shorts = {258: [head.bits] * channels, 259: [8], 262: [1 if head.gray else 2], 277: [channels], 284: [1], 317: [2], 339: [1] * channels}
     shorts |= {338: [2]} if head.alpha is not None else {}  # not premultiplied
     tags = {tag: exif.numbers(order, kind, values) for kind, some in ((3, shorts), (4, longs)) for tag, values in some.items()}
-    exif.write_directory(file, order, entries, tags | blocks.tiff_tags(head, order, 282 in entries))
+    exif.write_directory(file, order, entries, tags | heads.tiff_tags(head, order, 282 in entries))
     return []
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from sslsr_diffusion.images.imresize import matlab_bicubic
+from sslsr_diffusion.imresize import matlab_bicubic
 from sslsr_diffusion.losses.base import NoiseGate, SampleLoss, pixels
 from sslsr_diffusion.types import Outputs
 

@@ -1,4 +1,4 @@
-"""What lies in a file beside its pixels: taken out whole on reading, put in whole on writing; decoders and encoders see none of it.
+"""What lies in a file beside its pixels: taken out whole on reading (here), put in whole on writing (`heads.py`); codecs see none of it.
 
 | block | JPEG | PNG | TIFF | WebP |
 |---|---|---|---|---|
@@ -15,20 +15,14 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from sslsr_diffusion.listing import printable
 from sslsr_diffusion.metadata import exif as tiff
 
-if TYPE_CHECKING:
-    from sslsr_diffusion.images.picture import Image
-
-
 LARGEST = 64 << 20  # of a block, unpacked
-_SEGMENT = 65533
-_EXIF, _XMP, _ICC, _PHOTOSHOP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0", b"Photoshop 3.0\0"
-PNG_SIGNATURE, _PNG_XMP = b"\x89PNG\r\n\x1a\n", b"XML:com.adobe.xmp"
-_COLOUR = (b"cICP", b"gAMA", b"cHRM", b"sRGB", b"mDCV", b"cLLI")
+EXIF, XMP, ICC, PHOTOSHOP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0", b"Photoshop 3.0\0"
+PNG_SIGNATURE, PNG_XMP = b"\x89PNG\r\n\x1a\n", b"XML:com.adobe.xmp"
+COLOUR = (b"cICP", b"gAMA", b"cHRM", b"sRGB", b"mDCV", b"cLLI")
 _LENGTHS = {b"cICP": 4, b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"mDCV": 24, b"cLLI": 8, b"pHYs": 9}
 _STALE = (b"tIME", b"bKGD", b"hIST", b"sBIT", b"acTL", b"fcTL", b"fdAT", b"tRNS")  # of the old pixels; a frame's chunks have their note
 
@@ -57,14 +51,16 @@ class Blocks:
     def take_iptc(self, raw: bytes) -> None:
         """Bare records become the resource that holds them."""
         body = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(raw)) + raw + bytes(len(raw) % 2) if raw[:1] == b"\x1c" else raw
-        self.iptc = self.iptc or body.removeprefix(_PHOTOSHOP)
+        self.iptc = self.iptc or body.removeprefix(PHOTOSHOP)
 
 
 def profile_space(profile: bytes | None) -> str | None:
-    """The colour space that an ICC profile describes ("RGB", "GRAY", "CMYK", ...); None if it is not a profile."""
-    if profile is None or len(profile) < 128 or profile[36:40] != b"acsp":
+    """The colour space that an ICC profile describes ("RGB", "GRAY", "CMYK", ...); None if it is no whole profile."""
+    if profile is None or len(profile) < 132 or profile[36:40] != b"acsp":
         return None
-    return profile[16:20].decode("latin-1").strip()
+    last = 132 + 12 * struct.unpack_from(">I", profile, 128)[0]
+    whole = last <= len(profile) and all(at + size <= len(profile) for at, size in struct.iter_unpack(">4x2I", profile[132:last]))
+    return profile[16:20].decode("latin-1").strip() if whole else None
 
 
 def unpacked(data: bytes | memoryview) -> bytes:
@@ -124,7 +120,7 @@ def _png_block(found: Blocks, kind: bytes, body: bytes) -> None:
         packed = rest[:1] == b"\1" if kind == b"iTXt" else kind == b"zTXt"
         if kind != b"tEXt" and rest[packed and kind == b"iTXt" :][:1] != b"\0" and packed:
             raise ValueError("unknown compression")
-        if word == _PNG_XMP and kind == b"iTXt":
+        if word == PNG_XMP and kind == b"iTXt":
             text = rest[2:].split(b"\0", 2)[2]
             found.xmp = unpacked(text) if packed else text
         elif word.startswith(b"Raw profile type "):
@@ -136,7 +132,7 @@ def _png_block(found: Blocks, kind: bytes, body: bytes) -> None:
         across, down, unit = struct.unpack(">IIB", body)
         found.density = (across * 0.0254, down * 0.0254) if unit == 1 else None
         found.own.append((kind, body))
-    elif kind in _COLOUR or (kind.isalpha() and kind[3:].islower()):
+    elif kind in COLOUR or (kind.isalpha() and kind[3:].islower()):
         found.own.append((kind, body))
     elif kind not in _STALE:
         found.lose(kind.decode("latin-1"), "it may belong to the old pixels")
@@ -146,8 +142,8 @@ def _raw_profile(found: Blocks, name: bytes, text: bytes) -> None:
     """ImageMagick's way: a name, a length and hexadecimal numbers."""
     _, _, length, numbers = text.split(b"\n", 3)
     body = bytes.fromhex(re.sub(rb"[^0-9a-fA-F]", b"", numbers)[: 2 * int(length)].decode())
-    if body.startswith(_XMP) or name == b"xmp":
-        found.xmp = body.removeprefix(_XMP)
+    if body.startswith(XMP) or name == b"xmp":
+        found.xmp = body.removeprefix(XMP)
     elif name in (b"exif", b"app1"):
         found.take_exif(body)
     elif name in (b"iptc", b"8bim"):
@@ -172,16 +168,16 @@ def _split_jpeg(data: memoryview) -> Blocks:
             unit, across, down = struct.unpack_from(">BHH", body, 7)
             if unit in (1, 2) and across and down:
                 found.density = (across * (1, 2.54)[unit - 1], down * (1, 2.54)[unit - 1])
-        elif marker == 0xE1 and body.startswith(_EXIF):
+        elif marker == 0xE1 and body.startswith(EXIF):
             found.take_exif(body)
-        elif marker == 0xE1 and body.startswith(_XMP):
-            found.xmp = found.xmp or body.removeprefix(_XMP)
-        elif marker == 0xE2 and body.startswith(_ICC) and len(body) > 14:
+        elif marker == 0xE1 and body.startswith(XMP):
+            found.xmp = found.xmp or body.removeprefix(XMP)
+        elif marker == 0xE2 and body.startswith(ICC) and len(body) > 14:
             parts[body[12]] = body[14:]
         elif marker == 0xE2 and body.startswith(b"MPF\0"):
             found.lose("the second picture of the file", "its gain map or stereo partner belongs to the old pixels")
-        elif marker == 0xED and body.startswith(_PHOTOSHOP):
-            resources += body.removeprefix(_PHOTOSHOP)
+        elif marker == 0xED and body.startswith(PHOTOSHOP):
+            resources += body.removeprefix(PHOTOSHOP)
         elif marker == 0xFE or (0xE1 <= marker <= 0xEF and marker not in (0xE2, 0xEB, 0xEE)):
             found.own.append((bytes([marker]), body))
         elif marker in (0xE2, 0xEB):
@@ -225,12 +221,12 @@ def _split_avif(data: memoryview) -> Blocks:
     """Its EXIF, XMP and profile come from the decoder; here is the colour that it is said to have without a profile (nclx)."""
     head = bytes(data[: 1 << 16])
     at = head.find(b"colrnclx") + 8
-    if at < 8 or at + 6 > len(head):
+    if at < 8 or at + 6 > len(head) or b"colrprof" in head:  # which stands above it
         return Blocks()
     primaries, transfer = struct.unpack_from(">HH", head, at)
     if (primaries in (1, 2) and transfer in (2, 13)) or max(primaries, transfer) > 255:  # sRGB, or not said
         return Blocks()
-    notes = [f"colours by code (primaries {primaries}, transfer {transfer}), which PNG alone keeps"]
+    notes = [f"colours by code (primaries {primaries}, transfer {transfer}), which PNG alone keeps as they are"]
     return Blocks(own=[(b"cICP", bytes([primaries, transfer, 0, 1]))], notes=notes)
 
 
@@ -239,6 +235,9 @@ def _split_jp2(data: memoryview) -> Blocks:
     found, at = Blocks(), 0
     while at + 24 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
+        if length < 8 and length != 1:  # up to the end of the file, or no length, which decoders would stumble over
+            length = len(data) - at
+            struct.pack_into(">I", data, at, 0)
         body = bytes(data[at + 24 : at + length])
         if kind == b"uuid" and bytes(data[at + 8 : at + 24]) == b"JpgTiffExif->JP2":
             found.take_exif(body)
@@ -251,9 +250,10 @@ def _split_jp2(data: memoryview) -> Blocks:
 
 
 def _split_bmp(data: memoryview) -> Blocks:
-    if len(data) < 138 or struct.unpack_from("<I", data, 14)[0] < 124 or bytes(data[70:74]) != b"DEBM":
-        return Blocks()
-    at, length = struct.unpack_from("<II", data, 126)
+    kind = bytes(data[70:74]) if len(data) >= 138 and struct.unpack_from("<I", data, 14)[0] >= 124 else b""
+    if kind == b"KNIL":
+        return Blocks(notes=["the colour profile left out, it lies in a file of its own"])
+    at, length = struct.unpack_from("<II", data, 126) if kind == b"DEBM" else (0, 0)
     return Blocks(icc_profile=bytes(data[14 + at : 14 + at + length]) or None)
 
 
@@ -275,69 +275,3 @@ SPLIT: Mapping[str, Callable[[memoryview], Blocks]] = {
     "BMP": _split_bmp,
     "GIF": _split_gif,
 }
-
-
-def same_own(read: str, written: str) -> bool:
-    """Whether a format takes another's `own` blocks: AVIF's are the colours of PNG."""
-    return read == written or (read, written) == ("AVIF", "PNG")
-
-
-def not_kept(head: "Image", wanted: str) -> list[str]:
-    """What a format has no place for."""
-    notes = ["8 of 16 bits"] if head.bits == 16 and wanted in ("JPEG", "WEBP") else []
-    notes += ["alpha flattened on white"] if head.alpha is not None and wanted == "JPEG" else []
-    kinds = dict.fromkeys(kind for kind, _ in head.own) if not same_own(head.format, wanted) else {}
-    if b"sRGB" in kinds:  # which is what no word means
-        kinds = {kind: None for kind in kinds if kind not in (b"sRGB", b"gAMA", b"cHRM")}
-    names = [kind.decode("latin-1") if len(kind) == 4 else "comments" if kind == b"\xfe" else f"APP{kind[0] - 0xE0}" for kind in kinds]
-    if wanted == "WEBP":
-        names += ["IPTC"] * bool(head.iptc) + ["resolution"] * bool(head.density and not head.exif)
-        names += ["the gray profile"] * bool(head.gray and head.icc_profile)
-    return [*notes, f"{', '.join(names)} left out, {wanted} has no place for it"] if names else notes
-
-
-def png_head(blocks: "Image", same: bool) -> bytes:
-    """Chunks for between IHDR and the pixels; `same` as `same_own`."""
-    own = [(kind, body) for kind, body in blocks.own if same and not (kind == b"sRGB" and blocks.icc_profile)]
-    parts = [(b"iCCP", b"ICC Profile\0\0" + zlib.compress(blocks.icc_profile))] if blocks.icc_profile else []
-    parts += sorted(own, key=lambda chunk: chunk[0] not in _COLOUR)
-    if blocks.density and not any(kind == b"pHYs" for kind, _ in own):
-        parts.append((b"pHYs", struct.pack(">IIB", *(round(each / 0.0254) for each in blocks.density), 1)))
-    if blocks.exif:
-        parts.append((b"eXIf", blocks.exif))
-    if blocks.xmp:
-        parts.append((b"iTXt", _PNG_XMP + b"\0\0\0\0\0" + blocks.xmp))
-    if blocks.iptc:
-        text = b"\niptc\n%8d\n" % len(blocks.iptc) + blocks.iptc.hex().encode() + b"\n"
-        parts.append((b"zTXt", b"Raw profile type iptc\0\0" + zlib.compress(text)))
-    return b"".join(png_chunk(kind, body) for kind, body in parts)
-
-
-def jpeg_head(blocks: "Image", same: bool) -> tuple[bytes, list[str]]:
-    """Segments for behind the start of a JPEG, and what is too large for them."""
-    notes, density = [], [min(65535, round(each)) for each in blocks.density or (1, 1)]
-    segments = [(0xE0, b"JFIF\0\1\1" + struct.pack(">BHH", blocks.density is not None, *density) + b"\0\0")]
-    for name, prefix, block in (("EXIF", _EXIF, blocks.exif), ("XMP", _XMP, blocks.xmp)):
-        if block and len(prefix + block) <= _SEGMENT:
-            segments.append((0xE1, prefix + block))
-        elif block:
-            notes.append(f"{name} left out, too large for JPEG")
-    for marker, prefix, block in ((0xE2, _ICC, blocks.icc_profile or b""), (0xED, _PHOTOSHOP, blocks.iptc or b"")):
-        room = _SEGMENT - len(prefix) - 2
-        pieces = [block[at : at + room] for at in range(0, len(block), room)]
-        if len(pieces) > 255:
-            notes.append("the colour profile left out, too large for JPEG")
-            continue
-        segments += [(marker, prefix + (bytes([number, len(pieces)]) if marker == 0xE2 else b"") + p) for number, p in enumerate(pieces, 1)]
-    segments += [(marker[0], body) for marker, body in blocks.own if same]
-    return b"".join(b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body for marker, body in segments), notes
-
-
-def tiff_tags(blocks: "Image", order: str, has_density: bool) -> dict[int, tiff.Tag]:
-    """Tags for a TIFF file's directory beside those of its pixels and its EXIF."""
-    bodies = {tiff.XMP: (1, blocks.xmp), tiff.PHOTOSHOP: (1, blocks.iptc), tiff.PROFILE: (7, blocks.icc_profile)}
-    tags = {tag: (kind, len(body), body) for tag, (kind, body) in bodies.items() if body}
-    if blocks.density and not has_density:
-        tags |= {tag: tiff.numbers(order, 5, (round(each * 10000), 10000)) for tag, each in zip((282, 283), blocks.density)}
-        tags[296] = tiff.numbers(order, 3, [2])
-    return tags

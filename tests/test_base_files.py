@@ -39,7 +39,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     config = CLIPTextConfig(hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=49408)
     CLIPTextModel(config).save_pretrained(folder / "base/text_encoder")
     (folder / "base/tokenizer").mkdir()
-    (folder / "base/tokenizer/vocab.json").write_text("{}")  # never read here
+    (folder / "base/tokenizer/vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1}))
+    (folder / "base/tokenizer/merges.txt").write_text("#version: 0.2\n")
     return {"upscaler": save_upscaler(folder / "upscaler"), "base": folder / "base"}
 
 
@@ -108,7 +109,12 @@ CASES = {
     ),
     "cut off": ("base", "unet", cut_off, rf"{re.escape(WEIGHTS)} is not a whole safetensors file: .*; fetch the model again\."),
     "a shard": ("base", "vae", a_missing_shard, r"model-1-of-2\.safetensors is not a whole safetensors file: .*; fetch the model again\."),
-    "the words": ("base", "tokenizer", emptied, r"expected vocab\.json or tokenizer\.json, got no files; fetch the model again\."),
+    "the words": (
+        "base",
+        "tokenizer",
+        emptied,
+        r"expected tokenizer\.json, or vocab\.json and merges\.txt, got no files; fetch the model again\.",
+    ),
     "the text": ("base", "text_encoder", cut_off, r"model\.safetensors is not a whole safetensors file: "),
 }
 SCHEDULERS = {

@@ -283,7 +283,7 @@ def test_the_card_speaks_of_a_network(photos, tmp_path):
 def test_a_model_without_its_kind_is_one_sentence(photos, tmp_path):
     raw = resolved(recipe(photos, tmp_path))
     del raw["model"]["kind"]
-    with pytest.raises(RecipeError, match=r"^model: the key 'kind' is missing; expected one of stablesr, network\.$"):
+    with pytest.raises(RecipeError, match=r"^model: the key 'kind' is missing; expected one of stablesr, network, one_step, x4\.$"):
         parse(Recipe, raw)
     with pytest.raises(RecipeError, match=r"task\.kind: diffusion is impossible with model.kind network; possible are network"):
         parse(Recipe, {**resolved(recipe(photos, tmp_path)), "task": {"kind": "diffusion"}, "losses": [{"kind": "diffusion"}]})

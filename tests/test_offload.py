@@ -88,7 +88,7 @@ def test_every_component_is_moved_before_it_computes_and_leaves_afterwards(fused
         assert set(where.values()) == {"cpu"}
     assert torch.equal(got, want)
     assert set().union(*together) == PARTS
-    assert together == [{"vae"}, {"text_encoder"}, {"structural_encoder"}, {"structural_encoder", "unet"}, {"vae"}]  # the phases
+    assert together == [{"text_encoder"}, {"vae"}, {"structural_encoder"}, {"structural_encoder", "unet"}, {"vae"}]  # the phases
 
 
 def test_an_error_in_the_middle_leaves_nothing_on_the_device(monkeypatch):

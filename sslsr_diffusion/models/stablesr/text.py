@@ -59,9 +59,11 @@ def count_text_encoder(config: dict[str, Any]) -> int:
 def check_tokenizer(base: "Base") -> None:
     """Raises UserError for a folder without a vocabulary, which transformers would take for one of two words."""
     folder = base.folder / "tokenizer"
-    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        there = ", ".join(sorted(path.name for path in folder.iterdir())) or "no files"
-        raise UserError(f"{base.part('tokenizer')}: expected vocab.json or tokenizer.json, got {there}; fetch the model again.")
+    there = {path.name for path in folder.iterdir()}
+    if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
+        got = ", ".join(sorted(there)) or "no files"
+        expected = "expected tokenizer.json, or vocab.json and merges.txt"
+        raise UserError(f"{base.part('tokenizer')}: {expected}, got {got}; fetch the model again.")
 
 
 def load_tokenizer(base: "Base") -> Any:

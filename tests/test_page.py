@@ -198,6 +198,7 @@ def test_pages_of_other_sites_are_refused():
     status, headers = answered({"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:7860"})
     assert status == 200
     assert b"default-src 'self'" in headers[b"content-security-policy"]
+    assert b"; frame-ancestors 'self'; form-action 'self'; base-uri 'self'" in headers[b"content-security-policy"]
     assert answered({"host": "localhost:7860"})[0] == 200
     for foreign in ({"host": "evil.example:7860"}, {"host": "evil.example"}, {"host": "127.0.0.1.evil.example:1"}):
         assert answered(foreign)[0] == 403

@@ -119,7 +119,7 @@ class App:
     def compare(self, made: Sequence[Made], source: str | None) -> str:
         """The viewer on one picture: its bicubic enlargement and every model's result."""
         results = {each.model: each.results[Path(source)] for each in made if Path(source) in each.results} if source else {}
-        return self.shelf.frame(self.shelf.comparison(Path(str(source)), results)) if results else ""
+        return self.shelf.compared(Path(str(source)), results) if results else ""
 
     def training(self, tab: gr.Tab) -> None:
         names = list_runs(self.runs)

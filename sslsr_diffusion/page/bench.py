@@ -63,7 +63,7 @@ class Bench:
         owner: str = "",
         progress: Said = lambda share, text: None,
     ) -> list[Made]:
-        """Every picture by every model, into a folder per model below `folder`; what a model lacks among the options is not asked of it.
+        """Every picture by every model, into a new folder per model below `folder`; what a model lacks among the options is not asked.
 
         A job that is stopped gives what was done by then. Raises UserError: a model or an option cannot be used.
         """
@@ -76,19 +76,18 @@ class Bench:
             for number, model in enumerate(models):
                 bar = _Bar(progress, model, number, len(models))
                 progress(bar.share(0), f"opening {model}")
-                found, restorer = self.open(model)
-                call = {name: value for name, value in options.call.items() if name in restorer.options}
-                if STEP_END in restorer.options:
-                    call[STEP_END] = bar.step
-                work = find_work(pictures, folder / f"{number + 1}", replace(options, call=call, model=found.fingerprint))
-                stopped = False
+                work = None
                 try:
+                    found, restorer = self.open(model)
+                    call = {name: value for name, value in options.call.items() if name in restorer.options}
+                    if STEP_END in restorer.options:
+                        call[STEP_END] = bar.step
+                    work = find_work(pictures, folder / f"{number + 1}", replace(options, call=call, model=found.fingerprint))
                     run_work(restorer, work, progress=bar.picture)
                 except Stopped:
-                    stopped = True
-                made.append(_made(model, work, stopped))
-                if stopped:
+                    made.append(_made(model, work, stopped=True))
                     break
+                made.append(_made(model, work))
         return made
 
     @contextlib.contextmanager
@@ -137,10 +136,12 @@ class _Bar:
         self.progress(self.share(self.done), f"{self.model}: picture {self.done + 1} of {self.total}, step {number + 1}")
 
 
-def _made(model: str, work: Work, stopped: bool) -> Made:
+def _made(model: str, work: Work | None, stopped: bool = False) -> Made:
+    if work is None:
+        return Made(model, {}, (f"{model}: stopped while it was opened",))
     report = work.report
     said = [f"{model}: {len(report.done)} of {len(work.todo)} done" + (", stopped" if stopped else "")]
     said += [f"{name or model}: {note}" for name, note in report.notes]
     said += [f"{name} failed: {reason}" for name, reason in report.failed]
-    done = set(report.done)
-    return Made(model, {item.source: work.output / item.target for item in work.todo if item.name in done}, tuple(said))
+    results = {item.source: work.output / item.target for item in work.todo}  # names may repeat: files tell what was done
+    return Made(model, {source: result for source, result in results.items() if result.is_file()}, tuple(said))

@@ -14,7 +14,7 @@ from sslsr_diffusion.images import read_image
 from sslsr_diffusion.inference.runner import RunnerOptions
 from sslsr_diffusion.models import FAMILIES
 from sslsr_diffusion.page import bench as module
-from sslsr_diffusion.page.bench import Bench
+from sslsr_diffusion.page.bench import Bench, label_of
 from sslsr_diffusion.page.shelf import Shelf
 
 
@@ -54,6 +54,19 @@ def test_stop_while_a_model_is_opened_keeps_what_the_one_before_made(models, tmp
     assert [list(each.results) for each in made] == [[source], []]
     assert made[1].said == (f"{models[1]}: stopped while it was opened",)
     assert not bench.stop()
+
+
+def test_a_model_that_cannot_be_opened_does_not_stop_the_others(models, tmp_path):
+    source = write(tmp_path / "a.png", picture(1))
+    broken, one = Bench({"device": "cpu"}).upscale([source], [str(source), models[0]], Shelf(tmp_path).new(), RunnerOptions(2.0))
+    assert not broken.results
+    assert "expected a model of" in broken.said[0]
+    assert one.results[source].name == "a_one.toy.png"
+
+
+def test_a_model_in_the_name_of_a_file():
+    names = ("runs/mine/pipeline", "runs/mine", "nets/RealESRGAN_x4.pth", "someone/net#a/b.safetensors", " small-v3", "odd:näme", "/")
+    assert [label_of(name) for name in names] == ["mine", "mine", "RealESRGAN_x4", "b", "small-v3", "odd-n-me", "model"]
 
 
 def test_a_result_too_large_to_be_shown_is_a_sentence(tmp_path):

@@ -25,6 +25,7 @@ from sslsr_diffusion.shipped_model import SMALL
 ONE = {"concurrency_id": "work", "concurrency_limit": 1}  # of all that computes: whoever comes second waits
 LOOKING = {"concurrency_id": "runs", "concurrency_limit": 1}  # pyplot draws for one at a time
 BUTTONS = ["fullscreen", "download"]  # of pictures; gradio's third one shares them with a hub
+EXPLORED = {"sr": "Result", "gt": "Truth", "lr": "Low-resolution input (optional)"}  # labels of what `explore_files` takes
 REFRESH = 3.0  # seconds between looks at a run
 
 
@@ -166,7 +167,7 @@ class App:
 
     def exploring(self) -> None:
         with gr.Row():
-            sr, gt, lr = (gr.File(label=label, height=120) for label in ("Result", "Truth", "Low-resolution input (optional)"))
+            sr, gt, lr = (gr.File(label=label, height=120) for label in EXPLORED.values())
             with gr.Column(min_width=160):
                 align = gr.Checkbox(False, label="resize a result of another size")
                 start = gr.Button("Explore", variant="primary")
@@ -175,8 +176,12 @@ class App:
 
         def explore(sr: str | None, gt: str | None, lr: str | None, align: bool) -> str:
             if sr is None or gt is None:
-                raise UserError(f"{'result' if sr is None else 'truth'}: expected a picture, got none; drop one into its field.")
-            made = explore_files(Path(sr), Path(gt), Path(lr) if lr else None, align=align)
+                raise UserError(f"{EXPLORED['sr' if sr is None else 'gt']}: expected a picture, got none; drop one into its field.")
+            try:
+                made = explore_files(Path(sr), Path(gt), Path(lr) if lr else None, align=align)
+            except UserError as error:
+                name, colon, said = str(error).partition(": ")
+                raise UserError(f"{EXPLORED.get(name, name)}{colon}{said}") from None
             return self.shelf.frame(self.shelf.page(made.page))
 
         def show_example() -> str:

@@ -18,7 +18,7 @@ WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt")  # how files of weights end
 STATE = "state"  # the folder in which a run publishes what it goes on from
 
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
-_ID = re.compile(rf"{_PART}/{_PART}", re.ASCII)
+_ID = re.compile(rf"(?!runs/){_PART}/{_PART}", re.ASCII)  # runs/ is the folder of our own
 _REVISION = re.compile(r"[\w./-]{1,128}", re.ASCII)
 _FILE = re.compile(r"[\w.+-]+(?:/[\w.+-]+)*", re.ASCII)
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}")

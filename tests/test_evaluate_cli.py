@@ -47,8 +47,10 @@ def test_two_columns_and_what_an_offline_user_sees(tmp_path, call):
     result = call("--restored", f"A={where['ours']}", "--restored", where["other"], "--reference", where["hr"], "--crop-border", 4)
     assert result.exit_code == 0
     assert re.search(r"PSNR \(dB\) ↑ +\d+\.\d+\*", result.stdout)
-    assert "not computed: LPIPS weights are missing and no download was tried (offline); download https://" in result.stderr
-    assert f"to {tmp_path / 'hub' / 'pyiqa' / 'musiq_koniq_ckpt-e95806b9.pth'}" in result.stderr
+    assert re.search(r"^not computed: .*LPIPS, DISTS, .* \(report\.html says why\)$", result.stderr, re.MULTILINE)
+    why = summary(tmp_path / "evaluation")["unavailable"]
+    assert why["lpips"].startswith("weights are missing and no download was tried (offline); download https://")
+    assert f"to {tmp_path / 'hub' / 'pyiqa' / 'musiq_koniq_ckpt-e95806b9.pth'}" in why["musiq"]
     found = summary(tmp_path / "evaluation")
     assert found["columns"] == ["A", "other"]
     assert found["metrics"]["psnr"]["best"] == ["A"]

@@ -81,6 +81,16 @@ def test_a_ground_truth_that_is_no_multiple_is_cut_to_what_its_input_shows(tmp_p
     assert "1 of 2 ground truths: cut to 4 times the input" in found.left_out[0]
 
 
+@pytest.mark.parametrize(("lr", "hr"), [("lr", "made/hr/mine"), ("made/hr/mine", "hr"), ("lr", "made/hr")])
+def test_folders_where_results_are_stored_are_left_alone(tmp_path, lr, hr):
+    write(tmp_path / lr / "a.png", picture(0)[:40:4, :48:4])
+    truth = write(tmp_path / hr / "a.png", picture(0, 43, 49))  # would be cut
+    with pytest.raises(UserError, match=r"made.hr.* is where this command stores what it makes; choose another --output"):
+        find_dataset(f"{tmp_path / lr},{tmp_path / hr}", scale=4, made=tmp_path / "made")
+    assert truth.is_file()
+    assert (tmp_path / lr / "a.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("sizes", "wanted"),
     [

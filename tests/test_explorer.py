@@ -167,7 +167,7 @@ def test_odd_pictures_and_mistakes(tmp_path, run, monkeypatch):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     for arguments, said in {
         (): None,
-        ("--sr", small, "--gt", truth): r"^--sr: expected the size of the truth, 48 x 40, got 24 x 20; --align resizes the result 2 times",
+        ("--sr", small, "--gt", truth): r"^--sr: expected the size of the truth, 48 x 40, got 24 x 20; resize it 2 times \(--align, ",
         ("--sr", other, "--gt", truth): r"^--sr: .* of another shape",
         ("--sr", truth, "--gt", truth, "--lr", other): r"^--lr: expected the shape of the truth 48 x 40, got 48 x 20",
         ("--sr", tiny, "--gt", tiny): r"^--gt: expected sides of at least 13 pixels, got 48 x 9",

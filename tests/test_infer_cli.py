@@ -128,7 +128,8 @@ def test_name_collisions_and_losses_are_listed(desk):
     ("arguments", "sentence"),
     [
         (["--input", "nowhere"], "found nothing"),
-        (["--input", "in", "--model", "runs/other"], "is no folder here .*cannot be reached"),
+        (["--input", "in", "--model", "someone/other"], "is no folder here .*cannot be reached"),
+        (["--input", "in", "--model", "runs/other"], "^--model: 'runs/other' is neither an existing folder nor a valid hub id"),
         (["--input", "in", "--model", "in"], r"^--model in: expected a model of .*such as a folder with a model_index\.json"),
         (["--input", "in", "--tile", "big"], "expected a side in output pixels"),
         (["--input", "in", "--device", "foo"], "^--device foo: expected auto, cpu, cuda, cuda:1 or mps"),

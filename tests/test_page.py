@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from sslsr_diffusion.inference.runner import RunnerOptions
 from sslsr_diffusion.models import FAMILIES
 from sslsr_diffusion.page import explorer
 from sslsr_diffusion.page.bench import Bench
-from sslsr_diffusion.page.controls import CONTROLS, call_of
+from sslsr_diffusion.page.controls import CONTROLS, call_of, scale_of
 from sslsr_diffusion.page.runs import draw_curves, list_runs, look_at
 from sslsr_diffusion.page.server import Guard, serve
 from sslsr_diffusion.page.shelf import Shelf
@@ -76,6 +77,8 @@ def test_several_models_and_a_broken_picture(toys, tmp_path):
     assert [each.model for each in made] == names(toys, "one", "two")
     for each in made:
         assert {path.name for path in each.results} == {"a.png", "b.png"}
+        label = Path(each.model).name
+        assert {path.name for path in each.results.values()} == {f"a_{label}.png", f"b_{label}.png"}
         assert all(read_image(path).size == (80, 96) for path in each.results.values())
         assert each.said[0].endswith("2 of 3 done")
         assert "broken.png failed: " in each.said[-1]
@@ -134,6 +137,8 @@ def test_fields_become_a_call():
         call_of({"num_inference_steps": "1.5"})
     with pytest.raises(UserError, match="tile 7x: expected a side"):
         call_of({"tile": "7x"})
+    with pytest.raises(UserError, match=r"Scale: expected 0\.01 to 64, such as 4, got 0"):
+        scale_of(0)
 
 
 def test_the_page_has_a_field_for_every_option_of_infer():
@@ -198,6 +203,7 @@ def test_pages_of_other_sites_are_refused():
     status, headers = answered({"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:7860"})
     assert status == 200
     assert b"default-src 'self'" in headers[b"content-security-policy"]
+    assert b"; frame-ancestors 'self'; form-action 'self'; base-uri 'self'" in headers[b"content-security-policy"]
     assert answered({"host": "localhost:7860"})[0] == 200
     for foreign in ({"host": "evil.example:7860"}, {"host": "evil.example"}, {"host": "127.0.0.1.evil.example:1"}):
         assert answered(foreign)[0] == 403

@@ -42,6 +42,9 @@ def test_suffix_is_taken_off_the_restored_stem(tmp_path):
         ("img_001_SRF_4_HR", "img_001_SRF_4_LR"),
         ("baby_HR_x4", "baby_LRBI_x4"),
         ("baby_gt", "baby"),
+        ("baby", "babyx4"),
+        ("0001_HR", "0001x4"),
+        ("baby_HRx4", "baby_LRx4"),
     ],
 )
 def test_names_of_the_usual_sets_belong_together(tmp_path, truth, low):
@@ -58,6 +61,16 @@ def test_a_name_that_several_could_belong_to_has_no_partner():
     assert partners(["a", "b"], ["a", "ax4", "b_lr", "bx4"]) == {"a": "a"}  # of the same name comes first
     assert partners(["fox1", "fox2"], ["fox1", "fox2"]) == {"fox1": "fox1", "fox2": "fox2"}
     assert partners(["photo1024x768"], ["photo1024"]) == {}
+
+
+def test_numbers_of_an_own_naming_are_no_sizes():
+    assert partners(["fox2"], ["fox3"]) == {}
+    assert partners(["box1", "box2"], ["box1x4", "box2x4"]) == {"box1": "box1x4", "box2": "box2x4"}
+    assert partners(["box1x4", "box2x4"], ["box2", "box1"]) == {"box1x4": "box1", "box2x4": "box2"}
+    assert partners(["plate_low", "plate_high"], ["plate_lowx4", "plate_highx4"]) == {
+        "plate_low": "plate_lowx4",
+        "plate_high": "plate_highx4",
+    }
 
 
 def test_missing_files_are_listed_and_only_common_images_kept(tmp_path):

@@ -102,7 +102,7 @@ def evaluate(
     pairing = pair_files(columns, reference, lr, suffix=suffix)
     scores = _score(pairing, chosen, output, crop_border, y_channel, device)
     options = {"crop_border": crop_border, "y_channel": y_channel, **({"suffix": suffix} if suffix else {})}
-    problems = _write(scores, pairing, lacking, output, options, examples, explore)
+    problems = _write(scores, pairing, metrics, lacking, output, options, examples, explore)
     if not any((~np.isnan(values)).any() for by in (*scores.values.values(), *scores.whole_set.values()) for values in by.values()):
         raise UserError(f"no metric has a value for any image, see the remarks; the first: {problems[0] if problems else 'none'}")
     if strict and problems:
@@ -206,7 +206,14 @@ def _score(pairing: "Pairing", chosen: list[str], output: Path, crop_border: int
 
 
 def _write(
-    scores: "Scores", pairing: "Pairing", lacking: dict[str, str], output: Path, options: dict[str, Any], examples: int, explore: int
+    scores: "Scores",
+    pairing: "Pairing",
+    metrics: str,
+    lacking: dict[str, str],
+    output: Path,
+    options: dict[str, Any],
+    examples: int,
+    explore: int,
 ) -> list[str]:
     from sslsr_diffusion.evaluation.metrics import METRICS
     from sslsr_diffusion.evaluation.report import render_report
@@ -223,8 +230,11 @@ def _write(
     intervals = "with 95 % bootstrap intervals" if summary.images >= LEAST else f"without intervals, which need {LEAST} images"
     typer.echo(f"\n{summary.images} images; means {intervals}, * best, ↑ higher is better, ↓ lower is better\n")
     typer.echo(text_table(summary))
-    for name, reason in lacking.items():
-        typer.echo(f"not computed: {METRICS[name].label} {reason}", err=True)
+    named = {name.strip() for name in metrics.split(",")} & lacking.keys()
+    for name in sorted(named):
+        typer.echo(f"not computed: {METRICS[name].label} {lacking[name]}", err=True)
+    if others := [METRICS[name].label for name in lacking if name not in named]:
+        typer.echo(f"not computed: {', '.join(others)} (report.html says why)", err=True)
     for problem in summary.problems:
         typer.echo(f"remark: {problem}", err=True)
     typer.echo(f"\n{output / 'report.html'}, summary.json, metrics.csv")

@@ -103,8 +103,9 @@ def _pairs(lr: Path, hr: Path, made: Path, suffix: str) -> Dataset:
 
 def _cut(dataset: Dataset, truths: Mapping[str, Path], wanted: Mapping[str, Size], made: Path) -> Dataset:
     """The ground truths in `made`, those in `wanted` cut to that size."""
-    if dataset.hr.resolve() == made.resolve():
-        raise UserError(f"--dataset: {printable(dataset.hr)} is where this command stores what it makes; choose another --output.")
+    for folder in (dataset.lr, dataset.hr):
+        if folder.resolve().is_relative_to(made.resolve()):
+            raise UserError(f"--dataset: {printable(folder)} is where this command stores what it makes; choose another --output.")
     shutil.rmtree(made, ignore_errors=True)
     said = [f"what is less than an input's pixel of {len(wanted)} of {len(truths)} ground truths: cut to {dataset.scale:g} times the input"]
     for name, path in truths.items():

@@ -14,7 +14,7 @@ from sslsr_diffusion.inference.shared_norm import SharedGroupNorm
 from sslsr_diffusion.inference.tile_plan import within_memory
 from sslsr_diffusion.inference.tiling import Box, blend, tile_boxes
 from sslsr_diffusion.models.codec import Codec
-from sslsr_diffusion.models.condition import Condition, Text
+from sslsr_diffusion.models.condition import Condition, Text, guided
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class TiledCodec:
 class TiledDenoiser:
     """(x_t, t) -> the prediction for the whole latent canvas.
 
-    Every tile sees its own part of the low-resolution picture; guided predictions are u + g (c - u), with what follows from the
-    low-resolution picture computed once for both.
+    Every tile sees its own part of the low-resolution picture; of `guided` predictions, what follows from the low-resolution picture
+    is computed once for both.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class TiledDenoiser:
         negative = self._negative.each(lambda part: part[samples].to(self._dtype))
         both = condition._replace(text=negative.followed_by(condition.text))
         pred = self._denoiser(torch.cat([x, x]), timestep.expand(2 * len(x)), both).float()
-        unconditional, conditional = pred.chunk(2)
-        return unconditional + self._guidance_scale * (conditional - unconditional)
+        unwanted, wanted = pred.chunk(2)
+        return guided(wanted, unwanted, self._guidance_scale)
 
 
 class Reconstruct:

@@ -26,6 +26,11 @@ class Text(NamedTuple):
         return type(self)(torch.cat([self.sequence, other.sequence]), pooled)
 
 
+def guided(wanted: Tensor, unwanted: Tensor, scale: float) -> Tensor:
+    """u + s (c - u), classifier-free guidance of two predictions of one shape; s = 1 is none   (Ho and Salimans, 2022)"""
+    return unwanted + scale * (wanted - unwanted)
+
+
 class Condition(NamedTuple):
     """Tensors that travel with the call; nothing is stored on a module, where gradient checkpointing would find the wrong ones.
 

@@ -16,7 +16,7 @@ from sslsr_diffusion.images import printable
 from sslsr_diffusion.inference.open import finished_runs
 from sslsr_diffusion.inference.runner import RunnerOptions
 from sslsr_diffusion.page.bench import Bench, Made
-from sslsr_diffusion.page.controls import call_of, fields, shown
+from sslsr_diffusion.page.controls import call_of, fields, scale_of, shown
 from sslsr_diffusion.page.explorer import EXAMPLE, explore_files
 from sslsr_diffusion.page.runs import draw_curves, list_runs, look_at
 from sslsr_diffusion.page.shelf import Shelf
@@ -25,6 +25,7 @@ from sslsr_diffusion.shipped_model import SMALL
 ONE = {"concurrency_id": "work", "concurrency_limit": 1}  # of all that computes: whoever comes second waits
 LOOKING = {"concurrency_id": "runs", "concurrency_limit": 1}  # pyplot draws for one at a time
 BUTTONS = ["fullscreen", "download"]  # of pictures; gradio's third one shares them with a hub
+EXPLORED = {"sr": "Result", "gt": "Truth", "lr": "Low-resolution input (optional)"}  # labels of what `explore_files` takes
 REFRESH = 3.0  # seconds between looks at a run
 
 
@@ -56,15 +57,16 @@ class App:
         return blocks
 
     def upscaling(self) -> None:
-        listed = list(dict.fromkeys([*self.models, *map(str, finished_runs(self.runs)), SMALL]))
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 pictures = gr.File(label="Pictures", file_count="multiple", height=130)
                 folder = gr.File(label="or a folder", file_count="directory", height=130)
                 told = "listed ones, or type a run folder, a hub id, a file of weights; several are compared"
-                models = gr.Dropdown(listed, value=listed[:1], multiselect=True, allow_custom_value=True, label="Models", info=told)
+                models = gr.Dropdown(
+                    self.listed(), value=self.listed()[:1], multiselect=True, allow_custom_value=True, label="Models", info=told
+                )
                 with gr.Row():
-                    scale = gr.Number(4, label="Scale", info="enlargement", minimum=0.01, maximum=64, min_width=140)
+                    scale = gr.Number(4, label="Scale", info="enlargement", min_width=140)
                     seed = gr.Number(0, label="Seed", info="of every picture", precision=0, minimum=0, min_width=140)
                 with gr.Row():
                     options = fields()
@@ -80,10 +82,8 @@ class App:
 
         def upscale(given: dict[Any, Any], request: gr.Request, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
             call = call_of({name: given[component] for name, component in options.items()})
-            if given[scale] is None:
-                raise UserError("scale: expected a number such as 4, got none.")
             files = [Path(path) for path in [*(given[pictures] or []), *(given[folder] or [])]]
-            work = RunnerOptions(float(given[scale]), int(given[seed] or 0), call)
+            work = RunnerOptions(scale_of(given[scale]), int(given[seed] or 0), call)
 
             def bar(share: float, text: str) -> None:
                 progress(share, desc=text)
@@ -102,10 +102,15 @@ class App:
             if not self.bench.stop(request.session_hash):
                 gr.Info("No job of yours is running.")
 
+        gr.on(None, lambda: gr.update(choices=self.listed()), None, models, show_progress="hidden")  # when the page is loaded
         start.click(self.told(upscale), given, [said, picture, view, results, made], show_progress_on=[said], **ONE)
         stop.click(halt, concurrency_limit=None, show_progress="hidden")
         picture.input(self.compare, [made, picture], view, **ONE)
         gr.on(None, self.told(self.options), models, list(options.values()), show_progress="minimal", **ONE)  # at first, and of others
+
+    def listed(self) -> list[str]:
+        """The models to choose from: those that were named, the runs that are finished by now, the small one."""
+        return list(dict.fromkeys([*self.models, *map(str, finished_runs(self.runs)), SMALL]))
 
     def options(self, models: list[str]) -> list[Any]:
         """The fields for what at least one of the models has; the values shown are the last one's."""
@@ -119,7 +124,7 @@ class App:
     def compare(self, made: Sequence[Made], source: str | None) -> str:
         """The viewer on one picture: its bicubic enlargement and every model's result."""
         results = {each.model: each.results[Path(source)] for each in made if Path(source) in each.results} if source else {}
-        return self.shelf.frame(self.shelf.comparison(Path(str(source)), results)) if results else ""
+        return self.shelf.compared(Path(str(source)), results) if results else ""
 
     def training(self, tab: gr.Tab) -> None:
         names = list_runs(self.runs)
@@ -162,7 +167,7 @@ class App:
 
     def exploring(self) -> None:
         with gr.Row():
-            sr, gt, lr = (gr.File(label=label, height=120) for label in ("Result", "Truth", "Low-resolution input (optional)"))
+            sr, gt, lr = (gr.File(label=label, height=120) for label in EXPLORED.values())
             with gr.Column(min_width=160):
                 align = gr.Checkbox(False, label="resize a result of another size")
                 start = gr.Button("Explore", variant="primary")
@@ -171,8 +176,12 @@ class App:
 
         def explore(sr: str | None, gt: str | None, lr: str | None, align: bool) -> str:
             if sr is None or gt is None:
-                raise UserError(f"{'result' if sr is None else 'truth'}: expected a picture, got none; drop one into its field.")
-            made = explore_files(Path(sr), Path(gt), Path(lr) if lr else None, align=align)
+                raise UserError(f"{EXPLORED['sr' if sr is None else 'gt']}: expected a picture, got none; drop one into its field.")
+            try:
+                made = explore_files(Path(sr), Path(gt), Path(lr) if lr else None, align=align)
+            except UserError as error:
+                name, colon, said = str(error).partition(": ")
+                raise UserError(f"{EXPLORED.get(name, name)}{colon}{said}") from None
             return self.shelf.frame(self.shelf.page(made.page))
 
         def show_example() -> str:

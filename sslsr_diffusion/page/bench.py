@@ -1,14 +1,16 @@
 """Where the page's models run: one is open, one job runs, and a job can be stopped between any two layers of its networks."""
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.inference.open import FoundModel, find_model, open_model
+from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.hub import WEIGHTS
+from sslsr_diffusion.inference.open import RESULT, FoundModel, find_model, open_model
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.inference.runner import RunnerOptions, Work, find_work, run_work
 
@@ -63,9 +65,10 @@ class Bench:
         owner: str = "",
         progress: Said = lambda share, text: None,
     ) -> list[Made]:
-        """Every picture by every model, into a folder per model below `folder`; what a model lacks among the options is not asked of it.
+        """Every picture by every model, into a new folder per model below `folder`; what a model lacks among the options is not asked.
 
-        A job that is stopped gives what was done by then. Raises UserError: a model or an option cannot be used.
+        A job that is stopped gives what was done by then; of several models, one that cannot be used does not stop the others.
+        Raises UserError, MissingDependency: the only model or an option cannot be used.
         """
         if not pictures:
             raise UserError("pictures: expected at least one, got none; drop some into the field.")
@@ -76,19 +79,24 @@ class Bench:
             for number, model in enumerate(models):
                 bar = _Bar(progress, model, number, len(models))
                 progress(bar.share(0), f"opening {model}")
-                found, restorer = self.open(model)
-                call = {name: value for name, value in options.call.items() if name in restorer.options}
-                if STEP_END in restorer.options:
-                    call[STEP_END] = bar.step
-                work = find_work(pictures, folder / f"{number + 1}", replace(options, call=call, model=found.fingerprint))
-                stopped = False
+                work = None
+                label = label_of(model) if len(models) > 1 else ""
                 try:
+                    found, restorer = self.open(model)
+                    call = {name: value for name, value in options.call.items() if name in restorer.options}
+                    if STEP_END in restorer.options:
+                        call[STEP_END] = bar.step
+                    work = find_work(pictures, folder / f"{number + 1}", replace(options, call=call, model=found.fingerprint))
                     run_work(restorer, work, progress=bar.picture)
                 except Stopped:
-                    stopped = True
-                made.append(_made(model, work, stopped))
-                if stopped:
+                    made.append(_made(model, work, label, stopped=True))
                     break
+                except (UserError, MissingDependency) as error:
+                    if len(models) == 1:
+                        raise
+                    made.append(Made(model, {}, (str(error),)))
+                else:
+                    made.append(_made(model, work, label))
         return made
 
     @contextlib.contextmanager
@@ -137,10 +145,25 @@ class _Bar:
         self.progress(self.share(self.done), f"{self.model}: picture {self.done + 1} of {self.total}, step {number + 1}")
 
 
-def _made(model: str, work: Work, stopped: bool) -> Made:
+def _made(model: str, work: Work | None, label: str, stopped: bool = False) -> Made:
+    """`label`: stands behind the names of the results, where it is not empty."""
+    if work is None:
+        return Made(model, {}, (f"{model}: stopped while it was opened",))
     report = work.report
     said = [f"{model}: {len(report.done)} of {len(work.todo)} done" + (", stopped" if stopped else "")]
     said += [f"{name or model}: {note}" for name, note in report.notes]
     said += [f"{name} failed: {reason}" for name, reason in report.failed]
-    done = set(report.done)
-    return Made(model, {item.source: work.output / item.target for item in work.todo if item.name in done}, tuple(said))
+    results = {item.source: work.output / item.target for item in work.todo}  # names may repeat: files tell what was done
+    results = {source: result for source, result in results.items() if result.is_file()}
+    if label:
+        (work.output / label).mkdir()  # where no new name is another result's old one
+        for source, result in results.items():
+            results[source] = result.rename(work.output / label / f"{result.stem}_{label}{result.suffix}")
+    return Made(model, results, tuple(said))
+
+
+def label_of(model: str) -> str:
+    """`mine` of runs/mine/pipeline, `net` of owner/name#folder/net.pth: what a file's name can hold."""
+    path = PurePath(model.strip())
+    name = path.parent.name if path.name == RESULT else path.stem if path.suffix in WEIGHTS else path.name
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)[:40] or "model"

@@ -7,6 +7,8 @@ from typing import Any
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.choices import COLOR_FIXES, SAMPLERS, parse_tile
 
+LEAST_SCALE, MOST_SCALE = 0.01, 64.0
+
 
 @dataclass(frozen=True)
 class Control:
@@ -54,6 +56,13 @@ def shown(options: frozenset[str], defaults: Mapping[str, Any]) -> list[Any]:
         hint = {"info": control.info if own is None else f"{control.info} [{own}]"} if control.choices else {"placeholder": str(own or "")}
         updates.append(gr.update(visible=name in options, **hint))
     return updates
+
+
+def scale_of(value: float | None) -> float:
+    """Raises UserError: no enlargement that the page makes."""
+    if value is None or not LEAST_SCALE <= value <= MOST_SCALE:
+        raise UserError(f"Scale: expected {LEAST_SCALE:g} to {MOST_SCALE:g}, such as 4, got {'none' if value is None else f'{value:g}'}.")
+    return float(value)
 
 
 def call_of(values: Mapping[str, str | None]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def explore_files(sr: Path, gt: Path, lr: Path | None = None, *, align: bool = F
         if not same_shape(result, truth):
             raise UserError(f"{said}, which is of another shape, too; give the truth of this result.")
         if not align:
-            raise UserError(f"{said}; --align resizes the result {scale:g} times (bicubic), or give a result of that size.")
+            raise UserError(f"{said}; resize it {scale:g} times (--align, on the page a box to tick), or give a result of that size.")
         result = resize_bicubic(result, (truth.shape[-2], truth.shape[-1])).clamp(0, 1)
         notes.append(f"The result was resized {scale:g} times (bicubic) to the size of the truth.")
     low = None if lr is None else load_rgb(lr)

@@ -13,10 +13,11 @@ from sslsr_diffusion.page.bench import Bench
 from sslsr_diffusion.page.shelf import ADDRESS, Shelf
 
 HOST = "127.0.0.1"
-# a browser that obeys this asks nobody but us, whatever the scripts of gradio or of an uploaded picture want
+# a browser that obeys this asks nobody but us, whatever the scripts of gradio or of an uploaded picture want, and shows us in no other page
 ALLOWED = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:"
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+    "frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
 )
 
 

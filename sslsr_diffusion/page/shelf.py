@@ -1,10 +1,12 @@
 """What the page's server keeps while it runs: uploads, results, and the views of them that a browser may ask for."""
 
+import html
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.scoring import load_rgb
 from sslsr_diffusion.images import resize_bicubic, to_array
 from sslsr_diffusion.page.views import comparison_page
@@ -32,14 +34,24 @@ class Shelf:
         folder.mkdir(parents=True)
         return folder
 
-    def page(self, html: str) -> str:
+    def page(self, text: str) -> str:
         """The address of a page."""
         folder = self.new(self.views)
-        (folder / "index.html").write_text(html, encoding="utf-8")
+        (folder / "index.html").write_text(text, encoding="utf-8")
         return f"{ADDRESS}/{folder.name}/"
 
+    def compared(self, source: Path, results: Mapping[str, Path]) -> str:
+        """HTML that shows a comparison, or says why it cannot: the results are there all the same."""
+        try:
+            return self.frame(self.comparison(source, results))
+        except UserError as error:
+            return f"<p>The pictures cannot be shown here, only downloaded: {html.escape(str(error))}</p>"
+
     def comparison(self, source: Path, results: Mapping[str, Path]) -> str:
-        """The address of a picture's bicubic enlargement and its results, by name, in the viewer; 8 bits, on white."""
+        """The address of a picture's bicubic enlargement and its results, by name, in the viewer; 8 bits, on white.
+
+        Raises UserError: one is too large to be read whole.
+        """
         from PIL import Image
 
         folder = self.new(self.views)

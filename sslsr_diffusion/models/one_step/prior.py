@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sslsr_diffusion.models.condition import Condition, Text
+from sslsr_diffusion.models.condition import Condition, Text, guided
 from sslsr_diffusion.models.lora import LoRASettings, add_lora, scale_lora
 from sslsr_diffusion.models.one_step.backbone import Backbone
 from sslsr_diffusion.models.process import Process
@@ -21,14 +21,13 @@ class BasePrior(nn.Module):
         self._texts = text, negative
 
     def predict(self, zt: Tensor, t: Tensor, *, guidance: float, learned: bool) -> Tensor:
-        """u + g (c - u), [B, C, h, w] float32, at timesteps t [B] of the process; `learned`: with the LoRA."""
+        """`guided` prediction, [B, C, h, w] float32, at timesteps t [B] of the process; `learned`: with the LoRA."""
         scale_lora(self.network.network, 1.0 if learned else 0.0)
         told, (text, negative) = self.process.timestep(t).to(zt.device), self._texts
         wanted = self._ask(zt, told, text)
         if guidance == 1 or negative is None:
             return wanted
-        unwanted = self._ask(zt, told, negative)
-        return unwanted + guidance * (wanted - unwanted)
+        return guided(wanted, self._ask(zt, told, negative), guidance)
 
     def _ask(self, zt: Tensor, told: Tensor, text: Text) -> Tensor:
         said: Tensor = self.network(zt, told, Condition(text=text.each(lambda part: part.to(zt.device))))

@@ -1,0 +1,80 @@
+"""What a page's job keeps when a part of it cannot be had; test_page.py has the page itself."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import pytest
+import torch
+from evaluation_samples import picture, write
+from restorers import ToyPixelFamily
+
+from sslsr_diffusion.images import read_image
+from sslsr_diffusion.inference.runner import RunnerOptions
+from sslsr_diffusion.models import FAMILIES
+from sslsr_diffusion.page import bench as module
+from sslsr_diffusion.page.bench import Bench, label_of
+from sslsr_diffusion.page.shelf import Shelf
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """Two quick models."""
+    monkeypatch.setitem(FAMILIES, "toy_pixels", ToyPixelFamily())
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.toy").write_bytes(name.encode())
+    return [str(tmp_path / f"{name}.toy") for name in ("one", "two")]
+
+
+def test_of_two_uploads_of_one_name_the_broken_one_has_no_result(models, tmp_path):
+    good = write(tmp_path / "first" / "a.png", picture(1))
+    broken = write(tmp_path / "second" / "a.png", picture(2))
+    broken.write_bytes(broken.read_bytes()[:60])
+    for order in ([good, broken], [broken, good]):
+        (made,) = Bench({"device": "cpu"}).upscale(order, models[:1], Shelf(tmp_path).new(), RunnerOptions(2.0))
+        assert list(made.results) == [good]
+        assert read_image(made.results[good]).size == (80, 96)
+        assert made.said[0].endswith("1 of 2 done")
+
+
+def test_stop_while_a_model_is_opened_keeps_what_the_one_before_made(models, tmp_path, monkeypatch):
+    bench, open_model = Bench({"device": "cpu"}), module.open_model
+
+    def opening(found, **where):
+        if "two" in str(found.path):
+            assert bench.stop("me")
+            torch.nn.Identity()(torch.zeros(1))  # as a trial of its speed would
+            raise AssertionError("the job went on")
+        return open_model(found, **where)
+
+    monkeypatch.setattr(module, "open_model", opening)
+    source = write(tmp_path / "a.png", picture(1))
+    made = bench.upscale([source], models, Shelf(tmp_path).new(), RunnerOptions(2.0), owner="me")
+    assert [list(each.results) for each in made] == [[source], []]
+    assert made[1].said == (f"{models[1]}: stopped while it was opened",)
+    assert not bench.stop()
+
+
+def test_a_model_that_cannot_be_opened_does_not_stop_the_others(models, tmp_path):
+    source = write(tmp_path / "a.png", picture(1))
+    broken, one = Bench({"device": "cpu"}).upscale([source], [str(source), models[0]], Shelf(tmp_path).new(), RunnerOptions(2.0))
+    assert not broken.results
+    assert "expected a model of" in broken.said[0]
+    assert one.results[source].name == "a_one.toy.png"
+
+
+def test_a_model_in_the_name_of_a_file():
+    names = ("runs/mine/pipeline", "runs/mine", "nets/RealESRGAN_x4.pth", "someone/net#a/b.safetensors", " small-v3", "odd:näme", "/")
+    assert [label_of(name) for name in names] == ["mine", "mine", "RealESRGAN_x4", "b", "small-v3", "odd-n-me", "model"]
+
+
+def test_a_result_too_large_to_be_shown_is_a_sentence(tmp_path):
+    source = write(tmp_path / "low.png", picture(1))
+    large = tmp_path / "<large>.png"  # its head says 196 megapixels
+    head = b"IHDR" + struct.pack(">IIBBBBB", 14000, 14000, 8, 2, 0, 0, 0)
+    data = write(tmp_path / "small.png", picture(1)).read_bytes()
+    large.write_bytes(data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:])
+    shown = Shelf(tmp_path).compared(source, {"model": large})
+    assert "only downloaded: &lt;large&gt;.png: 196 megapixels are more than the 179 that are read" in shown
+    assert "<iframe" in Shelf(tmp_path).compared(source, {"model": source})

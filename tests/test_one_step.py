@@ -25,15 +25,11 @@ from sslsr_diffusion.inference.one_step import OneStepRestorer
 from sslsr_diffusion.inference.open import find_model, open_model, restorer_of
 from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.losses.pixel import PixelL2Settings
-from sslsr_diffusion.models.base import Base
 from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.lora import lora_layers
-from sslsr_diffusion.models.networks import working_dtype
 from sslsr_diffusion.models.one_step.build import build_networks
 from sslsr_diffusion.models.one_step.networks import OneStepNetworks
-from sslsr_diffusion.models.one_step.result import write_whole
-from sslsr_diffusion.models.process import DDPM
 from sslsr_diffusion.tasks.one_step import OneStepTask
 from sslsr_diffusion.tasks.pixels import seen
 from sslsr_diffusion.types import Batch
@@ -103,61 +99,6 @@ def test_a_merged_result_is_a_whole_model_and_makes_the_same_picture(kind: str, 
         picture(opened, lora_scale=0.5)
     part = networks.denoiser.part
     assert str(bases(kind)) not in (tmp_path / part / "config.json").read_text() + (tmp_path / "vae" / "config.json").read_text()
-
-
-def test_a_merged_model_that_was_drawn_keeps_what_its_lora_learned(tmp_path: Path) -> None:
-    networks = with_loras("sd3", tmp_path, init="random")
-    base, want = picture(restorer(networks), lora_scale=0), picture(restorer(networks))
-    assert (base - want).abs().max() > 1e-2
-    networks.merge()
-    restorer(networks).save(tmp_path / "whole")
-    assert (picture(open_model(find_model(str(tmp_path / "whole")), device="cpu")) - want).abs().max() < 1e-4
-
-
-def test_a_whole_model_has_the_parts_of_the_index_alone(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    for name in ("tokenizer", "samples", ".cache", "vae"):
-        (base / name).mkdir(parents=True)
-    process = DDPM(torch.linspace(0.999, 0.05, 10), {})
-    for number, index in enumerate([{"tokenizer": ["transformers", "CLIPTokenizer"], ".cache": []}, None]):
-        write_index = (base / "model_index.json").write_text if index else lambda _: (base / "model_index.json").unlink()
-        write_index(json.dumps(index))
-        (tmp_path / f"{number}").mkdir()
-        write_whole(tmp_path / f"{number}", {}, process, Base("base", base))
-    assert {path.name for path in (tmp_path / "0").iterdir()} == {"tokenizer", "model_index.json"}
-    assert {path.name for path in (tmp_path / "1").iterdir()} == {"tokenizer", "samples", "vae"}
-
-
-class WholeNumbers(torch.nn.Module):
-    """A linear layer whose weights are bytes, as bitsandbytes holds them; it computes in its input's precision."""
-
-    def __init__(self, layer: torch.nn.Linear) -> None:
-        super().__init__()
-        self.step = float(layer.weight.abs().max()) / 127
-        self.weight = torch.nn.Parameter((layer.weight / self.step + 128).round().to(torch.uint8), requires_grad=False)
-        self.bias = layer.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, (self.weight.to(x.dtype) - 128) * self.step, self.bias)
-
-
-def test_a_network_that_begins_with_weights_in_whole_numbers(bases) -> None:
-    networks = with_loras("flux2", bases("flux2"))
-    want = picture(restorer(networks))
-    network = networks.denoiser.network
-    for name, layer in list(network.named_modules()):
-        if type(layer) is torch.nn.Linear and ".lora_" not in name:
-            parent, _, last = name.rpartition(".")
-            setattr(network.get_submodule(parent), last, WholeNumbers(layer))
-    assert next(networks.denoiser.parameters()).dtype == torch.uint8
-    upscale = restorer(networks)
-    assert (picture(upscale) - want).abs().max() < 0.05, "bytes round the weights"
-    assert upscale.memory_model()._widths == {"denoiser": 4, "codec": 4}
-    networks.denoiser.network = network.bfloat16()
-    for name, parameter in network.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
-    assert working_dtype(networks.denoiser) == torch.bfloat16, "a LoRA's float32 does not count"
 
 
 @pytest.mark.parametrize(("kind", "noise"), [("sd3", None), ("flux2", 0.4), ("sd", 350)])

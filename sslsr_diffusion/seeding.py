@@ -1,6 +1,8 @@
 """Randomness as a function of (seed, sample index, purpose): the same on one process or eight, before or after a resume."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,3 +27,16 @@ def sample_generator(seed: int, *keys: int | str) -> "torch.Generator":
     import torch
 
     return torch.Generator().manual_seed(derive_seed(seed, *keys))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, *, meta: bool = False) -> Iterator[None]:
+    """Around the building of layers: their weights follow from the seed alone, and the caller's random stream is left as it was.
+
+    With `meta` they are on the meta device: shapes alone.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+        torch.manual_seed(seed)
+        yield

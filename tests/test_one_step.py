@@ -254,6 +254,8 @@ def test_what_comfyui_cannot_call_is_said(bases, tmp_path: Path) -> None:
         (with_loras("flux2", bases("flux2"), noise=0.5), "noise of another level"),
         (with_loras("flux2", bases("flux2"), x0="residual"), "residual is none"),
         (with_loras("flux2", bases("flux2"), sigma=1.0), "noise alone"),
+        (with_loras("sd", bases("sd"), encoder_lora=ENCODER), "it does not load vae_lora.safetensors"),
+        (with_loras("sd", bases("sd"), encoder_lora=ENCODER, full=["conv_in"]), "load vae_lora.safetensors or full.safetensors"),
     ):
         (note,) = networks.for_comfyui(tmp_path, 4)
         assert why in note
@@ -288,6 +290,7 @@ def test_what_cannot_be_built_gets_a_sentence(bases, tmp_path: Path) -> None:
     refused("as SDXL's and the x4 upscaler's do", "sd", with_another("sd", "unet", addition_embed_type="text_time"))
     refused(r"model\.sigma: .* is a flow; expected model\.sigma, got timestep 200", "sd3", sd3, sigma=None, timestep=200)
     refused(r"model\.timestep: .* a process with betas; expected model\.timestep, got sigma 0\.5", "sd", sd, sigma=0.5, timestep=None)
+    refused(r"model\.sigma: .* expected model\.sigma, got neither timestep nor sigma; give it", "sd3", sd3, sigma=None)
     refused(r"model\.timestep: expected at most 999", "sd", sd, timestep=1000)
     refused(r"model\.prompt: .* has no text encoder; leave the prompt empty", "sd", sd, prompt="a photo")
     refused(r"model\.full: expected names of layers .* got 'conv_inn'", "sd", sd, full=["conv_inn"])

@@ -36,6 +36,7 @@ class ToyPrior(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.base = nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False)
+            self.base.register_buffer("places", torch.arange(9.0))  # as SD3's positions, or the scales of nf4
             self.texts = nn.Parameter(torch.randn(2, 3, 1, 1), requires_grad=False)  # the prompt's and the negative one's
             self.down, self.up = nn.Conv2d(3, 1, 1, bias=False), nn.Conv2d(1, 3, 1, bias=False)
         nn.init.zeros_(self.up.weight)
@@ -151,7 +152,7 @@ def test_a_run_that_stops_goes_on_bit_by_bit_and_keeps_no_frozen_weights(tmp_pat
     assert_same_checkpoint(tmp_path / "whole/checkpoint-20", tmp_path / "parts/checkpoint-20")
     kept = read_checkpoint(tmp_path / "whole/checkpoint-20").tensors
     assert {"down.weight", "up.weight"} <= kept["learner-vsd"].keys()
-    assert not {"base.weight", "texts"} & kept["learner-vsd"].keys()
+    assert not {"base.weight", "base.places", "texts"} & kept["learner-vsd"].keys()
     assert kept["learner-vsd"]["up.weight"].any()
 
 

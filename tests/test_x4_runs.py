@@ -146,7 +146,8 @@ def test_a_lora_run_resumes_to_the_same_bits_and_its_result_is_diffusers_own(pho
     assert result is not None
     merged = StableDiffusionUpscalePipeline.from_pretrained(result)
     added = StableDiffusionUpscalePipeline.from_pretrained(base)
-    added.load_lora_weights(result)
+    added.load_lora_weights(result / "lora")
+    assert not list(result.glob("*lora*.safetensors")), "it would be added to weights that have it"
     ours = open_upscaler(result, device="cpu")
     assert ours.defaults["num_inference_steps"] == 2
     want = stock(merged, low(16, 16))
@@ -157,7 +158,11 @@ def test_a_lora_run_resumes_to_the_same_bits_and_its_result_is_diffusers_own(pho
 
 def test_shapes_alone_tell_what_a_lora_saves(photos, base, tmp_path):
     made = lora(photos, tmp_path / "run", base)
-    found, parts = step_bytes(made), task_of(made).networks.parameters_per_part()
+    networks = task_of(made).networks
+    for refused in (networks.merge, lambda: networks.for_comfyui(tmp_path, 4)):
+        with pytest.raises(UserError, match="the result has it in its weights already; leave it out"):
+            refused()
+    found, parts = step_bytes(made), networks.parameters_per_part()
     total, trained = parts["unet"]
     assert 0 < trained < 0.1 * total
     assert (found["optimizer"], found["average"]) == (8 * trained, 4 * trained)

@@ -19,7 +19,7 @@ from sslsr_diffusion.inference.tile_plan import Part, Room, TilePlan, check_tile
 from sslsr_diffusion.inference.tiled import TiledCodec, TiledDenoiser
 from sslsr_diffusion.inference.tiling import tile_boxes
 from sslsr_diffusion.models.condition import Condition, Text
-from sslsr_diffusion.models.networks import LatentNetworks
+from sslsr_diffusion.models.networks import LatentNetworks, working_dtype
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class LatentWork:
     def memory_model(self) -> MemoryModel:
         """What a tile of these networks takes; measured on shapes alone, once per device and precision."""
         networks, device = self._networks, self._host.device
-        key = (next(networks.denoiser.parameters()).dtype, next(networks.codec.parameters()).dtype, device.type)
+        key = (working_dtype(networks.denoiser), working_dtype(networks.codec), device.type)
         if key not in self._memory:
             self._memory[key] = MemoryModel(networks, device, text_parameters=networks.text_parameters())
         return self._memory[key]

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from sslsr_diffusion.models.networks import LatentNetworks
+from sslsr_diffusion.models.networks import LatentNetworks, working_dtype
 
 # Convolution workspaces, reordered copies and the allocator's fragmentation are invisible to a shape run. On the CPU single
 # calls took 1.0 to 1.25 times the shape run's peak with freed blocks handed back at once, up to 2.7 times without.
@@ -111,7 +111,7 @@ class MemoryModel:
         runs: list[Callable[[], object]] = [lambda: codec.decode(latents), lambda: codec.encode(pixels, latents)]
         runs += [fused] if codec.has_fidelity else []
         self._codec = max(peak_activation_bytes(codec, run) for run in runs) / floats
-        self._widths = {"denoiser": _width(networks.denoiser), "codec": _width(networks.codec)}
+        self._widths = {name: working_dtype(part).itemsize for name, part in (("denoiser", networks.denoiser), ("codec", networks.codec))}
         self._device, self.zoom, self._channels = device.type, codec.scale, channels
         self._counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (("denoiser", denoiser), ("codec", codec))}
         self._counts["text"] = text_parameters
@@ -147,7 +147,3 @@ class MemoryModel:
             return max(count["denoiser"], count["text"]) * width, count["codec"] * width
         total = sum(count.values()) * width
         return total, total
-
-
-def _width(network: nn.Module) -> int:
-    return next(network.parameters()).dtype.itemsize

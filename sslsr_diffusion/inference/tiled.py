@@ -15,6 +15,7 @@ from sslsr_diffusion.inference.tile_plan import within_memory
 from sslsr_diffusion.inference.tiling import Box, blend, tile_boxes
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Condition, Text, guided
+from sslsr_diffusion.models.networks import working_dtype
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class TiledDenoiser:
             batch_size: tiles per network call (twice as many samples with guidance).
             overlap: latent pixels that neighbouring tiles share; `weights`: see `tile_weights`.
         """
-        self._denoiser, self._dtype, self._condition = denoiser, next(denoiser.parameters()).dtype, condition
+        self._denoiser, self._dtype, self._condition = denoiser, working_dtype(denoiser), condition
         self._negative, self._guidance_scale = negative_text, guidance_scale
         self._blend = partial(blend, boxes=boxes, batch_size=batch_size, overlap=overlap, weights=weights)
 

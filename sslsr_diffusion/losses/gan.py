@@ -12,10 +12,10 @@ from sslsr_diffusion.losses.base import Means, NoiseGate, PixelLoss, chosen, dec
 from sslsr_diffusion.losses.convnext import ConvNextSettings, check_convnext, convnext_discriminator
 from sslsr_diffusion.losses.discriminators import LEAST_SIDE, PatchDiscriminator, UNetDiscriminator, VGGDiscriminator, start_orthogonally
 from sslsr_diffusion.losses.files import load_into, read_tensors
-from sslsr_diffusion.losses.learning import LearnerSettings, LearningLoss, drawn_with
+from sslsr_diffusion.losses.learning import LearnerSettings, LearningLoss
 from sslsr_diffusion.losses.local import flat_areas, gradient_map
 from sslsr_diffusion.losses.objectives import OBJECTIVES, Objective, Vanilla, levels
-from sslsr_diffusion.seeding import derive_seed, sample_generator
+from sslsr_diffusion.seeding import derive_seed, sample_generator, seeded
 from sslsr_diffusion.types import Given, Outputs
 
 PATCH_LAYERS = 3
@@ -56,7 +56,7 @@ class GANSettings(LearnerSettings, NoiseGate):
         None,
         gt=0,
         description="In place of R1's slope: r1_weight times the mean squared change of the logits under uniform noise of up to so much "
-        "(StrSR: 0.005), which needs no second derivative.",
+        "(StrSR: 0.005 on [-1, 1], so 0.0025 here), which needs no second derivative.",
     )
     width: int = Field(64, ge=1, description="Channels of the discriminator's first layer; of `convnext`: inside its heads.")
     layers: int | None = Field(
@@ -111,7 +111,7 @@ class GANLoss(LearningLoss, PixelLoss):
     def __init__(self, settings: GANSettings, means: Means = Means()) -> None:  # noqa: B008 - it is frozen
         super().__init__(settings)
         self.seed, self.reads = means.seed, self.reads_of(settings)
-        with drawn_with(derive_seed(means.seed, self.name), shapes=means.shapes):
+        with seeded(derive_seed(means.seed, self.name), meta=means.shapes):
             network = _discriminator(settings, means)
             if settings.init == "orthogonal":
                 start_orthogonally(network)

@@ -1,7 +1,5 @@
 """What losses have in common that bring a network along which learns beside the trained ones, on the same batches."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
@@ -61,11 +59,3 @@ class LearningLoss(LatentLoss):
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-
-
-@contextmanager
-def drawn_with(seed: int, *, shapes: bool) -> Iterator[None]:
-    """Around the building of a network: its weights follow from the seed alone; with `shapes` they are on the meta device."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if shapes else "cpu"):
-        torch.manual_seed(seed)
-        yield

@@ -1,7 +1,5 @@
 """One component of a pipeline folder: read with its config, or drawn at random from an architecture; and what it forgets when saved."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import torch
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.base import Base
 from sslsr_diffusion.models.tensor_names import check_tensors
-from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.seeding import derive_seed, seeded
 
 
 def loaded(cls: Any, base: Base, part: str, meta: bool, **options: Any) -> Any:
@@ -33,16 +31,8 @@ def loaded(cls: Any, base: Base, part: str, meta: bool, **options: Any) -> Any:
 
 def drawn(cls: Any, config: dict[str, Any], meta: bool, seed: int) -> Any:
     """A network of this architecture with weights drawn from `seed`, or its shapes."""
-    with seeded(seed, meta):
+    with seeded(derive_seed(seed, "init"), meta=meta):
         return cls.from_config(config)
-
-
-@contextlib.contextmanager
-def seeded(seed: int, meta: bool) -> Iterator[None]:
-    """Draw fresh layers from `seed` without touching the caller's random state."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta") if meta else contextlib.nullcontext():
-        torch.manual_seed(derive_seed(seed, "init"))
-        yield
 
 
 def forget_folder(component: Any) -> None:

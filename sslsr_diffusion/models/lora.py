@@ -1,6 +1,5 @@
 """LoRA by peft: small trained matrices beside frozen weights, W + alpha / rank B A   (Hu et al., ICLR 2022)."""
 
-import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.config import Settings
 from sslsr_diffusion.errors import MissingDependency, UserError
-from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.seeding import derive_seed, seeded
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 NAME = "default"  # of the one adapter, in peft's words
@@ -86,8 +85,7 @@ def add_lora(model: Any, settings: LoRASettings, *, seed: int) -> list[str]:
     )
     model.requires_grad_(False)
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[]), torch.device("meta") if device.type == "meta" else contextlib.nullcontext():
-        torch.manual_seed(derive_seed(seed, "lora"))
+    with seeded(derive_seed(seed, "lora"), meta=device.type == "meta"):
         model.add_adapter(config, adapter_name=NAME)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for parameter in trained.values():

@@ -217,3 +217,11 @@ class LatentNetworks(Networks):
 
 def count_parameters(module: nn.Module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def working_dtype(module: nn.Module) -> torch.dtype:
+    """What a network computes in: the dtype of its first floating-point parameter that is no LoRA's.
+
+    bitsandbytes holds weights in whole numbers, and a LoRA is float32 whatever the rest is in.
+    """
+    return next(p.dtype for name, p in module.named_parameters() if p.is_floating_point() and ".lora_" not in name)

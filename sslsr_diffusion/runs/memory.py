@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointError
 from sslsr_diffusion.inference.memory import LivePeak
 from sslsr_diffusion.losses import LOSSES, Loss, build_losses
 from sslsr_diffusion.losses.base import Learner, PixelLoss
+from sslsr_diffusion.losses.learning import LearningLoss
 from sslsr_diffusion.models.networks import count_parameters
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.task import build_task, means_of
@@ -41,6 +42,7 @@ def describe_memory(recipe: Recipe, available: int | None = None) -> list[str]:
     """
     lines = [
         "memory per process, estimated (on top: kernels' workspaces, a quarter of it on a CPU, and the framework, about half a GiB)"
+        + "".join(f"; {note}" for note in _uncounted(recipe))
         + ("" if available is None else f"; this device has {available / GIB:.1f} GiB")
     ]
     for name, variant in _variants(recipe).items():
@@ -57,6 +59,18 @@ def describe_memory(recipe: Recipe, available: int | None = None) -> list[str]:
         detail = "  ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
         lines.append(f"  {name:<34} {total / GIB:6.2f} GiB{verdict}   {detail}")
     return lines
+
+
+def _uncounted(recipe: Recipe) -> list[str]:
+    """What the numbers are of, where they are not of the recipe itself."""
+    notes, held = [], getattr(recipe.model, "weights", None)
+    if held in ("int8", "nf4"):
+        notes.append(f"weights in {held} are counted as bfloat16")
+    kinds = {loss.called: LOSSES[loss.kind] for loss in recipe.losses}
+    learn = [name for name, kind in kinds.items() if issubclass(kind, LearningLoss) and not issubclass(kind, PixelLoss)]
+    if learn:
+        notes.append(f"what the network of {' and '.join(learn)} keeps while it learns is not counted")
+    return notes
 
 
 def _variants(recipe: Recipe) -> dict[str, Recipe]:
@@ -119,6 +133,8 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
         total = torch.zeros((), device="meta")
         if outputs.pred is not None and outputs.target is not None:
             total = total + (outputs.pred - outputs.target).square().mean()
+        if outputs.z0 is not None:
+            total = total + outputs.z0.square().mean()
         if outputs.moments is not None:
             total = total + outputs.moments.square().mean()
         played = [loss for loss in losses if isinstance(loss, PixelLoss) and all(getattr(outputs, name) is not None for name in loss.reads)]

@@ -14,7 +14,7 @@ from sslsr_diffusion.inference.sampling import sample_latents
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
-from sslsr_diffusion.seeding import derive_seed
+from sslsr_diffusion.seeding import derive_seed, seeded
 from sslsr_diffusion.tasks.frame import Frame, SampledCallSettings, TaskSettings
 from sslsr_diffusion.tasks.pixels import seen
 from sslsr_diffusion.tasks.task import Draws, TaskBase
@@ -67,8 +67,7 @@ class DecoderTask(TaskBase):
         if fused and not networks.codec.has_fidelity:
             from sslsr_diffusion.models import AutoencoderKLCFW
 
-            with torch.random.fork_rng(devices=[]), torch.device("meta" if frame.meta else "cpu"):
-                torch.manual_seed(derive_seed(frame.seed, "cfw"))
+            with seeded(derive_seed(frame.seed, "cfw"), meta=frame.meta):
                 networks.codec = Codec(AutoencoderKLCFW.from_autoencoder(networks.codec.vae))
             networks.economize(gradient_checkpointing=frame.gradient_checkpointing, channels_last=frame.channels_last)
 

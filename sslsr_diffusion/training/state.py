@@ -66,9 +66,12 @@ def learned_parameters(learner: Learner) -> dict[str, nn.Parameter]:
 
 
 def learned_state(learner: Learner) -> dict[str, Tensor]:
-    """What a checkpoint keeps of a learner's network: what learns, and the buffers."""
-    frozen = dict(learner.network.named_parameters()).keys() - learned_parameters(learner).keys()
-    return {name: value for name, value in learner.network.state_dict().items() if name not in frozen}
+    """What a checkpoint keeps of a learner's network: what learns, and the buffers of the layers that hold it."""
+    learned, parameters = learned_parameters(learner), dict(learner.network.named_parameters())
+    layers = {name.rpartition(".")[0] for name in learned}
+    state = learner.network.state_dict()
+    kept = {name for name in state.keys() - parameters.keys() if name.rpartition(".")[0] in layers}
+    return {name: value for name, value in state.items() if name in learned or name in kept}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.images import pad_to
 from sslsr_diffusion.models.network.architecture import Architecture
 from sslsr_diffusion.models.network.files import plain
+from sslsr_diffusion.seeding import seeded
 from sslsr_diffusion.tables import named
 
 OWN = {  # asked before spandrel, which takes some of their tensors for another network's
@@ -70,8 +71,7 @@ def build(architecture: str, arguments: Mapping[str, Any], *, meta: bool = False
             raise UserError(f"model.architecture: {architecture!r} is not known; expected one of {', '.join(names())}.")
         make = classes[architecture][1]
     on_meta = meta and issubclass(make, Architecture)
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
-        torch.manual_seed(seed)
+    with seeded(seed, meta=on_meta):
         try:
             module = make(**arguments)
         except Exception as error:  # whatever a network does with impossible arguments

@@ -1,7 +1,7 @@
 """A one-step LoRA for ComfyUI: tensors under the names that it knows, and a workflow of its own nodes that makes the one call."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,10 @@ def workflow(*, base: str, part: str, prompt: str, sigma: float, gain: float, sc
     return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
 
 
-def why_not(*, shift: float | None, noised: bool, residual: bool, signal: float) -> str | None:
-    """What of a call ComfyUI's own nodes cannot make; None: nothing."""
+def why_not(*, shift: float | None, noised: bool, residual: bool, signal: float, files: Sequence[str]) -> str | None:
+    """What of a call ComfyUI's own nodes cannot make; None: nothing. `files`: what the call needs beside the LoRA."""
+    if files:
+        return f"it does not load {' or '.join(files)}"
     if noised:
         return "latents under noise of another level are not among its nodes"
     if residual:

@@ -207,7 +207,8 @@ class OneStepNetworks(LatentNetworks):
                 self.codec.vae = merged(network.float())
             else:
                 self.denoiser.network = merged(network.float())
-        self.settings = self.settings.model_copy(update={"lora": None, "encoder_lora": None, "full": (), "weights": "float32"})
+        plain = {"init": "pretrained", "lora": None, "encoder_lora": None, "full": (), "weights": "float32"}
+        self.settings = self.settings.model_copy(update=plain)
         self.whole = True
 
     def for_comfyui(self, folder: Path, scale: float) -> list[str]:
@@ -215,19 +216,23 @@ class OneStepNetworks(LatentNetworks):
             return super().for_comfyui(folder, scale)
         signal, spread = self.process.level(self._at)
         shift = self.codec.vae.config.get("shift_factor")
-        why = why_not(shift=shift, noised=self.starts_noised, residual=self.settings.x0 == "residual", signal=signal)
+        why = why_not(
+            shift=shift, noised=self.starts_noised, residual=self.settings.x0 == "residual", signal=signal, files=self._beside_lora
+        )
         sigma = spread if self.denoiser.flow else spread / signal
         call = {"base": Path(self.base).name, "part": self.denoiser.part, "prompt": self.settings.prompt, "sigma": sigma, "scale": scale}
         layers = lora_layers(self.denoiser.network)
         write_comfyui(folder, self.denoiser.part, layers, None if why else {**call, "gain": 1 / signal})
         return [f"there is no workflow for ComfyUI, but the LoRA alone: {why}"] if why else []
 
+    @property
+    def _beside_lora(self) -> list[str]:
+        """Files of a result that hold trained tensors and that nobody else loads."""
+        said = {VAE_LORA: self.settings.encoder_lora is not None, FULL: bool(self.settings.full)}
+        return [name for name, there in said.items() if there]
+
     def left_out(self) -> list[str]:
-        said = {
-            VAE_LORA: self.settings.encoder_lora is not None,
-            FULL: bool(self.settings.full),
-        }
-        files = " and ".join(name for name, there in said.items() if there)
+        files = " and ".join(self._beside_lora)
         start = f"stock diffusers does not start from a picture's latents as {RESULT} says; sslsr infer and open_upscaler do"
         return [start, *([f"stock diffusers does not load {files}; --merge writes a whole model with all of it"] if files else [])]
 
@@ -251,9 +256,10 @@ def _levels(process: Process, settings: OneStepSettings, base: str) -> tuple[Pro
     """The process, and the index of the call's level and of the noise's in it; UserError for a level that it does not have."""
     flow = isinstance(process, Flow)
     if (settings.sigma if flow else settings.timestep) is None:
-        want, got = ("sigma", "timestep") if flow else ("timestep", "sigma")
-        kind = "a flow" if flow else "a process with betas"
-        raise UserError(f"model.{want}: {base} is {kind}; expected model.{want}, got {got} {settings.sigma or settings.timestep}.")
+        want, other = ("sigma", "timestep") if flow else ("timestep", "sigma")
+        kind, value = "a flow" if flow else "a process with betas", getattr(settings, other)
+        got = "neither timestep nor sigma; give it" if value is None else f"{other} {value}"
+        raise UserError(f"model.{want}: {base} is {kind}; expected model.{want}, got {got}.")
     if isinstance(process, Flow) and settings.sigma is not None:
         noise = settings.noise
         return (process.at(settings.sigma), 0, None) if noise is None else (process.at(settings.sigma, noise), 0, 1)

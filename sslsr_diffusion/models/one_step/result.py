@@ -55,18 +55,21 @@ def read_told(folder: Path) -> Told:
 
 
 def write_whole(folder: Path, networks: Mapping[str, Any], process: Process, base: Base | None) -> None:
-    """A pipeline folder: these networks, and all other components as the base has them; without one, a scheduler alone."""
+    """A pipeline folder: these networks, and the base's other components (without an index of them, all its folders that are not hidden);
+    without a base, a scheduler alone.
+    """
     for part, network in networks.items():
         forget_folder(network)
         network.save_pretrained(folder / part)
     if base is None:
         process.scheduler().save_pretrained(folder / "scheduler")
         return
-    for other in sorted(path for path in base.folder.iterdir() if path.is_dir() and path.name not in networks):
-        shutil.copytree(other, folder / other.name)
     index = base.folder / "model_index.json"
-    if index.is_file():
-        told = json.loads(index.read_text(encoding="utf-8"))
+    told = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else None
+    for other in sorted(path for path in base.folder.iterdir() if path.is_dir() and path.name not in networks):
+        if not other.name.startswith(".") and (told is None or other.name in told):
+            shutil.copytree(other, folder / other.name)
+    if told is not None:
         gone = [name for name, value in told.items() if isinstance(value, list) and not (folder / name).is_dir()]
         (folder / index.name).write_text(json.dumps({**told, **{name: [None, None] for name in gone}}, indent=1) + "\n", encoding="utf-8")
 

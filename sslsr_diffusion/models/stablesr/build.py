@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from sslsr_diffusion.errors import Refused, UserError
 from sslsr_diffusion.models.base import Base, find_base
 from sslsr_diffusion.models.codec import Codec
-from sslsr_diffusion.models.loading import drawn, loaded, seeded
+from sslsr_diffusion.models.loading import drawn, loaded
 from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.cfw import AutoencoderKLCFW
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
@@ -20,6 +20,7 @@ from sslsr_diffusion.models.stablesr.structural_encoder import StructuralEncoder
 from sslsr_diffusion.models.stablesr.text import check_tokenizer, empty_context, encode_prompt
 from sslsr_diffusion.models.stablesr.unet import SFTUNet2DConditionModel
 from sslsr_diffusion.models.tensor_names import check_tensors
+from sslsr_diffusion.seeding import derive_seed, seeded
 from sslsr_diffusion.shipped_model import local_folder
 
 log = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def _upscaler(settings: StableSRSettings, base: Base, meta: bool, seed: int) -> 
         list(plain.config[name]) == preset["unet"][name] for name in ("block_out_channels", "down_block_types")
     )
     widths = {name: preset["unet"][name] for name in SFT_ARGUMENTS if same and name in preset["unet"]}
-    with seeded(seed, meta):
+    with seeded(derive_seed(seed, "init"), meta=meta):
         unet = SFTUNet2DConditionModel.from_unet(plain, **widths)
     return Denoiser(unet, drawn(StructuralEncoder, preset["structural_encoder"] if same else _encoder_config(unet), meta, seed))
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.base import Base
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Condition, Text
@@ -20,6 +21,7 @@ from sslsr_diffusion.models.x4.denoiser import Denoiser
 from sslsr_diffusion.models.x4.settings import MAX_NOISE_LEVEL, SCALE, X4Call
 
 CALL = "call_defaults.json"  # beside the pipeline of a result
+LORA = "lora"  # folder in it: the weights of the pipeline have the LoRA already
 
 
 class X4Networks(LatentNetworks):
@@ -122,8 +124,18 @@ class X4Networks(LatentNetworks):
             "tokenizer": tokenizer,
         }
 
+    def merge(self) -> None:
+        if not has_lora(self.denoiser.unet):
+            super().merge()
+        raise UserError("merge: expected a LoRA beside its base; the result has it in its weights already; leave it out.")
+
+    def for_comfyui(self, folder: Path, scale: float) -> list[str]:
+        if not has_lora(self.denoiser.unet):
+            return super().for_comfyui(folder, scale)
+        raise UserError("comfyui: expected a LoRA beside its base; the result has it in its weights already; leave it out.")
+
     def save(self, folder: Path, **call: Any) -> None:
-        """A folder that the stock pipeline loads, the LoRA file where there is one, and the defaults of a call."""
+        """A folder that the stock pipeline loads, the LoRA in a folder of its own where there is one, and the defaults of a call."""
         from diffusers import StableDiffusionUpscalePipeline
 
         parts = self.components()
@@ -133,7 +145,8 @@ class X4Networks(LatentNetworks):
         known = {name: value for name, value in call.items() if name in X4Call.model_fields}
         (folder / CALL).write_text(json.dumps(self.call.model_copy(update=known).model_dump(), indent=1) + "\n", encoding="utf-8")
         if has_lora(self.denoiser.unet):
-            save_lora({"unet": self.denoiser.unet}, folder)
+            (folder / LORA).mkdir()
+            save_lora({"unet": self.denoiser.unet}, folder / LORA)
 
     def parameters_per_part(self) -> dict[str, tuple[int, int]]:
         """The text encoder is in memory for the prompts only."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of xdist share the cores
@@ -19,6 +20,10 @@ try:
     settings.load_profile("repeatable")
 except ImportError:
     pass
+
+# The xet client remembers by address what a server has; a test server may get the port of an earlier one, which had other things.
+_REMEMBERED = tempfile.TemporaryDirectory(prefix="xet-")
+os.environ["HF_XET_CACHE"] = _REMEMBERED.name
 
 
 # Files of a quarter of a minute and more, longest first: a worker that begins one last is left alone with it. A line stays with one

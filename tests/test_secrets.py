@@ -49,6 +49,7 @@ def run(tmp_path):
             "USER": USER,
             "LOGNAME": USER,
             "HF_HOME": str(home / "hf"),
+            "HF_XET_CACHE": str(home / "hf" / "xet"),
             "HF_ENDPOINT": hub.url,
             "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
             "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1",

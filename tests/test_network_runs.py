@@ -87,7 +87,7 @@ def test_the_result_is_read_by_others_and_by_us(done):
     assert sorted(path.name for path in (done / "pipeline").iterdir()) == [FILE]
     found = spandrel.ModelLoader().load_from_file(file)
     assert (found.architecture.id, found.scale) == ("ESRGAN", 4)
-    up = open_upscaler(done)
+    up = open_upscaler(done, dtype="float32")
     assert isinstance(up, DirectRestorer)
     picture = torch.linspace(0, 1, 3 * 12 * 10).view(1, 3, 12, 10)
     with torch.no_grad():

@@ -89,7 +89,7 @@ def test_several_models_and_a_broken_picture(toys, tmp_path):
 
 
 def test_a_job_ends_between_two_layers_and_only_by_its_owner(toys, tmp_path):
-    bench = Bench({"device": "cpu"})
+    bench = Bench({"device": "cpu", "dtype": "float32"})
     ended: list = []
     assert not bench.stop()
     files = [toys / "a.png", toys / "more" / "b.png"]

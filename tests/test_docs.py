@@ -26,10 +26,10 @@ from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.lora import TARGETS
 from sslsr_diffusion.models.one_step.backbone import BACKBONES
-from sslsr_diffusion.models.one_step.settings import preset_names as one_step_presets
+from sslsr_diffusion.models.one_step.settings import OneStepSettings
 from sslsr_diffusion.models.process import PROCESSES
-from sslsr_diffusion.models.stablesr.settings import preset_names
-from sslsr_diffusion.models.x4.settings import preset_names as x4_presets
+from sslsr_diffusion.models.stablesr.settings import StableSRSettings
+from sslsr_diffusion.models.x4.settings import X4Settings
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.tasks.kinds import TASKS
 
@@ -201,13 +201,13 @@ WHERE: dict[str, tuple[Iterable[str], set[str]]] = {
     "tasks": (IN_USE, code_words("training.md")),
     "tasks for families to come": (TASKS.keys() - IN_USE, code_words("architecture.md")),
     "noise processes, by a base's scheduler": (PROCESSES, code_words("training.md")),
-    "presets of a model": (preset_names(), code_words("training.md")),
-    "presets of the x4 upscaler": (x4_presets(), code_words("x4_upscaler.md")),
+    "presets of a model": (StableSRSettings.presets(), code_words("training.md")),
+    "presets of the x4 upscaler": (X4Settings.presets(), code_words("x4_upscaler.md")),
     "sets of LoRA layers": (TARGETS, code_words("training.md")),
     "recipes": ((name for name in shipped_recipes() if "/" not in name), code_words("training.md")),
     "recipes of the GAN methods": (recipes_in("gan"), code_words("gan.md")),
     "recipes of one-step models": (recipes_in("one_step"), code_words("one_step.md")),
-    "presets of one-step models": (one_step_presets(), code_words("one_step.md")),
+    "presets of one-step models": (OneStepSettings.presets(), code_words("one_step.md")),
     "bases of one-step models": (BACKBONES, code_words("one_step.md")),
     "sources": (kinds(sections(DataSettings.model_fields["sources"].annotation)), code_words("data.md")),
     "degradations": (DEGRADATIONS, code_words("data.md")),

@@ -20,13 +20,13 @@ from sslsr_diffusion.inference.options import OnStepEnd, Texts
 from sslsr_diffusion.inference.placement import Placement
 from sslsr_diffusion.inference.tile_plan import Tile, TilePlan
 from sslsr_diffusion.inference.tiling import Strip
+from sslsr_diffusion.models.clip_text import empty_context
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.loading import forget_folder
 from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
-from sslsr_diffusion.models.stablesr.text import empty_context
 from sslsr_diffusion.models.tensor_names import variant_of
 from sslsr_diffusion.shipped_model import shipped_folder
 

@@ -1,11 +1,12 @@
 """What a family is: its section of the recipe, and how its networks are built and read."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from sslsr_diffusion.config import Settings
 
@@ -25,6 +26,44 @@ class FamilySettings(Settings):
     def codec_scale(self) -> int:
         """Pixels per latent pixel along a side, as far as it is known without building networks; 1 where there are no latents."""
         return 1
+
+
+class PresetSettings(FamilySettings):
+    """What families have beside it whose networks may be drawn from an architecture that ships with the package."""
+
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="pretrained: weights from `base`; random: architecture from `preset`, weights drawn, no download."
+    )
+    preset: str
+
+    @staticmethod
+    def presets() -> list[str]:
+        """The names that `preset` may have."""
+        raise NotImplementedError
+
+    @field_validator("preset", check_fields=False)
+    @classmethod
+    def _known_preset(cls, value: str) -> str:
+        if value not in cls.presets():
+            raise ValueError(f"{value!r} is not a preset; expected one of {', '.join(cls.presets())}.")
+        return value
+
+    def source(self) -> str | None:
+        """The folder or hub id that weights are read from; None: they are drawn."""
+        return None if self.init == "random" else self.base
+
+    def checked(self, check: Callable[[], str]) -> Callable[[], str]:
+        """A check of the base's files; where weights are drawn, a sentence that says so in its place."""
+        return check if self.init == "pretrained" else lambda: f"architecture {self.preset}, weights drawn"
+
+
+def is_pipeline(path: Path, name: str) -> bool:
+    """Whether this is a folder in diffusers format whose pipeline's class has this name."""
+    try:
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        return index.get("_class_name") == name
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 @dataclass(frozen=True)

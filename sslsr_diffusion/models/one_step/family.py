@@ -44,10 +44,9 @@ class OneStep:
         return read_networks(path, meta=meta)
 
     def source(self, settings: OneStepSettings) -> str | None:
-        return None if settings.init == "random" else settings.base
+        return settings.source()
 
     def check_files(self, settings: OneStepSettings) -> dict[str, Callable[[], str]]:
         from sslsr_diffusion.models.one_step.build import check_base_folder
 
-        drawn = f"architecture {settings.preset}, weights drawn"
-        return {"model": (lambda: drawn) if settings.init == "random" else lambda: check_base_folder(settings)}
+        return {"model": settings.checked(lambda: check_base_folder(settings))}

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import Refused
 from sslsr_diffusion.models.base import Base
+from sslsr_diffusion.models.clip_text import empty_context, encode_prompt
 from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.one_step.backbone import Backbone
-from sslsr_diffusion.models.stablesr.text import empty_context, encode_prompt
 
 
 class StableDiffusion(Backbone):

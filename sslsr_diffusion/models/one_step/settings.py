@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from sslsr_diffusion.models.family import FamilySettings
+from sslsr_diffusion.models.family import PresetSettings
 from sslsr_diffusion.models.lora import LoRASettings
 from sslsr_diffusion.models.size import pixels_per_latent
 from sslsr_diffusion.models.stablesr.settings import DEFAULT_BASE
@@ -18,16 +18,13 @@ RESULT = "one_step.json"  # beside the LoRA files of a result
 STABLE_DIFFUSION = ("sd21", "tiny")  # the UNets of StableSR's presets, without what StableSR adds
 
 
-class OneStepSettings(FamilySettings):
+class OneStepSettings(PresetSettings):
     """One call of a base with a LoRA, from the low-resolution latents to the clean ones (HYPIR, OSEDiff, StrSR and others, 2024-2026)."""
 
     kind: Literal["one_step"] = "one_step"
     base: str = Field(
         DEFAULT_BASE,
         description="Folder or hub id of a model in diffusers format: Stable Diffusion 1.5, 2.1 or turbo, 3 or 3.5, FLUX.2 klein, Z-Image.",
-    )
-    init: Literal["pretrained", "random"] = Field(
-        "pretrained", description="pretrained: weights from `base`; random: architecture from `preset`, weights drawn, no download."
     )
     preset: str = Field(
         "sd21",
@@ -62,12 +59,9 @@ class OneStepSettings(FamilySettings):
         (), description="Layers of the base's network that train whole, by name, for example conv_in (OSEDiff); stored beside the LoRA."
     )
 
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, value: str) -> str:
-        if value not in preset_names():
-            raise ValueError(f"{value!r} is not a preset; expected one of {', '.join(preset_names())}.")
-        return value
+    @staticmethod
+    def presets() -> list[str]:
+        return [*STABLE_DIFFUSION, *sorted(path.stem for path in PRESETS.glob("*.json"))]
 
     @model_validator(mode="after")
     def _one_level(self) -> Self:
@@ -90,10 +84,6 @@ class OneStepSettings(FamilySettings):
             except (OSError, ValueError, LookupError, TypeError, AttributeError):
                 pass  # the base is not here, or damaged, which the run will say
         return pixels_per_latent(load_preset(self.preset)["vae"])
-
-
-def preset_names() -> list[str]:
-    return [*STABLE_DIFFUSION, *sorted(path.stem for path in PRESETS.glob("*.json"))]
 
 
 def load_preset(name: str) -> dict[str, dict[str, Any]]:

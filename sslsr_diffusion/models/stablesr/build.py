@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from sslsr_diffusion.errors import Refused, UserError
 from sslsr_diffusion.models.base import Base, find_base
+from sslsr_diffusion.models.clip_text import check_tokenizer, empty_context, encode_prompt
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.loading import drawn, loaded
 from sslsr_diffusion.models.process import DDPM, Process
@@ -17,7 +18,6 @@ from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identit
 from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks, StableSRNetworks
 from sslsr_diffusion.models.stablesr.settings import SFT_ARGUMENTS, StableSRSettings, load_preset
 from sslsr_diffusion.models.stablesr.structural_encoder import StructuralEncoder
-from sslsr_diffusion.models.stablesr.text import check_tokenizer, empty_context, encode_prompt
 from sslsr_diffusion.models.stablesr.unet import SFTUNet2DConditionModel
 from sslsr_diffusion.models.tensor_names import check_tensors
 from sslsr_diffusion.seeding import derive_seed, seeded

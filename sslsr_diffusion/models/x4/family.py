@@ -1,12 +1,11 @@
 """The family `x4`: its entry in the table. Light to import; networks are imported where they are built."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sslsr_diffusion.hub import PIPELINE_FILES
-from sslsr_diffusion.models.family import Card, Part
+from sslsr_diffusion.models.family import Card, Part, is_pipeline
 from sslsr_diffusion.models.x4.settings import X4Settings
 
 if TYPE_CHECKING:
@@ -54,11 +53,7 @@ class X4:
         return build_networks(settings, train=train or self.trains[0], meta=meta, seed=seed)
 
     def reads(self, path: Path) -> bool:
-        try:
-            index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-            return index.get("_class_name") == PIPELINE_CLASS
-        except (OSError, ValueError, AttributeError):
-            return False
+        return is_pipeline(path, PIPELINE_CLASS)
 
     def read(self, path: Path, *, meta: bool = False) -> "Networks":
         from sslsr_diffusion.models.x4.build import read_pipeline
@@ -66,12 +61,11 @@ class X4:
         return read_pipeline(path, meta=meta)
 
     def source(self, settings: X4Settings) -> str | None:
-        return None if settings.init == "random" else settings.base
+        return settings.source()
 
     def check_files(self, settings: X4Settings) -> dict[str, Callable[[], str]]:
         from sslsr_diffusion.models.lora import import_peft
         from sslsr_diffusion.models.x4.build import check_base_folder
 
-        drawn = f"architecture {settings.preset}, weights drawn"
-        base = (lambda: drawn) if settings.init == "random" else lambda: check_base_folder(settings)
+        base = settings.checked(lambda: check_base_folder(settings))
         return {"model": base, **({"model.lora": lambda: f"peft {import_peft().__version__}"} if settings.lora else {})}

@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.base import Base
+from sslsr_diffusion.models.clip_text import PromptedNetworks, count_text_encoder, load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.loading import forget_folder
 from sslsr_diffusion.models.lora import has_lora, merged, save_lora
-from sslsr_diffusion.models.networks import Encode, LatentNetworks, count_parameters
+from sslsr_diffusion.models.networks import Encode, count_parameters
 from sslsr_diffusion.models.process import Process
 from sslsr_diffusion.models.size import SizeRequirements
-from sslsr_diffusion.models.stablesr.text import count_text_encoder, encode_texts, load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.x4.denoiser import Denoiser
 from sslsr_diffusion.models.x4.settings import MAX_NOISE_LEVEL, SCALE, X4Call
 
@@ -24,7 +24,7 @@ CALL = "call_defaults.json"  # beside the pipeline of a result
 LORA = "lora"  # folder in it: the weights of the pipeline have the LoRA already
 
 
-class X4Networks(LatentNetworks):
+class X4Networks(PromptedNetworks):
     """lr_n = add_noise(lr, n2, level) by the low-resolution scheduler;  pred = unet(cat(z_t, lr_n), t, text, class_labels = level)
 
     Noise on what the second model of a cascade sees, and its level told: Ho et al., JMLR 2022, section 4.2.
@@ -50,19 +50,16 @@ class X4Networks(LatentNetworks):
         Args:
             schedulers: diffusers' objects: of the latents, which also samples, and of the low-resolution picture.
             text: of the recipe's prompt and of the empty one, [2, L, D].
-            source: where the text encoder lies that a result is saved with, if there is one.
-            text_config: its CLIPTextConfig, which the dry run counts.
+            source, text_config: see PromptedNetworks.
             call: defaults of a call.
         """
         process, low = (Process.of(each.config, type(each).__name__) for each in schedulers)
         first = text.each(lambda part: part[:1])
-        super().__init__(codec, denoiser, process, first, base=base, revision=source.revision if source else None)
+        super().__init__(codec, denoiser, process, first, base=base, source=source, text_config=text_config)
         self.sampling_scheduler, self.low_res_scheduler = schedulers
         self.low_res_process, self.max_noise_level = low, max_noise_level
         self.register_buffer("blank_sequence", text.sequence[-1:], persistent=False)
-        self.source, self.text_config, self.call = source, text_config, call or X4Call()
-        self.text_encoder: nn.Module | None = None
-        self.tokenizer: Any = None
+        self.call = call or X4Call()
 
     blank_sequence: Tensor
 
@@ -89,18 +86,6 @@ class X4Networks(LatentNetworks):
     @property
     def call_defaults(self) -> dict[str, Any]:
         return self.call.model_dump()
-
-    @property
-    def takes_prompts(self) -> bool:
-        return self.text_encoder is not None and self.tokenizer is not None
-
-    def text_parameters(self) -> int:
-        return 0 if self.text_encoder is None else count_parameters(self.text_encoder)
-
-    def encode_prompts(self, prompts: list[str], device: torch.device) -> Text:
-        if self.text_encoder is None:
-            return super().encode_prompts(prompts, device)
-        return Text(encode_texts(prompts, self.text_encoder, self.tokenizer, device).float())
 
     def cast(self, dtype: torch.dtype) -> None:
         """As diffusers: an autoencoder that leaves float16's range stays float32."""

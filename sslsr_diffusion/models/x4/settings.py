@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from sslsr_diffusion.config import Settings
-from sslsr_diffusion.models.family import FamilySettings
+from sslsr_diffusion.models.family import PresetSettings
 from sslsr_diffusion.models.lora import LoRASettings
 
 PRESETS = Path(__file__).resolve().parent / "presets"
@@ -16,24 +16,18 @@ SCALE = 4  # pixels per latent pixel, and of the enlargement
 MAX_NOISE_LEVEL = 350  # of a base that names none
 
 
-class X4Settings(FamilySettings):
+class X4Settings(PresetSettings):
     """Stability AI's x4 upscaler: a latent diffusion model that sees the noised low-resolution pixels."""
 
     kind: Literal["x4"] = "x4"
     base: str = Field(DEFAULT_BASE, description="Folder or hub id of a Stable Diffusion x4 upscaler in diffusers format.")
-    init: Literal["pretrained", "random"] = Field(
-        "pretrained", description="pretrained: weights from `base`; random: architecture from `preset`, weights drawn, no download."
-    )
     preset: str = Field("x4", description="Architecture for init random, and for the dry run of a base that is not on disk: x4, tiny.")
     prompt: str = Field("", description="Text that every sample is trained with; encoded once.")
     lora: LoRASettings | None = Field(None, description="The layers that train where task.train is lora; null: another part trains.")
 
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, value: str) -> str:
-        if value not in preset_names():
-            raise ValueError(f"{value!r} is not a preset; expected one of {', '.join(preset_names())}.")
-        return value
+    @staticmethod
+    def presets() -> list[str]:
+        return sorted(path.stem for path in PRESETS.glob("*.json"))
 
     def codec_scale(self) -> int:
         return SCALE
@@ -47,10 +41,6 @@ class X4Call(Settings):
     noise_level: int = Field(20, ge=0, description="Timestep of the low-resolution scheduler at which noise is added to the picture.")
     detail: float = Field(1.0, ge=0, le=1, description="Share of the model's picture in the result, the rest is bicubic.")
     antiring: float = Field(0.0, ge=0, le=1, description="How much is taken back of what leaves the range of the pixels nearby.")
-
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
 def load_preset(name: str) -> dict[str, dict[str, Any]]:

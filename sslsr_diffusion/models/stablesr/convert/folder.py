@@ -10,12 +10,12 @@ from torch import Tensor
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models import AutoencoderKLCFW, SFTUNet2DConditionModel, StructuralEncoder
 from sslsr_diffusion.models.base import Base, find_base
+from sslsr_diffusion.models.clip_text import load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.process import Process
 from sslsr_diffusion.models.stablesr.build import load_vae
 from sslsr_diffusion.models.stablesr.convert import shapes
 from sslsr_diffusion.models.stablesr.convert.stablesr import ENCODER, TEXT, UNET, VAE, Converted, State, convert, restore
 from sslsr_diffusion.models.stablesr.settings import load_preset
-from sslsr_diffusion.models.stablesr.text import load_text_encoder, load_tokenizer
 from sslsr_diffusion.models.tensor_names import weight_files
 from sslsr_diffusion.unpickle import read_checkpoint
 

@@ -4,9 +4,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.condition import Text
+from sslsr_diffusion.models.networks import LatentNetworks, count_parameters
+from sslsr_diffusion.models.process import Process
 from sslsr_diffusion.models.tensor_names import check_tensors
 
 if TYPE_CHECKING:
@@ -74,3 +78,41 @@ def load_tokenizer(base: "Base") -> Any:
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(base.folder / "tokenizer")
+
+
+class PromptedNetworks(LatentNetworks):
+    """Latent networks with a CLIP text encoder, which is in memory only where any prompt is to be encoded."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        denoiser: nn.Module,
+        process: Process,
+        text: Text,
+        *,
+        base: str,
+        source: "Base | None",
+        text_config: dict[str, Any] | None,
+    ) -> None:
+        """
+        Args:
+            text: of the recipe's prompt.
+            source: where the text encoder lies that a result is saved with, if there is one.
+            text_config: its CLIPTextConfig, which the dry run counts.
+        """
+        super().__init__(codec, denoiser, process, text, base=base, revision=source.revision if source else None)
+        self.source, self.text_config = source, text_config
+        self.text_encoder: nn.Module | None = None
+        self.tokenizer: Any = None
+
+    @property
+    def takes_prompts(self) -> bool:
+        return self.text_encoder is not None and self.tokenizer is not None
+
+    def text_parameters(self) -> int:
+        return 0 if self.text_encoder is None else count_parameters(self.text_encoder)
+
+    def encode_prompts(self, prompts: list[str], device: torch.device) -> Text:
+        if self.text_encoder is None:
+            return super().encode_prompts(prompts, device)
+        return Text(encode_texts(prompts, self.text_encoder, self.tokenizer, device))

@@ -19,7 +19,7 @@ from sslsr_diffusion.models.process import DDPM
 
 def test_a_merged_model_that_was_drawn_keeps_what_its_lora_learned(tmp_path: Path) -> None:
     networks = with_loras("sd3", tmp_path, init="random")
-    base, want = picture(restorer(networks), lora_scale=0), picture(restorer(networks))
+    want, base = picture(restorer(networks)), picture(restorer(networks), lora_scale=0)
     assert (base - want).abs().max() > 1e-2
     networks.merge()
     restorer(networks).save(tmp_path / "whole")

@@ -202,6 +202,7 @@ class OneStepNetworks(LatentNetworks):
                 f"merge: a LoRA cannot be added to weights in {self.settings.weights}; open the result of this run with model.weights: "
                 f"bfloat16 in its {RESULT}, or export without it."
             )
+        self.scale_loras(1)  # whatever the last call took of them
         for part, network in self._with_lora.items():
             if part == "vae":
                 self.codec.vae = merged(network.float())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
+import runpy
+import sys
 import time
 from pathlib import Path
 
@@ -73,7 +76,7 @@ def test_a_step_that_crashes_hangs_or_dies_loses_nothing(tmp_path, monkeypatch):
     assert len(lines) == 6 + len(rows)
 
 
-def test_without_a_gpu_it_says_what_it_would_do(monkeypatch, tmp_path):
+def test_without_a_gpu_it_says_what_it_would_do(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(everything, "no_gpu", lambda: "no GPU here.")
     done = CliRunner().invoke(app, ["check-gpu", "--minutes", "3", "--output", str(tmp_path / "out")])
     assert done.exit_code == 2, done.output
@@ -81,8 +84,10 @@ def test_without_a_gpu_it_says_what_it_would_do(monkeypatch, tmp_path):
         assert f"{step.name} (at most {step.seconds} s)" in done.output
         assert step.run in done.output
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="--minutes: expected a positive number, got 0"):
-        everything.check_gpu(0, tmp_path, print)
+    monkeypatch.setattr(sys, "argv", ["checkup", "--minutes", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("sslsr_diffusion.checkup", run_name="__main__")
+    assert "--minutes: expected a positive number, got 0" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="expected a folder, got a file"):
         everything.check_gpu(1, tmp_path / "file", print)
@@ -139,14 +144,18 @@ def test_own_tests_are_counted(tmp_path):
     assert missing["outcome"] == "not run"
 
 
-def test_steps_of_a_small_recipe_and_one_picture():
+def test_steps_of_a_small_recipe_and_one_picture(monkeypatch):
     from sslsr_diffusion.checkup import training
 
     found = training.small_steps("tiny_x4", SMALL, count=2)
     assert found["loss"] == pytest.approx(found["on the CPU"], rel=1e-6)
     assert found["updated"] == "2 of 2"
     assert training.restore("tiny_x4", SMALL, side=16)["size"] == "64x64"
-    assert training.full_step("tiny_x4", SMALL)["estimated GiB"] > 0
+    assert 0 < training.full_step("tiny_x4", SMALL)["estimated GiB"] < 1
+    monkeypatch.setattr(training, "device_bytes", lambda device: 1 << 20)
+    too_much = play(training.full_step, {"recipe": "tiny_x4", "overrides": SMALL})
+    assert too_much["outcome"] == "not run"
+    assert re.fullmatch(r"estimated 0\.\d GiB, this device has 0\.0 GiB\.", too_much["reason"])
 
 
 def test_another_first_loss_is_noticed(monkeypatch):

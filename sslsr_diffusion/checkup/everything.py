@@ -52,8 +52,10 @@ def no_gpu() -> str | None:
     """Why nothing can run; None: torch sees an NVIDIA GPU."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed: pip install torch."
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a broken installation
+        return f"torch cannot be imported ({str(error).splitlines()[0]})."
     return None if torch.cuda.is_available() and torch.version.hip is None else "torch sees no NVIDIA GPU here."
 
 

@@ -33,16 +33,17 @@ class Step:
         lacking = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if not lacking:
             return None
-        return f"needs {', '.join(lacking)}: pip install {' '.join(PIP.get(name, name) for name in lacking)}"
+        other = " (cupy-cuda12x with a torch of CUDA 12)" if "cupy" in lacking else ""
+        return f"needs {', '.join(lacking)}: pip install {' '.join(PIP.get(name, name) for name in lacking)}{other}"
 
 
-def _operator(name: str, about: str, seconds: int, **arguments: Any) -> Step:
-    return Step(name, about, f"sslsr_diffusion.checkup.operator:{name}", seconds, arguments)
+def _operator(name: str, about: str) -> Step:
+    return Step(name, about, f"sslsr_diffusion.checkup.operator:{name}", 90)
 
 
-def _small(name: str, about: str, *overrides: str, needs: tuple[str, ...] = (), **more: Any) -> Step:
-    arguments = {"recipe": "tiny_x4", "overrides": overrides, **more.pop("arguments", {})}
-    return Step(name, about, f"{_TRAINING}:small_steps", 90, arguments, (*OPERATOR, *NETWORKS, *needs), **more)
+def _small(name: str, about: str, *overrides: str, needs: tuple[str, ...] = (), launcher: tuple[str, ...] = ()) -> Step:
+    arguments = {"recipe": "tiny_x4", "overrides": overrides}
+    return Step(name, about, f"{_TRAINING}:small_steps", 90, arguments, (*OPERATOR, *NETWORKS, *needs), launcher)
 
 
 def _full(recipe: str, about: str, seconds: int, *overrides: str, needs: tuple[str, ...] = ()) -> Step:
@@ -67,13 +68,13 @@ _FULL = "one training step at full size, random weights"
 _TRAINING = "sslsr_diffusion.checkup.training"
 
 STEPS = (
-    _operator("machine", "driver, CuPy, NVRTC, compute capability; the kernels are compiled", 90),
-    _operator("agreement", "loss, graph and gradients in `cuda` against the definition in float64, and against `torch`", 90),
+    _operator("machine", "driver, CuPy, NVRTC, compute capability; the kernels are compiled"),
+    _operator("agreement", "loss, graph and gradients in `cuda` against the definition in float64, and against `torch`"),
     Step(
         "own tests", "tests/test_ssg_cuda.py, with its goldens", "sslsr_diffusion.checkup.own_tests:own_tests", 180,
         needs=(*OPERATOR, "pytest"),
     ),
-    _operator("speed", "forward and backward at 512 pixels against `torch` and the direct kernel", 60),
+    _operator("speed", "forward and backward at 512 pixels against `torch` and the direct kernel"),
     _small("float32", "five steps of a tiny network, its first loss against float32 on the CPU"),
     _small("fp16", "the same in fp16", "training.mixed_precision=fp16"),
     _small("bf16", "the same in bf16", "training.mixed_precision=bf16"),

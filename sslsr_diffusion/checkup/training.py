@@ -1,23 +1,24 @@
 """Steps that train or restore as the recipes do, with random weights on drawn pictures: no file beside the package, no network."""
 
-import contextlib
-import logging
 import tempfile
 import time
 from collections.abc import Sequence
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from sslsr_diffusion.checkup.steps import NotHere
+from sslsr_diffusion.devices import device_bytes, find_device
 from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.runs.memory import step_bytes
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe
 from sslsr_diffusion.runs.task import build_task, means_of
 from sslsr_diffusion.tasks.task import apply_losses
 from sslsr_diffusion.training.session import Session, StepReport
-from sslsr_diffusion.training.state import full_tensor, trained_parameters
+from sslsr_diffusion.training.state import full_tensor
 from sslsr_diffusion.types import Batch
 
 RANDOM = ("model.init=random", "training.accumulate=1", "data.validation=[]", "validation.limit=0")
@@ -47,7 +48,7 @@ def _steps(recipe: Recipe, count: int) -> tuple[list[StepReport], list[float], b
     losses = build_losses(recipe.losses, means_of(recipe, task))
     with tempfile.TemporaryDirectory() as folder:
         session = Session(task, losses, recipe.training, seed=recipe.seed, trackers=(), run=Path(folder))
-        before = {name: full_tensor(p).detach().clone().cpu() for name, p in trained_parameters(task.module).items()}
+        before = _sums(session)
         reports, seconds = list[StepReport](), list[float]()
         for number in range(count):
             began = time.perf_counter()
@@ -55,10 +56,14 @@ def _steps(recipe: Recipe, count: int) -> tuple[list[StepReport], list[float], b
             if session.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
-        after = {name: full_tensor(p).detach().cpu() for name, p in session.parameters.items()}
-        moved = any(not torch.equal(before[name], after[name]) for name in before)
+        moved = _sums(session) != before
         session.close()
     return reports, seconds, moved
+
+
+def _sums(session: Session) -> list[float]:
+    """Of each trained tensor: what a step changes."""
+    return [float(full_tensor(p).detach().double().sum()) for p in session.parameters.values()]
 
 
 def _loss_on_cpu(recipe: Recipe) -> float:
@@ -92,18 +97,21 @@ def small_steps(recipe: str, overrides: Sequence[str] = (), count: int = 5) -> d
 
 
 def full_step(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Two steps of a recipe as it is: seconds of the second, peak memory beside the dry run's estimate; AssertionError for a loss that is
-    not a number.
+    """Two steps of a recipe as it is: seconds of the second, peak memory beside the dry run's estimate; NotHere where that is more than
+    the device has, AssertionError for a loss that is not a number.
     """
-    asked = random_recipe(recipe, overrides)
+    asked, there = random_recipe(recipe, overrides), device_bytes(find_device("auto")) / GIB
+    estimated = _estimate(asked)
+    if estimated > there:
+        raise NotHere(f"estimated {estimated:.1f} GiB, this device has {there:.1f} GiB.")
     reports, seconds, _ = _steps(asked, 2)
     peaks = {"peak GiB": torch.cuda.max_memory_allocated() / GIB, "reserved GiB": torch.cuda.max_memory_reserved() / GIB}
-    if not all(torch.tensor(report.loss).isfinite() for report in reports):
+    if not all(isfinite(report.loss) for report in reports):
         raise AssertionError(f"expected losses that are numbers, got {[report.loss for report in reports]}.")
     return {
         "s per step": seconds[-1],
         **(peaks if torch.cuda.is_available() else {}),
-        "estimated GiB": sum(step_bytes(asked).values()) / GIB,
+        "estimated GiB": estimated,
         "batch": asked.training.batch_size,
         "crop": asked.training.crop_size,
         "precision": asked.training.mixed_precision,
@@ -111,16 +119,23 @@ def full_step(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
+def _estimate(recipe: Recipe) -> float:
+    """The dry run's, in GiB; not a number where it has none: what is measured counts."""
+    try:
+        return sum(step_bytes(recipe).values()) / GIB
+    except RuntimeError:
+        return nan
+
+
 @torch.no_grad()
 def restore(recipe: str, overrides: Sequence[str] = (), side: int = 128) -> dict[str, Any]:
     """One picture of side x side pixels, enlarged as validation does it; seconds and peak memory."""
-    with contextlib.suppress(AttributeError):
-        logging.getLogger("diffusers").setLevel(logging.ERROR)
     asked = random_recipe(recipe, overrides)
     task = build_task(asked)
-    task.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device("auto")
+    task.to(device)
     task.module.eval()
-    batch = make_batch(asked).to("cuda" if torch.cuda.is_available() else "cpu")
+    batch = make_batch(asked).to(device)
     lr = F.interpolate(batch.lr[:1], size=(side, side), mode="bicubic").clamp(0, 1)
     hr = F.interpolate(batch.hr[:1], size=(side * asked.scale,) * 2, mode="bicubic").clamp(0, 1)
     began = time.perf_counter()

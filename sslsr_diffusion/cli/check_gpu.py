@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sslsr_diffusion.cli.flags import as_folder, interruptible
+from sslsr_diffusion.cli.flags import as_folder
 
 
 def check_gpu(
@@ -20,5 +20,4 @@ def check_gpu(
     """
     from sslsr_diffusion.checkup.everything import check_gpu as check
 
-    with interruptible():
-        raise typer.Exit(check(minutes, output, typer.echo))
+    raise typer.Exit(check(minutes, output, typer.echo))

@@ -108,8 +108,9 @@ def test_ops_import_torch_and_numpy_alone():
 def test_operator_loss_and_mask_stand_alone():
     code = """
 import sys
-for name in ("diffusers", "transformers", "datasets", "pydantic", "accelerate", "huggingface_hub"):
+for name in ("diffusers", "transformers", "datasets", "pydantic", "accelerate", "huggingface_hub", "typer", "yaml"):
     sys.modules[name] = None
+import sslsr_diffusion.checkup.everything, sslsr_diffusion.checkup.operator, sslsr_diffusion.checkup.own_tests
 from sslsr_diffusion import SelfSimilarityLoss, laplacian_edge_mask, self_similarity_graph
 import torch
 assert not {"numba", "cupy"} & set(sys.modules), "imported before first use"

@@ -88,7 +88,7 @@ STEPS = (
         {"recipe": "sd_upscaler_ssl", "side": 128}, (*OPERATOR, *NETWORKS),
     ),
     _one_step("sd21_hypir_ssl", 120),
-    _full("cfw_ssl", f"{_FULL}; 2 sampling steps in place of 20", 120, "task.synthesis_steps=2"),
+    _full("cfw_ssl", f"{_FULL}; 2 sampling steps in place of 20", 120, "task.synthesis_steps=2", _PIXELS),
     _one_step("sd35_medium_ssl", 180),
     _one_step("flux2_klein_ssl", 240),
     _one_step("zimage_ssl", 300),

@@ -73,7 +73,7 @@ def agreement(backend: str = "cuda", device: str = "cuda", names: tuple[str, ...
             note("gradient", _largest(got[3], want[3]), name)
         cotangent = torch.randn(int(inputs.mask.sum()), case.search**2, generator=torch.Generator().manual_seed(1))
         rows, slope = reference_graph(inputs, case, cotangent)
-        image = inputs.sr.to(device).requires_grad_()
+        image = inputs.sr.to(device, copy=True).requires_grad_()
         graph = self_similarity_graph(image, inputs.mask.to(device), **case.settings(), backend=backend)
         note("graph", float((graph.detach().cpu() - rows).abs().max()), name)
         note("gradient", _largest(torch.autograd.grad(graph, image, cotangent.to(device))[0].cpu().double(), slope), name)
@@ -92,7 +92,7 @@ def _largest(got: Tensor, want: Tensor) -> float:
 def _loss_and_gradient(case: Case, backend: str, device: str, weights: tuple[float, float] = (WEIGHT, WEIGHT)) -> list[Tensor]:
     """Total, L1, KL and gradient on the CPU, float64."""
     inputs = make_inputs(case) if case in CASES.values() else draw_inputs(case, seed=0)
-    sr = inputs.sr.to(device).requires_grad_()
+    sr = inputs.sr.to(device, copy=True).requires_grad_()
     ssl = SelfSimilarityLoss(**case.settings(), l1_weight=weights[0], kl_weight=weights[1], backend=backend)
     total, terms = ssl(sr, inputs.gt.to(device), inputs.mask.to(device), return_terms=True)
     total.backward()

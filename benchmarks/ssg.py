@@ -25,27 +25,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sslsr_diffusion.ops import SelfSimilarityLoss, apply_mask_stride
+from sslsr_diffusion.checkup.operator import make_pair
+from sslsr_diffusion.ops import SelfSimilarityLoss
 from sslsr_diffusion.ops.settings import GraphSettings
 
 RESULTS = Path(__file__).parent / "results"
 WEIGHT = 1000.0
 NAMES = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "direct")}
-
-
-def make_pair(size: int, density: float, stride: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A smooth picture with edges, a blurred and noised copy, and a random mask."""
-    generator = torch.Generator().manual_seed(size)
-    coarse = torch.rand(1, 3, size // 4 + 2, size // 4 + 2, generator=generator)
-    gt = F.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0, 1)
-    sr = F.avg_pool2d(F.pad(gt, (1,) * 4, mode="reflect"), 3, stride=1) + 0.02 * torch.randn(gt.shape, generator=generator)
-    mask = torch.rand(1, 1, size, size, generator=generator) < density
-    if density >= 1:
-        mask[:] = True
-    return sr.to(device), gt.to(device), apply_mask_stride(mask, stride).to(device)
 
 
 def measure(call: Callable[[], object], device: str, repeats: int, warm_up: int = 2) -> dict[str, float]:

@@ -10,9 +10,10 @@ from goldens import load_golden
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripts import load_script
-from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, draw_inputs, golden_mask, make_inputs, reference_graph, reference_loss
+from ssg_cuda_cases import assert_same_gradient, golden_mask
 from ssg_inputs import assert_close
 
+from sslsr_diffusion.checkup.cases import CASES, Case, Inputs, draw_inputs, make_inputs, reference_graph, reference_loss
 from sslsr_diffusion.ops import ssg_reference
 from sslsr_diffusion.ops.settings import GraphSettings
 from sslsr_diffusion.ops.ssg_cuda_launch import run_graph, run_graph_backward, run_loss

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from emulation.emulator import COMPILER, SHARED_LIMIT, EmulatedLauncher
-from ssg_cuda_cases import Case, assert_same_gradient, make_inputs, reference_graph, reference_loss
+from ssg_cuda_cases import assert_same_gradient
 
+from sslsr_diffusion.checkup.cases import Case, make_inputs, reference_graph, reference_loss
 from sslsr_diffusion.ops import SelfSimilarityLoss, cupy_loader, differentiable_operators, ssg_cuda
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from scripts import load_script
-from ssg_cuda_cases import CASES, Case, Inputs, assert_same_gradient, draw_inputs, golden_mask, make_inputs, reference_graph, reference_loss
+from ssg_cuda_cases import assert_same_gradient, golden_mask
 
+from sslsr_diffusion.checkup.cases import CASES, Case, Inputs, draw_inputs, make_inputs, reference_graph, reference_loss
 from sslsr_diffusion.ops import BackendUnavailable, SelfSimilarityLoss, cupy_loader, self_similarity_graph, ssg_cuda, ssg_cuda_launch
 
 cuda = pytest.mark.cuda

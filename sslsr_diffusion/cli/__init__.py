@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sslsr_diffusion.cli import convert, evaluate, explore, export, infer, init, page, prepare, preview, train
+from sslsr_diffusion.cli import check_gpu, convert, evaluate, explore, export, infer, init, page, prepare, preview, train
 from sslsr_diffusion.errors import MissingDependency, UserError
 
 _NOT_OUR_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # disks and permissions
@@ -19,7 +19,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune and run diffusion upscalers with the self-similarity loss.",
 )
-for verb in (train.train, infer.infer, evaluate.evaluate, preview.preview, explore.explore, page.page, init.init, export.export):
+for verb in (
+    train.train,
+    infer.infer,
+    evaluate.evaluate,
+    preview.preview,
+    explore.explore,
+    page.page,
+    init.init,
+    export.export,
+    check_gpu.check_gpu,
+):
     app.command()(verb)
 app.add_typer(prepare.app, name="prepare")
 app.add_typer(convert.app, name="convert")

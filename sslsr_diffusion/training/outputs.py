@@ -113,7 +113,7 @@ def write_result(run: Run) -> Path:
 
 
 def _card(run: Run, step: int) -> dict[str, Path | bytes]:
-    """The model card, with the numbers and sample pictures of the newest validation pass up to the published step, and those of the base."""
+    """The model card, with the numbers and sample pictures of the newest validation pass up to the published step, and the base."""
     if run.job.card is None:
         return {}
     measured = [row for row in run.folder.validations() if row["step"] <= step]

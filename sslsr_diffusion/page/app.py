@@ -18,7 +18,7 @@ from sslsr_diffusion.inference.runner import RunnerOptions
 from sslsr_diffusion.page.bench import Bench, Made
 from sslsr_diffusion.page.controls import call_of, fields, scale_of, shown
 from sslsr_diffusion.page.explorer import EXAMPLE, explore_files
-from sslsr_diffusion.page.runs import draw_curves, list_runs, look_at
+from sslsr_diffusion.page.runs import draw_curves, list_runs, look_at, name_of
 from sslsr_diffusion.page.shelf import Shelf
 from sslsr_diffusion.shipped_model import SMALL
 
@@ -135,10 +135,13 @@ class App:
             curves = gr.Image(show_label=False, interactive=False, buttons=BUTTONS)
             with gr.Column():
                 step = gr.Slider(0, 1, 1, step=1, label="Validation", interactive=True, visible=False)
-                grid = gr.Image(show_label=False, interactive=False, buttons=BUTTONS)
+                grid = gr.Image(interactive=False, buttons=BUTTONS)
         with gr.Accordion("Recipe", open=False):
             recipe = gr.Code(language="yaml", interactive=False)
         seen = gr.State()
+
+        def labelled(grids: Sequence[Path]) -> Any:
+            return gr.update(value=grids[0], label=name_of(grids[0])) if grids else gr.update(value=None, label="Validation")
 
         def look(name: str | None, before: Any, anew: bool) -> list[Any]:
             found = list_runs(self.runs)
@@ -153,11 +156,11 @@ class App:
             most = len(at.grids)
             slider = gr.update(minimum=1, maximum=max(2, most), value=most, visible=most > 1)
             drawn = draw_curves(self.runs / name, self.shelf.new())
-            return [gr.update(choices=found, value=name), text, drawn, slider, at.grids[-1] if most else None, at.recipe, state]
+            return [gr.update(choices=found, value=name), text, drawn, slider, labelled(at.grids[-1:]), at.recipe, state]
 
         def choose(name: str, number: float) -> Any:
             grids = look_at(self.runs / name).grids if name in list_runs(self.runs) else ()
-            return grids[min(len(grids), int(number)) - 1] if grids else None
+            return labelled(grids[: max(1, int(number))][-1:])
 
         outputs = [run, about, curves, step, grid, recipe, seen]
         gr.Timer(REFRESH).tick(functools.partial(look, anew=False), [run, seen], outputs, show_progress="hidden", **LOOKING)

@@ -14,6 +14,7 @@ from pathlib import Path
 import forks
 import pytest
 import torch
+from PIL import Image
 from test_two_processes import HERE, environment
 from toys import toy_job, toy_losses, toy_validation
 
@@ -22,6 +23,7 @@ from sslsr_diffusion.training import outputs
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
 from sslsr_diffusion.training.job import CheckpointWritten, Event, Finished, StepDone, Validated
 from sslsr_diffusion.training.loop import train_job
+from sslsr_diffusion.training.reporting import plot_losses
 from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 from sslsr_diffusion.training.state import AutoWeight
@@ -50,8 +52,6 @@ def test_a_run_folder_explains_itself(tmp_path):
     bicubic = looks[0]["validation_bicubic/mse"]
     assert f"step 0: validation before training  mse {first:.4g} (bicubic {bicubic:.4g})\n" in log
     assert f"step 20: validation  mse {last:.4g} (bicubic {bicubic:.4g}, before training {first:.4g})\n" in log
-    from PIL import Image
-
     with Image.open(tmp_path / "run/pictures/step-000020.png") as grid:
         assert grid.size[0] > 3 * 32
     assert read_checkpoint(tmp_path / "run/best").state["progress"]["best"] == pytest.approx(0.01, rel=0.3)
@@ -285,6 +285,23 @@ def test_whoever_started_the_run_hears_of_it(tmp_path):
     assert [event.best for event in others if isinstance(event, Validated)] == [True, False, False]  # the same number is not a better one
     assert others[0].values["mse"] == result.best
     assert (others[-1].stopped, others[-1].result) == (None, tmp_path / "run/pipeline")
+
+
+def test_curves_have_each_label_once_and_no_ground_of_their_own(tmp_path, monkeypatch):
+    """Of values within a decade, of several, and of some that a logarithm does not know."""
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    series = {"near": [0.31, 0.34, 0.33], "far": [3e-5, 0.09, 0.5], "decade": [0.9, 1.2, 0.09], "zero": [0.0, 0.2, 0.1]}
+    plot_losses(
+        [{"step": k + 1, **{f"loss/{name}": values[k] for name, values in series.items()}} for k in range(3)], tmp_path / "loss.png"
+    )
+    figures[0].canvas.draw()
+    for axis in figures[0].axes:
+        labels = [label.get_text() for label in axis.get_yticklabels(which="both") if label.get_text()]
+        assert 2 <= len(labels) == len(set(labels)), labels
+    assert [axis.get_yscale() for axis in figures[0].axes] == ["linear", "log", "log", "linear"]
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.getpixel((0, 0))[3] == 0  # what is behind it shows
 
 
 def test_what_a_listener_raises_comes_out(tmp_path):

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 _BAR = 18  # pixels of caption above each picture
 _GAP = 4
+_INK = "#808080"  # of the curves' axes and words
+_LOOK: dict[str, Any] = {f"{part}color": _INK for part in ("text.", "axes.label", "axes.edge", "xtick.", "ytick.")}
+_LOOK |= {"savefig.transparent": True, "legend.framealpha": 0.0}
 _NO_NUMBER = (1.0, 0.0, 1.0)  # the colour of pixels that are none
 
 
@@ -178,7 +181,7 @@ def _with_numbers(picture: Tensor) -> Tensor:
 
 
 def plot_losses(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One panel per raw loss term and validation metric over the optimizer steps."""
+    """One panel per raw loss term and validation metric over the optimizer steps, to be read on white and on black."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -194,19 +197,20 @@ def plot_losses(history: Sequence[Mapping[str, Any]], path: Path) -> None:
                 values.append(float(value))
     if not series:
         return
-    figure, axes = plt.subplots(len(series), 1, figsize=(8, 2.2 * len(series)), sharex=True, squeeze=False)
-    for axis, (key, (steps, values)) in zip(axes[:, 0], series.items()):
-        axis.plot(steps, values, linewidth=1, marker="." if len(steps) < 60 else None)
-        if steps[0] == 0:  # a validation metric's
-            axis.axhline(values[0], linewidth=1, linestyle="--", color="gray", label="before training")
-            axis.legend(fontsize=7)
-        axis.set_ylabel(key.split("/", 1)[1], fontsize=8)
-        axis.grid(alpha=0.3)
-        if key.startswith("loss/") and min(values) > 0:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(LogFormatter())
-            axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
-    axes[-1, 0].set_xlabel("optimizer step")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with matplotlib.rc_context(_LOOK):
+        figure, axes = plt.subplots(len(series), 1, figsize=(8, 2.2 * len(series)), sharex=True, squeeze=False)
+        for axis, (key, (steps, values)) in zip(axes[:, 0], series.items()):
+            axis.plot(steps, values, linewidth=1, marker="." if len(steps) < 60 else None)
+            if steps[0] == 0:  # a validation metric's
+                axis.axhline(values[0], linewidth=1, linestyle="--", color=_INK, label="before training")
+                axis.legend(fontsize=7)
+            axis.set_ylabel(key.split("/", 1)[1], fontsize=8)
+            axis.grid(alpha=0.3)
+            if key.startswith("loss/") and max(values) >= 10 * min(values) > 0:  # of less than a decade the labels would repeat
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(LogFormatter())
+                axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
+        axes[-1, 0].set_xlabel("optimizer step")
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+        plt.close(figure)

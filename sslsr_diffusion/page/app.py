@@ -51,6 +51,7 @@ class App:
 
             def leave(request: gr.Request) -> None:
                 self.bench.stop(request.session_hash)
+                self.bench.withdraw(str(request.session_hash))
 
             blocks.unload(leave)
         blocks.queue(default_concurrency_limit=1)
@@ -93,16 +94,23 @@ class App:
             first = names[0][1] if names else None
             shown = gr.update(choices=names, value=first, visible=len(names) > 1)
             paths = [str(path) for each in done for path in each.results.values()]
-            text = "\n".join(f"- {printable(line)}" for each in done for line in each.said)
+            text = "\n".join(f"- {printable(line)}" for each in done for line in each.said) or "Withdrawn before it began."
             return [text, shown, self.compare(done, first), gr.update(value=paths, visible=bool(paths)), done]
 
         given = {pictures, folder, models, scale, seed, *options.values()}
 
+        def wait(request: gr.Request) -> None:
+            self.bench.wait(str(request.session_hash))
+
         def halt(request: gr.Request) -> None:
-            if not self.bench.stop(request.session_hash):
-                gr.Info("No job of yours is running.")
+            session = str(request.session_hash)
+            if self.bench.stop(session):
+                return
+            withdrawn = self.bench.withdraw(session)
+            gr.Info("Your job is withdrawn: it ends when its turn comes." if withdrawn else "No job of yours is running.")
 
         gr.on(None, lambda: gr.update(choices=self.listed()), None, models, show_progress="hidden")  # when the page is loaded
+        start.click(wait, queue=False, show_progress="hidden")
         start.click(self.told(upscale), given, [said, picture, view, results, made], show_progress_on=[said], **ONE)
         stop.click(halt, concurrency_limit=None, show_progress="hidden")
         picture.input(self.compare, [made, picture], view, **ONE)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.hub import WEIGHTS
+from sslsr_diffusion.images import MAX_PIXELS, size_of
 from sslsr_diffusion.inference.open import RESULT, FoundModel, find_model, open_model
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.inference.runner import RunnerOptions, Work, find_work, run_work
@@ -39,6 +40,8 @@ class Bench:
     _open: tuple[FoundModel, Restorer] | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
     _owner: str | None = None  # session whose job runs
+    _waiting: set[str] = field(default_factory=set)  # sessions that asked for a job whose turn has not come
+    _withdrawn: set[str] = field(default_factory=set)  # those of them that want it no more
 
     def open(self, model: str) -> tuple[FoundModel, Restorer]:
         """A model, which takes the place of the one that was open before. Raises UserError."""
@@ -55,6 +58,18 @@ class Bench:
         self._stop.set()
         return True
 
+    def wait(self, owner: str) -> None:
+        """A session asks for a job, whose turn comes later: until then it can be withdrawn."""
+        self._waiting.add(owner)
+        self._withdrawn.discard(owner)
+
+    def withdraw(self, owner: str) -> bool:
+        """A session wants its waiting job no more; False where none waits."""
+        if owner not in self._waiting:
+            return False
+        self._withdrawn.add(owner)
+        return True
+
     def upscale(
         self,
         pictures: Sequence[Path],
@@ -67,9 +82,14 @@ class Bench:
     ) -> list[Made]:
         """Every picture by every model, into a new folder per model below `folder`; what a model lacks among the options is not asked.
 
-        A job that is stopped gives what was done by then; of several models, one that cannot be used does not stop the others.
+        A job that is stopped gives what was done by then, nothing where it was withdrawn; of several models, one that cannot be used does
+        not stop the others.
         Raises UserError, MissingDependency: the only model or an option cannot be used.
         """
+        self._waiting.discard(owner)
+        if owner in self._withdrawn:
+            self._withdrawn.discard(owner)
+            return []
         if not pictures:
             raise UserError("pictures: expected at least one, got none; drop some into the field.")
         if not models:
@@ -87,6 +107,7 @@ class Bench:
                     if STEP_END in restorer.options:
                         call[STEP_END] = bar.step
                     work = find_work(pictures, folder / f"{number + 1}", replace(options, call=call, model=found.fingerprint))
+                    bar.large = _large(work, restorer.scale)
                     run_work(restorer, work, progress=bar.picture)
                 except Stopped:
                     made.append(_made(model, work, label, stopped=True))
@@ -118,6 +139,7 @@ class Bench:
         finally:
             hook.remove()
             self._owner = None
+            self._waiting.discard(owner)  # of a click that came while it ran
 
 
 @dataclass
@@ -130,6 +152,7 @@ class _Bar:
     models: int
     done: int = 0
     total: int = 1
+    large: Mapping[str, str] = field(default_factory=dict)  # name of a picture that takes long -> what to say about it
 
     def share(self, pictures: float) -> float:
         return (self.number + pictures / max(1, self.total)) / self.models
@@ -137,12 +160,23 @@ class _Bar:
     def picture(self, done: int, total: int, name: str) -> None:
         self.done, self.total = done, total
         if name:
-            self.progress(self.share(done), f"{self.model}: {name}, {done + 1} of {total}")
+            self.progress(self.share(done), f"{self.model}: {name}, {done + 1} of {total}{self.large.get(name, '')}")
 
     def step(self, *told: Any) -> None:
         """(step, timestep, tensors); pipelines tell themselves first."""
         number, _, _ = told[-3:]
         self.progress(self.share(self.done), f"{self.model}: picture {self.done + 1} of {self.total}, step {number + 1}")
+
+
+def _large(work: Work, scale: float) -> dict[str, str]:
+    """Of results that are too large to be shown: how large, before they are begun."""
+    found = {}
+    for item in work.todo:
+        width, height = size_of(item.source) or (0, 0)
+        pixels = width * height * work.options.scale_of((height, width), scale) ** 2 if width else 0
+        if pixels > MAX_PIXELS:
+            found[item.name] = f"; its result has {pixels / 1e6:.0f} megapixels, which takes long and is not shown, only given to download"
+    return found
 
 
 def _made(model: str, work: Work | None, label: str, stopped: bool = False) -> Made:

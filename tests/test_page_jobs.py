@@ -95,6 +95,17 @@ def test_a_result_of_many_pixels_is_told_before_it_is_made(models, tmp_path, mon
     assert f"{models[0]}: b.png, 2 of 2" in said
 
 
+def test_a_job_tells_of_tiles_within_a_picture(models, tmp_path):
+    said: list[tuple[float, str]] = []
+    source = write(tmp_path / "a.png", picture(1))
+    bench, options = Bench({"device": "cpu"}), RunnerOptions(2.0, 0, {"tile": 32})
+    bench.upscale([source], models[:1], Shelf(tmp_path).new(), options, progress=lambda *now: said.append(now))
+    tiles = [(share, text) for share, text in said if text.startswith(f"{models[0]}: picture 1 of 1, tile ")]
+    assert len(tiles) > 4
+    assert [share for share, _ in tiles] == pytest.approx([number / len(tiles) for number in range(len(tiles))])
+    assert tiles[1][1].endswith(f"tile 2 of {len(tiles)}")
+
+
 def test_a_model_in_the_name_of_a_file():
     names = ("runs/mine/pipeline", "runs/mine", "nets/RealESRGAN_x4.pth", "someone/net#a/b.safetensors", " small-v3", "odd:näme", "/")
     assert [label_of(name) for name in names] == ["mine", "mine", "RealESRGAN_x4", "b", "small-v3", "odd-n-me", "model"]

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,11 +12,9 @@ from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.hub import WEIGHTS
 from sslsr_diffusion.images import MAX_PIXELS, size_of
 from sslsr_diffusion.inference.open import RESULT, FoundModel, find_model, open_model
+from sslsr_diffusion.inference.progress import Told, listening
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.inference.runner import RunnerOptions, Work, find_work, run_work
-
-STEP_END = "callback_on_step_end"  # the option of restorers that sample in steps
-Said = Callable[[float, str], object]  # share of the work that is done, and what is being done
 
 
 class Stopped(BaseException):
@@ -78,7 +76,7 @@ class Bench:
         options: RunnerOptions,
         *,
         owner: str = "",
-        progress: Said = lambda share, text: None,
+        progress: Told = lambda share, text: None,
     ) -> list[Made]:
         """Every picture by every model, into a new folder per model below `folder`; what a model lacks among the options is not asked.
 
@@ -104,11 +102,10 @@ class Bench:
                 try:
                     found, restorer = self.open(model)
                     call = {name: value for name, value in options.call.items() if name in restorer.options}
-                    if STEP_END in restorer.options:
-                        call[STEP_END] = bar.step
                     work = find_work(pictures, folder / f"{number + 1}", replace(options, call=call, model=found.fingerprint))
                     bar.large = _large(work, restorer.scale)
-                    run_work(restorer, work, progress=bar.picture)
+                    with listening(bar.within):
+                        run_work(restorer, work, progress=bar.picture)
                 except Stopped:
                     made.append(_made(model, work, label, stopped=True))
                     break
@@ -144,9 +141,9 @@ class Bench:
 
 @dataclass
 class _Bar:
-    """How far one of several models is, told after each picture and each sampling step."""
+    """How far one of several models is, told before each picture and each part of one."""
 
-    progress: Said
+    progress: Told
     model: str
     number: int
     models: int
@@ -162,10 +159,8 @@ class _Bar:
         if name:
             self.progress(self.share(done), f"{self.model}: {name}, {done + 1} of {total}{self.large.get(name, '')}")
 
-    def step(self, *told: Any) -> None:
-        """(step, timestep, tensors); pipelines tell themselves first."""
-        number, _, _ = told[-3:]
-        self.progress(self.share(self.done), f"{self.model}: picture {self.done + 1} of {self.total}, step {number + 1}")
+    def within(self, share: float, text: str) -> None:
+        self.progress(self.share(self.done + share), f"{self.model}: picture {self.done + 1} of {self.total}, {text}")
 
 
 def _large(work: Work, scale: float) -> dict[str, str]:

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from tiny_runs import tiny
 from toys import assert_same_checkpoint, toy_job, toy_networks, toy_validation, wave_photos
 
+from sslsr_diffusion.cli import train as train_command
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.runs import start
 from sslsr_diffusion.runs.check import run_checks
 from sslsr_diffusion.training.checkpoints import read_checkpoint
-from sslsr_diffusion.training.job import Event, Job, Validated
+from sslsr_diffusion.training.job import Event, Job, TrainResult, Validated
 from sslsr_diffusion.training.looks import Looks
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.run_folder import RunFolder
@@ -80,11 +81,8 @@ def test_a_verdict_says_against_what():
 
 def patient(run: Path, gain: float = 0.5, **training: object) -> Job:
     """Better until the weights are `gain` away from where they began; looks at steps 5, 10, ..., checkpoints at 10, 20, ..."""
-    return replace(
-        toy_job(run, steps=60, gain=gain, schedule={"kind": "cosine"}, **training),
-        validation=toy_validation(every=5, count=5, patience=2),
-        recipe={"validation": {"patience": 2}},
-    )
+    job = toy_job(run, steps=60, gain=gain, schedule={"kind": "cosine"}, **training)
+    return replace(job, validation=toy_validation(every=5, count=5, patience=2))
 
 
 class Killed(Exception):
@@ -129,6 +127,16 @@ def test_a_run_ends_by_its_patience_and_a_killed_one_at_the_same_step(tmp_path):
     assert job.validation is not None
     more = replace(job, validation=replace(job.validation, settings=job.validation.settings.model_copy(update={"patience": 3})))
     assert train_job(more, resume="latest").step == result.step + 5
+
+
+def test_the_command_says_why_a_run_ended(capsys):
+    said = "psnr has not improved"
+    for stopped, pipeline in ((said, Path("runs/x/pipeline")), ("SIGTERM received", None), (None, Path("runs/x/pipeline"))):
+        train_command._say(TrainResult(Path("runs/x"), 1200, stopped, 25.0, pipeline, []))
+    patient, asked, done = capsys.readouterr().out.splitlines()
+    assert patient.startswith(f"Stopped at step 1200: {said}. Pipeline: runs/x/pipeline ")
+    assert asked == "Stopped at step 1200 (SIGTERM received). Go on with: --resume latest"
+    assert done.startswith("Done: 1200 steps. Pipeline: runs/x/pipeline ")
 
 
 def test_patience_leaves_the_steps_before_its_end_alone(tmp_path):
@@ -180,11 +188,14 @@ def test_a_look_that_a_stop_cut_off_is_made_up_for(tmp_path):
 
 def test_other_pictures_begin_another_record(tmp_path, caplog):
     """A size or number that changes at a resume: row 0 is of other pictures, so nothing is compared with it."""
-    first = replace(toy_job(tmp_path / "run", gain=9), validation=toy_validation(count=5), recipe={"validation": {"limit": 5}})
-    train_job(replace(first, training=first.training.model_copy(update={"steps": 10})))
+
+    def run(count: int, steps: int) -> Job:
+        job = toy_job(tmp_path / "run", gain=9, steps=steps)
+        return replace(job, validation=toy_validation(count=count), recipe={**job.recipe, "validation": {"limit": count}})
+
+    train_job(run(5, 10))
     assert read_checkpoint(tmp_path / "run/checkpoint-10").state["progress"]["looks"]["base"].keys() == {"mse"}
-    more = replace(toy_job(tmp_path / "run", gain=9), validation=toy_validation(count=6), recipe={"validation": {"limit": 6}})
-    train_job(replace(more, checkpoints=more.checkpoints.model_copy(update={"every": 5})), resume="latest")
+    train_job(run(6, 20), resume="latest")
     assert read_checkpoint(tmp_path / "run/checkpoint-20").state["progress"]["looks"]["base"] == {}
     assert "what it started from" not in caplog.text
 

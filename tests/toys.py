@@ -195,7 +195,7 @@ def toy_job(
         {"steps": 20, "batch_size": 2, "crop_size": SIZE, "log_every": 5, "optimizer": {"lr": 1e-2}, **training}
     )
     task = toy_task(dropout, decode_crop=decode_crop)
-    weight = task.networks.denoiser.trained.weight
+    weight = dict(task.module.named_parameters())["trained.weight"]
     start = weight.detach().clone()
     task.strength = strength or (lambda: 0.1 / (1 + min(gain, float((weight.detach() - start).norm()))))
     return Job(

@@ -143,7 +143,7 @@ class App:
             curves = gr.Image(show_label=False, interactive=False, buttons=BUTTONS)
             with gr.Column():
                 step = gr.Slider(0, 1, 1, step=1, label="Validation", interactive=True, visible=False)
-                grid = gr.Image(interactive=False, buttons=BUTTONS)
+                grid = gr.Image(label="Validation", interactive=False, buttons=BUTTONS)
         with gr.Accordion("Recipe", open=False):
             recipe = gr.Code(language="yaml", interactive=False)
         seen = gr.State()

@@ -130,7 +130,7 @@ def test_the_report_says_what_it_is_compared_with_and_shows_the_spectrum(tmp_pat
 
 
 def guarded(tmp_path: Path, values: list[float], refuse: dict[str, float], pipeline: str = "best"):
-    """A run that looks three times, at means of a metric `odd` that stand in `values`, with mse falling all the while."""
+    """A run that looks four times, at means of a metric `odd` that stand in `values`, with mse falling all the while."""
     state = {"pass": 0}
 
     def odd(restored: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
@@ -152,7 +152,7 @@ def guarded(tmp_path: Path, values: list[float], refuse: dict[str, float], pipel
 
 def test_refused_weights_never_become_the_best(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "sslsr_diffusion"):
-        result = guarded(tmp_path, [1.0, 5.2, 4.0], {"odd": 4})
+        result = guarded(tmp_path, [1.0, 1.0, 5.2, 4.0], {"odd": 4})
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").open()]
     errors = {row["step"]: row["validation/mse"] for row in rows if "validation/mse" in row}
     assert errors[15] < errors[10] < errors[5]
@@ -163,7 +163,7 @@ def test_refused_weights_never_become_the_best(tmp_path, caplog):
 
 
 def test_where_all_are_refused_the_last_ones_are_said_to_be_the_result(tmp_path, caplog):
-    result = guarded(tmp_path, [5.0, 6.0, float("nan")], {"odd": 4})
+    result = guarded(tmp_path, [5.0, 5.0, 6.0, float("nan")], {"odd": 4})
     assert result.best is None
     assert not (tmp_path / "run/best").exists()
     assert "odd is nan, validation.refuse allows at most 4" in caplog.text

@@ -51,7 +51,7 @@ def test_a_full_disk_spares_the_earlier_checkpoint(tmp_path, small_disk, policy,
 
     def crowded(run: Path):
         job = replace(
-            toy_job(run, steps=30, log_every=1),
+            toy_job(run, steps=30, log_every=1, gain=9),
             checkpoints=CheckpointSettings(every=10, keep=1, on_failure=policy),
             validation=toy_validation(every=15),
         )
@@ -74,7 +74,7 @@ def test_a_full_disk_spares_the_earlier_checkpoint(tmp_path, small_disk, policy,
 
         return replace(job, open_data=open_data)
 
-    train_job(replace(toy_job(tmp_path / "whole", steps=30, log_every=1), validation=toy_validation(every=15)))
+    train_job(replace(toy_job(tmp_path / "whole", steps=30, log_every=1, gain=9), validation=toy_validation(every=15)))
     run = small_disk / "run"
     with caplog.at_level(logging.WARNING, "sslsr_diffusion"):
         if policy == "stop":

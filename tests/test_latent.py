@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from test_pipeline import photo, seeded
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.latent import LatentOutput, LatentRestorer
 from sslsr_diffusion.inference.open import find_model, open_model, restorer_of
+from sslsr_diffusion.inference.progress import listening
 from sslsr_diffusion.models import FAMILIES
 from sslsr_diffusion.models.process import Flow
 
@@ -85,9 +87,18 @@ def test_tiles_and_budgets_of_another_family(model):
     restorer = opened(model, memory_budget=10**9, tile=32)
     assert restorer.defaults["memory_budget"] == 10**9
     assert "memory_budget" not in restorer.kept_defaults
-    out = restorer(photo(40, 30), tile=32, output_type="pt")
+    heard: list[tuple[float, str]] = []
+    with listening(lambda *told: heard.append(told)):
+        out = restorer(photo(40, 30), tile=32, output_type="pt")
+    shares = [share for share, _ in heard]
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] <= 1 / 3 < shares[-1] < 1
+    assert any(re.fullmatch(r"step 2 of 2, (batch of tiles|tile) 2 of \d+", text) for _, text in heard), heard
+    told = len(heard)
     assert out.images.shape == (1, 3, 80, 60)
     assert out.plans[0].tile == 32
+    made(restorer)
+    assert len(heard) == told  # nobody listens any more
     with pytest.raises(UserError, match="tile: expected a multiple of 8"):
         restorer.check(tile=20)
     with pytest.raises(UserError, match="memory_budget: 1 MB is too little for this model"):

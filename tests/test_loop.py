@@ -14,6 +14,7 @@ from pathlib import Path
 import forks
 import pytest
 import torch
+from PIL import Image
 from test_two_processes import HERE, environment
 from toys import toy_job, toy_losses, toy_validation
 
@@ -22,6 +23,7 @@ from sslsr_diffusion.training import outputs
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
 from sslsr_diffusion.training.job import CheckpointWritten, Event, Finished, StepDone, Validated
 from sslsr_diffusion.training.loop import train_job
+from sslsr_diffusion.training.reporting import plot_losses
 from sslsr_diffusion.training.session import Session
 from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 from sslsr_diffusion.training.state import AutoWeight
@@ -42,11 +44,14 @@ def test_a_run_folder_explains_itself(tmp_path):
     logged = [row for row in rows if "loss/diffusion" in row]
     assert [row["step"] for row in logged] == [5, 10, 15, 20]
     assert {"loss/self_similarity/kl", "train/lr", "train/seconds_per_step", "train/mask_density"} <= logged[0].keys()
-    assert [row["step"] for row in rows if "validation/mse" in row] == [10, 20]
-    best = rows[-1]["validation/mse"]
-    assert f"validation  mse {best:.4g} (bicubic " in (tmp_path / "run/log.txt").read_text()
-    from PIL import Image
-
+    looks = {row["step"]: row for row in rows if "validation/mse" in row}
+    assert list(looks) == [0, 10, 20]
+    first, last = (looks[step]["validation/mse"] for step in (0, 20))
+    assert sum(looks[20]["validation_pictures"]) / 3 == pytest.approx(last)
+    log = (tmp_path / "run/log.txt").read_text()
+    bicubic = looks[0]["validation_bicubic/mse"]
+    assert f"step 0: validation before training  mse {first:.4g} (bicubic {bicubic:.4g})\n" in log
+    assert f"step 20: validation  mse {last:.4g} (bicubic {bicubic:.4g}, before training {first:.4g})\n" in log
     with Image.open(tmp_path / "run/pictures/step-000020.png") as grid:
         assert grid.size[0] > 3 * 32
     assert read_checkpoint(tmp_path / "run/best").state["progress"]["best"] == pytest.approx(0.01, rel=0.3)
@@ -215,7 +220,8 @@ def test_best_and_end_are_published_and_every_checkpoint_tries_again(tmp_path):
     recorder = Recorder()
     output = OutputSettings(dir=str(tmp_path / "run"), trackers=(), push_to_hub=True, hub_id="a/b", push_state=True)
     card = lambda metrics, pictures: {"README.md": f"{metrics['validation/mse']}".encode(), **{p.name: p for p in pictures}}  # noqa: E731
-    train_job(replace(toy_job(tmp_path / "run"), validation=toy_validation(), output=output, publisher=recorder, card=card))
+    job = toy_job(tmp_path / "run", gain=0.1)  # better than before training, then no more
+    train_job(replace(job, validation=toy_validation(), output=output, publisher=recorder, card=card))
     files = "['README.md', 'step-0000{}.png']"
     assert recorder.calls == [
         "checkpoint checkpoint-10",
@@ -232,12 +238,13 @@ def test_the_card_of_the_best_weights_shows_their_numbers_and_pictures(tmp_path)
     output = OutputSettings(dir=str(tmp_path / "run"), trackers=(), push_to_hub=True, hub_id="a/b", pipeline="best")
 
     def card(metrics, pictures):
-        shown.append((metrics["step"], [p.name for p in pictures]))
+        shown.append((metrics["step"], [p.name for p in pictures], metrics["validation_base/mse"] > metrics["validation/mse"]))
         return {}
 
-    train_job(replace(toy_job(tmp_path / "run"), validation=toy_validation(), output=output, publisher=recorder, card=card))
+    job = toy_job(tmp_path / "run", gain=0.1)
+    train_job(replace(job, validation=toy_validation(), output=output, publisher=recorder, card=card))
     assert recorder.calls[-2] == "publish Step 10 []"
-    assert shown[-1] == (10, ["step-000010.png"])
+    assert shown[-1] == (10, ["step-000010.png"], True)
 
 
 def test_divided_weights_are_not_validated_and_the_run_says_so(tmp_path, monkeypatch, caplog):
@@ -267,16 +274,34 @@ def test_whoever_started_the_run_hears_of_it(tmp_path):
     assert {event.total for event in heard} == {20}
     others = [event for event in heard if not isinstance(event, StepDone)]
     assert [(type(event), event.step) for event in others] == [
+        (Validated, 0),
         (CheckpointWritten, 10),
         (Validated, 10),
         (CheckpointWritten, 20),
         (Validated, 20),
         (Finished, 20),
     ]
-    assert others[2].folder == tmp_path / "run/checkpoint-20"
-    assert [event.best for event in others if isinstance(event, Validated)] == [True, False]  # the same number is not a better one
-    assert others[1].values["mse"] == result.best
+    assert others[3].folder == tmp_path / "run/checkpoint-20"
+    assert [event.best for event in others if isinstance(event, Validated)] == [True, False, False]  # the same number is not a better one
+    assert others[0].values["mse"] == result.best
     assert (others[-1].stopped, others[-1].result) == (None, tmp_path / "run/pipeline")
+
+
+def test_curves_have_each_label_once_and_no_ground_of_their_own(tmp_path, monkeypatch):
+    """Of values within a decade, of several, and of some that a logarithm does not know."""
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    series = {"near": [0.31, 0.34, 0.33], "far": [3e-5, 0.09, 0.5], "decade": [0.9, 1.2, 0.09], "zero": [0.0, 0.2, 0.1]}
+    plot_losses(
+        [{"step": k + 1, **{f"loss/{name}": values[k] for name, values in series.items()}} for k in range(3)], tmp_path / "loss.png"
+    )
+    figures[0].canvas.draw()
+    for axis in figures[0].axes:
+        labels = [label.get_text() for label in axis.get_yticklabels(which="both") if label.get_text()]
+        assert 2 <= len(labels) == len(set(labels)), labels
+    assert [axis.get_yscale() for axis in figures[0].axes] == ["linear", "log", "log", "linear"]
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.getpixel((0, 0))[3] == 0  # what is behind it shows
 
 
 def test_what_a_listener_raises_comes_out(tmp_path):

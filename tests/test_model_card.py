@@ -108,6 +108,15 @@ def test_the_table_shows_bicubic_beside_the_model():
     assert "## Metrics" not in card(metrics={})
 
 
+@pytest.mark.parametrize(("before", "said"), [(25.5, True), (25.2, True), (24.9, False)])
+def test_the_table_shows_what_the_training_began_with(before, said):
+    metrics = {"validation/psnr": 25.2, "validation_base/psnr": before, "validation_bicubic/psnr": 24.0}
+    text = card(metrics=metrics, recipe={**RECIPE, "validation": {"best": "psnr"}})
+    assert re.search(rf"\| bicubic .*\n\| before training \| \**{before}00\** \|\n\| this model \|", text)
+    assert ("\n\nBy PSNR (dB), which chose the weights, this model is no better than what its training started from.\n\n" in text) == said
+    assert "no better" not in card(metrics=metrics)  # what chose them is not known
+
+
 def test_nothing_of_the_machine_gets_in():
     for text in (card(), card(base="/home/margaret/models/sd21"), card(base=None, metrics=None, pictures=())):
         for private in ("margaret", "/home", "/mnt", "C:\\", "~/", "hf_abc", "password", "workstation-7", "file:"):

@@ -27,7 +27,7 @@ from sslsr_diffusion.models import FAMILIES
 from sslsr_diffusion.page import explorer
 from sslsr_diffusion.page.bench import Bench
 from sslsr_diffusion.page.controls import CONTROLS, call_of, scale_of
-from sslsr_diffusion.page.runs import draw_curves, list_runs, look_at
+from sslsr_diffusion.page.runs import draw_curves, list_runs, look_at, name_of
 from sslsr_diffusion.page.server import Guard, serve
 from sslsr_diffusion.page.shelf import Shelf
 
@@ -164,6 +164,13 @@ def test_a_run_is_seen_while_it_is_written(tmp_path):
     assert seen.about.startswith("step 3, written ")
     assert "loss/pixel_l1 0.3333, validation/psnr 23" in seen.about
     assert (len(seen.grids), seen.recipe) == (3, "seed: 3\n")
+    assert [name_of(grid) for grid in seen.grids] == ["step 1", "step 2", "step 3"]
+    history = tmp_path / "runs" / "mine" / "history.jsonl"
+    history.write_text(json.dumps({"step": 0, "validation/psnr": 19.5, "validation_pictures": [19.5]}) + "\n" + history.read_text())
+    write(tmp_path / "runs" / "mine" / "pictures" / "step-000000.png", picture(0))
+    seen = look_at(tmp_path / "runs" / "mine")
+    assert "validation/psnr 23 (19.5 before training)" in seen.about
+    assert name_of(seen.grids[0]) == "step 0: before training"
     curves = draw_curves(tmp_path / "runs" / "mine", tmp_path)
     assert curves is not None
     assert Image.open(curves).size[0] > 500
@@ -316,10 +323,14 @@ def test_a_job_is_stopped_and_others_wait_for_it(toys, address, browser):
         second.get_by_role("button", name="Upscale").click()
         second.get_by_text("queue:").wait_for()
         second.get_by_role("button", name="Stop").click()
-        second.get_by_text("No job of yours is running").wait_for()
+        second.get_by_text("Your job is withdrawn: it ends when its turn comes").wait_for()
         assert "a.png, 1 of 1" in first.locator("#said").inner_text()
         first.get_by_role("button", name="Stop").click()
         first.get_by_text("0 of 1 done, stopped").wait_for()
+        second.get_by_text("Withdrawn before it began").wait_for()
+        second.get_by_role("button", name="Stop").click()
+        second.get_by_text("No job of yours is running").wait_for()
+        second.get_by_role("button", name="Upscale").click()
         second.get_by_text("1 of 1 done").wait_for()
         first.get_by_role("button", name="Upscale").click()
         first.get_by_text("a.png, 1 of 1").wait_for()

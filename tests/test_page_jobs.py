@@ -64,6 +64,48 @@ def test_a_model_that_cannot_be_opened_does_not_stop_the_others(models, tmp_path
     assert one.results[source].name == "a_one.toy.png"
 
 
+def test_a_job_is_withdrawn_while_it_waits(models, tmp_path):
+    bench, source = Bench({"device": "cpu"}), write(tmp_path / "a.png", picture(1))
+
+    def turn(owner):
+        return bench.upscale([source], models[:1], Shelf(tmp_path).new(), RunnerOptions(2.0), owner=owner)
+
+    assert not bench.withdraw("me")  # nothing waits
+    bench.wait("me")
+    assert not bench.withdraw("another")
+    assert not bench.stop("me")
+    assert bench.withdraw("me")
+    assert turn("another")[0].results
+    assert turn("me") == []
+    bench.wait("me")
+    bench.withdraw("me")
+    bench.wait("me")  # wanted after all
+    assert turn("me")[0].results
+    assert not bench.withdraw("me")
+
+
+def test_a_result_of_many_pixels_is_told_before_it_is_made(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_PIXELS", 80 * 96 - 1)
+    said: list[str] = []
+    files = [write(tmp_path / "a.png", picture(1)), write(tmp_path / "b.png", picture(1)[:, :-2])]
+    bench = Bench({"device": "cpu"})
+    bench.upscale(files, models[:1], Shelf(tmp_path).new(), RunnerOptions(2.0), progress=lambda share, text: said.append(text))
+    large = "a.png, 1 of 2; its result has 0 megapixels, which takes long and is not shown, only given to download"
+    assert f"{models[0]}: {large}" in said
+    assert f"{models[0]}: b.png, 2 of 2" in said
+
+
+def test_a_job_tells_of_tiles_within_a_picture(models, tmp_path):
+    said: list[tuple[float, str]] = []
+    source = write(tmp_path / "a.png", picture(1))
+    bench, options = Bench({"device": "cpu"}), RunnerOptions(2.0, 0, {"tile": 32})
+    bench.upscale([source], models[:1], Shelf(tmp_path).new(), options, progress=lambda *now: said.append(now))
+    tiles = [(share, text) for share, text in said if text.startswith(f"{models[0]}: picture 1 of 1, tile ")]
+    assert len(tiles) > 4
+    assert [share for share, _ in tiles] == pytest.approx([number / len(tiles) for number in range(len(tiles))])
+    assert tiles[1][1].endswith(f"tile 2 of {len(tiles)}")
+
+
 def test_a_model_in_the_name_of_a_file():
     names = ("runs/mine/pipeline", "runs/mine", "nets/RealESRGAN_x4.pth", "someone/net#a/b.safetensors", " small-v3", "odd:näme", "/")
     assert [label_of(name) for name in names] == ["mine", "mine", "RealESRGAN_x4", "b", "small-v3", "odd-n-me", "model"]

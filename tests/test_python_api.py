@@ -38,14 +38,16 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainRe
 def test_train_says_what_it_did(run: tuple[TrainResult, list[Event]]) -> None:
     result, events = run
     assert result == TrainResult(result.run, 2, None, result.best, result.run / "pipeline", [])
-    assert result.best is not None
-    assert [type(event) for event in events] == [StepDone, StepDone, CheckpointWritten, Validated, Finished]
-    assert [event.step for event in events] == [1, 2, 2, 2, 2]
-    first, _, written, validated, finished = events
+    assert [type(event) for event in events] == [Validated, StepDone, StepDone, CheckpointWritten, Validated, Finished]
+    assert [event.step for event in events] == [0, 1, 2, 2, 2, 2]
+    base, first, _, written, validated, finished = events
     assert {"loss/diffusion", "loss/total", "train/lr"} <= set(first.values)
     assert written.folder == result.run / "checkpoint-2"
-    assert validated.values == {"psnr": result.best}
-    assert (validated.best, validated.bicubic.keys()) == (True, {"psnr"})
+    assert base.best
+    assert result.best == (validated if validated.best else base).values["psnr"]
+    assert validated.best == (validated.values["psnr"] > base.values["psnr"])
+    assert validated.bicubic == base.bicubic
+    assert validated.bicubic.keys() == {"psnr"}
     assert finished == Finished(2, 2, None, result.pipeline)
 
 

@@ -67,7 +67,7 @@ def stop_at_ten(job):
 
 def test_the_best_value_survives_a_resume(tmp_path):
     """Passes after the resume are worse: none takes the best one's place; history and tracker count on."""
-    strengths = iter([0.2] * 3 + [0.1] * 3)
+    strengths = iter([0.4] * 3 + [0.2] * 3 + [0.1] * 3)
     job = toy_job(tmp_path / "run", steps=10, log_every=1, strength=lambda: next(strengths))
     first = replace(job, validation=toy_validation(every=5), checkpoints=CheckpointSettings(every=5))
     tracked = OutputSettings(dir=str(tmp_path / "run"))
@@ -78,6 +78,9 @@ def test_the_best_value_survives_a_resume(tmp_path):
     elsewhere = replace(worse, task=again, output=OutputSettings(dir=str(tmp_path / "elsewhere"), trackers=()))
     result = train_job(elsewhere, resume=str(tmp_path / "run/checkpoint-5"))  # without best/, as from the hub
     assert result.best == pytest.approx(0.04, rel=0.3)
+    base = [RunFolder(tmp_path / name).validations()[0] for name in ("run", "elsewhere")]
+    assert [row["step"] for row in base] == [0, 0]  # measured once, kept in the checkpoint
+    assert base[0]["validation/mse"] == base[1]["validation/mse"] > result.best
     result = train_job(replace(worse, output=tracked), resume=str(tmp_path / "run/checkpoint-5"))
     assert result.best == pytest.approx(0.01, rel=0.3)
     assert read_checkpoint(tmp_path / "run/best").state["progress"] == {"step": 10, "best": result.best}
@@ -136,15 +139,15 @@ def test_what_lies_in_best_is_the_record(tmp_path, monkeypatch, caplog):
 
     def failing(folder, *rest):
         tried.append(folder.name)
-        if folder.name == "best" and tried.count("best") == 1:
+        if folder.name == "best" and tried.count("best") == 2:
             raise OSError(28, "No space left on device")
         real(folder, *rest)
 
     monkeypatch.setattr(outputs, "write_checkpoint", failing)
-    strengths = iter([0.1] * 3 + [0.2] * 3)
+    strengths = iter([0.3] * 3 + [0.1] * 3 + [0.2] * 3)
     job = toy_job(tmp_path / "run", strength=lambda: next(strengths))
     job = replace(job, validation=toy_validation(every=10), recipe={"validation": {"best": "mse"}})
-    assert train_job(job).best == pytest.approx(0.04, rel=0.3)  # the better first one is not there, so it is not claimed
+    assert train_job(job).best == pytest.approx(0.04, rel=0.3)  # the better one of step 10 is not there, so it is not claimed
     assert "could not be kept" in caplog.text
     best, recipe = tmp_path / "run/best", job.recipe
     assert read_checkpoint(best).state["progress"]["step"] == 20

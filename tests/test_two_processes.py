@@ -42,6 +42,19 @@ def test_two_processes_equal_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_all_processes_stop_by_patience_at_the_same_step(tmp_path):
+    """Five pictures over two processes, as good at every look: the second look after the first ends the run, and a resume ends at once."""
+    options = {**LINEAR, "steps": 9, "validation": {"every": 2, "count": 5, "patience": 2}}
+    forks.toy(tmp_path / "one", 1, {**options, "batch_size": 4})
+    for resumed in ([], ["--resume"]):
+        forks.toy(tmp_path / "two", 2, {**options, "batch_size": 2}, *resumed)
+    states = [read_checkpoint(tmp_path / name / "checkpoint-4").state["progress"] for name in ("one", "two")]
+    assert [len(list((tmp_path / name).glob("checkpoint-*"))) for name in ("one", "two")] == [1, 1]
+    assert [state["looks"] for state in states] == [states[0]["looks"]] * 2
+    assert (states[0]["looks"]["newest"], states[0]["looks"]["since"]) == (4, 2)
+
+
+@pytest.mark.slow
 def test_resume_on_another_number_of_processes(tmp_path):
     """Two steps on two processes and one more on one: the global sample index goes on where it was."""
     options = {**LINEAR, "batch_size": 2}

@@ -90,17 +90,18 @@ def test_a_best_that_cannot_be_measured_is_said_and_history_stays_json(tmp_path,
     assert not (tmp_path / "run/best").exists()
     text = (tmp_path / "run/history.jsonl").read_text()
     rows = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in text.splitlines()]
-    assert [row["validation/mse"] for row in rows if "validation/mse" in row] == [None, None]
+    assert [row["validation/mse"] for row in rows if "validation/mse" in row] == [None, None, None]
 
 
 def test_trouble_while_looking_costs_no_training_and_a_resume_looks_first(tmp_path, monkeypatch):
     looking = toy_validation(every=10)
-    job = replace(toy_job(tmp_path / "run"), validation=looking)
-    plain = replace(job, output=job.output.model_copy(update={"dir": str(tmp_path / "plain")}))
-    undisturbed = train_job(plain)
+    job = replace(toy_job(tmp_path / "run", gain=9), validation=looking)
+    undisturbed = train_job(replace(toy_job(tmp_path / "plain", gain=9), validation=looking))
 
-    def broken(*_, **__):
-        raise RuntimeError("the metric's library fell over")
+    def broken(*given, label, **options):
+        if label is None:  # not yet before the first step
+            raise RuntimeError("the metric's library fell over")
+        return validate(*given, label=label, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop_module, "validate", broken)
@@ -117,18 +118,18 @@ def test_trouble_while_looking_costs_no_training_and_a_resume_looks_first(tmp_pa
         for run in ("run", "plain")
     ]
     assert histories[0] == histories[1]
-    assert [step for step, _ in histories[0]] == [10, 20]
+    assert [step for step, _ in histories[0]] == [0, 10, 20]
 
 
 def test_best_weights_that_were_lost_with_the_process_are_found_again(tmp_path, monkeypatch):
     """Killed while best/ is written: the pass is not in the history yet, so it is done again."""
-    job = replace(toy_job(tmp_path / "run"), validation=toy_validation(every=10))
+    job = replace(toy_job(tmp_path / "run", gain=0.1), validation=toy_validation(every=10))
     real = outputs.write_checkpoint
 
-    def killed(folder, *rest):
-        if folder.name == "best":
+    def killed(folder, tensors, state):
+        if folder.name == "best" and state["progress"]["step"]:
             raise RuntimeError("killed")
-        real(folder, *rest)
+        real(folder, tensors, state)
 
     with monkeypatch.context() as patch:
         patch.setattr(outputs, "write_checkpoint", killed)
@@ -137,4 +138,4 @@ def test_best_weights_that_were_lost_with_the_process_are_found_again(tmp_path, 
     train_job(job, resume="latest")
     assert read_checkpoint(tmp_path / "run/best").state["progress"]["step"] == 10
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").open()]
-    assert [row["step"] for row in rows if "validation/mse" in row] == [10, 20]
+    assert [row["step"] for row in rows if "validation/mse" in row] == [0, 10, 20]

@@ -1,4 +1,7 @@
-"""Runs a toy job as a script, for tests that need processes: toy_run.py RUN_FOLDER JSON_OF_TRAINING_SETTINGS [--resume]"""
+"""Runs a toy job as a script, for tests that need processes: toy_run.py RUN_FOLDER JSON_OF_TRAINING_SETTINGS [--resume]
+
+Beside training settings the JSON may hold `max_timestep`, `gan`, `checkpoints`, `decode_crop` and `validation`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from toys import toy_job, toy_losses
+from toys import toy_job, toy_losses, toy_validation
 
 from sslsr_diffusion.losses.gan import GANLoss, GANSettings
 from sslsr_diffusion.training.loop import train_job
@@ -20,8 +23,9 @@ def main() -> None:
     if "gan" in options:
         losses.append(GANLoss(GANSettings(**options.pop("gan"))))
     checkpoints = CheckpointSettings(**options.pop("checkpoints", {"every": 0}))
+    validation = toy_validation(**options.pop("validation")) if "validation" in options else None
     job = toy_job(run, losses=losses, dropout=0, decode_crop=options.pop("decode_crop", None), **options)
-    train_job(replace(job, checkpoints=checkpoints), resume="latest" if "--resume" in sys.argv else None)
+    train_job(replace(job, checkpoints=checkpoints, validation=validation), resume="latest" if "--resume" in sys.argv else None)
     print("threads:", *(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")))
 
 

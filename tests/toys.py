@@ -185,15 +185,21 @@ def toy_job(
     dropout: float = 0.1,
     losses: list[Any] | None = None,
     decode_crop: int | None = None,
-    strength: Callable[[], float] = lambda: 0.1,
+    strength: Callable[[], float] | None = None,
+    gain: float = 0.0,
     poison: range = range(0),
     **training: Any,
 ) -> Job:
+    """`strength` of what is restored; None: 0.1, and less as the weights leave where they began, until they are `gain` away."""
     settings = TrainingSettings.model_validate(
         {"steps": 20, "batch_size": 2, "crop_size": SIZE, "log_every": 5, "optimizer": {"lr": 1e-2}, **training}
     )
+    task = toy_task(dropout, decode_crop=decode_crop)
+    weight = dict(task.module.named_parameters())["trained.weight"]
+    start = weight.detach().clone()
+    task.strength = strength or (lambda: 0.1 / (1 + min(gain, float((weight.detach() - start).norm()))))
     return Job(
-        task=toy_task(dropout, decode_crop=decode_crop, strength=strength),
+        task=task,
         losses=losses if losses is not None else toy_losses(),
         training=settings,
         checkpoints=CheckpointSettings(every=10),
@@ -211,10 +217,10 @@ class PicturePair(NamedTuple):
     hr: Tensor
 
 
-def toy_validation(every: int = 10, **values: Any) -> Validation:
-    """Three pictures, measured by their mean square error."""
+def toy_validation(every: int = 10, count: int = 3, **values: Any) -> Validation:
+    """`count` pictures, measured by their mean square error."""
     return Validation(
-        pairs=[PicturePair(f"p{i}.png", F.avg_pool2d(smooth(i)[None], 4)[0], smooth(i)) for i in range(3)],
+        pairs=[PicturePair(f"p{i}.png", F.avg_pool2d(smooth(i)[None], 4)[0], smooth(i)) for i in range(count)],
         metrics={"mse": lambda a, b, lr: (a - b).square().mean(dim=(1, 2, 3))},
         settings=ValidationSettings(every=every, metrics=("mse",), best="mse", pictures=2, **values),
         higher_is_better={"mse": False},

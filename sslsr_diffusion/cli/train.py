@@ -39,7 +39,8 @@ def _say(result: "TrainResult") -> None:
         return
     for problem in result.problems:
         typer.echo(f"training data: {problem}", err=True)
-    if result.stopped:
+    if result.pipeline is None:
         typer.echo(f"Stopped at step {result.step} ({result.stopped}). Go on with: --resume latest")
         return
-    typer.echo(f"Done: {result.step} steps. Pipeline: {result.pipeline}  Pictures: {result.run}/pictures  Curves: {result.run}/loss.png")
+    done = f"Stopped at step {result.step}: {result.stopped}." if result.stopped else f"Done: {result.step} steps."
+    typer.echo(f"{done} Pipeline: {result.pipeline}  Pictures: {result.run}/pictures  Curves: {result.run}/loss.png")

@@ -14,6 +14,7 @@ from sslsr_diffusion.images import pad_to
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import ImageNoise
 from sslsr_diffusion.inference.options import LatentOptions
+from sslsr_diffusion.inference.progress import piece
 from sslsr_diffusion.inference.sampling import Sampler, build_sampler, sample
 from sslsr_diffusion.inference.tile_plan import Part, Room, TilePlan, check_tile, plan_tiles, vae_tiles, within_memory
 from sslsr_diffusion.inference.tiled import TiledCodec, TiledDenoiser
@@ -84,18 +85,21 @@ class LatentWork:
             encode = TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).encode
             return networks.see(padded, noise, level=levels, text=wanted, encode=encode)
 
-        condition, plan = self._within_memory("vae_tile", plan, look, notes)
+        with piece(0, 3):
+            condition, plan = self._within_memory("vae_tile", plan, look, notes)
 
         def denoise(plan: TilePlan) -> Tensor:
             return self._denoise(condition, unwanted, seeds, plan, options)
 
-        latents, plan = self._within_memory("tile", plan, denoise, notes)
+        with piece(1, 3):
+            latents, plan = self._within_memory("tile", plan, denoise, notes)
 
         def decode(plan: TilePlan) -> Tensor:
             fused = padded if codec.has_fidelity else None
             return TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).decode(latents, fused, options.fidelity)
 
-        restored, plan = self._within_memory("vae_tile", plan, decode, notes)
+        with piece(2, 3):
+            restored, plan = self._within_memory("vae_tile", plan, decode, notes)
         return restored[..., :height, :width], plan
 
     def _within_memory(self, part: Part, plan: TilePlan, run: Callable[[TilePlan], R], notes: list[str]) -> tuple[R, TilePlan]:

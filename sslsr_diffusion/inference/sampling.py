@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.inference.choices import SAMPLERS
+from sslsr_diffusion.inference.progress import piece
 from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.models.process import DDPM, Process
@@ -51,7 +52,8 @@ def sample(
         on_step_end: (k, t, x) -> x, called after each step.
     """
     for index, t in enumerate(sampler.timesteps):
-        pred = predict(sampler.model_input(x, index), t)
+        with piece(index, len(sampler.timesteps), "step"):
+            pred = predict(sampler.model_input(x, index), t)
         x = sampler.step(pred, x, index, noise)
         if on_step_end is not None:
             x = on_step_end(index, t, x)

@@ -18,6 +18,7 @@ from torch import Tensor
 from sslsr_diffusion.devices import free_bytes
 from sslsr_diffusion.errors import NotEnoughMemory
 from sslsr_diffusion.images import Image, OpenPicture, Pixels, resize_bicubic, to_array, to_tensor
+from sslsr_diffusion.inference.progress import piece
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.inference.tiling import Strip
 
@@ -63,8 +64,9 @@ def upscaled(
     strips, make.call = planned
     if len(strips) > 1:
         make.gray = _colourless(opened(), strips)
-    for strip in strips:
-        image = make(picture.read(strip.top, strip.bottom))
+    for number, strip in enumerate(strips):
+        with piece(number, len(strips), "strip"):
+            image = make(picture.read(strip.top, strip.bottom))
         yield _rows(image, *(round(scale * (row - strip.top)) for row in (strip.first, strip.last)))
 
 
@@ -108,7 +110,8 @@ def _faded(make: _Maker, picture: OpenPicture, opened: Callable[[], OpenPicture]
         strips = [Strip(top, min(top + step + shared, height), top, top + step) for top in tops]
         try:
             make.gray = _colourless(opened(), strips)
-            image = make(picture.read(0, strips[0].bottom))
+            with piece(0, len(strips), "strip"):
+                image = make(picture.read(0, strips[0].bottom))
             break
         except NotEnoughMemory:
             if step // 2 < _LEAST:
@@ -117,10 +120,12 @@ def _faded(make: _Maker, picture: OpenPicture, opened: Callable[[], OpenPicture]
     if len(strips) > 1:
         note = f"made in strips of {step} rows that fade into each other: memory is too short for the picture in one piece"
         image = replace(image, notes=(*image.notes, note))
-    for strip in strips[1:]:
+    for number, strip in enumerate(strips[1:], start=1):
         yield _rows(image, 0, len(image.rgb) - len(ramp))
         end = _rows(image, len(image.rgb) - len(ramp), len(image.rgb))
-        image = _over(end, make(picture.read(strip.top, strip.bottom)), ramp)
+        with piece(number, len(strips), "strip"):
+            below = make(picture.read(strip.top, strip.bottom))
+        image = _over(end, below, ramp)
     yield image
 
 

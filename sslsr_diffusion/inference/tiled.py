@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sslsr_diffusion.errors import NotEnoughMemory
+from sslsr_diffusion.inference.progress import piece
 from sslsr_diffusion.inference.shared_norm import SharedGroupNorm
 from sslsr_diffusion.inference.tile_plan import within_memory
 from sslsr_diffusion.inference.tiling import Box, blend, tile_boxes
@@ -59,10 +60,11 @@ class TiledCodec:
         for sample in range(len(inputs[0])):
             own = [x[sample : sample + 1] for x in inputs]
             norms = SharedGroupNorm(self.codec.vae)
-            with norms.recording():
-                for box in boxes:
-                    run([box.scaled(z).of(x) for x, z in zip(own, zooms)], [0])
-            with norms.applying():
+            with norms.recording(), piece(0, 2):
+                for number, box in enumerate(boxes):
+                    with piece(number, len(boxes), "tile"):
+                        run([box.scaled(z).of(x) for x, z in zip(own, zooms)], [0])
+            with norms.applying(), piece(1, 2):
                 pictures.append(blend(run, own, boxes, zooms=zooms, batch_size=self.batch_size, overlap=self.overlap))
         return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
 

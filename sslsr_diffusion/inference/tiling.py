@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.progress import piece
 
 T = TypeVar("T")
 
@@ -142,9 +143,12 @@ def blend(
     zooms = zooms or [1] * len(inputs)
 
     def results() -> Iterator[tuple[int, Box, Tensor]]:
-        for chunk in batches(units, batch_size):
+        chunks = list(batches(units, batch_size))
+        for number, chunk in enumerate(chunks):
             tiles = [torch.stack([box.scaled(z).of(x[sample]) for sample, box in chunk]) for x, z in zip(inputs, zooms)]
-            for (sample, box), result in zip(chunk, run(tiles, [sample for sample, _ in chunk])):
+            with piece(number, len(chunks), "tile" if batch_size == 1 else "batch of tiles"):
+                made = run(tiles, [sample for sample, _ in chunk])
+            for (sample, box), result in zip(chunk, made):
                 yield sample, box, result.float()
 
     if len(boxes) == 1:

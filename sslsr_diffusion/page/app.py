@@ -18,7 +18,7 @@ from sslsr_diffusion.inference.runner import RunnerOptions
 from sslsr_diffusion.page.bench import Bench, Made
 from sslsr_diffusion.page.controls import call_of, fields, scale_of, shown
 from sslsr_diffusion.page.explorer import EXAMPLE, explore_files
-from sslsr_diffusion.page.runs import draw_curves, list_runs, look_at
+from sslsr_diffusion.page.runs import draw_curves, list_runs, look_at, name_of
 from sslsr_diffusion.page.shelf import Shelf
 from sslsr_diffusion.shipped_model import SMALL
 
@@ -51,6 +51,7 @@ class App:
 
             def leave(request: gr.Request) -> None:
                 self.bench.stop(request.session_hash)
+                self.bench.withdraw(str(request.session_hash))
 
             blocks.unload(leave)
         blocks.queue(default_concurrency_limit=1)
@@ -93,16 +94,23 @@ class App:
             first = names[0][1] if names else None
             shown = gr.update(choices=names, value=first, visible=len(names) > 1)
             paths = [str(path) for each in done for path in each.results.values()]
-            text = "\n".join(f"- {printable(line)}" for each in done for line in each.said)
+            text = "\n".join(f"- {printable(line)}" for each in done for line in each.said) or "Withdrawn before it began."
             return [text, shown, self.compare(done, first), gr.update(value=paths, visible=bool(paths)), done]
 
         given = {pictures, folder, models, scale, seed, *options.values()}
 
+        def wait(request: gr.Request) -> None:
+            self.bench.wait(str(request.session_hash))
+
         def halt(request: gr.Request) -> None:
-            if not self.bench.stop(request.session_hash):
-                gr.Info("No job of yours is running.")
+            session = str(request.session_hash)
+            if self.bench.stop(session):
+                return
+            withdrawn = self.bench.withdraw(session)
+            gr.Info("Your job is withdrawn: it ends when its turn comes." if withdrawn else "No job of yours is running.")
 
         gr.on(None, lambda: gr.update(choices=self.listed()), None, models, show_progress="hidden")  # when the page is loaded
+        start.click(wait, queue=False, show_progress="hidden")
         start.click(self.told(upscale), given, [said, picture, view, results, made], show_progress_on=[said], **ONE)
         stop.click(halt, concurrency_limit=None, show_progress="hidden")
         picture.input(self.compare, [made, picture], view, **ONE)
@@ -135,10 +143,13 @@ class App:
             curves = gr.Image(show_label=False, interactive=False, buttons=BUTTONS)
             with gr.Column():
                 step = gr.Slider(0, 1, 1, step=1, label="Validation", interactive=True, visible=False)
-                grid = gr.Image(show_label=False, interactive=False, buttons=BUTTONS)
+                grid = gr.Image(label="Validation", interactive=False, buttons=BUTTONS)
         with gr.Accordion("Recipe", open=False):
             recipe = gr.Code(language="yaml", interactive=False)
         seen = gr.State()
+
+        def labelled(grids: Sequence[Path]) -> Any:
+            return gr.update(value=grids[0], label=name_of(grids[0])) if grids else gr.update(value=None, label="Validation")
 
         def look(name: str | None, before: Any, anew: bool) -> list[Any]:
             found = list_runs(self.runs)
@@ -153,11 +164,11 @@ class App:
             most = len(at.grids)
             slider = gr.update(minimum=1, maximum=max(2, most), value=most, visible=most > 1)
             drawn = draw_curves(self.runs / name, self.shelf.new())
-            return [gr.update(choices=found, value=name), text, drawn, slider, at.grids[-1] if most else None, at.recipe, state]
+            return [gr.update(choices=found, value=name), text, drawn, slider, labelled(at.grids[-1:]), at.recipe, state]
 
         def choose(name: str, number: float) -> Any:
             grids = look_at(self.runs / name).grids if name in list_runs(self.runs) else ()
-            return grids[min(len(grids), int(number)) - 1] if grids else None
+            return labelled(grids[: max(1, int(number))][-1:])
 
         outputs = [run, about, curves, step, grid, recipe, seen]
         gr.Timer(REFRESH).tick(functools.partial(look, anew=False), [run, seen], outputs, show_progress="hidden", **LOOKING)

@@ -3,19 +3,18 @@
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.hub import WEIGHTS
+from sslsr_diffusion.images import MAX_PIXELS, size_of
 from sslsr_diffusion.inference.open import RESULT, FoundModel, find_model, open_model
+from sslsr_diffusion.inference.progress import Told, listening
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.inference.runner import RunnerOptions, Work, find_work, run_work
-
-STEP_END = "callback_on_step_end"  # the option of restorers that sample in steps
-Said = Callable[[float, str], object]  # share of the work that is done, and what is being done
 
 
 class Stopped(BaseException):
@@ -39,6 +38,8 @@ class Bench:
     _open: tuple[FoundModel, Restorer] | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
     _owner: str | None = None  # session whose job runs
+    _waiting: set[str] = field(default_factory=set)  # sessions that asked for a job whose turn has not come
+    _withdrawn: set[str] = field(default_factory=set)  # those of them that want it no more
 
     def open(self, model: str) -> tuple[FoundModel, Restorer]:
         """A model, which takes the place of the one that was open before. Raises UserError."""
@@ -55,6 +56,18 @@ class Bench:
         self._stop.set()
         return True
 
+    def wait(self, owner: str) -> None:
+        """A session asks for a job, whose turn comes later: until then it can be withdrawn."""
+        self._waiting.add(owner)
+        self._withdrawn.discard(owner)
+
+    def withdraw(self, owner: str) -> bool:
+        """A session wants its waiting job no more; False where none waits."""
+        if owner not in self._waiting:
+            return False
+        self._withdrawn.add(owner)
+        return True
+
     def upscale(
         self,
         pictures: Sequence[Path],
@@ -63,13 +76,18 @@ class Bench:
         options: RunnerOptions,
         *,
         owner: str = "",
-        progress: Said = lambda share, text: None,
+        progress: Told = lambda share, text: None,
     ) -> list[Made]:
         """Every picture by every model, into a new folder per model below `folder`; what a model lacks among the options is not asked.
 
-        A job that is stopped gives what was done by then; of several models, one that cannot be used does not stop the others.
+        A job that is stopped gives what was done by then, nothing where it was withdrawn; of several models, one that cannot be used does
+        not stop the others.
         Raises UserError, MissingDependency: the only model or an option cannot be used.
         """
+        self._waiting.discard(owner)
+        if owner in self._withdrawn:
+            self._withdrawn.discard(owner)
+            return []
         if not pictures:
             raise UserError("pictures: expected at least one, got none; drop some into the field.")
         if not models:
@@ -84,10 +102,10 @@ class Bench:
                 try:
                     found, restorer = self.open(model)
                     call = {name: value for name, value in options.call.items() if name in restorer.options}
-                    if STEP_END in restorer.options:
-                        call[STEP_END] = bar.step
                     work = find_work(pictures, folder / f"{number + 1}", replace(options, call=call, model=found.fingerprint))
-                    run_work(restorer, work, progress=bar.picture)
+                    bar.large = _large(work, restorer.scale)
+                    with listening(bar.within):
+                        run_work(restorer, work, progress=bar.picture)
                 except Stopped:
                     made.append(_made(model, work, label, stopped=True))
                     break
@@ -118,18 +136,20 @@ class Bench:
         finally:
             hook.remove()
             self._owner = None
+            self._waiting.discard(owner)  # of a click that came while it ran
 
 
 @dataclass
 class _Bar:
-    """How far one of several models is, told after each picture and each sampling step."""
+    """How far one of several models is, told before each picture and each part of one."""
 
-    progress: Said
+    progress: Told
     model: str
     number: int
     models: int
     done: int = 0
     total: int = 1
+    large: Mapping[str, str] = field(default_factory=dict)  # name of a picture that takes long -> what to say about it
 
     def share(self, pictures: float) -> float:
         return (self.number + pictures / max(1, self.total)) / self.models
@@ -137,12 +157,21 @@ class _Bar:
     def picture(self, done: int, total: int, name: str) -> None:
         self.done, self.total = done, total
         if name:
-            self.progress(self.share(done), f"{self.model}: {name}, {done + 1} of {total}")
+            self.progress(self.share(done), f"{self.model}: {name}, {done + 1} of {total}{self.large.get(name, '')}")
 
-    def step(self, *told: Any) -> None:
-        """(step, timestep, tensors); pipelines tell themselves first."""
-        number, _, _ = told[-3:]
-        self.progress(self.share(self.done), f"{self.model}: picture {self.done + 1} of {self.total}, step {number + 1}")
+    def within(self, share: float, text: str) -> None:
+        self.progress(self.share(self.done + share), f"{self.model}: picture {self.done + 1} of {self.total}, {text}")
+
+
+def _large(work: Work, scale: float) -> dict[str, str]:
+    """Of results that are too large to be shown: how large, before they are begun."""
+    found = {}
+    for item in work.todo:
+        width, height = size_of(item.source) or (0, 0)
+        pixels = width * height * work.options.scale_of((height, width), scale) ** 2 if width else 0
+        if pixels > MAX_PIXELS:
+            found[item.name] = f"; its result has {pixels / 1e6:.0f} megapixels, which takes long and is not shown, only given to download"
+    return found
 
 
 def _made(model: str, work: Work | None, label: str, stopped: bool = False) -> Made:

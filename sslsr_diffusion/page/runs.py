@@ -35,8 +35,16 @@ def look_at(run: Path) -> Shown:
         return Shown((_written(run), len(grids)), "nothing is written down yet", recipe, grids)
     ago = time.time() - folder.history_file.stat().st_mtime
     numbers = {key: value for row in rows for key, value in row.items() if key.startswith(("loss/", "validation/"))}
-    told = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items() if isinstance(value, float))
+    first = {key: value for row in rows if row["step"] == 0 for key, value in row.items()}
+    before = {key: f" ({value:.4g} before training)" for key, value in first.items() if isinstance(value, float) and rows[-1]["step"]}
+    told = ", ".join(f"{key} {value:.4g}{before.get(key, '')}" for key, value in numbers.items() if isinstance(value, float))
     return Shown((_written(run), len(grids)), f"step {rows[-1]['step']}, written {_ago(ago)} ago: {told}", recipe, grids)
+
+
+def name_of(grid: Path) -> str:
+    """What a validation grid shows, for people."""
+    step = grid.stem.removeprefix("step-").lstrip("0")
+    return f"step {step}" if step else "step 0: before training"
 
 
 def draw_curves(run: Path, folder: Path) -> Path | None:

@@ -1,5 +1,6 @@
 """`--dry-run`: the resolved recipe, a line per check, parameters and memory on the meta device; no weights are read."""
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from sslsr_diffusion.models.base import IGNORED, WANTED
 from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
 from sslsr_diffusion.runs.pin import pinned, recorded_state
 from sslsr_diffusion.runs.recipe import Recipe, resolved, run_folder
-from sslsr_diffusion.runs.start import check_one_way, lacking_metrics, validation_metric
+from sslsr_diffusion.runs.start import check_one_way, check_patience, lacking_metrics, validation_metric
 from sslsr_diffusion.runs.task import build_task
 from sslsr_diffusion.shipped_model import local_folder
 from sslsr_diffusion.tasks.task import Task
@@ -72,6 +73,7 @@ def run_checks(recipe: Recipe, *, empty: bool = True) -> list[Check]:
     for what, say, verdict in (
         ("teacher", _teacher, "missing"),
         ("metrics", _metrics, "missing"),
+        ("patience", _patience, "refused"),
         ("optimizer", _optimizer, "missing"),
         ("trackers", _trackers, "missing"),
         ("output", lambda recipe: _output(recipe, empty), "refused"),
@@ -105,8 +107,23 @@ def _data(recipe: Recipe) -> Iterator[Check]:
             yield from _checked(what, lambda what=what, source=source: _source(source, looked if what == "validation" else None))  # type: ignore[misc]
 
 
+def _patience(recipe: Recipe) -> None:
+    """Whether there are enough held-out pictures; those on the hub are counted when training starts."""
+    count = 0
+    for source in recipe.data.validation:
+        if _elsewhere(source):
+            return
+        with contextlib.suppress(OSError, UserError):  # that was said
+            count += len(open_source(source))
+    check_patience(recipe, count)
+
+
+def _elsewhere(source: Any) -> bool:
+    return source.kind == "hub" or "://" in str(source.path)
+
+
 def _source(source: Any, limit: int | None) -> str:
-    if source.kind == "hub" or "://" in str(source.path):
+    if _elsewhere(source):
         return _on_hub(str(source.path), getattr(source, "revision", None), "dataset")
     opened = open_source(source)
     said = f"{source.kind} {source.path}: {len(opened)} pictures"

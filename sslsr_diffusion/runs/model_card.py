@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from sslsr_diffusion import __version__
+from sslsr_diffusion.evaluation.metrics import METRICS
 from sslsr_diffusion.evaluation.summary import markdown_table
 from sslsr_diffusion.hub import repository_of
 from sslsr_diffusion.models.families import FAMILIES
@@ -55,7 +56,7 @@ def model_card(
     Args:
         recipe: the resolved recipe; keys of secrets and the output section are left out, absolute paths shortened.
         metrics: measured values by name; a row of the run's history does as well ("validation/psnr", with the same of
-            bicubic enlargement as "validation_bicubic/psnr", and "step").
+            bicubic enlargement as "validation_bicubic/psnr", of the model before its training as "validation_base/psnr", and "step").
         pictures: paths of sample pictures in the repository.
         base: hub id of what was fine-tuned; a local folder is not named; None: random weights.
         licence: a licence id of the hub; default: that of a known base, apache-2.0 for random weights, else "other".
@@ -73,7 +74,7 @@ def model_card(
     link = f"[{base}](https://huggingface.co/{repository})" if repository else "a local model"
     metrics = metrics or {}
     values = _metrics(metrics, "validation/" if any(name.startswith("validation/") for name in metrics) else "")
-    bicubic = _metrics(metrics, "validation_bicubic/")
+    others = {"bicubic": _metrics(metrics, "validation_bicubic/"), "before training": _metrics(metrics, "validation_base/")}
     style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True}
     template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Markdown, not HTML
     return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -87,7 +88,8 @@ def model_card(
         base_link=f"`{SMALL}`, the model that comes with sslsr-diffusion" if shipped else link,
         base_revision=base_revision if base_revision and re.fullmatch(r"[\w.-]+", base_revision) else None,
         loss_names=_loss_names(recipe),
-        table=markdown_table(({"bicubic": bicubic} if bicubic else {}) | {"this model": values}) if values else None,
+        table=markdown_table({name: found for name, found in others.items() if found} | {"this model": values}) if values else None,
+        no_better=_no_better(recipe, others["before training"], values),
         step=metrics.get("step"),
         pictures=[{"alt": Path(path).stem, "path": path.replace(" ", "%20")} for path in pictures],
         recipe=yaml.safe_dump(scrub({k: v for k, v in recipe.items() if k != "output"}), **style).replace("```", "'''"),
@@ -105,6 +107,15 @@ def card_files(metrics: Mapping[str, Any], pictures: Sequence[Path], **card: Any
 def _metrics(row: Mapping[str, Any], prefix: str) -> dict[str, float]:
     chosen = {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix) and name != "step"}
     return {name: float(value) for name, value in chosen.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def _no_better(recipe: Mapping[str, Any], before: Mapping[str, float], now: Mapping[str, float]) -> str | None:
+    """The name of the metric that chose the weights, where it says that the training gained nothing."""
+    name = (recipe.get("validation") or {}).get("best")
+    if name not in METRICS or name not in before or name not in now:
+        return None
+    metric = METRICS[name]
+    return None if (now[name] > before[name] if metric.higher_is_better else now[name] < before[name]) else metric.label
 
 
 def _metadata(repo_id: str, base: str | None, licence: str, metrics: Mapping[str, float], card: Card) -> dict[str, Any]:

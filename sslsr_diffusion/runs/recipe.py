@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from sslsr_diffusion.config import Settings, apply_overrides, find_recipe, one_of, parse, read_raw
 from sslsr_diffusion.data import DataSettings
+from sslsr_diffusion.evaluation.statistics import LEAST
 from sslsr_diffusion.hub import has_id_shape
 from sslsr_diffusion.losses import LOSSES, LossEntry
 from sslsr_diffusion.losses.learning import LearningLoss
@@ -63,7 +64,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
         mistakes = [*self._task_fits(), *self._losses_fit(), *self._turns_fit(), *self._sizes_fit(), *self._output_fits()]
-        mistakes += self._best_is_measured() if self.validation.limit else ()
+        mistakes += [*self._patience_fits(), *(self._best_is_measured() if self.validation.limit else ())]
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
@@ -82,6 +83,9 @@ class Recipe(Settings):
         late = [milestone for milestone in schedule.milestones if milestone >= steps]
         if late:
             yield f"training.schedule.milestones: {', '.join(map(str, late))} lie at or behind the end of the run of {steps} steps."
+        patience, every = self.validation.patience, self.validation.every
+        if patience is not None and patience * every >= steps:
+            yield f"validation.patience: {patience} looks of {every} steps each are as long as the run of {steps} steps, which ends first."
         if getattr(self.task, "decode_crop", None) and not any("sr" in LOSSES[loss.kind].reads_of(loss) for loss in self.losses):
             yield "task.decode_crop has no effect: no loss looks at pixels."
 
@@ -92,6 +96,18 @@ class Recipe(Settings):
                 if name not in settings.metrics:
                     known = ", ".join(settings.metrics)
                     yield f"validation.{key}: {name!r} is not measured; expected one of validation.metrics: {known}."
+
+    def _patience_fits(self) -> Iterator[str]:
+        settings, instead = self.validation, "or leave patience out"
+        if settings.patience is None:
+            return
+        if settings.limit < LEAST:
+            few = f"expected validation.limit {LEAST} or more, to tell progress from noise, got {settings.limit}"
+            yield f"validation.patience: {few}; raise it, {instead}."
+        if settings.every == 0:
+            yield f"validation.patience: expected validation.every above 0, got 0, a look at the end alone; give its steps, {instead}."
+        if not self.data.validation:
+            yield f"validation.patience: expected held-out pictures in data.validation, got none; name some, {instead}."
 
     def _task_fits(self) -> Iterator[str]:
         kind, family = self.task.kind, self.family

@@ -13,6 +13,7 @@ from sslsr_diffusion.data import open_training_data, open_validation_pairs
 from sslsr_diffusion.devices import device_bytes, is_out_of_memory
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.metrics import METRICS, unavailable
+from sslsr_diffusion.evaluation.statistics import LEAST
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.runs.pin import pinned
@@ -176,8 +177,23 @@ def _validation(recipe: Recipe) -> Validation | None:
             f"output.pipeline: best needs validation.{lacking[0]}, which cannot be measured here (see the warning above, or "
             "--dry-run); mend that, take another of validation.metrics, or set output.pipeline: last."
         )
+    check_patience(recipe, len(pairs))
+    if settings.patience is not None and settings.best not in metrics:
+        raise UserError(
+            f"validation.patience needs validation.best: {settings.best}, which cannot be measured here (see the warning above, or "
+            "--dry-run); mend that, take another of validation.metrics, or leave patience out."
+        )
     higher = {name: METRICS[name].higher_is_better for name in metrics}
     return Validation(pairs, metrics, settings, higher)
+
+
+def check_patience(recipe: Recipe, pictures: int) -> None:
+    """UserError for fewer held-out pictures than it takes to tell progress from noise."""
+    if recipe.validation.patience is not None and pictures < LEAST:
+        raise UserError(
+            f"validation.patience: expected {LEAST} held-out pictures or more, to tell progress from noise, got {pictures}; "
+            "add some to data.validation, or leave patience out."
+        )
 
 
 def validation_metric(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -65,7 +65,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Validated:
-    """One validation pass; `values` and `bicubic` are means by metric, `best` says whether these weights became the best."""
+    """One validation pass, the first at step 0; `values` and `bicubic` are means by metric, `best` says whether it is the best so far."""
 
     step: int
     total: int
@@ -85,7 +85,7 @@ class CheckpointWritten:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end, unless an error ended it: `stopped` says why it came early, else `result` is the folder of the result."""
+    """The end, unless an error ended it: `stopped` says why it came early, `result` is the folder of the result (None: asked to stop)."""
 
     step: int
     total: int
@@ -102,9 +102,9 @@ class TrainResult:
 
     run: Path
     step: int
-    stopped: str | None  # why it stopped early, or None
+    stopped: str | None  # why it stopped early (asked to, or by validation.patience), or None
     best: float | None
-    pipeline: Path | None  # the result, unless it stopped early
+    pipeline: Path | None  # the result, unless it was asked to stop
     problems: list[str]
 
 

@@ -81,7 +81,7 @@ def write_result(run: Run) -> Path:
     if best:
         load_trained(session.parameters, read_checkpoint(folder.best).tensors["trained"], what=str(folder.best))
         weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        published = session.progress.best_step or session.progress.step
+        published = session.progress.step if session.progress.best_step is None else session.progress.best_step
     else:
         weights, published = session.averaged(), session.progress.step
         if job.output.pipeline == "best" and session.main:
@@ -113,7 +113,7 @@ def write_result(run: Run) -> Path:
 
 
 def _card(run: Run, step: int) -> dict[str, Path | bytes]:
-    """The model card, with the numbers and sample pictures of the newest validation pass up to the published step."""
+    """The model card, with the numbers and sample pictures of the newest validation pass up to the published step, and the base."""
     if run.job.card is None:
         return {}
     measured = [row for row in run.folder.validations() if row["step"] <= step]
@@ -121,4 +121,5 @@ def _card(run: Run, step: int) -> dict[str, Path | bytes]:
         int(number): path for path in run.folder.pictures.glob("step-*.png") if (number := path.stem.removeprefix("step-")).isdecimal()
     }
     pictures = [shown[number] for number in sorted(shown) if number <= step]
-    return run.job.card(measured[-1] if measured else {}, pictures[-1:])
+    base = {f"validation_base/{name}": value for name, value in run.session.progress.looks.base.items()}
+    return run.job.card({**base, **measured[-1]} if measured else {}, pictures[-1:])

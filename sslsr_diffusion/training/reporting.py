@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.images import to_array
-from sslsr_diffusion.training.run_folder import RunFolder
+from sslsr_diffusion.training.run_folder import PICTURES, RunFolder
 from sslsr_diffusion.training.session import Session, StepReport
 from sslsr_diffusion.training.settings import TrainingSettings
 from sslsr_diffusion.training.validation import ValidationResult
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 _BAR = 18  # pixels of caption above each picture
 _GAP = 4
+_INK = "#808080"  # of the curves' axes and words
+_LOOK: dict[str, Any] = {f"{part}color": _INK for part in ("text.", "axes.label", "axes.edge", "xtick.", "ytick.")}
+_LOOK |= {"savefig.transparent": True, "legend.framealpha": 0.0}
 _NO_NUMBER = (1.0, 0.0, 1.0)  # the colour of pixels that are none
 
 
@@ -84,11 +88,15 @@ class Reporter:
         """A validation pass is over: numbers and the grid to tracker, history and disk."""
         if self._bar is None:
             return
-        step = self.session.progress.step
+        step, base = self.session.progress.step, self.session.progress.looks.base
         values = {f"validation/{name}": value for name, value in result.values.items()}
         baseline = {f"validation_bicubic/{name}": value for name, value in result.bicubic.items()}
-        self._write_down(step, {**values, **baseline})
-        self.say("validation  " + "  ".join(f"{n} {v:.4g} (bicubic {result.bicubic[n]:.4g})" for n, v in result.values.items()))
+        self._write_down(step, {**values, **baseline}, {PICTURES: result.deciding})
+        before = {name: f", before training {value:.4g}" for name, value in base.items() if step}
+        told = (f"{n} {v:.4g} (bicubic {result.bicubic[n]:.4g}{before.get(n, '')})" for n, v in result.values.items())
+        self.say("  ".join([f"validation{'' if step else ' before training'}", *told]))
+        if not step:
+            self._began = time.perf_counter()  # this pass is not a part of any step's time
         if not result.rows:
             return
         from PIL import Image
@@ -103,9 +111,14 @@ class Reporter:
                 elif hasattr(tracker, "log_images"):
                     tracker.log_images({"validation": np.asarray(grid)[None]}, step=step)
 
-    def _write_down(self, step: int, values: dict[str, float]) -> None:
+    def base_again(self, base: Mapping[str, float]) -> None:
+        """Row 0 of a run that goes on without the history of its first part."""
+        self._write_down(0, {f"validation/{name}": value for name, value in base.items()})
+
+    def _write_down(self, step: int, values: dict[str, float], more: Mapping[str, object] = MappingProxyType({})) -> None:
+        """`more`: for the history alone."""
         with self._beside_the_run():
-            self.folder.append_history({"step": step, **values})
+            self.folder.append_history({"step": step, **values, **more})
         with self._beside_the_run():
             self.session.accelerator.log(values, step=step)
 
@@ -168,7 +181,7 @@ def _with_numbers(picture: Tensor) -> Tensor:
 
 
 def plot_losses(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One panel per raw loss term and validation metric over the optimizer steps."""
+    """One panel per raw loss term and validation metric over the optimizer steps, to be read on white and on black."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -184,16 +197,20 @@ def plot_losses(history: Sequence[Mapping[str, Any]], path: Path) -> None:
                 values.append(float(value))
     if not series:
         return
-    figure, axes = plt.subplots(len(series), 1, figsize=(8, 2.2 * len(series)), sharex=True, squeeze=False)
-    for axis, (key, (steps, values)) in zip(axes[:, 0], series.items()):
-        axis.plot(steps, values, linewidth=1, marker="." if len(steps) < 60 else None)
-        axis.set_ylabel(key.split("/", 1)[1], fontsize=8)
-        axis.grid(alpha=0.3)
-        if key.startswith("loss/") and min(values) > 0:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(LogFormatter())
-            axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
-    axes[-1, 0].set_xlabel("optimizer step")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with matplotlib.rc_context(_LOOK):
+        figure, axes = plt.subplots(len(series), 1, figsize=(8, 2.2 * len(series)), sharex=True, squeeze=False)
+        for axis, (key, (steps, values)) in zip(axes[:, 0], series.items()):
+            axis.plot(steps, values, linewidth=1, marker="." if len(steps) < 60 else None)
+            if steps[0] == 0:  # a validation metric's
+                axis.axhline(values[0], linewidth=1, linestyle="--", color=_INK, label="before training")
+                axis.legend(fontsize=7)
+            axis.set_ylabel(key.split("/", 1)[1], fontsize=8)
+            axis.grid(alpha=0.3)
+            if key.startswith("loss/") and max(values) >= 10 * min(values) > 0:  # of less than a decade the labels would repeat
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(LogFormatter())
+                axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
+        axes[-1, 0].set_xlabel("optimizer step")
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+        plt.close(figure)

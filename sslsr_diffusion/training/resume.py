@@ -70,6 +70,11 @@ def check_same_step(steps: Sequence[int]) -> None:
         )
 
 
+def measured_otherwise(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys by which two recipes' validation passes cannot be compared."""
+    return [key for key in differences(before, now) if _under(key, MEASURED_BY)]
+
+
 def agree_on_best(progress: Progress, best: Path, recipe: Mapping[str, Any]) -> None:
     """Let the record of the best value say what lies in best/, which may be newer than the checkpoint, damaged or measured otherwise."""
     if not best.exists():  # for example a run that goes on from the hub: what was published stays the best
@@ -77,7 +82,7 @@ def agree_on_best(progress: Progress, best: Path, recipe: Mapping[str, Any]) -> 
     try:
         state = read_checkpoint(best).state
         progress.best, progress.best_step = float(state["progress"]["best"]), int(state["progress"]["step"])
-        changed = [key for key in differences(state["recipe"], recipe) if _under(key, MEASURED_BY)]
+        changed = measured_otherwise(state["recipe"], recipe)
         trouble = f"value so far was measured otherwise ({', '.join(changed)} changed)" if changed else None
     except (UserError, KeyError, TypeError, ValueError) as error:
         trouble = f"weights so far cannot be used ({error})"

@@ -20,6 +20,7 @@ from sslsr_diffusion.training.checkpoints import latest_checkpoint
 
 logger = logging.getLogger(__name__)
 
+PICTURES = "validation_pictures"  # key of a validation pass: what decides about the best weights, picture by picture
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy", "numba", "huggingface_hub")
 
 

@@ -19,6 +19,7 @@ from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.task import Draws, Task, apply_losses
 from sslsr_diffusion.training.checkpoints import Checkpoint
 from sslsr_diffusion.training.engines import Engine, Update, Zero2Engine, distribution, make_accelerator
+from sslsr_diffusion.training.looks import Looks
 from sslsr_diffusion.training.optimizers import averaged, build_ema, build_optimizer, build_schedule
 from sslsr_diffusion.training.settings import TrainingSettings
 from sslsr_diffusion.training.state import (
@@ -263,7 +264,8 @@ class Session:
                 load_trained(learned_state(learner), tensors[file], what=what)
                 load_optimizer_state_dict(learner.optimizer, learned_parameters(learner), tensors[f"{file}-optimizer"], known["optimizer"])
                 learner.step = known["step"]
-        self.progress = Progress(**{**state["progress"], "skipped_in_a_row": 0})
+        progress = state["progress"]
+        self.progress = Progress(**{**progress, "skipped_in_a_row": 0, "looks": Looks(**progress["looks"])})
         self.auto = {name: AutoWeight(**{**state["auto_weights"].get(name, {}), "steps": auto.steps}) for name, auto in self.auto.items()}
         streams = {name.split("/", 1)[1]: value for name, value in tensors["rng"].items() if name.startswith(f"{self.rank}/")}
         if streams:

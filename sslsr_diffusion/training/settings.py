@@ -95,6 +95,12 @@ class ValidationSettings(Settings):
         description="Metric -> the largest mean (of one where higher is better: the smallest) that weights may have to become the best, "
         "for example {grid: 4} against a raster of 8 or 16 pixels.",
     )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="End the run when `best` has not improved by more than its noise (the paired 95 % interval over the pictures, at least "
+        "5 of them) in so many looks; null: never before training.steps.",
+    )
     pictures: int = Field(4, ge=0, description="Rows of the picture grid.")
     seed: int = Field(1234, ge=0, description="Seed of the sampler's noise; the same in every pass.")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.losses.base import Learner
+from sslsr_diffusion.training.looks import Looks
 
 
 @dataclass
@@ -23,7 +24,8 @@ class Progress:
     skipped: int = 0  # steps without an update because of a loss or gradient that is not a number
     skipped_in_a_row: int = 0
     best: float | None = None  # best value of the deciding metric
-    best_step: int | None = None
+    best_step: int | None = None  # 0: what was there before the first step
+    looks: Looks = field(default_factory=Looks)
     seconds: float = 0.0  # spent in the loop
     mean_loss: float | None = None  # running mean, against which a spike is measured
 

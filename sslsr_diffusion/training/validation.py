@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isnan, nan
+from math import isfinite, isnan, nan
 from pathlib import PurePath
 from typing import NamedTuple, Protocol
 
@@ -43,7 +43,11 @@ class Validation:
     def better(self, value: float, than: float | None) -> bool:
         if than is None:
             return value == value
-        return value > than if self.higher_is_better.get(self.settings.best, True) else value < than
+        return value > than if self.best_is_higher else value < than
+
+    @property
+    def best_is_higher(self) -> bool:
+        return self.higher_is_better.get(self.settings.best, True)
 
     def refusals(self, values: Mapping[str, float]) -> list[str]:
         """Why weights with these means cannot become the best, by `validation.refuse`; a mean that is not there is a reason, too."""
@@ -61,6 +65,7 @@ class ValidationResult:
 
     values: dict[str, float]
     bicubic: dict[str, float]
+    deciding: list[float | None]  # `validation.best` of each picture, None where it has no finite number
     rows: list[list[Tensor]]
     captions: list[list[str]]
 
@@ -84,6 +89,7 @@ def validate(
     world_size: int = 1,
     gather: Callable[[list[_Measured]], list[_Measured]] = lambda found: found,
     should_stop: Callable[[], bool] = lambda: False,
+    label: str | None = None,
 ) -> ValidationResult | None:
     """Let the task restore this process's share of the pictures and measure them; every process returns the same means, None when stopped.
 
@@ -100,7 +106,7 @@ def validate(
             return None
         pair = pairs[min(position, len(pairs) - 1)]
         try:
-            measured = _measure(validation, task, pair, position)
+            measured = _measure(validation, task, pair, position, label or task.label)
         except NotEnoughMemory as error:  # measuring is not worth the run
             logger.warning("validation: %s is left out: %s", pair.name, error)
             continue
@@ -113,24 +119,26 @@ def validate(
     for name in validation.metrics:
         both = [(m.values[name], m.bicubic[name]) for m in everything if not (isnan(m.values[name]) or isnan(m.bicubic[name]))]
         values[name], bicubic[name] = (sum(side) / len(both) for side in zip(*both)) if both else (nan, nan)
+    best = {m.position: m.values.get(validation.settings.best, nan) for m in everything}
+    deciding = [value if isfinite(value := best.get(position, nan)) else None for position in range(len(pairs))]
     shown = [measured for measured in everything if measured.pictures]
-    return ValidationResult(values, bicubic, [m.pictures for m in shown], [m.captions for m in shown])
+    return ValidationResult(values, bicubic, deciding, [m.pictures for m in shown], [m.captions for m in shown])
 
 
-def _measure(validation: Validation, task: Task, pair: Pair, position: int) -> _Measured:
+def _measure(validation: Validation, task: Task, pair: Pair, position: int, label: str) -> _Measured:
     settings = validation.settings
     lr, hr = pair.lr[None], pair.hr[None]
     with torch.random.fork_rng(devices=[]):  # measuring must not change what training draws next
         restored = task.restore(lr, hr, derive_seed(settings.seed, position)).float().cpu().clamp(0, 1)
     if not restored.isfinite().all():
-        logger.warning("validation: the %s of %s has values that are not numbers (pink in the grid)", task.label, pair.name)
+        logger.warning("validation: the %s of %s has values that are not numbers (pink in the grid)", label, pair.name)
     bicubic = resize_bicubic(lr, size=(hr.shape[-2], hr.shape[-1])).clamp(0, 1)
     values, baseline = (_values(validation, pair.name, picture, hr, lr) for picture in (restored, bicubic))
     if position >= settings.pictures:
         return _Measured(position, values, baseline, [], [])
     first = next(iter(values), None)
     notes = ["", ""] if first is None else [f" {first} {side[first]:.2f}" for side in (baseline, values)]
-    captions = [f"LR bicubic{notes[0]}", f"{task.label}{notes[1]}", f"ground truth {PurePath(pair.name).name}"]
+    captions = [f"LR bicubic{notes[0]}", f"{label}{notes[1]}", f"ground truth {PurePath(pair.name).name}"]
     return _Measured(position, values, baseline, [bicubic[0], restored[0], hr[0]], captions)
 
 

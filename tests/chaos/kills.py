@@ -264,7 +264,7 @@ def torment(make: MakeJob, root: Path, strikes: list[int], seed: int, steps: int
             process = start(make, folder, steps, marks, hub.url)
             found = strike(process, marks, number, draw)
             latest = latest_checkpoint(folder)
-            if latest is not None:
+            if latest is not None and latest.name != "checkpoint-0":  # asked to stop while it measured what it starts from
                 assert_same_checkpoint(latest, reference / latest.name, apart=NEWER)
             check_hub(hub)
             yield number, *found

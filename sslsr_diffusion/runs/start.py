@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.data import open_training_data, open_validation_pairs
-from sslsr_diffusion.devices import device_bytes, is_out_of_memory
+from sslsr_diffusion.devices import device_bytes, is_out_of_memory, training_device
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.metrics import METRICS, unavailable
 from sslsr_diffusion.inference.restorer import Restorer
@@ -224,7 +224,6 @@ def _memory_advice(recipe: Recipe, error: Exception) -> str:
     from sslsr_diffusion.runs.memory import describe_memory
 
     reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-    device = torch.device("cuda" if torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU") else "cpu")
-    advice = "\n".join(describe_memory(recipe, device_bytes(device)))
+    advice = "\n".join(describe_memory(recipe, device_bytes(training_device())))
     onward = "go on with --resume latest (and --allow-recipe-change where it asks for that), or begin anew with --restart."
     return f"out of memory: {reason}\n{advice}\nChange one of these and {onward}"

@@ -38,6 +38,7 @@ def main() -> None:
                     parser.error(f"{name}: expected the packages of its losses, {loss.called}'s is missing")
             rows.setdefault(name, {})[key] = {"gib": round(sum(step_bytes(preset.recipe).values()) / GIB, 2), "of": mark}
             print(name, key, rows[name][key]["gib"], flush=True)
+            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     rows = {name: {f"{size}gb": rows[name][f"{size}gb"] for size in load_presets(name)} for name in own if name in rows}
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 def train(
     config: Annotated[str, typer.Option("--config", "-c", help="A recipe file, or the name of a shipped one (see `sslsr init`).")],
-    preset: Annotated[str | None, typer.Option(help="The recipe for a card of this memory: 8gb, 12gb, 16gb, 24gb, 48gb (see --dry-run).")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The recipe for a card of this memory: 8gb, 12gb, 16gb, 24gb, 48gb (see --dry-run).")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value: --set training.steps=100 (repeatable).")] = None,
     find_batch: Annotated[bool, typer.Option("--find-batch", help="Try steps first, and train with the largest batch that fits.")] = False,
     memory_budget: Annotated[

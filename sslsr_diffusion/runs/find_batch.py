@@ -103,7 +103,7 @@ def _peaks(recipe: Recipe, sizes: Sequence[int], device: torch.device, limit: in
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        say("the next size is out of memory")
+        say(f"more than batch_size {max(peaks, default=0)}: out of memory")
     return peaks
 
 

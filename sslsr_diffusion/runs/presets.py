@@ -23,7 +23,7 @@ def load_presets(name: str, overrides: Sequence[str] = ()) -> dict[int, Preset]:
     """GB of a card -> the preset of the recipe for it, smallest first; `overrides` win over each.
     Raises RecipeError: one of them does not fit the recipe.
     """
-    found = {}
+    found: dict[int, Preset] = {}
     for size, changes in read_presets(find_recipe(name)).items():
         line = yaml.safe_dump(changes, default_flow_style=True, sort_keys=False, width=1000).strip()[1:-1]
         try:
@@ -35,7 +35,8 @@ def load_presets(name: str, overrides: Sequence[str] = ()) -> dict[int, Preset]:
 
 def describe_presets(presets: Mapping[int, Preset], available: int) -> list[str]:
     """Two lines per size of card, what its preset takes and what it changes, then the largest preset that fits `available` bytes."""
-    lines, fitting = [], None
+    lines: list[str] = []
+    fitting: int | None = None
     for size in sorted({*SIZES, *presets}):
         smaller = [known for known in presets if known < size]
         text = f"as {max(smaller)}gb" if smaller else f"impossible: the smallest is {min(presets)}gb"

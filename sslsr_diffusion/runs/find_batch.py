@@ -77,7 +77,7 @@ def _worst_case(recipe: Recipe) -> Recipe:
     always: dict[str, Any] = {"max_timestep": None, "min_snr": None, "start_step": 1, "learn_step": None}
     losses = [loss.model_copy(update={k: v for k, v in always.items() if hasattr(loss, k)}) for loss in recipe.losses]
     degradation = recipe.data.degradation.model_copy(update={"pool_size": 0})
-    changes = {"data": {"workers": 0, "degradation": degradation}, "validation": {"limit": 0}}
+    changes: dict[str, dict[str, Any]] = {"data": {"workers": 0, "degradation": degradation}, "validation": {"limit": 0}}
     return one_sampling_step(with_values(recipe, changes).model_copy(update={"losses": losses}))
 
 

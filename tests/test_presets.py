@@ -148,7 +148,7 @@ def test_the_dry_run_tells_all_and_names_the_one_for_this_device(tmp_path, monke
     lines = CliRunner().invoke(app, [*command, "9GiB"]).output.splitlines()
     table = [line.split() for line in lines if "--preset" in line]
     assert [" ".join(line[:2] + line[2:6]) for line in table] == [
-        "--preset 8gb impossible: the smallest is",
+        "--preset 8gb too small: the smallest",
         "--preset 12gb 4.00 GiB fits weights",
         "--preset 16gb as 12gb",
         "--preset 24gb 6.00 GiB fits weights",

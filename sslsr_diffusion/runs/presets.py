@@ -39,7 +39,7 @@ def describe_presets(presets: Mapping[int, Preset], available: int) -> list[str]
     fitting: int | None = None
     for size in sorted({*SIZES, *presets}):
         smaller = [known for known in presets if known < size]
-        text = f"as {max(smaller)}gb" if smaller else f"impossible: the smallest is {min(presets)}gb"
+        text = f"as {max(smaller)}gb" if smaller else f"too small: the smallest is {min(presets)}gb"
         if size in presets:
             text, fits = told(presets[size].recipe, available)
             fitting = size if fits else fitting

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from sslsr_diffusion.data import open_training_data
 from sslsr_diffusion.devices import is_out_of_memory, release_cached, training_device
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.runs.memory import GIB, one_sampling_step, step_bytes, with_values
 from sslsr_diffusion.runs.recipe import Recipe, run_folder
-from sslsr_diffusion.runs.start import build_job
+from sslsr_diffusion.runs.start import build_job, open_data
 from sslsr_diffusion.training.processes import check_precision
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.session import Session
@@ -118,9 +117,7 @@ def _added(recipe: Recipe, before: int, size: int) -> int:
 
 def _peak(session: Session, recipe: Recipe, size: int, accumulate: int, device: torch.device) -> int:
     """The most bytes in use during steps of `accumulate` micro-batches, with the optimizers' states there from the second on."""
-    loader = open_training_data(
-        recipe.data, crop_size=recipe.training.crop_size, scale=recipe.scale, seed=recipe.seed, batch_size=size, device=device
-    )
+    loader = open_data(with_values(recipe, {"training": {"batch_size": size}}), 0, 1, None, device)
     _forget_peak(device)
     batches = iter(loader)
     for _ in range(2 if recipe.training.turns == "together" else 3):  # turns: networks, learners, networks again

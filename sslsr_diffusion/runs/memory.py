@@ -71,7 +71,10 @@ def _uncounted(recipe: Recipe) -> list[str]:
     """What the numbers are of, where they are not of the recipe itself."""
     kinds = {loss.called: LOSSES[loss.kind] for loss in recipe.losses}
     learn = [name for name, kind in kinds.items() if issubclass(kind, LearningLoss) and not issubclass(kind, PixelLoss)]
-    return [f"what the network of {' and '.join(learn)} keeps while it learns is not counted"] if learn else []
+    notes = [f"what the network of {' and '.join(learn)} keeps while it learns is not counted"] if learn else []
+    if recipe.data.teacher is not None:
+        notes.append("data.teacher is not counted; pairs of `sslsr prepare teacher` need none")
+    return notes
 
 
 def _variants(recipe: Recipe) -> dict[str, Recipe]:

@@ -51,7 +51,8 @@ def describe_presets(presets: Mapping[int, Preset], available: int) -> list[str]
 def fingerprint(recipe: Recipe) -> str:
     """Ten characters that change when anything does that the memory of a step depends on."""
     training = recipe.training
-    rest = [training.batch_size, training.crop_size, training.mixed_precision, training.gradient_checkpointing, training.optimizer.kind]
-    sections = recipe.model_dump(mode="json", include={"model", "task", "losses", "scale"})
-    text = json.dumps([sections, rest, training.ema is not None], sort_keys=True)
+    kinds = [recipe.model.kind, recipe.task.kind, *(loss.kind for loss in recipe.losses), training.optimizer.kind]
+    values = recipe.model_dump(mode="json", include={"model", "task", "losses", "scale"}, exclude_defaults=True)
+    step = [training.batch_size, training.crop_size, training.mixed_precision, training.gradient_checkpointing, training.ema is not None]
+    text = json.dumps([kinds, values, step], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.runs.pin import pinned
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved, run_folder
 from sslsr_diffusion.runs.task import build_task, export_checkpoint, means_of
+from sslsr_diffusion.runs.teacher import TaughtLoader, Teacher
 from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import find_checkpoint
-from sslsr_diffusion.training.job import Event, Job, Publisher, TrainResult
+from sslsr_diffusion.training.job import Event, Job, Loader, Publisher, TrainResult
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.validation import Pair, Validation
@@ -111,19 +113,6 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
     task = build_task(recipe)
     recipe = _with_defaults(recipe, task)
 
-    def open_data(rank: int, world_size: int, state: dict[str, Any] | None, device: torch.device) -> Any:
-        return open_training_data(
-            recipe.data,
-            crop_size=recipe.training.crop_size,
-            scale=recipe.scale,
-            seed=recipe.seed,
-            batch_size=recipe.training.batch_size,
-            rank=rank,
-            world_size=world_size,
-            state=state,
-            device=device,
-        )
-
     losses = build_losses(recipe.losses, means_of(recipe, task))
     base = {"id": task.networks.base, "revision": task.networks.revision}
     trained_with = {loss.name for loss in losses}
@@ -133,7 +122,7 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
         training=recipe.training,
         checkpoints=recipe.checkpoints,
         output=recipe.output,
-        open_data=open_data,
+        open_data=partial(open_data, recipe),
         export=export_checkpoint,
         recipe=resolved(recipe),
         seed=recipe.seed,
@@ -142,6 +131,25 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
         publisher=publisher if recipe.task_kind.makes_upscaler else None,
         card=_card(recipe, base, trained_with) if publisher is not None else None,
     )
+
+
+def open_data(recipe: Recipe, rank: int, world_size: int, state: dict[str, Any] | None, device: torch.device) -> Loader:
+    """A process's training data, as its teacher sees them where there is one; `state`: of an earlier loader, to go on there."""
+    loader = open_training_data(
+        recipe.data,
+        crop_size=recipe.training.crop_size,
+        scale=recipe.scale,
+        seed=recipe.seed,
+        batch_size=recipe.training.batch_size,
+        rank=rank,
+        world_size=world_size,
+        state=state,
+        device=device,
+    )
+    if recipe.data.teacher is None:
+        return loader
+    teacher = Teacher.open(recipe.data.teacher, device=device, scale=recipe.scale, seed=recipe.seed)
+    return TaughtLoader(loader, teacher, recipe.data, seed=recipe.seed)
 
 
 def _with_defaults(recipe: Recipe, task: Task) -> Recipe:

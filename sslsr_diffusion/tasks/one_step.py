@@ -1,6 +1,7 @@
 """Task `one_step`: one call of a base with a LoRA, from the low-resolution latents to a picture that the losses see."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -21,6 +22,11 @@ class OneStepTaskSettings(WindowSettings):
     """A base learns to enlarge in one call; which call that is, the model section says."""
 
     kind: Literal["one_step"] = "one_step"
+    train: str | None = Field(
+        None,
+        description="What trains: lora (model.lora, model.encoder_lora and model.full) or whole (every weight of encoder, network and "
+        "decoder, for small models; model.lora: null). null: lora.",
+    )
     inference: CallSettings = Field(CallSettings(), description="How the upscaler is called in validation and by default.")
 
 
@@ -29,16 +35,18 @@ class OneStepTask(TaskBase):
 
     networks: OneStepNetworks
     settings: ClassVar[type[TaskSettings]] = OneStepTaskSettings
-    gives: ClassVar[frozenset[str]] = frozenset({"sr", "sr_ema", "z0", "z0_hr", "prior"})
+    gives: frozenset[str] = frozenset({"sr", "sr_ema", "z0", "z0_hr", "prior"})
 
     def __init__(self, networks: OneStepNetworks, *, seed: int, decode_crop: int | None = None, restorer: Restorer | None = None) -> None:
         self.networks, self.restorer = networks, restorer
         self.module: nn.Module = Generator(networks)
+        if networks.whole:
+            self.gives = self.gives - {"z0_hr", "prior"}  # of frozen networks
         self.seed, self.decode_crop = seed, decode_crop
 
     @classmethod
     def build(cls, settings: OneStepTaskSettings, frame: Frame) -> Self:
-        networks = frame.build()
+        networks = frame.build(train=settings.train)
         assert isinstance(networks, OneStepNetworks)
         restorer = restorer_of(networks, frame.family, scale=frame.scale, **settings.inference.named)
         return cls(networks, seed=frame.seed, decode_crop=settings.decode_crop, restorer=restorer)
@@ -53,26 +61,32 @@ class OneStepTask(TaskBase):
         return Draws(given, noise, windows, reads)
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
-        x0 = module(seen(batch), draws.noise["posterior_lr"], draws.noise.get("noise"))
+        decode = partial(decoded, self.networks.codec, given=draws.given, windows=draws.windows)
+        x0, sr = module(seen(batch), draws.noise["posterior_lr"], draws.noise.get("noise"), decode)
         z0_hr = self.networks.truth(batch.hr, draws.noise["posterior_hr"]) if "z0_hr" in draws.reads else None
-        return Outputs(**vars(draws.given), sr=decoded(self.networks.codec, x0, draws.given, draws.windows), z0=x0, z0_hr=z0_hr)
+        return Outputs(**vars(draws.given), sr=sr, z0=x0, z0_hr=z0_hr)
 
 
 class Generator(nn.Module):
-    """Encoder and denoiser in one forward, as DDP and sharding want it; the decoder, frozen, stays outside."""
+    """All that trains in one forward, as DDP and sharding want it; what is frozen of the autoencoder stays outside."""
 
     def __init__(self, networks: OneStepNetworks) -> None:
         super().__init__()
         self.denoiser = networks.denoiser
-        if networks.settings.encoder_lora is not None:
+        if networks.whole:
+            self.vae = networks.codec.vae
+        elif networks.settings.encoder_lora is not None:
             self.encoder = networks.codec.vae.encoder
         self._networks = (networks,)  # no part of it: the decoder would be wrapped, too
 
-    def forward(self, picture: Tensor, posterior: Tensor, noise: Tensor | None) -> Tensor:
-        """[B, 3, H, W] in [0, 1] and standard normal noises [B, C, h, w] -> clean latents [B, C, h, w] float32."""
+    def forward(
+        self, picture: Tensor, posterior: Tensor, noise: Tensor | None, decode: Callable[[Tensor], Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, 3, H, W] in [0, 1] and standard normal noises [B, C, h, w] -> clean latents [B, C, h, w] float32, and what `decode` makes."""
         (networks,) = self._networks
         condition = networks.see(picture, posterior)
         assert condition.z_lr is not None
         start = networks.start(condition.z_lr, noise)
         t = torch.full((len(start),), networks.timestep, device=start.device)
-        return networks.clean(self.denoiser(start, t, condition).float(), start, condition.z_lr)
+        x0 = networks.clean(self.denoiser(start, t, condition).float(), start, condition.z_lr)
+        return x0, decode(x0)

@@ -8,6 +8,7 @@ import difflib
 import functools
 import operator
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -22,6 +23,7 @@ S = TypeVar("S", bound="Settings")
 LARGEST_RECIPE, DEEPEST_RECIPE = 20_000, 50  # values, levels
 LARGEST_FILE = 1 << 20  # bytes
 NO_RECIPES = ("accelerate",)  # folders of configs/ that hold something else
+OF_THE_FILE = ("extends", "without", "presets")  # keys of a recipe file that are no section of the recipe
 
 
 class Settings(BaseModel):
@@ -147,22 +149,53 @@ def _yaml_reason(error: Exception) -> str:
     return f"{context}, {problem}" if context.startswith("expected") else problem
 
 
-def read_raw(path: Path) -> dict[str, Any]:
-    """The nested dict of a recipe file, with what it builds on.
+def read_raw(path: Path, preset: str | None = None) -> dict[str, Any]:
+    """The nested dict of a recipe file, with what it builds on, and with what its `preset` for a card of that size lays over it.
 
     `extends: ../other.yaml` (as seen from the file's own folder) is read first, and the file laid over it key by key; a list is
     replaced as a whole. Then `without: [self_similarity]` takes entries out of the `losses` that this gives, by their `name`, or by
     their `kind` where they have no name. So a file that gives `losses` and `without` takes from its own list, and what a parent
     took out stays out.
-    Raises RecipeError: a file cannot be read, `extends` goes round in a circle, `without` names a loss that is not there.
+    Raises RecipeError: a file cannot be read, `extends` goes round in a circle, `without` names a loss that is not there, there is no
+    preset for so small a card.
     """
     merged: dict[str, Any] = {}
     for file, raw in reversed(read_family(path)):
         kept = {key: section for key, section in merged.items() if not _another_kind(section, raw.get(key))}
-        merged = _overlay(kept, {key: value for key, value in raw.items() if key not in ("extends", "without")})
+        merged = overlay(kept, {key: value for key, value in raw.items() if key not in OF_THE_FILE})
         if "without" in raw:
             merged = _without(merged, raw["without"], file.name)
-    return merged
+    return merged if preset is None else overlay(merged, _preset_for(preset, read_presets(path), path.name))
+
+
+def read_presets(path: Path) -> dict[int, dict[str, Any]]:
+    """GB of a card -> what to lay over the recipe for it, smallest first: the `presets` of this file, or of the next that it extends.
+    Raises RecipeError: they are not of that form.
+    """
+    file, section = next(((file, raw["presets"]) for file, raw in read_family(path) if "presets" in raw), (path, {}))
+    right = isinstance(section, dict) and all(_gigabytes(name) and isinstance(value, dict) for name, value in section.items())
+    if not right:
+        form = "sections by the memory of a card, for example {8gb: {training: {batch_size: 1}}}"
+        raise RecipeError(f"{file.name}: presets: expected {form}, got {shorten(section)}.")
+    return dict(sorted((_gigabytes(name), changes) for name, changes in section.items()))
+
+
+def _gigabytes(name: Any) -> int:
+    """12 of "12gb"; 0 of anything else."""
+    found = re.fullmatch(r"([1-9]\d{0,3})gb", name) if isinstance(name, str) else None
+    return int(found[1]) if found else 0
+
+
+def _preset_for(name: str, presets: Mapping[int, dict[str, Any]], source: str) -> dict[str, Any]:
+    """The largest preset that is not above the card's size: a larger card needs no other one then."""
+    size = _gigabytes(name)
+    if not size:
+        raise RecipeError(f"preset: expected the memory of a card, for example 12gb, got {shorten(name)}.")
+    if not presets:
+        raise RecipeError(f"preset: {source} has none; leave it out, and see the dry run for what saves memory.")
+    if size < min(presets):
+        raise RecipeError(f"preset: expected at least {min(presets)}gb, the smallest of {source}, got {name}.")
+    return presets[max(known for known in presets if known <= size)]
 
 
 def read_family(path: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -220,11 +253,12 @@ def _another_kind(below: Any, above: Any) -> bool:
     return isinstance(below, dict) and isinstance(above, dict) and {"kind"} <= {*below} & {*above} and below["kind"] != above["kind"]
 
 
-def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts laid over each other key by key; anything else, a list too, is replaced as a whole."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 

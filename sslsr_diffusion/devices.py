@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import re
 import time
 from functools import cache
@@ -36,6 +37,12 @@ def find_device(name: str, field: str = "--device") -> torch.device:
     if not there or (device.index or 0) >= (backend.device_count() if hasattr(backend, "device_count") else 1):
         raise UserError(f"{field} {name}: torch sees no such device here; use cpu, or auto.")
     return device
+
+
+def training_device() -> torch.device:
+    """Where accelerate trains on this machine."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+    return torch.device("cpu") if on_cpu else find_device("auto")
 
 
 def free_bytes(device: torch.device) -> int:

@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from sslsr_diffusion.cli import app
-from sslsr_diffusion.config import Settings, parse, shipped_recipes
+from sslsr_diffusion.config import OF_THE_FILE, Settings, parse, shipped_recipes
 from sslsr_diffusion.data import DataSettings
 from sslsr_diffusion.data.degradation import DEGRADATIONS
 from sslsr_diffusion.data.settings import MaskSettings
@@ -139,7 +139,7 @@ def told_keys(text: str) -> Iterator[str]:
 
 KEYS = [(name, key) for name, text in TOLD.items() for key in dict.fromkeys(told_keys(text))]
 RECIPES = [(name, yaml.safe_load(block)) for name, block in YAML]
-KEYS += [(name, key) for name, raw in RECIPES for key in keys_of({k: v for k, v in raw.items() if k not in ("extends", "without")})]
+KEYS += [(name, key) for name, raw in RECIPES for key in keys_of({k: v for k, v in raw.items() if k not in OF_THE_FILE})]
 
 
 @pytest.mark.parametrize(("page", "key"), KEYS, ids=[f"{page}-{key}" for page, key in KEYS])
@@ -193,6 +193,7 @@ def recipes_in(folder: str) -> list[str]:
 MASKS = set(get_args(MaskSettings.model_fields["kind"].annotation))
 IN_USE = {task for family in FAMILIES.values() for task in family.tasks}  # tasks that a shipped family can have
 INFER_OPTIONS = {option.opts[0] for option in COMMAND.commands["infer"].params if option.opts[0].startswith("-")}
+TRAIN_OPTIONS = {option.opts[0] for option in COMMAND.commands["train"].params}
 PAGE_OPTIONS = {option.opts[0] for verb in ("page", "explore") for option in COMMAND.commands[verb].params}
 # RESTORERS are not here: which one a family has is no choice of the user's
 WHERE: dict[str, tuple[Iterable[str], set[str]]] = {
@@ -218,6 +219,7 @@ WHERE: dict[str, tuple[Iterable[str], set[str]]] = {
     "samplers": (SAMPLERS, code_words("upscaling.md")),
     "samplers, sslsr infer --help": (SAMPLERS, help_words("infer")),
     "colour fixes": (COLOR_FIXES, code_words("upscaling.md")),
+    "options of sslsr train": (TRAIN_OPTIONS, code_words("training.md")),
     "options of sslsr infer": (INFER_OPTIONS, code_words("upscaling.md")),
     "options of sslsr page and explore": (PAGE_OPTIONS, code_words("page.md")),
     "commands": (verbs(), set().union(*map(code_words, PAGES))),

@@ -55,10 +55,11 @@ def row(name: str) -> str:
 def test_a_dry_run_at_full_size_with_nothing_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters and memory are told all the same; the memory of a method is played once, as the recipe is: its twin's is the same."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sslsr_diffusion.runs.presets.load_presets", lambda name, overrides: {})  # test_presets.py has them
     if name.endswith("_ssl"):
         monkeypatch.setattr(memory, "_variants", lambda recipe: {"as it is": recipe})
     else:
-        monkeypatch.setattr(check, "describe_memory", lambda recipe: ["played by its twin"])
+        monkeypatch.setattr(check, "describe_memory", lambda recipe, available, savings: ["played by its twin"])
     result = CliRunner().invoke(app, ["train", "--config", f"gan/{name}", "--dry-run"])
     assert result.exit_code == 2, result.output
     recipe: Any = load_recipe(f"gan/{name}")

@@ -46,6 +46,7 @@ def test_each_has_a_twin_without_the_self_similarity_term() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_dry_run_at_full_size_with_nothing_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sslsr_diffusion.runs.presets.load_presets", lambda name, overrides: {})  # test_presets.py has them
     monkeypatch.setattr(memory, "_variants", lambda recipe: {"as it is": recipe})
     if name not in PLAYED:
         monkeypatch.setattr(memory, "step_bytes", lambda recipe: {})

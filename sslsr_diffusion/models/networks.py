@@ -57,6 +57,10 @@ class Networks(nn.Module):
         parts = {name.replace("_", " "): part for name, part in self.components().items() if isinstance(part, nn.Module)}
         return {name: (count_parameters(part), count_parameters(part, trained=True)) for name, part in parts.items()}
 
+    def saved_bytes(self) -> int:
+        """What weights take less than their shapes say, where they are held as integers."""
+        return 0
+
     def merge(self) -> None:
         """Add LoRAs to the weights of the base, so that a result is the whole model; UserError where there are none."""
         raise UserError(f"merge: expected a model with a LoRA, {self.base} has none; leave it out.")

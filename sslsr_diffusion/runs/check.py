@@ -3,20 +3,23 @@
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from sslsr_diffusion import hub
 from sslsr_diffusion.data.sources import open_source
+from sslsr_diffusion.devices import device_bytes, training_device
 from sslsr_diffusion.errors import MissingDependency, Refused, UserError
 from sslsr_diffusion.inference.open import find_model
 from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.models.base import IGNORED, WANTED
 from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
 from sslsr_diffusion.runs.pin import pinned, recorded_state
+from sslsr_diffusion.runs.presets import Preset, describe_presets
 from sslsr_diffusion.runs.recipe import Recipe, resolved, run_folder
 from sslsr_diffusion.runs.start import check_one_way, check_patience, lacking_metrics, validation_metric
 from sslsr_diffusion.runs.task import build_task
@@ -37,12 +40,21 @@ class Check(NamedTuple):
 
 
 def dry_run(
-    recipe: Recipe, say: Callable[[str], None], *, resume: str | None = None, restart: bool = False, allow_recipe_change: bool = False
+    recipe: Recipe,
+    say: Callable[[str], None],
+    *,
+    presets: Mapping[int, Preset] = MappingProxyType({}),
+    memory_budget: int | None = None,
+    resume: str | None = None,
+    restart: bool = False,
+    allow_recipe_change: bool = False,
 ) -> bool:
     """Say everything about a run that can be known without starting it; False if something that the recipe asks for is not there or
     cannot be used.
 
     Args:
+        presets: of the recipe, by GB of a card.
+        memory_budget: bytes that the run may take; None: what the device has.
         resume: what the run would go on from: `latest`, a checkpoint, a run folder or a hub id.
         restart: whether an earlier run in the output folder would be moved aside.
         allow_recipe_change: whether the run would go on from a checkpoint of another recipe.
@@ -61,9 +73,13 @@ def dry_run(
     for text in recipe.without_effect():
         say(f"  note: {text}")
     say("")
-    counted = [line for task in built for line in (*describe_parameters(task), *describe_memory(recipe))]
-    for line in counted or ["parameters and memory cannot be counted"]:
-        say(line)
+    available = memory_budget or device_bytes(training_device())
+    for task in built:
+        lines = [*describe_parameters(task), *describe_memory(recipe, available, savings=not presets)]
+        for line in lines + (describe_presets(presets, available) if presets else []):
+            say(line)
+    if not built:
+        say("parameters and memory cannot be counted")
     return all(check.verdict == "ok" for check in checks)
 
 

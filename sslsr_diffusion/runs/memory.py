@@ -21,7 +21,9 @@ from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.types import Batch, Given
 
 GIB = 2**30
-_SHARE = 0.9  # of a device that a step may fill: workspaces and fragmentation are not in the estimate
+# Of a device that an estimated step may fill: at full size peaks were up to 1.33 times the estimate, which knows no workspaces, no
+# fragmentation and no libraries (benchmarks/results/full_size_step.jsonl).
+SHARE = 0.75
 _SDPA = "torch.nn.functional.scaled_dot_product_attention"  # a function mode would not reach checkpointed recomputation
 
 
@@ -35,41 +37,41 @@ def describe_parameters(task: Task) -> list[str]:
     ]
 
 
-def describe_memory(recipe: Recipe, available: int | None = None) -> list[str]:
+def describe_memory(recipe: Recipe, available: int | None = None, *, savings: bool = True) -> list[str]:
     """One line per way to run the recipe: its own settings first, then what would save memory, then all of that together.
 
-    `available`: bytes that the device has; each line then says whether it fits.
+    Args:
+        available: bytes that the device has; each line then says whether it fits.
+        savings: False: its own settings alone.
     """
     lines = [
         "memory per process, estimated (on top: kernels' workspaces, a quarter of it on a CPU, and the framework, about half a GiB)"
         + "".join(f"; {note}" for note in _uncounted(recipe))
         + ("" if available is None else f"; this device has {available / GIB:.1f} GiB")
     ]
-    for name, variant in _variants(recipe).items():
-        try:
-            parts = step_bytes(variant)
-        except CheckpointError:  # seen with the oldest versions that we allow: recomputed tensors leave the meta device
-            lines.append(f"  {name:<34} cannot be estimated with the libraries here (torch {torch.__version__})")
-            continue
-        except RuntimeError as error:  # of a network that looks at numbers, of which shapes have none
-            lines.append(f"  {name:<34} cannot be estimated: {str(error).splitlines()[0][:100]}")
-            continue
-        total = sum(parts.values())
-        verdict = "" if available is None else "   fits" if total <= _SHARE * available else "   too much"
-        detail = "  ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
-        lines.append(f"  {name:<34} {total / GIB:6.2f} GiB{verdict}   {detail}")
-    return lines
+    variants = _variants(recipe) if savings else {"as it is": recipe}
+    return lines + [f"  {name:<34} {told(variant, available)[0]}" for name, variant in variants.items()]
+
+
+def told(recipe: Recipe, available: int | None) -> tuple[str, bool]:
+    """The estimate in words, and whether it fits into `available` bytes."""
+    try:
+        parts = step_bytes(recipe)
+    except CheckpointError:  # seen with the oldest versions that we allow: recomputed tensors leave the meta device
+        return f"cannot be estimated with the libraries here (torch {torch.__version__})", False
+    except RuntimeError as error:  # of a network that looks at numbers, of which shapes have none
+        return f"cannot be estimated: {str(error).splitlines()[0][:100]}", False
+    total = sum(parts.values())
+    fits = available is not None and total <= SHARE * available
+    verdict = "" if available is None else "   fits    " if fits else "   too much"
+    return f"{total / GIB:6.2f} GiB{verdict}   " + "  ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items()), fits
 
 
 def _uncounted(recipe: Recipe) -> list[str]:
     """What the numbers are of, where they are not of the recipe itself."""
-    notes, held = [], getattr(recipe.model, "weights", None)
-    if held in ("int8", "nf4"):
-        notes.append(f"weights in {held} are counted as bfloat16")
     kinds = {loss.called: LOSSES[loss.kind] for loss in recipe.losses}
     learn = [name for name, kind in kinds.items() if issubclass(kind, LearningLoss) and not issubclass(kind, PixelLoss)]
-    if learn:
-        notes.append(f"what the network of {' and '.join(learn)} keeps while it learns is not counted")
+    notes = [f"what the network of {' and '.join(learn)} keeps while it learns is not counted"] if learn else []
     if recipe.data.teacher is not None:
         notes.append("data.teacher is not counted; pairs of `sslsr prepare teacher` need none")
     return notes
@@ -93,16 +95,17 @@ def _variants(recipe: Recipe) -> dict[str, Recipe]:
     if training.optimizer.kind == "adamw":
         eight = training.optimizer.model_copy(update={"kind": "adamw8bit"})
         savings["optimizer.kind: adamw8bit (CUDA)"] = {"training": {"optimizer": eight}}
-    variants = {"as it is": recipe, **{name: _with(recipe, saving) for name, saving in savings.items()}}
+    variants = {"as it is": recipe, **{name: with_values(recipe, saving) for name, saving in savings.items()}}
     if len(savings) > 1:
         together = recipe
         for saving in savings.values():
-            together = _with(together, saving)
+            together = with_values(together, saving)
         variants["all of these"] = together
     return variants
 
 
-def _with(recipe: Recipe, changes: dict[str, dict[str, Any]]) -> Recipe:
+def with_values(recipe: Recipe, changes: dict[str, dict[str, Any]]) -> Recipe:
+    """A recipe with other values in its sections."""
     return recipe.model_copy(update={key: getattr(recipe, key).model_copy(update=values) for key, values in changes.items()})
 
 
@@ -110,10 +113,10 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
     """Bytes of one process in a training step, by what holds them."""
     training = recipe.training
     half = training.mixed_precision != "no"
-    task = build_task(_one_sampling_step(recipe), meta=True)
+    task = build_task(one_sampling_step(recipe), meta=True)
     modules = nn.ModuleList([task.module, task.networks])
     trained = count_parameters(modules, trained=True)
-    stored = sum(p.numel() * p.element_size() for p in modules.parameters())
+    stored = sum(p.numel() * p.element_size() for p in modules.parameters()) - task.networks.saved_bytes()
     whole = sum(p.numel() for p in modules.parameters() if p.element_size() == 4)
     losses = build_losses(recipe.losses, means_of(recipe, task, shapes=True))
     learning = nn.ModuleList([loss.network for loss in losses if isinstance(loss, Learner)])
@@ -154,11 +157,11 @@ def step_bytes(recipe: Recipe) -> dict[str, int]:
     }
 
 
-def _one_sampling_step(recipe: Recipe) -> Recipe:
+def one_sampling_step(recipe: Recipe) -> Recipe:
     """A sampler's steps come one after the other: one of them has the peak of all."""
     if not hasattr(recipe.task, "synthesis_steps"):
         return recipe
-    return _with(recipe, {"task": {"synthesis_steps": 1}})
+    return with_values(recipe, {"task": {"synthesis_steps": 1}})
 
 
 class _Everything:

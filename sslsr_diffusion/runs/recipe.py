@@ -166,9 +166,14 @@ class Recipe(Settings):
             yield f"output.push_to_hub: task {self.task.kind} makes no upscaler; publish the run that builds on it."
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by path or shipped name, lay `--set` overrides over it, validate. Raises RecipeError: with one line per mistake."""
-    return parse(Recipe, apply_overrides(read_raw(find_recipe(name)), overrides))
+def load_recipe(name: str, overrides: Sequence[str] = (), *, preset: str | None = None) -> Recipe:
+    """Read a recipe by path or shipped name, lay its preset and then `--set` overrides over it, validate.
+
+    Args:
+        preset: the memory of a card, for example 12gb: what the recipe's `presets` say for it.
+    Raises RecipeError: with one line per mistake.
+    """
+    return parse(Recipe, apply_overrides(read_raw(find_recipe(name), preset), overrides))
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.data import open_training_data, open_validation_pairs
-from sslsr_diffusion.devices import device_bytes, is_out_of_memory
+from sslsr_diffusion.devices import device_bytes, is_out_of_memory, training_device
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.evaluation.metrics import METRICS, unavailable
 from sslsr_diffusion.evaluation.statistics import LEAST
@@ -22,7 +23,7 @@ from sslsr_diffusion.runs.task import build_task, export_checkpoint, means_of
 from sslsr_diffusion.runs.teacher import TaughtLoader, Teacher
 from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import find_checkpoint
-from sslsr_diffusion.training.job import Event, Job, Publisher, TrainResult
+from sslsr_diffusion.training.job import Event, Job, Loader, Publisher, TrainResult
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.validation import Pair, Validation
@@ -113,23 +114,6 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
     task = build_task(recipe)
     recipe = _with_defaults(recipe, task)
 
-    def open_data(rank: int, world_size: int, state: dict[str, Any] | None, device: torch.device) -> Any:
-        loader = open_training_data(
-            recipe.data,
-            crop_size=recipe.training.crop_size,
-            scale=recipe.scale,
-            seed=recipe.seed,
-            batch_size=recipe.training.batch_size,
-            rank=rank,
-            world_size=world_size,
-            state=state,
-            device=device,
-        )
-        if recipe.data.teacher is None:
-            return loader
-        teacher = Teacher.open(recipe.data.teacher, device=device, scale=recipe.scale, seed=recipe.seed)
-        return TaughtLoader(loader, teacher, recipe.data, seed=recipe.seed)
-
     losses = build_losses(recipe.losses, means_of(recipe, task))
     base = {"id": task.networks.base, "revision": task.networks.revision}
     trained_with = {loss.name for loss in losses}
@@ -139,7 +123,7 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
         training=recipe.training,
         checkpoints=recipe.checkpoints,
         output=recipe.output,
-        open_data=open_data,
+        open_data=partial(open_data, recipe),
         export=export_checkpoint,
         recipe=resolved(recipe),
         seed=recipe.seed,
@@ -148,6 +132,25 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
         publisher=publisher if recipe.task_kind.makes_upscaler else None,
         card=_card(recipe, base, trained_with) if publisher is not None else None,
     )
+
+
+def open_data(recipe: Recipe, rank: int, world_size: int, state: dict[str, Any] | None, device: torch.device) -> Loader:
+    """A process's training data, as its teacher sees them where there is one; `state`: of an earlier loader, to go on there."""
+    loader = open_training_data(
+        recipe.data,
+        crop_size=recipe.training.crop_size,
+        scale=recipe.scale,
+        seed=recipe.seed,
+        batch_size=recipe.training.batch_size,
+        rank=rank,
+        world_size=world_size,
+        state=state,
+        device=device,
+    )
+    if recipe.data.teacher is None:
+        return loader
+    teacher = Teacher.open(recipe.data.teacher, device=device, scale=recipe.scale, seed=recipe.seed)
+    return TaughtLoader(loader, teacher, recipe.data, seed=recipe.seed)
 
 
 def _with_defaults(recipe: Recipe, task: Task) -> Recipe:
@@ -245,7 +248,6 @@ def _memory_advice(recipe: Recipe, error: Exception) -> str:
     from sslsr_diffusion.runs.memory import describe_memory
 
     reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-    device = torch.device("cuda" if torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU") else "cpu")
-    advice = "\n".join(describe_memory(recipe, device_bytes(device)))
+    advice = "\n".join(describe_memory(recipe, device_bytes(training_device())))
     onward = "go on with --resume latest (and --allow-recipe-change where it asks for that), or begin anew with --restart."
     return f"out of memory: {reason}\n{advice}\nChange one of these and {onward}"

@@ -26,6 +26,7 @@ _GAP = 4
 _INK = "#808080"  # of the curves' axes and words
 _LOOK: dict[str, Any] = {f"{part}color": _INK for part in ("text.", "axes.label", "axes.edge", "xtick.", "ytick.")}
 _LOOK |= {"savefig.transparent": True, "legend.framealpha": 0.0}
+_TIMED = 10  # steps after which there is a forecast; the first, in which kernels are made, is not in it
 _NO_NUMBER = (1.0, 0.0, 1.0)  # the colour of pixels that are none
 
 
@@ -38,6 +39,7 @@ class Reporter:
         self._began = time.perf_counter()
         self._bar: Any = None
         self._said = False
+        self._first = (session.progress.step + 1, 0.0)  # of this call's steps, and the seconds of the run when it was done
         if session.main:
             from tqdm import tqdm
 
@@ -69,6 +71,7 @@ class Reporter:
             self._rows.append(report.values())
         self._bar.update(1)
         step = self.session.progress.step
+        self._forecast(step, self.session.progress.seconds)
         if step % self.settings.log_every and step != self.settings.steps:
             return
         rows, self._rows = self._rows, []
@@ -83,6 +86,16 @@ class Reporter:
         terms = {key.removeprefix("loss/"): f"{value:.3g}" for key, value in values.items() if key.startswith("loss/")}
         self._bar.set_postfix({**terms, "lr": f"{values['train/lr']:.1e}"}, refresh=False)
         logger.info("step %d  %s", step, "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
+
+    def _forecast(self, step: int, seconds: float) -> None:
+        """After ten steps, how long the run will take; `seconds` were spent in steps so far."""
+        first, began = self._first
+        if step == first:
+            self._first = (step, seconds)
+        left = self.settings.steps - step
+        if step == first + _TIMED - 1 and left:
+            each = (seconds - began) / (_TIMED - 1)
+            self.say(f"{each:.3g} s per step, {_duration(each * left)} for the {left} to come; validation and checkpoints come on top")
 
     def validated(self, result: ValidationResult) -> None:
         """A validation pass is over: numbers and the grid to tracker, history and disk."""
@@ -144,6 +157,16 @@ class Reporter:
         if self._bar is not None and problems:
             unique = list(dict.fromkeys(problems))
             logger.warning("%d training pictures could not be used: %s", len(unique), "; ".join(unique[:20]))
+
+
+def _duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 20 min, 2 d 5 h"""
+    days, hours, minutes = (int(seconds // unit) for unit in (86400, 3600, 60))
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
 class _AboveTheBar(logging.Handler):

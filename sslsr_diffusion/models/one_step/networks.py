@@ -26,6 +26,7 @@ from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.models.one_step.backbone import Backbone
 from sslsr_diffusion.models.one_step.comfyui import why_not, write_comfyui
 from sslsr_diffusion.models.one_step.prior import BasePrior, base_prior
+from sslsr_diffusion.models.one_step.quantised import BYTES, saved_bytes
 from sslsr_diffusion.models.one_step.result import (
     FULL,
     PROMPT,
@@ -183,10 +184,13 @@ class OneStepNetworks(LatentNetworks):
     def set_trainable(self, which: str) -> list[str]:
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
+    def saved_bytes(self) -> int:
+        return saved_bytes(self.denoiser.network, self.settings.weights) if self.settings.weights in BYTES else 0
+
     def cast(self, dtype: torch.dtype) -> None:
         """Flow transformers leave the range of float16; what bitsandbytes holds stays as it is."""
         dtype = torch.bfloat16 if self.denoiser.flow and dtype == torch.float16 else dtype
-        if self.settings.weights in ("int8", "nf4"):
+        if self.settings.weights in BYTES:
             self.codec.to(dtype)
         else:
             super().cast(dtype)
@@ -210,7 +214,7 @@ class OneStepNetworks(LatentNetworks):
 
     def merge(self) -> None:
         """Add the LoRAs to the base's weights, in float32; UserError for a base in integers."""
-        if self.settings.weights in ("int8", "nf4"):
+        if self.settings.weights in BYTES:
             raise UserError(
                 f"merge: a LoRA cannot be added to weights in {self.settings.weights}; open the result of this run with model.weights: "
                 f"bfloat16 in its {RESULT}, or export without it."

@@ -12,6 +12,7 @@ from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.one_step.networks import OneStepNetworks
 from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings, WindowSettings
+from sslsr_diffusion.tasks.graph import Decoding, Graph
 from sslsr_diffusion.tasks.pixels import all_samples, choose_pixels, decoded, seen
 from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise, reads_of
 from sslsr_diffusion.types import Batch, Outputs
@@ -52,6 +53,15 @@ class OneStepTask(TaskBase):
         given, windows = choose_pixels(all_samples(batch), batch, losses, scale=codec.scale, decode_crop=self.decode_crop, seed=self.seed)
         return Draws(given, noise, windows, reads)
 
+    def graph(self) -> Graph:
+        networks = self.networks
+        if networks.has_loras:
+            networks.merge()
+        networks.cast(torch.float32)
+        codec, noise = networks.codec, (networks.codec.latent_channels, networks.codec.scale)
+        inputs = {"picture": (3, 1), "posterior_noise": noise, **({"start_noise": noise} if networks.starts_noised else {})}
+        return Graph("upscaler", Decoding(codec, self.module), inputs, networks.size().multiple_of)
+
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         x0 = module(seen(batch), draws.noise["posterior_lr"], draws.noise.get("noise"))
         z0_hr = self.networks.truth(batch.hr, draws.noise["posterior_hr"]) if "z0_hr" in draws.reads else None
@@ -68,7 +78,7 @@ class Generator(nn.Module):
             self.encoder = networks.codec.vae.encoder
         self._networks = (networks,)  # no part of it: the decoder would be wrapped, too
 
-    def forward(self, picture: Tensor, posterior: Tensor, noise: Tensor | None) -> Tensor:
+    def forward(self, picture: Tensor, posterior: Tensor, noise: Tensor | None = None) -> Tensor:
         """[B, 3, H, W] in [0, 1] and standard normal noises [B, C, h, w] -> clean latents [B, C, h, w] float32."""
         (networks,) = self._networks
         condition = networks.see(picture, posterior)

@@ -21,7 +21,7 @@ from sslsr_diffusion.models.stablesr.settings import StableSRSettings
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples/integrations"
-BLOCKS = re.findall(r"^```python\n# (.*)\n(.*?)^```", (ROOT / "docs/integrations.md").read_text(), re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```python\n# ([^\n]*)\n(.*?)^```", (ROOT / "docs/integrations.md").read_text(), re.MULTILINE | re.DOTALL)
 LINES = dict(BLOCKS)
 PUBLISHED = {"l1_weight": 500, "kl_weight": 500, "mask_stride": 3}
 

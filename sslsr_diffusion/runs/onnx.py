@@ -64,7 +64,7 @@ def _trace(graph: Graph, module: nn.Module, path: Path) -> None:
                 external_data=sum(p.numel() * p.element_size() for p in module.parameters()) > LARGEST,
             )
     except Exception as error:  # each of its steps has errors of its own
-        reason = str(error.__cause__ or error).strip().splitlines()[0][:200].rstrip(".")
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
         raise UserError(f"onnx: these networks cannot be one graph of any size ({reason}); leave it out.") from error
 
 

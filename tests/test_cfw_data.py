@@ -21,9 +21,9 @@ from sslsr_diffusion.data import open_training_data
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import read_image, to_tensor
 from sslsr_diffusion.models.condition import Condition
-from sslsr_diffusion.runs.decoder_samples import _settings
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe
 from sslsr_diffusion.runs.start import build_job
+from sslsr_diffusion.runs.stored_samples import Wanted
 from sslsr_diffusion.runs.task import export_checkpoint
 from sslsr_diffusion.tasks import decoder
 from sslsr_diffusion.training.checkpoints import read_checkpoint
@@ -114,7 +114,8 @@ def test_other_settings_need_another_folder(world, made):
         prepare(world, made, "--set", "seed=6")
     aware = parse(Recipe, values(world, data={**values(world)["data"], "crop": {"kind": "edge_aware"}, "mask": {"threshold": 20}}))
     other = aware.model_copy(update={"data": aware.data.model_copy(update={"mask": aware.data.mask.model_copy(update={"threshold": 40})})})
-    assert _settings(aware, 2, "") != _settings(other, 2, "")  # the mask chooses the crops
+    first, second = (Wanted(recipe.data, 64, 4, 5, count=2).settings for recipe in (aware, other))
+    assert first != second  # the mask chooses the crops
     (world / "file").touch()
     with pytest.raises(UserError, match="file: cannot be written"):
         prepare(world, world / "file")

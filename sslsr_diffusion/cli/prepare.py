@@ -117,6 +117,53 @@ def cfw(
 
 
 @app.command()
+def teacher(
+    model: Annotated[str, typer.Option(help="The upscaler whose pictures are learned: by any name that infer --model takes.")],
+    output: Output,
+    place: Place = None,
+    source: Input = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="Instead of INPUT: pictures, degradation, scale and seed of this recipe.")
+    ] = None,
+    set_: Set = None,
+    count: Annotated[int, typer.Option(min=1, help="Pairs in all.")] = 1000,
+    crop_size: Annotated[int, typer.Option(min=32, help="Side of a pair's high-resolution crop in pixels.")] = 384,
+    preset: Preset = "stablesr_ssl",
+    scale: Scale = 4,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Crops at once.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """Make pairs to distil an upscaler: lr/ degraded crops, hr/ what the model makes of them. The same command goes on where it stopped."""
+    from tqdm import tqdm
+
+    from sslsr_diffusion.config import parse
+    from sslsr_diffusion.data.settings import DataSettings
+    from sslsr_diffusion.devices import find_device
+    from sslsr_diffusion.inference.open import find_model
+    from sslsr_diffusion.runs.recipe import load_recipe
+    from sslsr_diffusion.runs.stored_samples import Wanted
+    from sslsr_diffusion.runs.teacher import make_pairs
+
+    if config is None:
+        sources = [{"kind": "folder", "path": _input(place, source)}]
+        data = parse(DataSettings, {"sources": sources, "degradation": {"preset": preset}})
+    elif place or source:
+        raise UserError("prepare teacher: expected either --config or an input, got both.")
+    else:
+        recipe = load_recipe(config, set_ or [])
+        data, scale, seed = recipe.data, recipe.scale, recipe.seed
+    wanted = Wanted(data, crop_size, scale, seed, count)
+    try:
+        with tqdm(total=count, unit="pair", disable=None) as bar:
+            for present in make_pairs(wanted, find_model(model), output, batch_size=batch_size, device=str(find_device(device))):
+                bar.update(present - bar.n)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}); mend that, and the same command goes on.") from None
+    typer.echo(f"{count} pairs in {output}; train on them with --set 'data.sources=[{{kind: pairs, path: {output}}}]'")
+
+
+@app.command()
 def check(
     place: Annotated[
         str | None,

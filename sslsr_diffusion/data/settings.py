@@ -117,6 +117,11 @@ class DataSettings(Settings):
     sources: list[Source] = Field([], description="Where training pictures come from.")
     validation: list[Source] = Field([], description="Where validation pictures come from; keep them apart from the training pictures.")
     degradation: DegradationSettings = Field(DegradationSettings(), description="How low-resolution partners are made; pairs have theirs.")
+    teacher: str | None = Field(
+        None,
+        description="An upscaler by any name that --model takes: what it makes of the low-resolution crops is trained towards in the place "
+        "of the high-resolution ones (distillation). null: those. Validation keeps the true pictures.",
+    )
     mask: MaskSettings = Field(MaskSettings(), description="Which pixels enter the self-similarity loss.")
     crop: CropSettings = Field(CropSettings(), description="Where crops are taken.")
     small_images: Literal["reflect", "skip"] = Field("reflect", description="What happens to pictures smaller than the crop.")

@@ -11,6 +11,7 @@ import yaml
 from sslsr_diffusion import hub
 from sslsr_diffusion.data.sources import open_source
 from sslsr_diffusion.errors import MissingDependency, Refused, UserError
+from sslsr_diffusion.inference.open import find_model
 from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.models.base import IGNORED, WANTED
 from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
@@ -69,6 +70,7 @@ def run_checks(recipe: Recipe, *, empty: bool = True) -> list[Check]:
     """Data, model, losses, metrics, optimizer, trackers and output; `empty`: the output folder must hold no run."""
     checks = [*_data(recipe), *_model(recipe), *_losses(recipe)]
     for what, say, verdict in (
+        ("teacher", _teacher, "missing"),
         ("metrics", _metrics, "missing"),
         ("optimizer", _optimizer, "missing"),
         ("trackers", _trackers, "missing"),
@@ -152,6 +154,13 @@ def _on_hub(name: str, revision: str | None, kind: hub.Kind) -> str:
 def _losses(recipe: Recipe) -> Iterator[Check]:
     for loss in recipe.losses:
         yield from _checked("losses", lambda loss=loss: LOSSES[loss.kind].check(loss))  # type: ignore[misc]  # bound in this round
+
+
+def _teacher(recipe: Recipe) -> str | None:
+    model = recipe.data.teacher
+    if model is None:
+        return None
+    return _on_hub(model, None, "model") if hub.repository_of(model) is not None else str(find_model(model).path)
 
 
 def _optimizer(recipe: Recipe) -> str | None:

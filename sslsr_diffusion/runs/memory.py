@@ -70,6 +70,8 @@ def _uncounted(recipe: Recipe) -> list[str]:
     learn = [name for name, kind in kinds.items() if issubclass(kind, LearningLoss) and not issubclass(kind, PixelLoss)]
     if learn:
         notes.append(f"what the network of {' and '.join(learn)} keeps while it learns is not counted")
+    if recipe.data.teacher is not None:
+        notes.append("data.teacher is not counted; pairs of `sslsr prepare teacher` need none")
     return notes
 
 

@@ -103,6 +103,8 @@ class Recipe(Settings):
         stored = [i for i, source in enumerate(self.data.sources) if source.kind == "cfw"]
         if stored and not self.task_kind.reads_latents:
             yield f"data.sources.{stored[0]}.kind: cfw has stored latents, which task {kind} does not read; use pairs."
+        elif stored and self.data.teacher is not None:
+            yield "data.teacher: stored samples of kind cfw have their targets already; leave it out."
         elif stored and len(stored) < len(self.data.sources):
             yield "data.sources: kind cfw cannot be mixed with other kinds; make all samples with `sslsr prepare cfw`, or none."
 

@@ -18,6 +18,7 @@ from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.runs.pin import pinned
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved, run_folder
 from sslsr_diffusion.runs.task import build_task, export_checkpoint, means_of
+from sslsr_diffusion.runs.teacher import TaughtLoader, Teacher
 from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import find_checkpoint
 from sslsr_diffusion.training.job import Event, Job, Publisher, TrainResult
@@ -112,7 +113,7 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
     recipe = _with_defaults(recipe, task)
 
     def open_data(rank: int, world_size: int, state: dict[str, Any] | None, device: torch.device) -> Any:
-        return open_training_data(
+        loader = open_training_data(
             recipe.data,
             crop_size=recipe.training.crop_size,
             scale=recipe.scale,
@@ -123,6 +124,10 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
             state=state,
             device=device,
         )
+        if recipe.data.teacher is None:
+            return loader
+        teacher = Teacher.open(recipe.data.teacher, device=device, scale=recipe.scale, seed=recipe.seed)
+        return TaughtLoader(loader, teacher, recipe.data, seed=recipe.seed)
 
     losses = build_losses(recipe.losses, means_of(recipe, task))
     base = {"id": task.networks.base, "revision": task.networks.revision}

@@ -34,14 +34,14 @@ class Graph:
 
 
 class Decoding(nn.Module):
-    """decode(z), z normalised as the codec says; where there is `latents`, it makes z of what is given."""
+    """Latents, normalised as the codec says, to a picture."""
 
-    def __init__(self, codec: Codec, latents: nn.Module | None = None) -> None:
+    def __init__(self, codec: Codec) -> None:
         super().__init__()
-        self.codec, self.latents = codec, latents
+        self.codec = codec
 
-    def forward(self, first: Tensor, posterior: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        return self.codec.decode(first if self.latents is None else self.latents(first, posterior, noise))
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.codec.decode(latents)
 
 
 def decoder_graph(codec: Codec) -> Graph:

@@ -24,6 +24,7 @@ class Backbone(nn.Module):
     pipeline_class: ClassVar[str]  # of diffusers: what loads the LoRA, and what encodes the prompt
     flow: ClassVar[bool] = True  # whether the process is a flow, else DDPM
     tokens: ClassVar[int]  # of an encoded prompt, where none was encoded
+    last: ClassVar[str] = "proj_out"  # the layer that says the prediction
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -47,6 +48,11 @@ class Backbone(nn.Module):
     def trained_side(self) -> int:
         """Side of the latents that the network was made for; 0: any."""
         return 0
+
+    def start_at_zero(self) -> None:
+        """Let a drawn network predict zeros."""
+        for parameter in self.network.get_submodule(self.last).parameters():
+            nn.init.zeros_(parameter)
 
     @abstractmethod
     def no_text(self, tokens: int = 1) -> Text:

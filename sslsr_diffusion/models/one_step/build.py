@@ -15,7 +15,7 @@ from sslsr_diffusion.models.loading import drawn, loaded
 from sslsr_diffusion.models.one_step.backbone import BACKBONES, Backbone, backbone_class
 from sslsr_diffusion.models.one_step.networks import OneStepNetworks
 from sslsr_diffusion.models.one_step.result import PROMPT, read_text, read_told
-from sslsr_diffusion.models.one_step.settings import OneStepSettings, load_preset
+from sslsr_diffusion.models.one_step.settings import RESULT, OneStepSettings, load_preset
 from sslsr_diffusion.models.process import DDPM, Flow, Process
 from sslsr_diffusion.models.stablesr.near_identity import can_start_near_identity, start_near_identity
 from sslsr_diffusion.models.tensor_names import check_tensors
@@ -23,17 +23,28 @@ from sslsr_diffusion.shipped_model import local_folder
 from sslsr_diffusion.tables import named
 
 
-def build_networks(settings: OneStepSettings, *, meta: bool = False, seed: int = 0) -> OneStepNetworks:
-    """Codec, base network and process, all frozen but for the settings' fresh LoRAs and whole layers.
+def build_networks(settings: OneStepSettings, *, train: str = "lora", meta: bool = False, seed: int = 0) -> OneStepNetworks:
+    """Codec, base network and process, all frozen but for what trains.
 
     Args:
+        train: `lora`, the settings' fresh LoRAs and whole layers; `whole`, every weight.
         meta: shapes only: no weights are read and, unless `base` is a folder, no network is used.
         seed: of what is drawn: LoRAs, and the base with init random.
 
     UserError where the base cannot be found, is of another class, or does not go with the rest of the settings.
     """
-    if settings.lora is None and settings.encoder_lora is None and not settings.full:
-        raise UserError("model.lora: expected lora, encoder_lora or full, got none of them, so nothing would train; give one.")
+    given = [key for key in ("lora", "encoder_lora", "full") if getattr(settings, key)]
+    if train == "whole":
+        if given or settings.weights != "float32":
+            wrong = f"{given[0]} to be null" if given else f"weights: float32, got {settings.weights}"
+            raise UserError(f"model.{given[0] if given else 'weights'}: task.train: whole trains every weight; expected {wrong}.")
+        networks = _frozen(settings, meta=meta, seed=seed)
+        networks.train_whole()
+        return networks
+    if not given:
+        raise UserError(
+            "model.lora: expected lora, encoder_lora or full, got none of them, so nothing would train; give one, or set task.train: whole."
+        )
     networks = _frozen(settings, meta=meta, seed=seed)
     networks.add_trained(seed)
     return networks
@@ -56,12 +67,30 @@ def read_networks(folder: Path, *, meta: bool = False) -> OneStepNetworks:
 
 def _frozen(settings: OneStepSettings, text: Text | None = None, *, meta: bool, seed: int) -> OneStepNetworks:
     """The base as it is; `text`: the encoded prompt, where it is known already, and no text encoder is read."""
+    settings, call = _called_as_its_base(settings)
     if settings.init == "random" or (meta and not local_folder(settings.base).is_dir()):
         networks = _from_preset(settings, text, meta=meta, seed=seed)
     else:
         networks = _from_base(settings, find_base(settings.base, settings.revision), text, meta=meta)
     networks.check_fit()
+    networks.call = call
     return networks.requires_grad_(False).eval()
+
+
+def _called_as_its_base(settings: OneStepSettings) -> tuple[OneStepSettings, dict[str, Any]]:
+    """The settings with the call that a base was trained for which is a one-step model itself, and the defaults of that call.
+    UserError where they say another one.
+    """
+    folder = local_folder(settings.base)
+    if settings.init == "random" or not (folder / RESULT).is_file():
+        return settings, {}
+    told = read_told(folder)
+    own = {key: getattr(told.settings, key) for key in ("timestep", "sigma", "noise", "x0")}
+    for key, field in type(settings).model_fields.items():
+        value = getattr(settings, key)
+        if key in own and value not in (own[key], field.default):
+            raise UserError(f"model.{key}: {settings.base} is a one-step model with {key} {own[key]}, got {value}; leave it out.")
+    return settings.model_copy(update=own), told.call
 
 
 def _from_preset(settings: OneStepSettings, text: Text | None, *, meta: bool, seed: int) -> OneStepNetworks:

@@ -24,7 +24,7 @@ class OneStep:
     settings = OneStepSettings
     restorer = "one_step"
     tasks = frozenset({"one_step"})
-    trains: tuple[str, ...] = ("lora",)
+    trains: tuple[str, ...] = ("lora", "whole")
     files: tuple[str, ...] = (RESULT, "*.safetensors", *PIPELINE_FILES)
     card = Card(what="a one-step model, a LoRA on a diffusion base", library="diffusers", tags=("lora", "one-step"), needs=_NEEDS)
 
@@ -33,7 +33,7 @@ class OneStep:
     ) -> "Networks":
         from sslsr_diffusion.models.one_step.build import build_networks
 
-        return build_networks(settings, meta=meta, seed=seed)
+        return build_networks(settings, train=train or self.trains[0], meta=meta, seed=seed)
 
     def reads(self, path: Path) -> bool:
         return (path / RESULT).is_file()

@@ -67,7 +67,7 @@ class OneStepNetworks(LatentNetworks):
         levels = _levels(process, settings, base)
         super().__init__(codec, denoiser, levels[0], text, base=base, revision=source.revision if source else None)
         self.settings, self.source, self.seed, self.base_process = settings, source, seed, process
-        self.whole = False  # whether LoRAs are merged, and a result is the whole model
+        self.whole = False  # whether a result is the whole model: LoRAs are merged, or all of it trains
         self.call: dict[str, Any] = {}  # defaults of a call, as a result brought them along
         self._at, self._noised_at = levels[1:]
 
@@ -108,6 +108,19 @@ class OneStepNetworks(LatentNetworks):
                 f"model.base: the network of {self.base} works on {self.denoiser.channels} latent channels, its autoencoder gives "
                 f"{self.codec.latent_channels}."
             )
+
+    def train_whole(self) -> None:
+        """Let every weight of encoder, network and decoder train; a result is then the whole model.
+
+        Encoding becomes the posterior's mean: what both sides of the latents learn together needs no noise in between.
+        """
+        if self.settings.init == "random" and self.settings.x0 == "residual":
+            self.denoiser.start_at_zero()
+        self._become_whole()
+        if self.codec.vae.quant_conv is not None:
+            self.codec = self.codec.without_variance()
+        self.denoiser.network.requires_grad_(True)
+        self.codec.requires_grad_(True)
 
     def add_trained(self, seed: int) -> None:
         """Put the settings' LoRAs beside the frozen layers, and choose the layers that train whole.
@@ -208,7 +221,10 @@ class OneStepNetworks(LatentNetworks):
                 self.codec.vae = merged(network.float())
             else:
                 self.denoiser.network = merged(network.float())
-        plain = {"init": "pretrained", "lora": None, "encoder_lora": None, "full": (), "weights": "float32"}
+        self._become_whole()
+
+    def _become_whole(self) -> None:
+        plain = {"base": self.base, "init": "pretrained", "lora": None, "encoder_lora": None, "full": (), "weights": "float32"}
         self.settings = self.settings.model_copy(update=plain)
         self.whole = True
 

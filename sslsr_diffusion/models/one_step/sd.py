@@ -17,6 +17,7 @@ class StableDiffusion(Backbone):
     network_class = "UNet2DConditionModel"
     pipeline_class = "StableDiffusionPipeline"
     flow = False
+    last = "conv_out"
     tokens = 77
 
     @classmethod

@@ -1,0 +1,88 @@
+"""Distillation: an upscaler's pictures in the place of the true ones, made while training asks for them, or stored as pairs."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslsr_diffusion.data import DataSettings, TrainingLoader
+from sslsr_diffusion.data.masks import make_mask
+from sslsr_diffusion.images import to_array, to_tensor
+from sslsr_diffusion.inference.open import FoundModel, find_model, open_model
+from sslsr_diffusion.inference.restorer import Restorer
+from sslsr_diffusion.ops.edge_mask import cap_mask
+from sslsr_diffusion.runs.stored_samples import Make, Wanted, make_samples
+from sslsr_diffusion.seeding import derive_seed, sample_generator
+from sslsr_diffusion.types import Batch
+
+
+class Teacher:
+    """An upscaler that shows how it is done."""
+
+    def __init__(self, restorer: Restorer, *, scale: int, seed: int) -> None:
+        self._restorer, self._scale, self._seed = restorer, scale, seed
+
+    @classmethod
+    def open(cls, model: str, *, device: torch.device, scale: int, seed: int) -> "Teacher":
+        """By any name that `open_upscaler` takes. UserError: there is no such model, or it cannot be opened."""
+        return cls(open_model(find_model(model), device=str(device)), scale=scale, seed=seed)
+
+    @torch.no_grad()
+    def __call__(self, lr: Tensor, index: Tensor) -> Tensor:
+        """Pictures of [B, 3, h, w] crops with global sample indices [B]: [B, 3, h scale, w scale] float32 in [0, 1], on the CPU.
+
+        What a teacher draws follows from (seed, index) alone.
+        """
+        generators = [torch.Generator().manual_seed(derive_seed(self._seed, "teacher", i)) for i in index.tolist()]
+        images: Tensor = self._restorer(lr, scale=self._scale, generator=generators, output_type="pt").images
+        return images.float().clamp(0, 1).cpu()
+
+
+class TaughtLoader:
+    """The training's batches with a teacher's pictures as what is trained towards, and edge masks of those."""
+
+    def __init__(self, loader: TrainingLoader, teacher: Teacher, settings: DataSettings, *, seed: int) -> None:
+        self._loader, self._teacher, self._mask, self._seed = loader, teacher, settings.mask, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            hr = self._teacher(batch.lr, batch.index)
+            yield replace(batch, hr=hr, mask=batch.mask if self._mask.kind == "files" else self._masks(hr, batch.index))
+
+    def _masks(self, hr: Tensor, index: Tensor) -> Tensor:
+        """[B, 1, H, W] bool."""
+        masks = []
+        for picture, i in zip(hr.split(1), index.tolist()):
+            generator = sample_generator(self._seed, i, "mask")
+            mask = make_mask(picture, self._mask, generator)
+            masks.append(mask if self._mask.max_pixels is None else cap_mask(mask, self._mask.max_pixels, generator))
+        return torch.cat(masks)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._loader.state_dict()
+
+    def problems(self) -> list[str]:
+        return self._loader.problems()
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+def make_pairs(wanted: Wanted, model: FoundModel, output: Path, *, batch_size: int = 1, device: str = "cpu") -> Iterator[int]:
+    """`make_samples` with an upscaler's pictures: pairs for a source of kind `pairs`, hr/ by the upscaler, lr/ degraded by the recipe."""
+
+    def start() -> Make:
+        teacher = Teacher(open_model(model, device=device), scale=wanted.scale, seed=wanted.seed)
+        return lambda batch: _pairs(teacher, batch)
+
+    made_with = {"teacher": model.fingerprint}
+    yield from make_samples(wanted, output, start, last="hr", made_with=made_with, batch_size=batch_size, device=device)
+
+
+def _pairs(teacher: Teacher, batch: Batch) -> dict[str, Tensor]:
+    """What the teacher makes of the 8 bits that are stored."""
+    lr = torch.stack([to_tensor(to_array(picture)) for picture in batch.lr])
+    return {"lr": lr, "hr": teacher(lr, batch.index)}

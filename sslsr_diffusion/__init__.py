@@ -3,11 +3,16 @@
 Names are resolved at first use: importing the package costs milliseconds and touches neither a GPU nor diffusers.
 """
 
+import logging
 from typing import TYPE_CHECKING
 
 from sslsr_diffusion.tables import lazily
 
 __version__ = "0.1.0"
+
+# Importing diffusers imports bitsandbytes where it is installed, which then warns that it lacks 4-bit kernels of the package `kernels`
+# (on processors with AVX512-BF16). Nothing here uses them.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOME = {
     "self_similarity_graph": "sslsr_diffusion.ops",

@@ -72,13 +72,16 @@ def find_recipe(name: str) -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes in the wheel, or beside the package in a checkout; `folder/name` in a folder below."""
+    """Name -> file of the recipes that come with the package; `folder/name` in a folder below."""
+    folder = shipped_folder("configs")
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    return {name: names[name] for name in sorted(names) if name.split("/")[0] not in NO_RECIPES}
+
+
+def shipped_folder(name: str) -> Path:
+    """`_name` in the wheel, or `name` beside the package in a checkout."""
     here = Path(__file__).resolve().parent
-    for folder in (here / "_configs", here.parent / "configs"):
-        if folder.is_dir():
-            names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
-            return {name: names[name] for name in sorted(names) if name.split("/")[0] not in NO_RECIPES}
-    return {}
+    return here / f"_{name}" if (here / f"_{name}").is_dir() else here.parent / name
 
 
 class _Loader(yaml.SafeLoader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ def shipped(tmp_path, monkeypatch) -> Path:
         (tmp_path / "configs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "configs" / name).write_text(text)
     monkeypatch.setattr("sslsr_diffusion.config.__file__", str(tmp_path / "package/config.py"))
+    (tmp_path / "examples/photos/train").mkdir(parents=True)
+    (tmp_path / "examples/lr").mkdir()
+    for name in ("photos/train/a.jpg", "lr/b.jpg", "SOURCES.md", "other.py"):
+        (tmp_path / "examples" / name).write_text(name)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "configs"
@@ -70,6 +75,25 @@ def test_a_copy_reads_as_the_original(shipped, tmp_path, monkeypatch, arguments,
     assert wrote == [f"wrote {copy}" for copy in copies]
     assert last == f"Edit it, then: sslsr train --config {repr(copies[0]) if ' ' in copies[0] else copies[0]} --dry-run"
     assert read_raw(Path(copies[0])) == read_raw(shipped / f"{arguments[0].removesuffix('.yaml')}.yaml")
+
+
+def test_photographs_that_a_recipe_names_come_along_once(shipped):
+    (shipped / "tiny.yaml").write_text("extends: small_ssl.yaml\ndata:\n  sources: [{kind: folder, path: examples/photos/train}]\n")
+    *_, brought, _ = init("tiny")
+    assert brought == "wrote examples/, the photographs that it names (authors and licences: examples/SOURCES.md)"
+    assert {path.read_text() for path in Path("examples").rglob("*.*")} == {"photos/train/a.jpg", "lr/b.jpg", "SOURCES.md"}
+    Path("examples/SOURCES.md").write_text("mine")
+    assert not any("examples" in line for line in init("tiny", "-o", "again.yaml"))
+    assert Path("examples/SOURCES.md").read_text() == "mine"
+
+
+def test_photographs_that_cannot_be_written_are_one_sentence(shipped):
+    (shipped / "tiny.yaml").write_text("data: {sources: [{path: examples/photos/train}]}\n")
+    shutil.rmtree(shipped.parent / "examples")
+    with pytest.raises(
+        UserError, match=r"^examples/photos cannot be written \(No such file or directory\); work in a folder of your own\.$"
+    ):
+        init("tiny")
 
 
 def test_what_is_there_is_kept():

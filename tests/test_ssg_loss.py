@@ -281,20 +281,31 @@ def test_a_second_derivative_raises_instead_of_leaving_the_curvature_out(backend
         torch.autograd.grad(gradient, weight)
 
 
-def test_other_ranges_and_masks_of_255_are_mentioned():
+@pytest.mark.parametrize("backend", FUSED)
+def test_other_ranges_are_refused_by_the_first_call_and_not_looked_for_again(backend):
     sr, gt, mask = (x.float() for x in make_pair(1, 3, 16, 16, density=0.3, seed=0))
-    ssl = SelfSimilarityLoss(**SMALL)
-    with pytest.warns(UserWarning, match=r"gt: expected pictures in \[0, 1\].*got values from .* to 2"):
-        ssl(255 * sr, 255 * gt, mask)
-    with pytest.warns(UserWarning, match=r"got values from -"):
-        ssl(2 * sr - 1, 2 * gt - 1, mask)
-    with pytest.warns(UserWarning, match=r"mask: exactly 1 counts, and no entry is 1 \(largest 255\)") as caught:
-        assert ssl(sr, gt, 255 * mask) == 0
-    assert caught[0].filename == __file__
+
+    def first(*given):
+        return SelfSimilarityLoss(**SMALL, backend=backend)(*given)
+
+    with pytest.raises(ValueError, match=r"gt: expected a picture in \[0, 1\], got values from .* to 2\d\d; give \(sr \+ 1\) / 2 and"):
+        first(255 * sr, 255 * gt, mask)
+    with pytest.raises(ValueError, match=r"got values from -"):
+        first(2 * sr - 1, 2 * gt - 1)
+    with pytest.raises(ValueError, match=r"mask: expected entries of exactly 1, got none \(the largest is 255\); give mask > 0"):
+        first(sr, gt, 255 * mask)
+    for other, name in ((2 * sr - 1, r"\[-1, 1\]"), (255 * sr, r"\[0, 255\]")):
+        with pytest.warns(UserWarning, match=f"sr: seems to be in {name}, and gt is in") as caught:
+            first(other, gt, mask)
+        assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        for beginning in (sr, 0 * sr, sr + torch.linspace(-0.4, 0.4, 16)):  # a network that knows nothing yet is no other range
+            first(beginning, gt, mask)
+        first(sr, gt, 0 * mask)
+        ssl = SelfSimilarityLoss(**SMALL, backend=backend)
         ssl(sr, gt, mask)
-        ssl(sr, gt, 0 * mask)
+        assert ssl(2 * sr - 1, 2 * gt - 1, mask).isfinite()
 
 
 def test_gt_never_receives_a_gradient():

@@ -1,7 +1,6 @@
 """The console command `sslsr`. One file per verb; heavy imports happen inside the commands, so `--help` answers at once."""
 
 import errno
-import logging
 import sys
 from typing import Annotated
 
@@ -52,7 +51,6 @@ def _root(
 
 def run(application: typer.Typer) -> None:
     """Run a typer application; a user's mistake becomes one line on stderr and exit code 2."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # asks at import for 4-bit kernels that nothing here uses
     try:
         application()
     except (UserError, MissingDependency) as error:

@@ -17,6 +17,7 @@ def export(
     blend: Annotated[str | None, typer.Option(help="Another network of the same kind: run, file or hub id; weights between both.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Of a LoRA: the whole model with the LoRA in its weights.")] = False,
     comfyui: Annotated[bool, typer.Option("--comfyui", help="Of a LoRA: files for ComfyUI, too, with an example workflow.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="An ONNX graph, too: plain networks, one-step upscalers, decoders.")] = False,
     alpha: Annotated[float | None, typer.Option(help="Share of the checkpoint where --blend names another: 1 is all of it.")] = None,
 ) -> None:
     """Make the result of a checkpoint, a folder to use: frozen weights come from its base, trained ones from the checkpoint."""
@@ -36,6 +37,6 @@ def export(
             f"{checkpoint}: expected a checkpoint folder, a run's best/ or a run folder; there is no whole checkpoint in it."
         ) from None
     mixture = None if blend is None or alpha is None else (blend, alpha)
-    with as_flags("blend", "alpha", "merge", "comfyui"):
-        step, notes = export_checkpoint(folder, output, averaged=not raw, half=half, blend=mixture, merge=merge, comfyui=comfyui)
+    with as_flags("blend", "alpha", "merge", "comfyui", "onnx"):
+        step, notes = export_checkpoint(folder, output, averaged=not raw, half=half, blend=mixture, merge=merge, comfyui=comfyui, onnx=onnx)
     typer.echo("\n".join([f"{folder} (step {step}) -> {output}", *(f"note: {note}" for note in notes)]))

@@ -4,12 +4,15 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sslsr_diffusion.errors import UserError
+
+EXAMPLES = ("photos", "lr", "SOURCES.md")  # what recipes and the README name of examples/; the last has authors and licences
 
 
 def init(
@@ -52,4 +55,22 @@ def init(
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); choose another name with --output.") from None
         typer.echo(f"wrote {path}")
+    if any("path: examples/" in path.read_text(encoding="utf-8") for path in wanted.values()) and not Path("examples").exists():
+        _bring_examples()
     typer.echo(f"Edit it, then: sslsr train --config {shlex.quote(str(target))} --dry-run")
+
+
+def _bring_examples() -> None:
+    """The photographs that the recipe names, which a package that was installed brings along."""
+    from sslsr_diffusion.config import shipped_folder
+
+    for name in EXAMPLES:
+        source = shipped_folder("examples") / name
+        try:
+            if source.is_dir():
+                shutil.copytree(source, Path("examples") / name)
+            else:
+                shutil.copy(source, "examples")
+        except OSError as error:
+            raise UserError(f"examples/{name} cannot be written ({error.strerror}); work in a folder of your own.") from None
+    typer.echo("wrote examples/, the photographs that it names (authors and licences: examples/SOURCES.md)")

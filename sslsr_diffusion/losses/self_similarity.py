@@ -78,6 +78,7 @@ class SelfSimilarityLoss(PixelLoss):
             backend=settings.backend,
             prefilter_sigma=settings.prefilter_sigma,
         )
+        self.operator.ranges_seen = settings.published_range  # two ranges are what it asks for
 
     def count(self, given: Given) -> Tensor:
         return self._mask(given).sum().float()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.base import Base
@@ -20,7 +21,7 @@ def loaded(cls: Any, base: Base, part: str, meta: bool, **options: Any) -> Any:
         with torch.device("meta"):
             shapes = cls.from_config(config)
         if meta:
-            return shapes.to(options.get("torch_dtype", torch.float32))
+            return nn.Module.to(shapes, options.get("torch_dtype", torch.float32))  # not diffusers' own to(), which warns
         check_tensors(base.folder / part, shapes, what)
         return cls.from_pretrained(base.folder / part, use_safetensors=True, **{"torch_dtype": torch.float32, **options})
     except UserError:

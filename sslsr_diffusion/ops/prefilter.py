@@ -1,5 +1,8 @@
 """Gaussian smoothing of pictures before their graphs are drawn."""
 
+import functools
+import operator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,12 +21,14 @@ def smoothed(image: Tensor, sigma: float) -> Tensor:
     Returns:
         [B, C, H, W]
     """
-    radius, channels = reach(sigma), image.shape[1]
+    radius = reach(sigma)
     if radius == 0:
         return image
     places = torch.arange(-radius, radius + 1, dtype=torch.float64)
     line = torch.exp(-0.5 * (places / sigma) ** 2)
-    line = (line / line.sum()).to(image).expand(channels, 1, -1)
-    padded = F.pad(image, [radius] * 4, mode="reflect")
-    rows = F.conv2d(padded, line[:, :, None], groups=channels)
-    return F.conv2d(rows, line[..., None], groups=channels)
+    weights = (line / line.sum()).tolist()
+    for axis in (-1, -2):  # sums of shifted pictures: autocast and TF32 would round a convolution, and the graph's sigma magnifies that
+        padded = F.pad(image, [radius * (axis == -1)] * 2 + [radius * (axis == -2)] * 2, mode="reflect")
+        length = image.shape[axis]
+        image = functools.reduce(operator.add, (weight * padded.narrow(axis, k, length) for k, weight in enumerate(weights)))
+    return image

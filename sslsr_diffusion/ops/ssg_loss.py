@@ -57,6 +57,7 @@ class SelfSimilarityLoss(nn.Module):
         self.search_size, self.window_size, self.sigma, self.normalize = search_size, window_size, float(sigma), bool(normalize)
         self.l1_weight, self.kl_weight = float(l1_weight), float(kl_weight)
         self.mask_stride, self.backend, self.prefilter_sigma = mask_stride, backend, float(prefilter_sigma)
+        self.ranges_seen = False  # the first call looks whether the pictures are in [0, 1]
 
     @overload
     def forward(
@@ -84,7 +85,8 @@ class SelfSimilarityLoss(nn.Module):
             return_terms: also return {"l1", "kl", "rows"}: unweighted, detached 0-dim tensors.
 
         Raises:
-            ValueError: sr, gt and mask do not fit together (the message shows both sides).
+            ValueError: sr, gt and mask do not fit together (the message shows both sides). In the first call also: gt leaves [0, 1] by
+                more than 0.1, or no entry of mask is 1. A sr that seems to be in another range than gt is a warning there.
             BackendUnavailable: the backend asked for by name cannot run here.
         """
         check_tensors(sr=sr, gt=gt)
@@ -102,8 +104,9 @@ class SelfSimilarityLoss(nn.Module):
             raise ValueError(f"num_rows: expected a number or a 0-dim tensor, got shape {list(num_rows.shape)}.")
         if num_rows is not None and not isinstance(num_rows, Tensor) and not (is_number(num_rows) and 0 <= num_rows < math.inf):
             raise ValueError(f"num_rows: expected a finite number of at least 0 rows, got {num_rows!r}.")
-        if not torch.compiler.is_compiling() and sr.device.type == "cpu":  # a GPU would have to be waited for
-            _warn_of_other_ranges(gt, mask)
+        if not (self.ranges_seen or torch.compiler.is_compiling() or sr.is_meta):  # once: a GPU has to be waited for
+            _check_ranges(sr.detach(), gt, mask)
+            self.ranges_seen = True
         marked = apply_mask_stride(marked, self.mask_stride)
         if self.prefilter_sigma:
             sr, gt = (self._smoothed(picture) for picture in (sr, gt))
@@ -125,10 +128,22 @@ class SelfSimilarityLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def _warn_of_other_ranges(gt: Tensor, mask: Tensor) -> None:
+def _check_ranges(sr: Tensor, gt: Tensor, mask: Tensor) -> None:
     """Pictures of 0 to 255 or -1 to 1 and masks of 0 and 255 give a loss of 0 or of another scale, and nothing else would say so."""
-    low, high = (gt.amin().item(), gt.amax().item()) if gt.numel() else (0.0, 1.0)
-    if low < -0.1 or high > 1.1:
-        warnings.warn(f"gt: expected pictures in [0, 1], which sigma is made for; got values from {low:.3g} to {high:.3g}.", stacklevel=5)
+    if not gt.numel():
+        return
+    low, high = gt.amin().item(), gt.amax().item()
+    if low < -0.1 or high > 1.1:  # a resized picture may leave [0, 1] by a little
+        raise ValueError(
+            f"gt: expected a picture in [0, 1], got values from {low:.3g} to {high:.3g}; "
+            "give (sr + 1) / 2 and (gt + 1) / 2 where they are in [-1, 1], both divided by 255 where they are in [0, 255]."
+        )
     if mask.dtype != torch.bool and mask.any() and not (mask == 1).any():
-        warnings.warn(f"mask: exactly 1 counts, and no entry is 1 (largest {mask.max().item():.3g}); pass mask > 0.", stacklevel=5)
+        raise ValueError(f"mask: expected entries of exactly 1, got none (the largest is {mask.max().item():.3g}); give mask > 0.")
+    if sr.amin() < -0.1 or sr.amax() > 1.1:
+        apart = (sr - gt).abs().mean()
+        for name, like in (("[-1, 1]", 2 * gt - 1), ("[0, 255]", 255 * gt)):
+            if (sr - like).abs().mean() < 0.5 * apart:
+                warnings.warn(
+                    f"sr: seems to be in {name}, and gt is in [0, 1], which sigma is made for; bring sr there, too.", stacklevel=5
+                )

@@ -15,6 +15,7 @@ from sslsr_diffusion.files import atomic_folder
 from sslsr_diffusion.inference.open import find_model
 from sslsr_diffusion.losses import LOSSES, Means
 from sslsr_diffusion.models.networks import LatentNetworks, PixelNetworks
+from sslsr_diffusion.runs.onnx import write_onnx
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.frame import Frame
@@ -80,6 +81,7 @@ def export_checkpoint(
     blend: tuple[str, float] | None = None,
     merge: bool = False,
     comfyui: bool = False,
+    onnx: bool = False,
 ) -> tuple[int, list[str]]:
     """Write the result of a checkpoint: networks from its recipe and base, trained tensors from it.
 
@@ -89,6 +91,7 @@ def export_checkpoint(
         averaged: the moving average of the trained tensors, where the run kept one.
         half: float16 files, half the size; loading converts to whatever precision is asked for.
         comfyui: of a LoRA: ComfyUI's files beside the result, too.
+        onnx: of what makes a picture in one call: an ONNX graph beside the result, too (`runs/onnx.py`).
         merge: of a LoRA: the whole model with the LoRA in its weights, in the place of the LoRA.
         blend: another model, and the share of this one in every weight of the result; the rest is the other's.
     Raises UserError: the checkpoint is damaged, or belongs to a model that can no longer be built; the other model is another network.
@@ -109,9 +112,10 @@ def export_checkpoint(
 
     with atomic_folder(output) as new:
         task.save(new)
-        notes = task.networks.for_comfyui(new, recipe.scale) if comfyui else []
+        notes: list[str] = task.networks.for_comfyui(new, recipe.scale) if comfyui else []
         if half:
             halve(new)
+        notes += write_onnx(task.graph(), new) if onnx else []
     return int(state["progress"]["step"]), [*notes, *task.networks.left_out()]
 
 

@@ -11,6 +11,7 @@ from sslsr_diffusion.inference.tiled import Reconstruct
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks
 from sslsr_diffusion.tasks.frame import Frame, TaskSettings
+from sslsr_diffusion.tasks.graph import Graph, decoder_graph
 from sslsr_diffusion.tasks.task import Draws, TaskBase
 from sslsr_diffusion.types import Batch, Outputs
 
@@ -63,7 +64,12 @@ class AutoencoderTask(TaskBase):
         codec = self.networks.codec.without_variance() if self._mean else self.networks.codec
         if self._frame is not None and self._frame.crops is not None:
             codec.calibrate(self._frame.crops(CALIBRATION_PICTURES).to(codec.device))
+        self.networks.codec.vae.register_to_config(scaling_factor=codec.vae.config.scaling_factor)
         AutoencoderNetworks(codec).save(folder)
+
+    def graph(self) -> Graph:
+        """The decoder, of latents as the saved encoder gives them."""
+        return decoder_graph(self.networks.codec)
 
 
 class Autoencoder(nn.Module):

@@ -16,6 +16,7 @@ from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.seeding import derive_seed, seeded
 from sslsr_diffusion.tasks.frame import Frame, SampledCallSettings, TaskSettings
+from sslsr_diffusion.tasks.graph import Graph, decoder_graph
 from sslsr_diffusion.tasks.pixels import seen
 from sslsr_diffusion.tasks.task import Draws, TaskBase
 from sslsr_diffusion.types import Batch, Outputs
@@ -77,6 +78,12 @@ class DecoderTask(TaskBase):
 
         restorer = restorer_of(networks, frame.family, scale=frame.scale, **settings.inference.named)
         return cls(networks, seed=frame.seed, synthesize=synthesize, fused=fused, restorer=restorer)
+
+    def graph(self) -> Graph:
+        """The decoder alone, of the upscaler's latents."""
+        if self.fused:
+            raise UserError("onnx: expected a plain decoder, got one that is fused with the encoder's features (CFW); leave it out.")
+        return decoder_graph(self.networks.codec)
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         codec, features = self.networks.codec, None

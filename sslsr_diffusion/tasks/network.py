@@ -1,5 +1,6 @@
 """Task `network`: a plain super-resolution network learns to enlarge pixels."""
 
+import math
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
@@ -10,6 +11,7 @@ from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.models.networks import PixelNetworks
 from sslsr_diffusion.tasks.frame import Frame, TaskSettings
+from sslsr_diffusion.tasks.graph import Graph
 from sslsr_diffusion.tasks.task import Draws, TaskBase
 from sslsr_diffusion.types import Batch, Outputs
 
@@ -40,6 +42,11 @@ class NetworkTask(TaskBase):
         assert isinstance(networks, PixelNetworks)
         check_scale(frame.scale, networks)
         return cls(networks, restorer=restorer_of(networks, frame.family, scale=frame.scale))
+
+    def graph(self) -> Graph:
+        size, scale = self.networks.size(), self.networks.scale
+        unit = math.lcm(size.multiple_of, scale) // scale
+        return Graph("upscaler", self.networks.float(), {"picture": (3, 1)}, unit, max(1, math.ceil(size.minimum / scale)))
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         if "branch" in draws.reads:

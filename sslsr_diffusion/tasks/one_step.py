@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Look
+from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.one_step.networks import OneStepNetworks
 from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings, WindowSettings
+from sslsr_diffusion.tasks.graph import Graph
 from sslsr_diffusion.tasks.pixels import all_samples, choose_pixels, decoded, seen
 from sslsr_diffusion.tasks.task import Draws, TaskBase, per_sample_noise, reads_of
 from sslsr_diffusion.types import Batch, Outputs
@@ -60,6 +62,15 @@ class OneStepTask(TaskBase):
         given, windows = choose_pixels(all_samples(batch), batch, losses, scale=codec.scale, decode_crop=self.decode_crop, seed=self.seed)
         return Draws(given, noise, windows, reads)
 
+    def graph(self) -> Graph:
+        networks = self.networks
+        if networks.has_loras:
+            networks.merge()
+        networks.cast(torch.float32)
+        codec, noise = networks.codec, (networks.codec.latent_channels, networks.codec.scale)
+        inputs = {"picture": (3, 1), "posterior_noise": noise, **({"start_noise": noise} if networks.starts_noised else {})}
+        return Graph("upscaler", OneCall(self.module, codec), inputs, networks.size().multiple_of)
+
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         decode = partial(decoded, self.networks.codec, given=draws.given, windows=draws.windows)
         x0, sr = module(seen(batch), draws.noise["posterior_lr"], draws.noise.get("noise"), decode)
@@ -90,3 +101,15 @@ class Generator(nn.Module):
         t = torch.full((len(start),), networks.timestep, device=start.device)
         x0 = networks.clean(self.denoiser(start, t, condition).float(), start, condition.z_lr)
         return x0, decode(x0)
+
+
+class OneCall(nn.Module):
+    """Encoder, denoiser and decoder, for a graph."""
+
+    def __init__(self, generator: nn.Module, codec: Codec) -> None:
+        super().__init__()
+        self.generator, self.codec = generator, codec
+
+    def forward(self, picture: Tensor, posterior: Tensor, noise: Tensor | None = None) -> Any:
+        """As Generator's -> the picture [B, 3, H, W], about [0, 1]."""
+        return self.generator(picture, posterior, noise, self.codec.decode)[1]

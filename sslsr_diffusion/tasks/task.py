@@ -8,10 +8,12 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Look, Loss
 from sslsr_diffusion.models.networks import Networks
 from sslsr_diffusion.seeding import sample_generator
+from sslsr_diffusion.tasks.graph import Graph
 from sslsr_diffusion.tasks.pixels import Windows, all_pixels
 from sslsr_diffusion.types import Batch, Given, Outputs
 
@@ -70,6 +72,9 @@ class Task(Protocol):
     def save(self, folder: Path) -> None:
         """Write the result with the present weights: what the family's own world loads."""
 
+    def graph(self) -> Graph:
+        """The one call that makes a picture, for other programs; LoRAs are merged in place. UserError where it takes several calls."""
+
 
 class TaskBase:
     """What tasks have in common: networks that move, a result that is the whole upscaler."""
@@ -102,6 +107,12 @@ class TaskBase:
     def save(self, folder: Path) -> None:
         assert self.restorer is not None
         self.restorer.save(folder)
+
+    def graph(self) -> Graph:
+        raise UserError(
+            "onnx: expected a plain network, a one-step upscaler or an autoencoder, which make a picture in one call; "
+            f"{self.networks.base} is sampled in several. Leave it out."
+        )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ logging.getLogger("bitsandbytes.optim").warning("of others")
 DRY_RUN = """
 import sys
 from sslsr_diffusion.cli import main
-sys.argv = ["sslsr", "train", "--config", "demo", "--dry-run"]
+sys.argv = ["sslsr", "train", "--config", "demo", "--dry-run", "--set", "output.dir=runs/never"]
 main()
 """
 

@@ -104,7 +104,6 @@ def latent_step(base: Any, dtype: torch.dtype, timesteps: list[int], **options: 
         del sys.modules["latent_ssl"]
     names["clean"] = scheduler.step(pred[:1].detach().float(), timesteps[0], noisy[:1].float()).pred_original_sample
     names["gt"] = gt
-    vae.float()
     return names, pred
 
 

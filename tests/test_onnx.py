@@ -63,8 +63,8 @@ def test_a_plain_network(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["upscaler.onnx"]
     for size in ((10, 34), (26, 8)):
         want = task.networks(picture(*size)).detach()
-        assert want.std() > 0.01
-        assert (onnx_picture(tmp_path / "upscaler.onnx", picture(*size)) - want).abs().max() <= 1e-3
+        assert want.std() > 0
+        assert (onnx_picture(tmp_path / "upscaler.onnx", picture(*size)) - want).abs().max() <= 0.01 * want.std()
 
 
 @needs_onnx
@@ -83,7 +83,6 @@ def test_a_decoder(tmp_path):
 def test_a_one_step_upscaler_with_its_lora(tmp_path, kind, options):
     """Encoder, LoRA, the fixed prompt, rule and decoder, with the noises as inputs."""
     networks = toy(kind, lora=LoRASettings(rank=2, targets=["attn2.to_v"]), **options)
-    networks.add_trained(seed=1)
     with torch.no_grad():
         for name, parameter in networks.denoiser.named_parameters():
             if ".lora_B" in name:

@@ -37,8 +37,14 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def network_task(name: str) -> NetworkTask:
+    """Of a network whose picture is far from nothing, which a drawn one's may not be."""
     architecture, arguments = NETWORKS[name]
-    return NetworkTask(drawn(NetworkSettings(architecture=architecture, arguments=arguments), seed=3))
+    networks = drawn(NetworkSettings(architecture=architecture, arguments=arguments), seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in networks.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return NetworkTask(networks)
 
 
 def onnx_picture(file: Path, *inputs: torch.Tensor) -> torch.Tensor:

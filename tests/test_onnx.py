@@ -69,8 +69,8 @@ def test_a_plain_network(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["upscaler.onnx"]
     for size in ((10, 34), (26, 8)):
         want = task.networks(picture(*size)).detach()
-        assert want.std() > 0
-        assert (onnx_picture(tmp_path / "upscaler.onnx", picture(*size)) - want).abs().max() <= 0.01 * want.std()
+        assert want.std() > 0.01
+        assert (onnx_picture(tmp_path / "upscaler.onnx", picture(*size)) - want).abs().max() <= 1e-3
 
 
 @needs_onnx

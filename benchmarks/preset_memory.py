@@ -10,6 +10,7 @@ recipes that stand there with the same fingerprint nothing is counted again. Nee
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from sslsr_diffusion.config import read_family, shipped_recipes
 from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.losses.base import Means
 from sslsr_diffusion.runs.memory import GIB, step_bytes
-from sslsr_diffusion.runs.presets import fingerprint, load_presets
+from sslsr_diffusion.runs.presets import load_presets
+from sslsr_diffusion.runs.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "preset_memory.json"
 
@@ -41,6 +43,16 @@ def main() -> None:
             RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     rows = {name: {f"{size}gb": rows[name][f"{size}gb"] for size in load_presets(name)} for name in own if name in rows}
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Ten characters that change when anything does that the memory of a step depends on."""
+    training = recipe.training
+    kinds = [recipe.model.kind, recipe.task.kind, *(loss.kind for loss in recipe.losses), training.optimizer.kind]
+    values = recipe.model_dump(mode="json", include={"model", "task", "losses", "scale"}, exclude_defaults=True)
+    step = [training.batch_size, training.crop_size, training.mixed_precision, training.gradient_checkpointing, training.ema is not None]
+    text = json.dumps([kinds, values, step], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from sslsr_diffusion.models.one_step.build import build_networks
 from sslsr_diffusion.models.one_step.networks import OneStepNetworks
 from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
 from sslsr_diffusion.runs.check import dry_run
+from sslsr_diffusion.runs.model_card import model_card
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.start import build_job
 from sslsr_diffusion.tasks.one_step import OneStepTask
@@ -159,6 +160,11 @@ def test_stored_pairs_are_what_training_would_have_asked_for(world: Path, tmp_pa
     other = prepare("--count", "3", "--seed", "43")
     assert "holds samples made with seed 42, now it is 43; give another --output." in str(other.exception)
     assert "expected either --config or an input, got both" in str(prepare("--config", "demo").exception)
+    assert "expected --config beside --set, got none" in str(prepare("--set", "seed=3").exception)
+    options = ["--config", "demo", "--model", "x", "--output", str(tmp_path / "other")]
+    for option, value in (("--preset", "mild"), ("--scale", "2"), ("--seed", "0")):
+        refused = CliRunner().invoke(app, ["prepare", "teacher", *options, option, value])
+        assert f"{option}: with --config the recipe says it" in str(refused.exception)
 
 
 def test_a_teacher_that_is_not_there_is_said_before_the_run(world: Path) -> None:
@@ -170,6 +176,13 @@ def test_a_teacher_that_is_not_there_is_said_before_the_run(world: Path) -> None
     stored = {"sources": [{"kind": "cfw", "path": "x"}], "teacher": "small"}
     with pytest.raises(ValueError, match=r"data\.sources\.0\.kind: cfw has stored latents"):
         recipe(world, **stored)
+
+
+def test_the_card_says_lora_of_a_lora_alone() -> None:
+    section: dict[str, Any] = {"kind": "one_step", "lora": None}
+    assert "- lora" not in model_card("me/mine", {"model": section})
+    for kind in ("one_step", "x4"):
+        assert "- lora" in model_card("me/mine", {"model": {"kind": kind, "lora": {"rank": 2}}})
 
 
 def test_a_base_of_another_kind_is_trained_whole_too(tmp_path: Path) -> None:

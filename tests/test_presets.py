@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import load_script
 from torch import nn
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.one_step.quantised import BYTES, saved_bytes
 from sslsr_diffusion.runs import memory, presets
 from sslsr_diffusion.runs.memory import GIB, SHARE, step_bytes
-from sslsr_diffusion.runs.presets import fingerprint, load_presets
+from sslsr_diffusion.runs.presets import load_presets
 from sslsr_diffusion.runs.recipe import load_recipe, resolved
 from sslsr_diffusion.training.resume import differences
 
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ESTIMATES = json.loads((RESULTS / "preset_memory.json").read_text())
 WITH_PRESETS = [name for name, path in shipped_recipes().items() if read_family(path)[0][1].get("presets")]
+fingerprint = load_script("benchmarks/preset_memory.py").fingerprint
 MAIN = ["sd_upscaler_ssl", "sd_upscaler_768v_ssl", "x4_upscaler_ssl", "cfw_ssl", "network_ssl"]
 MAIN += [name for name in shipped_recipes() if re.fullmatch(r"(one_step|gan)/\w+_ssl", name)]
 MAY_CHANGE = {"task.decode_crop", "task.train", "model.weights", "model.lora.rank", "model.lora.alpha", "training.batch_size"}

@@ -128,9 +128,9 @@ def teacher(
     set_: Set = None,
     count: Annotated[int, typer.Option(min=1, help="Pairs in all.")] = 1000,
     crop_size: Annotated[int, typer.Option(min=32, help="Side of a pair's high-resolution crop in pixels.")] = 384,
-    preset: Preset = "stablesr_ssl",
-    scale: Scale = 4,
-    seed: Seed = 0,
+    preset: Annotated[str | None, typer.Option(help="A preset of data.degradation.", show_default="stablesr_ssl")] = None,
+    scale: Annotated[int | None, typer.Option(min=1, max=8, help="How many times smaller.", show_default="4")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed and pictures give the same pairs.", show_default="0")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Crops at once.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
@@ -146,14 +146,19 @@ def teacher(
     from sslsr_diffusion.runs.teacher import make_pairs
 
     if config is None:
+        if set_:
+            raise UserError("prepare teacher: expected --config beside --set, got none; give the recipe, or leave --set out.")
         sources = [{"kind": "folder", "path": _input(place, source)}]
-        data = parse(DataSettings, {"sources": sources, "degradation": {"preset": preset}})
-    elif place or source:
-        raise UserError("prepare teacher: expected either --config or an input, got both.")
+        data = parse(DataSettings, {"sources": sources, "degradation": {"preset": preset or "stablesr_ssl"}})
+        wanted = Wanted(data, crop_size, 4 if scale is None else scale, seed or 0, count)
     else:
+        if place or source:
+            raise UserError("prepare teacher: expected either --config or an input, got both.")
+        given = {"--preset": preset, "--scale": scale, "--seed": seed}
+        if both := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"{both[0]}: with --config the recipe says it; leave it out, or change the recipe by --set.")
         recipe = load_recipe(config, set_ or [])
-        data, scale, seed = recipe.data, recipe.scale, recipe.seed
-    wanted = Wanted(data, crop_size, scale, seed, count)
+        wanted = Wanted(recipe.data, crop_size, recipe.scale, recipe.seed, count)
     try:
         with tqdm(total=count, unit="pair", disable=None) as bar:
             for present in make_pairs(wanted, find_model(model), output, batch_size=batch_size, device=str(find_device(device))):

@@ -28,6 +28,11 @@ def make_mask(hr: Tensor, settings: MaskSettings, generator: torch.Generator) ->
     return MASKS[settings.kind](hr, settings, generator)
 
 
+def capped(mask: Tensor, settings: MaskSettings, generator: torch.Generator) -> Tensor:
+    """A mask, one from a file too, with at most `max_pixels` pixels."""
+    return mask if settings.max_pixels is None else edge_mask.cap_mask(mask, settings.max_pixels, generator)
+
+
 def canny_mask(hr: Tensor, threshold: float) -> Tensor:
     """OpenCV's Canny edges of the 8-bit luma, lower threshold half of the upper one."""
     cv2 = opencv()

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from sslsr_diffusion.data.degradation import Degradation
 from sslsr_diffusion.data.draws import Op
-from sslsr_diffusion.data.masks import MaskFiles, make_mask
+from sslsr_diffusion.data.masks import MaskFiles, capped, make_mask
 from sslsr_diffusion.data.settings import DataSettings
 from sslsr_diffusion.data.sources import IndexedSource, Item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import printable, read_image, to_tensor
-from sslsr_diffusion.ops.edge_mask import cap_mask
 from sslsr_diffusion.seeding import derive_seed, sample_generator
 
 T = TypeVar("T")
@@ -171,8 +170,7 @@ class SampleMaker:
             hr = self.degradation.target(hr)
         generator = with_generator("mask")
         mask = torch.from_numpy(crops["mask"])[None, None] if "mask" in crops else make_mask(hr, self.settings.mask, generator)
-        if self.settings.mask.max_pixels is not None:
-            mask = cap_mask(mask, self.settings.mask.max_pixels, generator)
+        mask = capped(mask, self.settings.mask, generator)
         if "lr" in crops:
             latents = None if item.latents is None else read_latents(item.latents)
             return Sample(hr[0], to_tensor(crops["lr"]), mask[0], request.index, request.place, item.name, [Op("real pair")], latents)

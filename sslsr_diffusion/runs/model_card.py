@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def model_card(
 
     family = FAMILIES.get((recipe.get("model") or {}).get("kind", ""))
     card = family.card if family else Card()
+    if (recipe.get("model") or {}).get("lora"):
+        card = replace(card, tags=(*card.tags, "lora"))
     repository = repository_of(base) if base else None
     shipped = base == SMALL and shipped_folder(SMALL) is not None
     origin = SMALL if shipped else repository or ""

@@ -1,7 +1,5 @@
 """Presets by memory, as the dry run shows them: what each takes by the estimate, and which one is for this device."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -46,13 +44,3 @@ def describe_presets(presets: Mapping[int, Preset], available: int) -> list[str]
         lines.append(f"  {f'--preset {size}gb':<34} {text}")
         lines += [f"      {presets[size].changes}"] if size in presets else []
     return [*lines, "no preset fits this device" if fitting is None else f"this device takes --preset {fitting}gb"]
-
-
-def fingerprint(recipe: Recipe) -> str:
-    """Ten characters that change when anything does that the memory of a step depends on."""
-    training = recipe.training
-    kinds = [recipe.model.kind, recipe.task.kind, *(loss.kind for loss in recipe.losses), training.optimizer.kind]
-    values = recipe.model_dump(mode="json", include={"model", "task", "losses", "scale"}, exclude_defaults=True)
-    step = [training.batch_size, training.crop_size, training.mixed_precision, training.gradient_checkpointing, training.ema is not None]
-    text = json.dumps([kinds, values, step], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from sslsr_diffusion.data import DataSettings, TrainingLoader
-from sslsr_diffusion.data.masks import make_mask
+from sslsr_diffusion.data.masks import capped, make_mask
 from sslsr_diffusion.images import to_array, to_tensor
 from sslsr_diffusion.inference.open import FoundModel, find_model, open_model
 from sslsr_diffusion.inference.restorer import Restorer
-from sslsr_diffusion.ops.edge_mask import cap_mask
 from sslsr_diffusion.runs.stored_samples import Make, Wanted, make_samples
 from sslsr_diffusion.seeding import derive_seed, sample_generator
 from sslsr_diffusion.types import Batch
@@ -54,12 +53,8 @@ class TaughtLoader:
 
     def _masks(self, hr: Tensor, index: Tensor) -> Tensor:
         """[B, 1, H, W] bool."""
-        masks = []
-        for picture, i in zip(hr.split(1), index.tolist()):
-            generator = sample_generator(self._seed, i, "mask")
-            mask = make_mask(picture, self._mask, generator)
-            masks.append(mask if self._mask.max_pixels is None else cap_mask(mask, self._mask.max_pixels, generator))
-        return torch.cat(masks)
+        drawn = [(picture, sample_generator(self._seed, i, "mask")) for picture, i in zip(hr.split(1), index.tolist())]
+        return torch.cat([capped(make_mask(picture, self._mask, drawing), self._mask, drawing) for picture, drawing in drawn])
 
     def state_dict(self) -> dict[str, Any]:
         return self._loader.state_dict()

@@ -11,14 +11,14 @@ from sslsr_diffusion.models.one_step.settings import RESULT, OneStepSettings
 if TYPE_CHECKING:
     from sslsr_diffusion.models.networks import Networks
 
-_NEEDS = """`pytorch_lora_weights.safetensors` is a LoRA that stock diffusers loads onto the base's own pipeline (`load_lora_weights`). A
-stock pipeline does not start from a picture's latents as `one_step.json` says, and it loads neither `vae_lora.safetensors` nor
-`full.safetensors`, where they are here: `sslsr-diffusion` does all of it. The base is fetched from its own repository, under its own
-licence and terms."""
+_NEEDS = """A stock pipeline does not start from a picture's latents as `one_step.json` says: `sslsr-diffusion` does. Where `vae/` is
+here, this is the whole model. Else `pytorch_lora_weights.safetensors` is a LoRA that stock diffusers loads onto the base's own pipeline
+(`load_lora_weights`; it loads neither `vae_lora.safetensors` nor `full.safetensors`, where they are here), and the base is fetched from
+its own repository, under its own licence and terms."""
 
 
 class OneStep:
-    """One call of a Stable Diffusion UNet or a flow transformer with a LoRA, from the low-resolution latents to the clean ones."""
+    """One call of a Stable Diffusion UNet or flow transformer, with a LoRA or whole, from the low-resolution latents to the clean ones."""
 
     kind = "one_step"
     settings = OneStepSettings
@@ -26,7 +26,7 @@ class OneStep:
     tasks = frozenset({"one_step"})
     trains: tuple[str, ...] = ("lora", "whole")
     files: tuple[str, ...] = (RESULT, "*.safetensors", *PIPELINE_FILES)
-    card = Card(what="a one-step model, a LoRA on a diffusion base", library="diffusers", tags=("lora", "one-step"), needs=_NEEDS)
+    card = Card(what="a one-step model", library="diffusers", tags=("one-step",), needs=_NEEDS)
 
     def build(
         self, settings: OneStepSettings, *, part: Part = "upscaler", train: str | None = None, meta: bool = False, seed: int = 0

@@ -3,7 +3,7 @@
     python examples/collect_photographs.py --output photos --crops 256
 
 writes photos/train, photos/validation, photos/SOURCES.md and, with --crops, photos/crops/train. Every picture of the table below was looked
-at: photographs only, no drawings, renderings or gradients. `divide` shrinks those that are soft at full size, so that a pixel shows detail.
+at: photographs only, no drawings, renderings or gradients. Letters are rare in them, so `--pages` of text are drawn beside them. `divide` shrinks those that are soft at full size, so that a pixel shows detail.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from sslsr_diffusion.data import preparation
 from sslsr_diffusion.errors import UserError
@@ -149,12 +149,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="new folder for the result")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "sslsr_photographs", help="folder of the Debian packages")
     parser.add_argument("--crops", type=int, metavar="PIXELS", help="also cut multi-scale crops of this side into OUTPUT/crops/train")
+    parser.add_argument("--pages", type=int, default=6, help="pages of text to draw into OUTPUT/train")
     options = parser.parse_args()
     began = time.monotonic()
     try:
         with appearing_whole(options.output) as folder:
             written = collect(PHOTOGRAPHS, folder, options.cache)
             print(f"{len(written)} photographs for {options.output}, {sum(p.validation for p in written)} of them for validation")
+            draw_pages(folder, options.pages)
             if options.crops:
                 print(f"{make_crops(folder, options.crops)} crops for {options.output / 'crops' / 'train'}")
     except (UserError, OSError) as error:
@@ -263,6 +265,35 @@ def _thumbnail(picture: Image.Image) -> np.ndarray:
     """A 24x24 gray thumbnail of mean 0 and deviation 1: the mean product of two is their correlation."""
     gray = np.asarray(picture.convert("L").resize((24, 24), Image.Resampling.BOX), dtype=np.float64)
     return (gray - gray.mean()) / max(float(gray.std()), 1e-6)
+
+
+def draw_pages(output: Path, count: int) -> None:
+    """Write `count` pages of words into output/train: the DejaVu faces that matplotlib brings, many sizes, dark on light and light on dark."""
+    from matplotlib import get_data_path
+
+    faces = sorted((Path(get_data_path()) / "fonts" / "ttf").glob("DejaVuS*.ttf"))
+    for number in range(count):
+        draw = np.random.default_rng(number)
+        paper, ink = draw.integers(200, 256, 3), draw.integers(0, 110, 3)
+        if number % 3 == 2:
+            paper, ink = ink, paper
+        page = Image.new("RGB", _PAGE, tuple(paper.tolist()))
+        pen, top = ImageDraw.Draw(page), 12
+        while top < _PAGE[1]:
+            size = int(draw.integers(14, 64))
+            words = " ".join(draw.choice(_WORDS, 40))
+            colour = ink if draw.random() < 0.8 else draw.integers(0, 256, 3)
+            face = ImageFont.truetype(str(draw.choice(faces)), size)
+            pen.text((int(draw.integers(-40, 20)), top), words, fill=tuple(colour.tolist()), font=face)
+            top += int(size * draw.uniform(1.1, 1.7))
+        page.save(output / "train" / f"page-{number + 1}.png")
+
+
+_PAGE = (1280, 960)
+_WORDS = (
+    "the quick brown fox jumps over a lazy dog; Sphinx of black quartz, judge my vow! Pack 24 boxes (with 57 liquor jugs) at 13:30 & 8.69 EUR "
+    "No. 10 Exit LEFT Gate B7 Room 204 km/h +49 1/250 s f/2.8 ISO 400 Total: 1,206.35 % @home # A-Z Question? Yes / No"
+).split()
 
 
 def make_crops(output: Path, size: int, least_detail: float = 1.5) -> int:

@@ -13,15 +13,17 @@ _HOME = {
     "AutoencoderKLCFW": "sslsr_diffusion.models.stablesr.cfw",
     "ModelMixin": "diffusers",
     "SFTUNet2DConditionModel": "sslsr_diffusion.models.stablesr.unet",
+    "ShuffleAutoencoder": "sslsr_diffusion.models.shuffle_autoencoder",
     "StructuralEncoder": "sslsr_diffusion.models.stablesr.structural_encoder",
 }
 
-__all__ = ["FAMILIES", "AutoencoderKLCFW", "ModelMixin", "SFTUNet2DConditionModel", "StructuralEncoder"]
+__all__ = ["FAMILIES", "AutoencoderKLCFW", "ModelMixin", "SFTUNet2DConditionModel", "ShuffleAutoencoder", "StructuralEncoder"]
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
     from sslsr_diffusion.models.families import FAMILIES
+    from sslsr_diffusion.models.shuffle_autoencoder import ShuffleAutoencoder
     from sslsr_diffusion.models.stablesr.cfw import AutoencoderKLCFW
     from sslsr_diffusion.models.stablesr.structural_encoder import StructuralEncoder
     from sslsr_diffusion.models.stablesr.unet import SFTUNet2DConditionModel

@@ -20,7 +20,7 @@ class Backbone(nn.Module):
 
     part: ClassVar[str] = "transformer"  # the folder of the network in a pipeline folder
     network_class: ClassVar[str]  # of diffusers
-    autoencoder_class: ClassVar[str] = "AutoencoderKL"  # of diffusers
+    autoencoder_classes: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)  # that go with it, of AUTOENCODERS
     pipeline_class: ClassVar[str]  # of diffusers: what loads the LoRA, and what encodes the prompt
     flow: ClassVar[bool] = True  # whether the process is a flow, else DDPM
     tokens: ClassVar[int]  # of an encoded prompt, where none was encoded
@@ -89,6 +89,12 @@ class Backbone(nn.Module):
         """
 
 
+# the class of the autoencoder in a base's folder -> where it is
+AUTOENCODERS = {
+    "AutoencoderKL": "diffusers:AutoencoderKL",
+    "AutoencoderKLFlux2": "diffusers:AutoencoderKLFlux2",
+    "ShuffleAutoencoder": "sslsr_diffusion.models.shuffle_autoencoder:ShuffleAutoencoder",
+}
 # the class of the network in a base's folder -> how it is called
 BACKBONES: dict[str, str] = {
     "UNet2DConditionModel": "sd:StableDiffusion",

@@ -12,7 +12,7 @@ from sslsr_diffusion.models.base import Base, find_base
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Text
 from sslsr_diffusion.models.loading import drawn, loaded
-from sslsr_diffusion.models.one_step.backbone import BACKBONES, Backbone, backbone_class
+from sslsr_diffusion.models.one_step.backbone import AUTOENCODERS, BACKBONES, Backbone, backbone_class
 from sslsr_diffusion.models.one_step.networks import OneStepNetworks
 from sslsr_diffusion.models.one_step.result import PROMPT, read_text, read_told
 from sslsr_diffusion.models.one_step.settings import RESULT, OneStepSettings, load_preset
@@ -98,7 +98,7 @@ def _from_preset(settings: OneStepSettings, text: Text | None, *, meta: bool, se
     backbone = _known(preset.get("unet") or preset["transformer"], settings.preset)
     if settings.prompt and not meta:
         raise UserError("model.prompt: a model with init: random has no text encoder; leave the prompt empty, or train from a base.")
-    vae = drawn(_class(backbone.autoencoder_class), preset["vae"], meta, seed)
+    vae = drawn(_autoencoder_class(preset["vae"], backbone, settings.preset), preset["vae"], meta, seed)
     if not meta and vae.quant_conv is not None and can_start_near_identity(vae):
         start_near_identity(vae)  # its latents show the picture, though nobody trained it
     denoiser = backbone(drawn(_class(backbone.network_class), preset[backbone.part], meta, seed))
@@ -111,7 +111,7 @@ def _from_preset(settings: OneStepSettings, text: Text | None, *, meta: bool, se
 
 def _from_base(settings: OneStepSettings, base: Base, text: Text | None, *, meta: bool) -> OneStepNetworks:
     backbone = backbone_of(base)
-    vae = loaded(_class(backbone.autoencoder_class), base, "vae", meta)
+    vae = loaded(_autoencoder_class(base.config("vae"), backbone, base.name), base, "vae", meta)
     denoiser = backbone(loaded(_class(backbone.network_class), base, backbone.part, meta, **_held(settings.weights)))
     process = _process(base.config("scheduler"), denoiser, base.name)
     if text is None:
@@ -134,10 +134,16 @@ def backbone_of(base: Base) -> type[Backbone]:
     """How the network in a pipeline folder is called; Refused where its class, or its autoencoder's, is not known here."""
     part = "unet" if base.has("unet") else "transformer"
     backbone = _known(base.config(part), base.name)
-    vae = base.config("vae").get("_class_name")
-    if vae != backbone.autoencoder_class:
-        raise Refused(f"model.base: {base.name}: expected {backbone.autoencoder_class} in vae/, got {vae}; choose another base.")
+    _autoencoder_class(base.config("vae"), backbone, base.name)
     return backbone
+
+
+def _autoencoder_class(config: dict[str, Any], backbone: type[Backbone], name: str) -> Any:
+    kind = config.get("_class_name")
+    if kind not in backbone.autoencoder_classes:
+        wanted = " or ".join(backbone.autoencoder_classes)
+        raise Refused(f"model.base: {name}: expected {wanted} in vae/, got {kind}; choose another base.")
+    return named(AUTOENCODERS[kind])
 
 
 def _known(config: dict[str, Any], name: str) -> type[Backbone]:
@@ -201,8 +207,11 @@ def check_base_folder(settings: OneStepSettings) -> str:
     base = Base(settings.base, local_folder(settings.base))
     networks = build_networks(settings, meta=True)
     backbone = backbone_of(base)
-    for part, cls in ((backbone.part, backbone.network_class), ("vae", backbone.autoencoder_class)):
-        check_tensors(base.folder / part, loaded(_class(cls), base, part, meta=True), base.part(part))
+    for part, cls in (
+        (backbone.part, _class(backbone.network_class)),
+        ("vae", _autoencoder_class(base.config("vae"), backbone, base.name)),
+    ):
+        check_tensors(base.folder / part, loaded(cls, base, part, meta=True), base.part(part))
     found = [part for part in (backbone.part, "vae", "scheduler", "text_encoder") if base.has(part)]
     if "text_encoder" in found:
         check_tensors(base.folder / "text_encoder", None, base.part("text_encoder"))

@@ -11,7 +11,7 @@ from sslsr_diffusion.models.one_step.backbone import Backbone
 
 class Flux2(Backbone):
     network_class = "Flux2Transformer2DModel"
-    autoencoder_class = "AutoencoderKLFlux2"
+    autoencoder_classes = ("AutoencoderKLFlux2",)
     pipeline_class = "Flux2KleinPipeline"
     tokens = 512
 

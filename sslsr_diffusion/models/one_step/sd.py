@@ -15,6 +15,7 @@ from sslsr_diffusion.models.one_step.backbone import Backbone
 class StableDiffusion(Backbone):
     part = "unet"
     network_class = "UNet2DConditionModel"
+    autoencoder_classes = ("AutoencoderKL", "ShuffleAutoencoder")
     pipeline_class = "StableDiffusionPipeline"
     flow = False
     last = "conv_out"

@@ -38,6 +38,17 @@ def test_nothing_is_drawn_and_flat_colours_stay() -> None:
     torch.testing.assert_close(codec.decode(first), picture, atol=1e-6, rtol=0)
 
 
+def test_what_is_drawn_has_no_raster() -> None:
+    """Away from the border, a decoder drawn at random makes a smooth picture of flat latents, though each pixel of four has its own weights."""
+    vae = small()
+    torch.nn.init.normal_(vae.decoder[-1].weight)
+    drawn = vae.decode(torch.ones(1, 8, 16, 16), return_dict=False)[0][..., 24:-24, 24:-24]
+    assert drawn.std(dim=(2, 3)).max() < 1e-5
+    with torch.no_grad():
+        next(layer for layer in vae.decoder if isinstance(layer, torch.nn.Conv2d) and layer.out_channels == 48).weight[0] += 1
+    assert vae.decode(torch.ones(1, 8, 16, 16), return_dict=False)[0][..., 24:-24, 24:-24].std(dim=(2, 3)).max() > 1e-3
+
+
 def test_every_weight_learns_after_the_first_step() -> None:
     vae = small()
     optimizer = torch.optim.SGD(vae.parameters(), lr=0.1)

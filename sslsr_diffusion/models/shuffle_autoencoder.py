@@ -55,14 +55,16 @@ class ShuffleAutoencoder(ModelMixin, ConfigMixin):
             *(_Residual(width) for _ in range(encoder_layers)),
             nn.Conv2d(width, latent_channels - _COLOURS, 3, padding=1),
         )
-        doubled: list[nn.Module] = []
-        for coarse, fine in zip(levels[:0:-1], levels[-2::-1]):
-            doubled += [nn.Conv2d(coarse, 4 * fine, 3, padding=1), nn.PixelShuffle(2), nn.LeakyReLU(_SLOPE)]
         last = nn.Conv2d(levels[0], _COLOURS, 3, padding=1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.decoder = nn.Sequential(
-            nn.Conv2d(latent_channels, width, 3, padding=1), *(_Residual(width) for _ in range(decoder_layers)), *doubled, last
+            nn.Conv2d(latent_channels, width, 3, padding=1),
+            *(_Residual(width) for _ in range(decoder_layers)),
+            *(layer for coarse, fine in zip(levels[:0:-1], levels[-2::-1]) for layer in _doubled(coarse, fine)),
+            nn.Conv2d(levels[0], levels[0], 3, padding=1),
+            nn.LeakyReLU(_SLOPE),
+            last,
         )
 
     @apply_forward_hook
@@ -81,6 +83,15 @@ class ShuffleAutoencoder(ModelMixin, ConfigMixin):
     def forward(self, pixels: Tensor) -> Tensor:
         """The reconstruction of pixels [B, 3, H, W] in [-1, 1]."""
         return self.decode(self.encode(pixels).latent_dist.mode(), return_dict=False)[0]
+
+
+def _doubled(coarse: int, fine: int) -> list[nn.Module]:
+    """Twice the sides; drawn so that the four pixels of one begin alike, without a raster   (ICNR; Aitken et al., 2017)"""
+    conv = nn.Conv2d(coarse, 4 * fine, 3, padding=1)
+    with torch.no_grad():
+        for tensor in conv.parameters():
+            tensor.copy_(tensor[:fine].repeat_interleave(4, dim=0))
+    return [conv, nn.PixelShuffle(2), nn.LeakyReLU(_SLOPE)]
 
 
 class _Residual(nn.Module):

@@ -109,7 +109,7 @@ def test_training_sees_the_picture_that_the_restorer_makes(kind: str, noise: flo
     batch = Batch(torch.zeros(1, 3, 128, 128), lr, torch.ones(1, 1, 128, 128, dtype=torch.bool), torch.tensor([0]))
     noises = ImageNoise(image_seeds(seeded(4), 1), networks.codec.noise_shape(batch.hr)[1:], "cpu")
     with torch.no_grad():
-        _, want = task.module(seen(batch), noises("posterior"), noises("start"), lambda x0: networks.codec.decode(x0).clamp(0, 1))
+        _, want, _ = task.module(seen(batch), noises("posterior"), noises("start"), lambda x0: networks.codec.decode(x0).clamp(0, 1))
     options = {"color_fix": "none", "detail": 1, "tile": None}
     got = restorer(networks)(lr, generator=seeded(4), output_type="pt", **options).images
     assert (got - want).abs().max() < CLOSE

@@ -67,6 +67,7 @@ def test_resume_on_another_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_sharded_state_goes_out_whole_and_comes_back(tmp_path):
-    """FSDP2's fully_shard on gloo: accelerate ignores its FSDP plugin on the CPU, so the module is sharded directly."""
-    assert any("equal" in one.stdout for one in forks.script(2, tmp_path, "sharded_run.py"))
+@pytest.mark.parametrize("case", ["stablesr", "sd_lora", "flux2_lora", "whole"])
+def test_sharded_state_goes_out_whole_and_comes_back(case, tmp_path):
+    """accelerate ignores its FSDP plugin on the CPU, so its function that divides a module is called directly, on gloo."""
+    assert any("equal" in one.stdout for one in forks.script(2, tmp_path, "sharded_run.py", case))

@@ -19,6 +19,7 @@ from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
 from sslsr_diffusion.inference.restorer import AroundNetworks, Output, Restorer, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import TilePlan
+from sslsr_diffusion.inference.waiting import WaitingHost
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import LatentNetworks
 
@@ -87,7 +88,9 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
         with quiet_diffusers():
             networks = cast(LatentNetworks, family.read(path).eval().requires_grad_(False))
         networks.cast(placement.dtype)
-        return cls(networks.to(placement.device), defaults=placement.defaults)
+        if placement.offload == "none":
+            return cls(networks.to(placement.device), defaults=placement.defaults)
+        return cls(networks, defaults=placement.defaults, host=WaitingHost(networks, placement.device, placement.offload))
 
     @property
     def options(self) -> frozenset[str]:

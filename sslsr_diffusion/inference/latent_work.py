@@ -3,10 +3,11 @@
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
@@ -40,6 +41,9 @@ class Host:
 
     def offload(self) -> Offload:
         return "none"
+
+    def bring(self, part: nn.Module) -> None:
+        """Have one of the networks on the device, before it is called."""
 
     def release(self) -> None:
         """Send networks that wait on the CPU back there."""
@@ -75,6 +79,8 @@ class LatentWork:
         height, width = (zoom * side for side in seen.shape[-2:])
         plan = self._plan(height, width, len(seeds), options)
         padded = pad_to(seen, plan.height // zoom, plan.width // zoom)
+        if networks.text_network is not None:
+            self._host.bring(networks.text_network)
         wanted = networks.encode_prompts(prompts[0], padded.device)
         unwanted = networks.encode_prompts(prompts[1], padded.device) if options.guided else None
         self._host.release()
@@ -82,8 +88,7 @@ class LatentWork:
 
         def look(plan: TilePlan) -> Condition:
             noise = ImageNoise(seeds, networks.seen_noise_shape(plan.height, plan.width), padded.device)("posterior")
-            encode = TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).encode
-            return networks.see(padded, noise, level=levels, text=wanted, encode=encode)
+            return networks.see(padded, noise, level=levels, text=wanted, encode=partial(self._encode, plan))
 
         with piece(0, 3):
             condition, plan = self._within_memory("vae_tile", plan, look, notes)
@@ -95,12 +100,17 @@ class LatentWork:
             latents, plan = self._within_memory("tile", plan, denoise, notes)
 
         def decode(plan: TilePlan) -> Tensor:
+            self._host.bring(codec)
             fused = padded if codec.has_fidelity else None
             return TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).decode(latents, fused, options.fidelity)
 
         with piece(2, 3):
             restored, plan = self._within_memory("vae_tile", plan, decode, notes)
         return restored[..., :height, :width], plan
+
+    def _encode(self, plan: TilePlan, pixels: Tensor, noise: Tensor) -> Tensor:
+        self._host.bring(self._networks.codec)
+        return TiledCodec(self._networks.codec, *plan.vae_cells, batch_size=plan.batch).encode(pixels, noise)
 
     def _within_memory(self, part: Part, plan: TilePlan, run: Callable[[TilePlan], R], notes: list[str]) -> tuple[R, TilePlan]:
         def released(plan: TilePlan) -> R:
@@ -127,6 +137,7 @@ class LatentWork:
         self, condition: Condition, negative_text: Text | None, seeds: Sequence[int], plan: TilePlan, options: LatentOptions
     ) -> Tensor:
         """Latents of the restored pictures, [B, C, h, w] normalised float32."""
+        self._host.bring(self._networks.denoiser)
         tile, overlap = plan.tile_cells
         height, width = plan.height // plan.vae_scale, plan.width // plan.vae_scale
         noise = ImageNoise(seeds, (self._networks.codec.latent_channels, height, width), self._host.device)

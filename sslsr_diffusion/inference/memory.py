@@ -111,16 +111,16 @@ class MemoryModel:
         runs: list[Callable[[], object]] = [lambda: codec.decode(latents), lambda: codec.encode(pixels, latents)]
         runs += [fused] if codec.has_fidelity else []
         self._codec = max(peak_activation_bytes(codec, run) for run in runs) / floats
-        self._widths = {name: working_dtype(part).itemsize for name, part in (("denoiser", networks.denoiser), ("codec", networks.codec))}
+        self._widths = _widths(networks)
         self._device, self.zoom, self._channels = device.type, codec.scale, channels
         self._counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (("denoiser", denoiser), ("codec", codec))}
         self._counts["text"] = text_parameters
         self._largest = max(p.numel() for p in (*denoiser.parameters(), *codec.parameters()))
 
-    def at(self, dtype: torch.dtype) -> "MemoryModel":
-        """The same networks in another precision."""
+    def at(self, networks: LatentNetworks) -> "MemoryModel":
+        """The same networks in the precision that they have now."""
         other = copy.copy(self)
-        other._widths = {"denoiser": dtype.itemsize, "codec": dtype.itemsize}
+        other._widths = _widths(networks)
         return other
 
     def denoise_bytes(self, height: int, width: int, batch: int = 1, *, steady: bool = False) -> int:
@@ -140,10 +140,17 @@ class MemoryModel:
 
     def weight_bytes(self, offload: Offload = "none") -> tuple[int, int]:
         """Weights on the device while the denoiser works, and while the autoencoder does."""
-        count, width = self._counts, self._widths["denoiser"]
+        widths = {**self._widths, "text": self._widths["denoiser"]}
+        size = {name: count * widths[name] for name, count in self._counts.items()}
         if offload == "sequential":
-            return 2 * self._largest * width, 2 * self._largest * width
+            layers = 2 * self._largest * max(self._widths.values())
+            return layers, layers
         if offload == "model":
-            return max(count["denoiser"], count["text"]) * width, count["codec"] * width
-        total = sum(count.values()) * width
+            return max(size["denoiser"], size["text"]), size["codec"]
+        total = sum(size.values())
         return total, total
+
+
+def _widths(networks: LatentNetworks) -> dict[str, int]:
+    """Bytes per number; an autoencoder may need a wider one than the denoiser."""
+    return {name: working_dtype(part).itemsize for name, part in (("denoiser", networks.denoiser), ("codec", networks.codec))}

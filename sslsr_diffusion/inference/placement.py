@@ -56,8 +56,7 @@ def place(family: Family, path: Path, device: torch.device, dtype: str, budget: 
         kinds = [chosen] if chosen else [torch.float32, torch.bfloat16]
         choices = [Placement(device, kind, memory_budget=budget, may_be_faster=chosen is None) for kind in kinds]
     else:
-        stays = device.type == "mps" or family.restorer != "stablesr"  # unified memory; hooks are a diffusers pipeline's
-        waiting: tuple[Offload, ...] = ("none",) if stays else ("none", "model", "sequential")
+        waiting: tuple[Offload, ...] = ("none",) if device.type == "mps" else ("none", "model", "sequential")  # unified memory
         choices = [Placement(device, chosen or torch.float16, offload, budget) for offload in waiting]
     if budget is None:
         return choices[0]
@@ -67,10 +66,11 @@ def place(family: Family, path: Path, device: torch.device, dtype: str, budget: 
     memory = MemoryModel(networks, device, text_parameters=networks.parameters_per_part().get("text encoder", (0, 0))[0])
     sizes: dict[str, Any] = {"size": networks.size(), "vae_scale": memory.zoom, "tile": tile, "vae_tile": "auto", "overlap": None}
     fitting, lacking = [], []
-    for choice in choices:
+    for choice in (each for each in choices if each.offload == "none" or networks.can_wait):
+        networks.cast(choice.dtype)
         try:
             room = Room(budget, strict=True, offload=choice.offload)
-            plan = plan_tiles(1, 1, memory=partial(memory.at, choice.dtype), room=room, **sizes)
+            plan = plan_tiles(1, 1, memory=partial(memory.at, networks), room=room, **sizes)
         except NotEnoughMemory as error:
             lacking.append(error.least or 0)
             continue
@@ -78,7 +78,8 @@ def place(family: Family, path: Path, device: torch.device, dtype: str, budget: 
         if plan.tile is None:
             return choice
     if not fitting:
+        least = min(lacking)
         raise NotEnoughMemory(
-            f"memory_budget: {shown_bytes(budget)} is too little for this model; the least that would do is {shown_bytes(min(lacking))}."
+            f"memory_budget: {shown_bytes(budget)} is too little for this model; the least that would do is {shown_bytes(least)}.", least
         )
     return fitting[0]

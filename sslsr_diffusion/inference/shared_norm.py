@@ -66,5 +66,5 @@ def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
 def _hooks(norms: list[nn.GroupNorm], hook: Any) -> Iterator[None]:
     with ExitStack() as handles:
         for norm in norms:
-            handles.enter_context(norm.register_forward_hook(hook))
+            handles.enter_context(norm.register_forward_hook(hook, prepend=True))  # before weights that wait go back to the CPU
         yield

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Text
-from sslsr_diffusion.models.networks import LatentNetworks, count_parameters
+from sslsr_diffusion.models.networks import LatentNetworks
 from sslsr_diffusion.models.process import Process
 from sslsr_diffusion.models.tensor_names import check_tensors
 
@@ -109,8 +109,9 @@ class PromptedNetworks(LatentNetworks):
     def takes_prompts(self) -> bool:
         return self.text_encoder is not None and self.tokenizer is not None
 
-    def text_parameters(self) -> int:
-        return 0 if self.text_encoder is None else count_parameters(self.text_encoder)
+    @property
+    def text_network(self) -> nn.Module | None:
+        return self.text_encoder
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Text:
         if self.text_encoder is None:

@@ -189,9 +189,19 @@ class LatentNetworks(Networks):
         """Whether any text can be encoded; otherwise there is the recipe's alone."""
         return False
 
+    @property
+    def text_network(self) -> nn.Module | None:
+        """The text encoder, where there is one in memory."""
+        return None
+
     def text_parameters(self) -> int:
-        """Size of the text encoder that is in memory; 0 without one."""
-        return 0
+        """Its size; 0 without one."""
+        return 0 if self.text_network is None else count_parameters(self.text_network)
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether weights may move between the CPU and a device."""
+        return True
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Text:
         """Context of len(prompts) texts; an empty one stands for the recipe's where no other can be encoded.

@@ -73,8 +73,8 @@ class OneStepTask(TaskBase):
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         decode = partial(decoded, self.networks.codec, given=draws.given, windows=draws.windows)
-        x0, sr = module(seen(batch), draws.noise["posterior_lr"], draws.noise.get("noise"), decode)
-        z0_hr = self.networks.truth(batch.hr, draws.noise["posterior_hr"]) if "z0_hr" in draws.reads else None
+        hr = (batch.hr, draws.noise["posterior_hr"]) if "z0_hr" in draws.reads else None
+        x0, sr, z0_hr = module(seen(batch), draws.noise["posterior_lr"], draws.noise.get("noise"), decode, hr)
         return Outputs(**vars(draws.given), sr=sr, z0=x0, z0_hr=z0_hr)
 
 
@@ -91,16 +91,24 @@ class Generator(nn.Module):
         self._networks = (networks,)  # no part of it: the decoder would be wrapped, too
 
     def forward(
-        self, picture: Tensor, posterior: Tensor, noise: Tensor | None, decode: Callable[[Tensor], Tensor | None]
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, 3, H, W] in [0, 1] and standard normal noises [B, C, h, w] -> clean latents [B, C, h, w] float32, and what `decode` makes."""
+        self,
+        picture: Tensor,
+        posterior: Tensor,
+        noise: Tensor | None,
+        decode: Callable[[Tensor], Tensor | None],
+        hr: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[B, 3, H, W] in [0, 1] and standard normal noises [B, C, h, w] -> clean latents [B, C, h, w] float32, and what `decode` makes.
+
+        `hr`: the ground truth and its noise, for its latents as the third; here, because a divided encoder is whole only within a forward.
+        """
         (networks,) = self._networks
         condition = networks.see(picture, posterior)
         assert condition.z_lr is not None
         start = networks.start(condition.z_lr, noise)
         t = torch.full((len(start),), networks.timestep, device=start.device)
         x0 = networks.clean(self.denoiser(start, t, condition).float(), start, condition.z_lr)
-        return x0, decode(x0)
+        return x0, decode(x0), networks.truth(*hr) if hr else None
 
 
 class OneCall(nn.Module):

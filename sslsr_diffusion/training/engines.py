@@ -62,6 +62,17 @@ def distribution(accelerator: "Accelerator") -> str:
     return str(accelerator.distributed_type).rpartition(".")[2]
 
 
+def name_blocks(module: nn.Module) -> None:
+    """Tell accelerate which blocks of a module FSDP2 divides and gathers one by one: those that diffusers names for its networks in it.
+
+    Otherwise a launch configuration would have to name the classes of the very network that a recipe trains; one that does is followed.
+    """
+    parts = list(module.modules())
+    named = {name for part in parts for name in getattr(part, "_no_split_modules", None) or ()}
+    there = sorted(named & {type(part).__name__ for part in parts})
+    object.__setattr__(module, "_no_split_modules", there)
+
+
 def deepspeed_plugin(settings: TrainingSettings) -> Any:
     """accelerate's plugin with the recipe's values, or None when the launch configuration does not ask for DeepSpeed.
 
@@ -114,6 +125,7 @@ class Engine:
 
     def __init__(self, accelerator: "Accelerator", module: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> None:
         self.accelerator, self.settings = accelerator, settings
+        name_blocks(module)
         self.model, self._wrapped = accelerator.prepare(module, optimizer)
         self.parameters = trained_parameters(accelerator.unwrap_model(self.model))
         self.optimizer: torch.optim.Optimizer = self._wrapped.optimizer

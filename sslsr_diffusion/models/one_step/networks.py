@@ -187,6 +187,11 @@ class OneStepNetworks(LatentNetworks):
     def saved_bytes(self) -> int:
         return saved_bytes(self.denoiser.network, self.settings.weights) if self.settings.weights in BYTES else 0
 
+    @property
+    def can_wait(self) -> bool:
+        """What bitsandbytes holds stays where it was quantised."""
+        return self.settings.weights not in BYTES
+
     def cast(self, dtype: torch.dtype) -> None:
         """Flow transformers leave the range of float16; what bitsandbytes holds stays as it is."""
         dtype = torch.bfloat16 if self.denoiser.flow and dtype == torch.float16 else dtype

@@ -17,7 +17,9 @@ def smooth(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def small(**config: object) -> ShuffleAutoencoder:
     torch.manual_seed(0)
-    return ShuffleAutoencoder(**{"latent_channels": 8, "block_out_channels": (8, 12, 16), "encoder_layers": 1, "decoder_layers": 2, **config})
+    return ShuffleAutoencoder(
+        **{"latent_channels": 8, "block_out_channels": (8, 12, 16), "encoder_layers": 1, "decoder_layers": 2, **config}
+    )
 
 
 def test_untrained_it_shows_the_picture_at_latent_resolution() -> None:

@@ -71,7 +71,9 @@ class ShuffleAutoencoder(ModelMixin, ConfigMixin):
     def encode(self, pixels: Tensor) -> Any:
         """[B, 3, H, W] in [-1, 1], sides divisible by 2^(levels - 1) -> an output whose `latent_dist` is a point [B, C, h, w]."""
         mean = torch.cat([F.avg_pool2d(pixels, self._zoom), self.encoder(pixels)], dim=1)
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat([mean, torch.zeros_like(mean)], dim=1), deterministic=True))
+        return AutoencoderKLOutput(
+            latent_dist=DiagonalGaussianDistribution(torch.cat([mean, torch.zeros_like(mean)], dim=1), deterministic=True)
+        )
 
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> Any:

@@ -17,7 +17,7 @@ from sslsr_diffusion.inference.noise import Generators, image_seeds
 from sslsr_diffusion.inference.options import STEPS, LatentOptions, per_picture
 from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
-from sslsr_diffusion.inference.restorer import AroundNetworks, Output, Restorer, by_size, enlarged, enlarged_size, settled
+from sslsr_diffusion.inference.restorer import AroundNetworks, Described, Output, Restorer, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import TilePlan
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import LatentNetworks
@@ -88,6 +88,12 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
             networks = cast(LatentNetworks, family.read(path).eval().requires_grad_(False))
         networks.cast(placement.dtype)
         return cls(networks.to(placement.device), defaults=placement.defaults)
+
+    @classmethod
+    def describe(cls, family: Family, path: Path) -> Described:
+        """From the shapes of its networks, which their configs tell."""
+        shapes = cls(cast(LatentNetworks, family.read(path, meta=True)), defaults=family.call_defaults(path))
+        return Described(shapes.options, shapes.defaults)
 
     @property
     def options(self) -> frozenset[str]:

@@ -157,6 +157,9 @@ class ToyFamily:
         networks.load_state_dict(load_file(path / "toy.safetensors"))
         return networks.shapes() if meta else networks
 
+    def call_defaults(self, path: Path) -> dict[str, Any]:
+        return json.loads((path / "toy.json").read_text())["call"]
+
 
 class ToyPixelFamily(ToyFamily):
     """Single files that end in .toy."""
@@ -170,6 +173,9 @@ class ToyPixelFamily(ToyFamily):
     def read(self, path: Path, *, meta: bool = False) -> Networks:
         networks = ToyPixels(str(path))
         return networks.shapes() if meta else networks
+
+    def call_defaults(self, path: Path) -> dict[str, Any]:
+        return {}
 
 
 def upscale_files(restorer: Any, inputs: Any, output: Path, options: RunnerOptions, **more: Any) -> RunnerReport:

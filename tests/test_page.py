@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import chromium, needs_browser, tab
 from evaluation_samples import picture, write
+from page_toys import make_run, names, toys_in
 from PIL import Image
-from restorers import ToyPixelFamily, ToyPixels
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
@@ -23,8 +22,6 @@ from sslsr_diffusion.cli.infer import CALL
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.images import read_image
 from sslsr_diffusion.inference.runner import RunnerOptions
-from sslsr_diffusion.models import FAMILIES
-from sslsr_diffusion.page import explorer
 from sslsr_diffusion.page.bench import Bench
 from sslsr_diffusion.page.controls import CONTROLS, call_of, scale_of
 from sslsr_diffusion.page.runs import draw_curves, list_runs, look_at, name_of
@@ -32,41 +29,12 @@ from sslsr_diffusion.page.server import Guard, serve
 from sslsr_diffusion.page.shelf import Shelf
 
 needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason='needs the extra: pip install -e ".[page]"')
-SLOW = 400  # calls of its layers, each with a pause, which a job of the slow toy takes
-
-
-class SlowPixels(ToyPixels):
-    """A minute for a picture, most of it between layers."""
-
-    def forward(self, lr: torch.Tensor) -> torch.Tensor:
-        for _ in range(SLOW if lr.device.type == "cpu" else 1):
-            time.sleep(0.05)
-            self.body(torch.zeros(1, 12, 4, 4))
-        return super().forward(lr)
-
-
-class Toys(ToyPixelFamily):
-    def read(self, path, *, meta=False):
-        return SlowPixels(str(path)) if "slow" in path.name and not meta else super().read(path, meta=meta)
 
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
-    """Two quick models, one slow, and pictures."""
-    folder = tmp_path_factory.mktemp("toys")
-    for name in ("one.toy", "two.toy", "slow.toy"):
-        (folder / name).write_bytes(name.encode())
-    write(folder / "a.png", picture(1))
-    write(folder / "more" / "b.png", picture(2))
-    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES, "toy_pixels", Toys())
-        patch.chdir(folder)
+    with toys_in(tmp_path_factory.mktemp("toys")) as folder:
         yield folder
-
-
-def names(folder, *chosen):
-    return [str(folder / f"{name}.toy") for name in chosen]
 
 
 def test_several_models_and_a_broken_picture(toys, tmp_path):
@@ -143,15 +111,6 @@ def test_fields_become_a_call():
 
 def test_the_page_has_a_field_for_every_option_of_infer():
     assert set(CONTROLS) == {*CALL, "tile"}
-
-
-def make_run(folder, steps=3):
-    (folder / "pictures").mkdir(parents=True)
-    (folder / "recipe.yaml").write_text("seed: 3\n")
-    rows = [{"step": step, "loss/pixel_l1": 1 / step, "validation/psnr": 20.0 + step} for step in range(1, steps + 1)]
-    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
-    for step in range(1, steps + 1):
-        write(folder / "pictures" / f"step-{step:06d}.png", picture(step))
 
 
 def test_a_run_is_seen_while_it_is_written(tmp_path):
@@ -233,126 +192,3 @@ def test_a_port_in_use_is_a_sentence(tmp_path):
         pytest.raises(UserError, match=r"^port \d+: cannot be had \(Address already in use\); choose"),
     ):
         serve([], port=taken.getsockname()[1], runs=tmp_path, where={})
-
-
-@pytest.fixture(scope="module")
-def address(toys, tmp_path_factory):
-    """The page served in a thread."""
-    import uvicorn
-
-    from sslsr_diffusion.page.server import application, check_gradio
-
-    check_gradio()
-    root = tmp_path_factory.mktemp("shelf")
-    make_run(root / "runs" / "mine")
-    bench = Bench({"device": "cpu"})
-    site = application(bench, Shelf(root), names(toys, "one", "two", "slow"), root / "runs")
-    server = uvicorn.Server(uvicorn.Config(site, log_level="warning", lifespan="on", timeout_graceful_shutdown=1))
-    listening = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(explorer, "measured", lambda *pair: {})  # test_explorer.py measures
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    bench.stop()
-    server.should_exit = True
-    thread.join(20)
-    listening.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as opened:
-        yield opened
-
-
-def choose(page, *models):
-    """Exactly these models."""
-    field = page.get_by_label("Models").first
-    while page.locator(".token-remove, button[title=Remove]").count():
-        page.locator(".token-remove, button[title=Remove]").first.click()
-    for model in models:
-        field.fill(model)
-        field.press("Enter")
-    field.press("Escape")
-
-
-@needs_gradio
-@needs_browser
-def test_upscale_compare_and_download(toys, address, browser):
-    with tab(browser, viewport={"width": 1400, "height": 1000}) as (page, wrong):
-        page.goto(address)
-        page.get_by_label("Detail").wait_for()  # the toy's options are there
-        assert not page.get_by_label("Sampler").is_visible()  # which it does not have
-        page.get_by_role("button", name="Upscale").click()
-        page.get_by_text("pictures: expected at least one, got none").wait_for()
-        page.locator("input[type=file]").first.set_input_files([toys / "a.png", toys / "more" / "b.png", toys / "broken.png"])
-        page.locator("a[download=broken\\.png]").wait_for()
-        page.get_by_label("Scale").fill("2")
-        page.get_by_role("button", name="Upscale").click()
-        page.get_by_text("2 of 3 done").wait_for()
-        assert "broken.png failed: " in page.locator("#said").inner_text()
-        view = page.frame_locator("#comparison iframe")
-        view.get_by_text("bicubic").wait_for()
-        view.get_by_label("slider", exact=True).check()
-        stage = view.locator(".stage canvas")
-        before = stage.screenshot()
-        stage.press("1")
-        view.get_by_label("slider between the pictures").fill("100")
-        assert view.locator(".level").inner_text() == "100 %"
-        assert stage.screenshot() != before
-        with page.expect_download() as got:
-            page.locator("a[download=a\\.png]").last.click()
-        assert read_image(got.value.path().read_bytes()).size == (80, 96)
-        assert wrong == []
-
-
-@needs_gradio
-@needs_browser
-def test_a_job_is_stopped_and_others_wait_for_it(toys, address, browser):
-    with tab(browser) as (first, _), tab(browser) as (second, _):
-        for page, model in ((first, "slow"), (second, "one")):
-            page.goto(address)
-            page.get_by_label("Detail").wait_for()
-            page.locator("input[type=file]").first.set_input_files(toys / "a.png")
-            page.locator("a[download=a\\.png]").wait_for()
-            page.get_by_label("Scale").fill("2")
-            choose(page, *names(toys, model))
-        first.get_by_role("button", name="Upscale").click()
-        first.get_by_text("a.png, 1 of 1").wait_for()
-        second.get_by_role("button", name="Upscale").click()
-        second.get_by_text("queue:").wait_for()
-        second.get_by_role("button", name="Stop").click()
-        second.get_by_text("Your job is withdrawn: it ends when its turn comes").wait_for()
-        assert "a.png, 1 of 1" in first.locator("#said").inner_text()
-        first.get_by_role("button", name="Stop").click()
-        first.get_by_text("0 of 1 done, stopped").wait_for()
-        second.get_by_text("Withdrawn before it began").wait_for()
-        second.get_by_role("button", name="Stop").click()
-        second.get_by_text("No job of yours is running").wait_for()
-        second.get_by_role("button", name="Upscale").click()
-        second.get_by_text("1 of 1 done").wait_for()
-        first.get_by_role("button", name="Upscale").click()
-        first.get_by_text("a.png, 1 of 1").wait_for()
-        first.close()  # in the middle
-        second.get_by_role("button", name="Upscale").click()
-        second.wait_for_timeout(500)
-        second.get_by_text("1 of 1 done").wait_for()
-
-
-@needs_gradio
-@needs_browser
-def test_runs_and_the_explorer_in_their_tabs(address, browser):
-    with tab(browser, viewport={"width": 390, "height": 844}) as (page, wrong):
-        page.goto(address)
-        page.get_by_role("tab", name="Runs").click()
-        page.get_by_text("step 3, written").wait_for()
-        page.wait_for_function("[...document.images].filter((image) => image.naturalWidth > 40).length === 2")  # curves and grid
-        page.get_by_role("tab", name="Explore").click()
-        page.get_by_role("button", name="Explore").click()
-        page.get_by_text("result: expected a picture, got none").wait_for()
-        page.get_by_role("button", name="Show an example").click()
-        view = page.frame_locator("#explorer iframe")
-        view.locator(".worst button").first.wait_for()
-        assert "Pixel" in view.locator(".status").inner_text()
-        assert wrong == []

@@ -10,6 +10,7 @@ import torch
 from evaluation_samples import picture, write
 from restorers import ToyPixelFamily
 
+from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import read_image
 from sslsr_diffusion.inference.runner import RunnerOptions
 from sslsr_diffusion.models import FAMILIES
@@ -62,6 +63,18 @@ def test_a_model_that_cannot_be_opened_does_not_stop_the_others(models, tmp_path
     assert not broken.results
     assert "expected a model of" in broken.said[0]
     assert one.results[source].name == "a_one.toy.png"
+
+
+def test_options_are_told_without_weights_and_leave_the_open_model_alone(models, tmp_path, monkeypatch):
+    bench = Bench({"device": "cpu"})
+    _, opened = bench.open(models[0])
+    monkeypatch.setattr(module, "open_model", None)
+    described = bench.describe(f" {models[1]} ")
+    assert (described.options, dict(described.defaults)) == (opened.options, {"color_fix": "none"})
+    assert bench.describe(models[1]) is described
+    assert bench.open(models[0])[1] is opened
+    with pytest.raises(UserError, match="expected a model of"):
+        bench.describe(str(write(tmp_path / "a.png", picture(1))))
 
 
 def test_a_job_is_withdrawn_while_it_waits(models, tmp_path):

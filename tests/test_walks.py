@@ -225,6 +225,9 @@ class Family:
         networks.load_state_dict(load_file(path / "toy.safetensors"))
         return networks.shapes() if meta else networks
 
+    def call_defaults(self, path: Path) -> dict[str, Any]:
+        return json.loads((path / "toy.json").read_text())["call"]
+
     def source(self, settings: Any) -> None:
         return None
 

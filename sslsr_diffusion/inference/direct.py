@@ -18,7 +18,7 @@ from sslsr_diffusion.inference.noise import Generators
 from sslsr_diffusion.inference.options import CallOptions
 from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
-from sslsr_diffusion.inference.restorer import AroundNetworks, Output, by_size, enlarged, enlarged_size, settled
+from sslsr_diffusion.inference.restorer import AroundNetworks, Described, Output, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import check_tile, within_memory
 from sslsr_diffusion.inference.tiling import Strip, blend, even_boxes, rounded_up, strips_of_tiles, tile_offsets
 from sslsr_diffusion.models.family import Family
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _SIDES = (4096, 2048, 1024, 768, 512, 384, 256, 192, 128)  # of tiles, in output pixels
 _SAMPLE = 128  # output pixels along a side of the picture that precisions are compared on
 _MEASURED = 64  # low-resolution pixels along a side of the shape run
+FALLBACK = {"color_fix": "none"}  # what a call takes where neither it nor the model names one
 _PICTURES = 5  # float32 copies of the whole output picture at once, at most
 
 
@@ -40,7 +41,7 @@ class DirectRestorer(AroundNetworks[CallOptions]):
 
     def __init__(self, networks: PixelNetworks, *, scale: float | None = None, defaults: Mapping[str, Any] | None = None) -> None:
         self.networks = networks
-        super().__init__(networks, scale, defaults, {"scale": networks.scale, "color_fix": "none"})
+        super().__init__(networks, scale, defaults, {"scale": networks.scale, **FALLBACK})
         self._limit: int | None = None  # side above which memory ran out in this process
         self._floats: float | None = None
 
@@ -56,6 +57,13 @@ class DirectRestorer(AroundNetworks[CallOptions]):
             dtype = torch.bfloat16
             log.info("bfloat16, which this processor computes faster, makes the same picture to 1/255 on the mean")
         return cls(networks.to(placement.device, dtype), defaults=placement.defaults)
+
+    @classmethod
+    def describe(cls, family: Family, path: Path) -> Described:
+        """No file of these tells the shapes of its networks without its weights, and no option depends on them."""
+        own = {**FALLBACK, **family.call_defaults(path)}
+        options = cls.kind.names()
+        return Described(options, {name: value for name, value in own.items() if name in options})
 
     def check(self, **call: Any) -> list[str]:
         options, notes = settled(CallOptions, call, self.options, self.defaults)

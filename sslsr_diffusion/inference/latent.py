@@ -17,7 +17,7 @@ from sslsr_diffusion.inference.noise import Generators, image_seeds
 from sslsr_diffusion.inference.options import STEPS, LatentOptions, per_picture
 from sslsr_diffusion.inference.pictures import from_tensors, to_tensors
 from sslsr_diffusion.inference.placement import Placement
-from sslsr_diffusion.inference.restorer import AroundNetworks, Output, Restorer, by_size, enlarged, enlarged_size, settled
+from sslsr_diffusion.inference.restorer import AroundNetworks, Described, Output, Restorer, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import TilePlan
 from sslsr_diffusion.inference.waiting import WaitingHost
 from sslsr_diffusion.models.family import Family
@@ -91,6 +91,12 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
         if placement.offload == "none":
             return cls(networks.to(placement.device), defaults=placement.defaults)
         return cls(networks, defaults=placement.defaults, host=WaitingHost(networks, placement.device, placement.offload))
+
+    @classmethod
+    def describe(cls, family: Family, path: Path) -> Described:
+        """From the shapes of its networks, which their configs tell."""
+        shapes = cls(cast(LatentNetworks, family.read(path, meta=True)), defaults=family.call_defaults(path))
+        return Described(shapes.options, shapes.defaults)
 
     @property
     def options(self) -> frozenset[str]:

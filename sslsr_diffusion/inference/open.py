@@ -1,15 +1,17 @@
 """From a name to a restorer: the newest finished run, the shipped model, a run or model folder, a file, or a hub id."""
 
+import contextlib
 import hashlib
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.hub import STATE, fetch, split_file
-from sslsr_diffusion.inference.restorer import Restorer
+from sslsr_diffusion.inference.restorer import Described, Restorer
 from sslsr_diffusion.models.base import IGNORED
 from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.family import Family
@@ -108,18 +110,34 @@ def open_model(
     from sslsr_diffusion.devices import find_device
     from sslsr_diffusion.inference.placement import place
 
-    try:
+    with _sentences(found.name):
         placement = place(found.family, found.path, find_device(device, field="device"), dtype, memory_budget, tile)
         restorer: Restorer = restorer_class(found.family).open(found.family, found.path, placement)
+    log.info("%s", placement)
+    return restorer
+
+
+def describe_model(found: FoundModel) -> Described:
+    """Which options the restorer of a found model has, and what its calls take where they name none; no weights are read.
+    Raises UserError: the files that tell it are incomplete or damaged.
+    """
+    with _sentences(found.name):
+        described: Described = restorer_class(found.family).describe(found.family, found.path)
+    return described
+
+
+@contextlib.contextmanager
+def _sentences(name: str) -> Iterator[None]:
+    """Whatever libraries raise on a model's files becomes a UserError."""
+    try:
+        yield
     except Exception as error:  # diffusers and safetensors raise many kinds on incomplete folders
         text = str(error).strip() or type(error).__name__
         key = re.match(r"model\.\w+: ", text)  # of a recipe, where this file would be a base
         if isinstance(error, UserError) and key is None:
             raise
         reason = text[key.end() if key else 0 :].splitlines()[0][:200].rstrip(".")
-        raise UserError(f"model {found.name}: cannot be loaded ({reason}).") from error
-    log.info("%s", placement)
-    return restorer
+        raise UserError(f"model {name}: cannot be loaded ({reason}).") from error
 
 
 def restorer_of(networks: Networks, family: Family, *, scale: float, **defaults: Any) -> Restorer:

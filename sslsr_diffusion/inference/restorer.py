@@ -26,6 +26,14 @@ class Output:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Described:
+    """What is known of a model's calls before its weights are read; the two are those of its `Restorer`."""
+
+    options: frozenset[str]
+    defaults: Mapping[str, Any]
+
+
 class Restorer(Protocol):
     """Networks that are ready to be called."""
 

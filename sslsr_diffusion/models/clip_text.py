@@ -107,6 +107,9 @@ class PromptedNetworks(LatentNetworks):
 
     @property
     def takes_prompts(self) -> bool:
+        """Of shapes: whether their files have what encodes a text."""
+        if next(self.denoiser.parameters()).is_meta:
+            return self.source is not None and self.source.has("text_encoder") and self.source.has("tokenizer")
         return self.text_encoder is not None and self.tokenizer is not None
 
     @property

@@ -1,7 +1,7 @@
 """What a family is: its section of the recipe, and how its networks are built and read."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -112,6 +112,11 @@ class Family(Protocol):
     def read(self, path: Path, *, meta: bool = False) -> "Networks":
         """The networks in a file or folder for which `reads` is true, on the CPU; with `meta` their shapes alone.
         Raises UserError: its files are incomplete or damaged.
+        """
+
+    def call_defaults(self, path: Path) -> Mapping[str, Any]:
+        """What a call of the model in a file or folder for which `reads` is true takes where it names nothing; no weights are read.
+        Raises UserError: its files are damaged.
         """
 
     def source(self, settings: Any) -> str | None:

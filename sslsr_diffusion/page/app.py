@@ -26,6 +26,8 @@ ONE = {"concurrency_id": "work", "concurrency_limit": 1}  # of all that computes
 LOOKING = {"concurrency_id": "runs", "concurrency_limit": 1}  # pyplot draws for one at a time
 BUTTONS = ["fullscreen", "download"]  # of pictures; gradio's third one shares them with a hub
 EXPLORED = {"sr": "Result", "gt": "Truth", "lr": "Low-resolution input (optional)"}  # labels of what `explore_files` takes
+NARROW = 300  # pixels of a column beside which no other one stands on a phone
+ROOM = 64  # pixels in which a bar of progress and its words stand whole
 REFRESH = 3.0  # seconds between looks at a run
 
 
@@ -59,7 +61,7 @@ class App:
 
     def upscaling(self) -> None:
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(scale=2, min_width=NARROW):
                 pictures = gr.File(label="Pictures", file_count="multiple", height=130)
                 folder = gr.File(label="or a folder", file_count="directory", height=130)
                 told = "listed ones, or type a run folder, a hub id, a file of weights; several are compared"
@@ -74,10 +76,10 @@ class App:
                 with gr.Row():
                     start = gr.Button("Upscale", variant="primary")
                     stop = gr.Button("Stop", variant="stop")
-            with gr.Column(scale=3, min_width=300):
-                said = gr.Markdown("Drop pictures and press Upscale.", elem_id="said", container=True)
+            with gr.Column(scale=3, min_width=NARROW):
+                said = gr.Markdown("Drop pictures and press Upscale.", elem_id="said", container=True, min_height=ROOM)
                 picture = gr.Dropdown([], label="Show", visible=False)
-                results = gr.File(label="Results, with their metadata", file_count="multiple", interactive=False, visible=False, height=130)
+                results = gr.File(label="Results, with their metadata", file_count="multiple", interactive=False, visible=False, height=190)
                 view = gr.HTML(elem_id="comparison")
         made = gr.State([])
 
@@ -114,7 +116,7 @@ class App:
         start.click(self.told(upscale), given, [said, picture, view, results, made], show_progress_on=[said], **ONE)
         stop.click(halt, concurrency_limit=None, show_progress="hidden")
         picture.input(self.compare, [made, picture], view, **ONE)
-        gr.on(None, self.told(self.options), models, list(options.values()), show_progress="minimal", **ONE)  # at first, and of others
+        gr.on(None, self.told(self.options), models, list(options.values()), show_progress="minimal", concurrency_limit=None)
 
     def listed(self) -> list[str]:
         """The models to choose from: those that were named, the runs that are finished by now, the small one."""
@@ -125,8 +127,8 @@ class App:
         had: frozenset[str] = frozenset()
         defaults: dict[str, Any] = {}
         for model in models:
-            _, restorer = self.bench.open(model)
-            had, defaults = had | restorer.options, {**defaults, **restorer.defaults}
+            described = self.bench.describe(model)
+            had, defaults = had | described.options, {**defaults, **described.defaults}
         return shown(had, defaults)
 
     def compare(self, made: Sequence[Made], source: str | None) -> str:
@@ -137,48 +139,54 @@ class App:
     def training(self, tab: gr.Tab) -> None:
         names = list_runs(self.runs)
         with gr.Row():
-            run = gr.Dropdown(names, value=names[0] if names else None, label=f"Run in {self.runs}/", min_width=200)
-            about = gr.Markdown("" if names else f"No run in {self.runs}/ yet.", elem_id="run", container=True)
+            with gr.Column(scale=1, min_width=NARROW):
+                run = gr.Dropdown(names, value=names[0] if names else None, label=f"Run in {self.runs}/")
+            with gr.Column(scale=2, min_width=NARROW):
+                about = gr.Markdown("" if names else f"No run in {self.runs}/ yet.", elem_id="run", container=True)
         with gr.Row():
-            curves = gr.Image(show_label=False, interactive=False, buttons=BUTTONS)
-            with gr.Column():
+            with gr.Column(min_width=NARROW):
+                curves = gr.Image(show_label=False, interactive=False, buttons=BUTTONS)
+            with gr.Column(min_width=NARROW):
                 step = gr.Slider(0, 1, 1, step=1, label="Validation", interactive=True, visible=False)
-                grid = gr.Image(label="Validation", interactive=False, buttons=BUTTONS)
+                caption = gr.Markdown(elem_id="grid")
+                grid = gr.Image(show_label=False, interactive=False, buttons=BUTTONS)
         with gr.Accordion("Recipe", open=False):
             recipe = gr.Code(language="yaml", interactive=False)
         seen = gr.State()
 
-        def labelled(grids: Sequence[Path]) -> Any:
-            return gr.update(value=grids[0], label=name_of(grids[0])) if grids else gr.update(value=None, label="Validation")
+        def captioned(grids: Sequence[Path]) -> list[Any]:
+            return [f"Validation, {name_of(grids[0])}", grids[0]] if grids else ["", None]
 
-        def look(name: str | None, before: Any, anew: bool) -> list[Any]:
+        def look(name: str | None, number: float, before: Any, anew: bool) -> list[Any]:
             found = list_runs(self.runs)
             name = name if name in found else next(iter(found), None)
             if name is None:
-                return [gr.skip()] * 7
+                return [gr.skip()] * 8
             at = look_at(self.runs / name)
             state = (name, at.state)
             text = f"**{printable(name)}** {at.about}"
             if state == before and not anew:
-                return [gr.update(choices=found), text, *[gr.skip()] * 4, before]
+                return [gr.update(choices=found), text, *[gr.skip()] * 5, before]
             most = len(at.grids)
-            slider = gr.update(minimum=1, maximum=max(2, most), value=most, visible=most > 1)
+            follows = anew or before is None or before[0] != name or number >= before[1][1]  # else an older one is being looked at
+            slider = gr.update(minimum=1, maximum=max(2, most), visible=most > 1, **({"value": most} if follows else {}))
             drawn = draw_curves(self.runs / name, self.shelf.new())
-            return [gr.update(choices=found, value=name), text, drawn, slider, labelled(at.grids[-1:]), at.recipe, state]
+            grids = captioned(at.grids[-1:]) if follows else [gr.skip()] * 2
+            return [gr.update(choices=found, value=name), text, drawn, slider, *grids, at.recipe, state]
 
-        def choose(name: str, number: float) -> Any:
+        def choose(name: str, number: float) -> list[Any]:
             grids = look_at(self.runs / name).grids if name in list_runs(self.runs) else ()
-            return labelled(grids[: max(1, int(number))][-1:])
+            return captioned(grids[: max(1, int(number))][-1:])
 
-        outputs = [run, about, curves, step, grid, recipe, seen]
-        gr.Timer(REFRESH).tick(functools.partial(look, anew=False), [run, seen], outputs, show_progress="hidden", **LOOKING)
+        outputs = [run, about, curves, step, caption, grid, recipe, seen]
+        gr.Timer(REFRESH).tick(functools.partial(look, anew=False), [run, step, seen], outputs, show_progress="hidden", **LOOKING)
         for event in (run.input, tab.select):
-            event(functools.partial(look, anew=True), [run, seen], outputs, **LOOKING)
-        step.input(choose, [run, step], grid, show_progress="hidden")
+            event(functools.partial(look, anew=True), [run, step, seen], outputs, **LOOKING)
+        step.input(choose, [run, step], [caption, grid], show_progress="hidden")
 
     def exploring(self) -> None:
         with gr.Row():
-            sr, gt, lr = (gr.File(label=label, height=120) for label in EXPLORED.values())
+            sr, gt, lr = (gr.File(label=label, height=150) for label in EXPLORED.values())
             with gr.Column(min_width=160):
                 align = gr.Checkbox(False, label="resize a result of another size")
                 start = gr.Button("Explore", variant="primary")

@@ -11,9 +11,9 @@ from typing import Any
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.hub import WEIGHTS
 from sslsr_diffusion.images import MAX_PIXELS, size_of
-from sslsr_diffusion.inference.open import RESULT, FoundModel, find_model, open_model
+from sslsr_diffusion.inference.open import RESULT, FoundModel, describe_model, find_model, open_model
 from sslsr_diffusion.inference.progress import Told, listening
-from sslsr_diffusion.inference.restorer import Restorer
+from sslsr_diffusion.inference.restorer import Described, Restorer
 from sslsr_diffusion.inference.runner import RunnerOptions, Work, find_work, run_work
 
 
@@ -36,6 +36,8 @@ class Bench:
 
     where: Mapping[str, Any] = field(default_factory=dict)
     _open: tuple[FoundModel, Restorer] | None = None
+    _described: dict[str, Described] = field(default_factory=dict)  # by fingerprint
+    _reading: threading.Lock = field(default_factory=threading.Lock)  # of a model's files: building networks sets what all threads share
     _stop: threading.Event = field(default_factory=threading.Event)
     _owner: str | None = None  # session whose job runs
     _waiting: set[str] = field(default_factory=set)  # sessions that asked for a job whose turn has not come
@@ -46,8 +48,17 @@ class Bench:
         found = find_model(model.strip())
         if self._open is None or self._open[0].fingerprint != found.fingerprint:
             self._open = None  # its memory, before another one is loaded
-            self._open = found, open_model(found, **self.where)
+            with self._reading:
+                self._open = found, open_model(found, **self.where)
         return self._open
+
+    def describe(self, model: str) -> Described:
+        """Which options a model has; its weights are not read, and the one that is open stays so. Raises UserError."""
+        found = find_model(model.strip())
+        with self._reading:
+            if found.fingerprint not in self._described:
+                self._described[found.fingerprint] = describe_model(found)
+            return self._described[found.fingerprint]
 
     def stop(self, owner: str | None = None) -> bool:
         """End the job of a session, or whichever runs; False where none of its jobs runs."""

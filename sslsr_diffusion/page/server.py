@@ -13,6 +13,7 @@ from sslsr_diffusion.page.bench import Bench
 from sslsr_diffusion.page.shelf import ADDRESS, Shelf
 
 HOST = "127.0.0.1"
+COVERED = "#said .translucent { background: var(--block-background-fill); }"  # old words do not stand behind the bar of progress
 # a browser that obeys this asks nobody but us, whatever the scripts of gradio or of an uploaded picture want, and shows us in no other page
 ALLOWED = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -57,9 +58,8 @@ def application(bench: Bench, shelf: Shelf, models: Sequence[str], runs: Path) -
     font = ["system-ui", "sans-serif"]
     looks = gradio.themes.Default(font=font, font_mono=["monospace"])
     blocks = App(bench, shelf, models, runs).build()
-    mounted = gradio.mount_gradio_app(
-        site, blocks, "/", server_name=HOST, theme=looks, ssr_mode=False, run_history=False, footer_links=[], show_error=True
-    )
+    more: dict[str, Any] = {"ssr_mode": False, "run_history": False, "footer_links": [], "show_error": True}
+    mounted = gradio.mount_gradio_app(site, blocks, "/", server_name=HOST, theme=looks, css=COVERED, **more)
     return Guard(mounted)
 
 

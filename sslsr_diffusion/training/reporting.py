@@ -23,9 +23,11 @@ logger = logging.getLogger(__name__)
 
 _BAR = 18  # pixels of caption above each picture
 _GAP = 4
-_INK = "#808080"  # of the curves' axes and words
+_INK = "#808080"  # of the curves' axes and words: as far from white as from black
+_LINE = "#2f87d0"  # of the curves
 _LOOK: dict[str, Any] = {f"{part}color": _INK for part in ("text.", "axes.label", "axes.edge", "xtick.", "ytick.")}
-_LOOK |= {"savefig.transparent": True, "legend.framealpha": 0.0}
+_LOOK |= {"savefig.transparent": True, "legend.framealpha": 0.0, "axes.prop_cycle": f"cycler('color', ['{_LINE}'])"}
+_LOOK |= {"font.size": 9.0, "axes.labelsize": 9.0, "legend.fontsize": 9.0}  # a page may show the figure at half its size
 _TIMED = 10  # steps after which there is a forecast; the first, in which kernels are made, is not in it
 _NO_NUMBER = (1.0, 0.0, 1.0)  # the colour of pixels that are none
 
@@ -221,19 +223,19 @@ def plot_losses(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     if not series:
         return
     with matplotlib.rc_context(_LOOK):
-        figure, axes = plt.subplots(len(series), 1, figsize=(8, 2.2 * len(series)), sharex=True, squeeze=False)
+        figure, axes = plt.subplots(len(series), 1, figsize=(6.4, 1.9 * len(series)), sharex=True, squeeze=False)
         for axis, (key, (steps, values)) in zip(axes[:, 0], series.items()):
             axis.plot(steps, values, linewidth=1, marker="." if len(steps) < 60 else None)
             if steps[0] == 0:  # a validation metric's
                 axis.axhline(values[0], linewidth=1, linestyle="--", color=_INK, label="before training")
-                axis.legend(fontsize=7)
-            axis.set_ylabel(key.split("/", 1)[1], fontsize=8)
+                axis.legend()
+            axis.set_ylabel(key.split("/", 1)[1])
             axis.grid(alpha=0.3)
             if key.startswith("loss/") and max(values) >= 10 * min(values) > 0:  # of less than a decade the labels would repeat
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter(LogFormatter())
                 axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
         axes[-1, 0].set_xlabel("optimizer step")
-        figure.tight_layout()
-        figure.savefig(path, dpi=110)
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.15 / len(series)))  # a page's buttons lie over the upper edge
+        figure.savefig(path, dpi=160)
         plt.close(figure)

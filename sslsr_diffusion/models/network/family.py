@@ -56,6 +56,11 @@ class Network:
 
         return opened(path / FILE if path.is_dir() else path, base=str(path), meta=meta)
 
+    def call_defaults(self, path: Path) -> dict[str, Any]:
+        from sslsr_diffusion.models.network.files import read_call
+
+        return read_call(path / FILE if path.is_dir() else path)
+
     def source(self, settings: NetworkSettings) -> str | None:
         return settings.base
 

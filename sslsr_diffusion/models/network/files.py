@@ -37,12 +37,19 @@ def read_tensors(path: Path) -> Weights:
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in found):
             found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    told = _metadata(path) if path.suffix == ".safetensors" else {}
-    arguments, call = (_told(told, key, path) for key in ("arguments", "call"))
+    return Weights(found, _told(_metadata(path), "arguments", path), read_call(path))
+
+
+def read_call(path: Path) -> dict[str, Any]:
+    """What a call takes where it names nothing, from the head of a file that was written here; of others there is nothing.
+
+    Raises UserError: it says what no call can take.
+    """
+    call = _told(_metadata(path), "call", path)
     scale = call.get("scale", 1)
     if not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise UserError(f"model {path.name}: expected a positive number as the scale in its metadata, got {scale!r}; export it again.")
-    return Weights(found, arguments, {name: value for name, value in call.items() if name in CALL})
+    return {name: value for name, value in call.items() if name in CALL}
 
 
 def write_tensors(
@@ -68,8 +75,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _metadata(path: Path) -> dict[str, str]:
+    """Of a pickled file there are none."""
     from safetensors import safe_open
 
+    if path.suffix != ".safetensors":
+        return {}
     with safe_open(path, framework="pt") as stream:
         return stream.metadata() or {}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sslsr_diffusion.hub import PIPELINE_FILES
 from sslsr_diffusion.models.family import Card, Part
@@ -42,6 +42,11 @@ class OneStep:
         from sslsr_diffusion.models.one_step.build import read_networks
 
         return read_networks(path, meta=meta)
+
+    def call_defaults(self, path: Path) -> dict[str, Any]:
+        from sslsr_diffusion.models.one_step.result import read_told
+
+        return read_told(path).call
 
     def source(self, settings: OneStepSettings) -> str | None:
         return settings.source()

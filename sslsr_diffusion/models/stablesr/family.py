@@ -1,8 +1,9 @@
 """The family `stablesr`: its entry in the table. Light to import; networks are imported where they are built."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sslsr_diffusion.hub import PIPELINE_FILES
 from sslsr_diffusion.models.family import Card, Part, is_pipeline
@@ -61,6 +62,10 @@ class StableSR:
         from sslsr_diffusion.models.stablesr.build import read_pipeline
 
         return read_pipeline(path, meta=meta)
+
+    def call_defaults(self, path: Path) -> dict[str, Any]:
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        return {name.removeprefix("default_"): value for name, value in index.items() if name.startswith("default_")}
 
     def source(self, settings: StableSRSettings) -> str | None:
         return settings.source()

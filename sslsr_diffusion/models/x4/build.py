@@ -117,7 +117,7 @@ def _from_base(settings: X4Settings, base: Base, *, meta: bool, keep_text: bool 
         source=base,
         text_config=base.config("text_encoder") if has_text else None,
         max_noise_level=max_noise_level,
-        call=_call(base),
+        call=read_call(base),
     )
     if keep_text:
         networks.text_encoder, networks.tokenizer = encoder, tokenizer
@@ -154,7 +154,8 @@ def _max_noise_level(base: Base) -> int:
     return found
 
 
-def _call(base: Base) -> X4Call:
+def read_call(base: Base) -> X4Call:
+    """The defaults of a call that lie beside the pipeline of a result. Raises UserError: they are damaged."""
     path = base.folder / CALL
     if not path.is_file():
         return X4Call()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sslsr_diffusion.hub import PIPELINE_FILES
 from sslsr_diffusion.models.family import Card, Part, is_pipeline
@@ -59,6 +59,12 @@ class X4:
         from sslsr_diffusion.models.x4.build import read_pipeline
 
         return read_pipeline(path, meta=meta)
+
+    def call_defaults(self, path: Path) -> dict[str, Any]:
+        from sslsr_diffusion.models.base import Base
+        from sslsr_diffusion.models.x4.build import read_call
+
+        return read_call(Base(str(path), path)).model_dump()
 
     def source(self, settings: X4Settings) -> str | None:
         return settings.source()

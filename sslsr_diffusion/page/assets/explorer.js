@@ -66,8 +66,9 @@ class Explorer {
     const heading = (text, about) => [element("h2", {}, text), element("p", { class: "soft" }, about)];
     const left = element("div", {}, view, element("div", { class: "tools" }, overlays, terms), this.share);
     const below = element("div", {}, ...heading("Worst rows", "Edge pixels whose graphs differ most; each leads to its place."), this.list);
-    const numbers = element("table", {}, element("tbody", {}, ...data.numbers.map(({ label, text, about }) =>
-      element("tr", {}, element("th", { scope: "row" }, label), element("td", {}, text), element("td", { class: "soft" }, about)))));
+    const row = (...cells) => element("tr", { role: "row" }, ...cells); // roles, because a narrow screen lays rows out as grids
+    const numbers = element("table", { role: "table" }, element("tbody", { role: "rowgroup" }, ...data.numbers.map(({ label, text, about }) =>
+      row(element("th", { scope: "row", role: "rowheader" }, label), element("td", { role: "cell" }, text), element("td", { class: "soft", role: "cell" }, about)))));
     this.root.append(...data.notes.map((note) => element("p", { class: "note" }, note)), element("div", { class: "two" }, left, side, below),
       ...heading("Numbers of the pair", "As sslsr evaluate gives them."), element("div", { class: "scroll" }, numbers));
     if (data.spectrum) {
@@ -185,19 +186,19 @@ class Explorer {
     const change = this.graph[this.result].map((value, n) => value - this.graph[this.truth][n]);
     const figures = this.pictures.map((picture, index) => {
       const places = this.similar[index].slice(0, 3).map(({ dx, dy, weight }) => `${dx}, ${dy}: ${weight.toExponential(1)}`).join("; ");
-      return this.figure(picture.name, this.graph[index], (value) => colour(HEAT, value / top), `most similar at ${places}`, "");
+      return this.figure(picture.name, this.graph[index], (value) => colour(HEAT, value / top), `most similar at ${places}`);
     });
-    figures.push(this.figure("result − truth", change, (value) => colour(CHANGE, 0.5 + value / top / 2), "red where the result is more like the pixel", " red: more like it in the result; blue: in the truth"));
-    const scale = element("p", { class: "soft" }, `One colour scale, 0 to ${top.toExponential(1)}, the largest weight beside the pixel itself; of the difference to either side.`);
+    figures.push(this.figure("result − truth", change, (value) => colour(CHANGE, 0.5 + value / top / 2), "red where the result is more like the pixel"));
+    const scale = element("p", { class: "soft" }, `One colour scale, 0 to ${top.toExponential(1)}, the largest weight beside the pixel itself. The difference has it to either side: red where the result is more like the pixel, blue where the truth is.`);
     this.graphs.replaceChildren(...figures, scale);
   }
 
-  figure(name, row, paint, about, caption) {
+  figure(name, row, paint, about) {
     const { search } = this.settings, image = new ImageData(search, search);
     row.forEach((value, n) => image.data.set([...paint(value), 255], 4 * n));
     const canvas = element("canvas", { ".width": search, ".height": search, role: "img", "aria-label": `graph, ${name}: ${about}` });
     canvas.getContext("2d").putImageData(image, 0, 0);
-    return element("figure", {}, canvas, element("figcaption", {}, element("b", {}, name), element("span", { class: "soft" }, caption)));
+    return element("figure", {}, canvas, element("figcaption", {}, element("b", {}, name)));
   }
 
   paint(context, index, zoom) {

@@ -150,7 +150,7 @@ class Viewer {
     const width = this.stage.clientWidth, count = this.mode === "side" ? this.pictures.length : 1;
     const columns = Math.max(1, Math.min(count, Math.floor(width / 220)));
     this.shape = { columns, rows: Math.ceil(count / columns) };
-    const each = Math.max(140, Math.min((width / columns) * this.height / this.width, 0.72 * innerHeight));
+    const each = Math.max(140, Math.min((width / columns) * this.height / this.width, 0.72 * screenHeight()));
     const height = Math.round(each * this.shape.rows);
     this.canvas.width = Math.round(width * devicePixelRatio);
     this.canvas.height = Math.round(height * devicePixelRatio);
@@ -251,6 +251,18 @@ class Viewer {
       this.stage.append(label);
     });
   }
+}
+
+/** Height of the window that a person looks at: a frame around this page is as high as its content, so it tells nothing. */
+function screenHeight() {
+  return (frameElement ? parent : window).innerHeight;
+}
+
+/** In another page's frame: as high as the content, so that there is one thing to scroll. */
+function fillFrame() {
+  if (!frameElement) return;
+  const fill = () => { frameElement.style.height = `${Math.ceil(document.body.getBoundingClientRect().height)}px`; };
+  new ResizeObserver(fill).observe(document.body);
 }
 
 /** Load pictures by their addresses into `root` as a Viewer. */

@@ -3,7 +3,8 @@
     python examples/collect_photographs.py --output photos --crops 256
 
 writes photos/train, photos/validation, photos/SOURCES.md and, with --crops, photos/crops/train. Every picture of the table below was looked
-at: photographs only, no drawings, renderings or gradients. Letters are rare in them, so `--pages` of text are drawn beside them. `divide` shrinks those that are soft at full size, so that a pixel shows detail.
+at: photographs only, no drawings, renderings or gradients. Letters are rare in them, so `--pages` of text are drawn beside them.
+`divide` shrinks photographs that are soft at full size, so that a pixel shows detail.
 """
 
 from __future__ import annotations
@@ -268,7 +269,7 @@ def _thumbnail(picture: Image.Image) -> np.ndarray:
 
 
 def draw_pages(output: Path, count: int) -> None:
-    """Write `count` pages of words into output/train: the DejaVu faces that matplotlib brings, many sizes, dark on light and light on dark."""
+    """Write `count` pages of words into output/train: the DejaVu faces that matplotlib brings, many sizes, dark and light paper."""
     from matplotlib import get_data_path
 
     faces = sorted((Path(get_data_path()) / "fonts" / "ttf").glob("DejaVuS*.ttf"))
@@ -281,7 +282,7 @@ def draw_pages(output: Path, count: int) -> None:
         pen, top = ImageDraw.Draw(page), 12
         while top < _PAGE[1]:
             size = int(draw.integers(14, 64))
-            words = " ".join(draw.choice(_WORDS, 40))
+            words = " ".join(draw.choice(_TEXT.split(), 40))
             colour = ink if draw.random() < 0.8 else draw.integers(0, 256, 3)
             face = ImageFont.truetype(str(draw.choice(faces)), size)
             pen.text((int(draw.integers(-40, 20)), top), words, fill=tuple(colour.tolist()), font=face)
@@ -290,10 +291,10 @@ def draw_pages(output: Path, count: int) -> None:
 
 
 _PAGE = (1280, 960)
-_WORDS = (
-    "the quick brown fox jumps over a lazy dog; Sphinx of black quartz, judge my vow! Pack 24 boxes (with 57 liquor jugs) at 13:30 & 8.69 EUR "
-    "No. 10 Exit LEFT Gate B7 Room 204 km/h +49 1/250 s f/2.8 ISO 400 Total: 1,206.35 % @home # A-Z Question? Yes / No"
-).split()
+_TEXT = """
+the quick brown fox jumps over a lazy dog; Sphinx of black quartz, judge my vow! Pack 24 boxes (with 57 liquor jugs) at 13:30 &
+8.69 EUR No. 10 Exit LEFT Gate B7 Room 204 km/h +49 1/250 s f/2.8 ISO 400 Total: 1,206.35 % @home # A-Z Question? Yes / No
+"""
 
 
 def make_crops(output: Path, size: int, least_detail: float = 1.5) -> int:

@@ -74,6 +74,17 @@ def test_a_package_becomes_pictures_sources_and_crops(tmp_path: Path, capsys: py
     assert not any(name.startswith("held") for name in names)
 
 
+def test_pages_of_text_are_drawn_the_same_each_time(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name / "train").mkdir(parents=True)
+        collecting.draw_pages(tmp_path / name, 3)
+    pages = [np.asarray(Image.open(tmp_path / "first" / "train" / f"page-{number}.png").convert("L")) for number in (1, 2, 3)]
+    assert np.array_equal(pages[1], np.asarray(Image.open(tmp_path / "second" / "train" / "page-2.png").convert("L")))
+    light, dark = np.median(pages[0]), np.median(pages[2])
+    assert dark < 110 < 200 <= light  # a third is light on dark
+    assert all(((page < 110).mean() > 0.03) and ((page > 190).mean() > 0.03) for page in pages)  # ink and paper on each
+
+
 def test_a_collection_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     output = tmp_path / "photos"
     output.mkdir()  # an empty folder is as good as none

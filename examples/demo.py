@@ -1,4 +1,4 @@
-"""`make demo`: fine-tune the shipped small model on the photographs of examples/, upscale examples/lr/, and say what came out.
+"""`make demo`: fine-tune the shipped small model on hard JPEG, made of the photographs of examples/, upscale examples/lr/, print a table.
 
 Run from the root of a checkout with the package installed. Earlier runs are moved aside, never deleted.
 """
@@ -20,6 +20,12 @@ LAUNCH = [
     "--mixed_precision=no",
     "--dynamo_backend=no",
 ]
+SHOWN = {  # metric -> title, factor and digits of its columns
+    "psnr": ("PSNR in dB (higher is better)", 1, 2),
+    "ssim": ("SSIM (higher is better)", 1, 3),
+    "ssg_l1": ("SSG L1 x 1000 (lower is better)", 1000, 3),
+}
+WIDTH = 11
 
 
 def main() -> None:
@@ -40,10 +46,10 @@ def run(command: list[str]) -> None:
 
 
 def print_table() -> None:
-    """PSNR (RGB, no border cut) and SSG distance, L1 part, of bicubic, the shipped and the fine-tuned model on held-out photographs."""
+    """PSNR (RGB, no border cut), SSIM and SSG L1 of bicubic, the shipped and the fine-tuned model on held-out photographs."""
     import torch
 
-    from sslsr_diffusion import StableSRPipeline
+    from sslsr_diffusion import open_upscaler
     from sslsr_diffusion.data import open_validation_pairs
     from sslsr_diffusion.evaluation.metrics import METRICS
     from sslsr_diffusion.images import resize_bicubic
@@ -52,30 +58,25 @@ def print_table() -> None:
     recipe = load_recipe("configs/demo.yaml")
     look = recipe.validation
     pairs = open_validation_pairs(recipe.data, crop_size=look.size, scale=recipe.scale, seed=look.seed, limit=look.limit)
-    pipes = {
-        "shipped": StableSRPipeline.from_pretrained(recipe.model.base),
-        "fine-tuned": StableSRPipeline.from_pretrained("runs/demo/pipeline"),
-    }
-    measured = {name: METRICS[name].fn for name in ("psnr", "ssg_l1")}
+    models = {"shipped": open_upscaler(recipe.model.base), "fine-tuned": open_upscaler("runs/demo")}
     rows = []
     for pair in pairs:
         hr = pair.hr[None]
         restored = {"bicubic": resize_bicubic(pair.lr[None], size=hr.shape[-2:]).clamp(0, 1)}
-        for name, pipe in pipes.items():
-            pipe.set_progress_bar_config(disable=True)
+        for name, up in models.items():
             generator = torch.Generator().manual_seed(look.seed)
-            restored[name] = pipe(pair.lr, scale=recipe.scale, generator=generator, output_type="pt").images.float()
-        rows.append([float(fn(image, hr, crop_border=0, y_channel=False)) for fn in measured.values() for image in restored.values()])
-    print(f"\n{'':<20}{'PSNR in dB (higher is better)':^36}{'SSG L1 x 1000 (lower is better)':^36}")
-    print(f"{'validation picture':<20}" + "".join(f"{name:>12}" for name in restored) * 2)
+            restored[name] = up(pair.lr, scale=recipe.scale, generator=generator, output_type="pt").images.float()
+        rows.append([float(METRICS[name].fn(image, hr, crop_border=0, y_channel=False)) for name in SHOWN for image in restored.values()])
+    print(f"\n{'':<20}" + "".join(f"{title:^{3 * WIDTH}}" for title, _, _ in SHOWN.values()))
+    print(f"{'validation picture':<20}" + "".join(f"{name:>{WIDTH}}" for name in restored) * len(SHOWN))
     for pair, row in zip(pairs, rows):
         print_row(Path(pair.name).name, row)
     print_row("mean", [sum(column) / len(rows) for column in zip(*rows)])
 
 
 def print_row(name: str, values: list[float]) -> None:
-    psnr, ssg = values[: len(values) // 2], values[len(values) // 2 :]
-    print(f"{name[:19]:<20}" + "".join(f"{value:>12.2f}" for value in psnr) + "".join(f"{1000 * value:>12.3f}" for value in ssg))
+    how = [(factor, digits) for _, factor, digits in SHOWN.values() for _ in range(len(values) // len(SHOWN))]
+    print(f"{name[:19]:<20}" + "".join(f"{factor * value:>{WIDTH}.{digits}f}" for value, (factor, digits) in zip(values, how)))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main() -> None:
     truth = load_rgb(PHOTOGRAPH)[..., top:bottom, left:right]
     height, width = (side // SCALE for side in truth.shape[-2:])
     low = eight_bits(resize_bicubic(truth, (height, width)))
-    result = open_upscaler("small-v3")(low, scale=SCALE, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    result = open_upscaler("small-v4")(low, scale=SCALE, generator=torch.Generator().manual_seed(0), output_type="pt").images
     pictures = {"truth": truth, "bicubic": resize_bicubic(low, (truth.shape[-2], truth.shape[-1])), "result": result}
     pictures = {name: eight_bits(picture) for name, picture in pictures.items()}
     for name, picture in {"truth": truth, "lr": low, "result": pictures["result"]}.items():

@@ -1,8 +1,8 @@
-"""The small model: training, test sets, comparison with bicubic and Lanczos, and its twins with and without the self-similarity loss.
+"""The small model: how it is made, and how it is compared with bicubic, with other models and with its teacher.
 
-    python examples/small_model.py train               # the chain, and results/small-v3 in float16; goes on where it stopped
-    python examples/small_model.py twins --seeds 1 2 3 # small_ssl and small_nossl side by side, one pair per seed
-    python examples/small_model.py compare --model results/small-v3   # against bicubic and Lanczos, on every test set
+    python examples/small_model.py train               # teacher, pairs, training, and results/small-v4 in float16; goes on where it stopped
+    python examples/small_model.py compare             # that model beside bicubic and the teacher, on held-out photographs
+    python examples/small_model.py compare --model small-v4 --also runs/mine --dataset pairs/realsr
 
 The photographs come from `python examples/collect_photographs.py --output photos --crops 256`.
 """
@@ -10,7 +10,6 @@ The photographs come from `python examples/collect_photographs.py --output photo
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,111 +22,69 @@ from PIL import Image
 from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
 from sslsr_diffusion.shipped_model import SMALL
 
-CHAIN = ("small_autoencoder", "small_base", "small_ssl", "small_decoder", "small_texture", "small_sharp")
-PHOTOS, TESTS = Path("photos/validation"), Path("results/test-sets")
+PHOTOS, TESTS, RUN = Path("photos"), Path("results/test-sets"), Path("runs/small")
+TEACHER, PAIRS, COUNT = PHOTOS / "realesrgan_x4plus.safetensors", PHOTOS / "pairs", 7000
+PRESETS = ("mild", "stablesr_ssl", "bicubic")  # how the held-out photographs are reduced
 SIDE, PER_PHOTOGRAPH, LONGEST = 384, 3, 1280  # pixels of a test crop; crops per photograph; larger photographs are shrunk first
 SSLSR = [sys.executable, "-c", "from sslsr_diffusion.cli import main; main()"]
-METRICS = "psnr,ssim,niqe,ssg_l1"
+METRICS = "psnr,ssim,niqe,ssg_l1,features"
 MODEL = Path("results") / SMALL
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the small model, and measure it.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("train", help="the six recipes, and the pipeline in float16")
-    twins = commands.add_parser("twins", help="small_ssl and small_nossl for each seed, then the comparison")
-    twins.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    twins.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
-    twins.add_argument("--weights", nargs=2, default=["30", "25"], metavar=("L1", "KL"), help="of the self-similarity loss")
-    twins.add_argument(
-        "--change", nargs="*", default=[], metavar="KEY=VALUE", help="more of that loss: mask_stride=1, sigma=0.016, weight=auto"
-    )
-    compare = commands.add_parser("compare", help="a model against bicubic and Lanczos")
+    commands.add_parser("train", help="teacher, pairs, training, and the model in float16")
+    compare = commands.add_parser("compare", help="a model beside bicubic, other models and the teacher, where its file is there")
     compare.add_argument("--model", default=str(MODEL))
-    compare.add_argument("--steps", type=int, help="sampling steps instead of the model's own")
+    compare.add_argument("--also", nargs="*", default=[], metavar="MODEL", help="more models, each a column of its own")
     compare.add_argument("--dataset", type=Path, nargs="*", default=[], help="more test sets, folders with lr/ and hr/")
     given = parser.parse_args(arguments)
     if given.command == "train":
         train()
-    elif given.command == "twins":
-        train_twins(given.seeds, given.steps, given.weights, given.change)
     else:
-        compare_model(given.model, given.steps, given.dataset)
+        compare_models([given.model, *given.also, *([str(TEACHER)] if TEACHER.is_file() else [])], given.dataset)
 
 
 def train() -> None:
-    for name in CHAIN:
-        run_recipe(name, Path("runs") / name)
+    if not (PHOTOS / "crops/train").is_dir():
+        _no_photographs(PHOTOS / "crops/train")
+    run([sys.executable, "examples/teacher.py", "--output", str(TEACHER)])
+    made = ["--model", str(TEACHER), "--output", str(PAIRS), "--count", str(COUNT), "--crop-size", "256", "--batch-size", "4"]
+    run([*SSLSR, "prepare", "teacher", "--config", "configs/small_pairs.yaml", *made])
+    if not (RUN / "pipeline").is_dir():
+        resume = ["--resume", "latest"] if any(RUN.glob("checkpoint-*")) else []
+        run([sys.executable, "train.py", "--config", "configs/small.yaml", *resume])
     if not MODEL.exists():
-        run([*SSLSR, "export", f"runs/{CHAIN[-1]}", "--half", "--output", str(MODEL)])
+        run([*SSLSR, "export", str(RUN), "--half", "--output", str(MODEL)])
 
 
-def run_recipe(recipe: str, folder: Path, *changes: str, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes] | None:
-    """Train a recipe unless it is finished; with an environment in the background."""
-    if (folder / "pipeline").is_dir():
-        return None
-    resume = ["--resume", "latest"] if any(folder.glob("checkpoint-*")) else []
-    sets = [part for change in (f"output.dir={folder}", *changes) for part in ("--set", change)]
-    command = [sys.executable, "train.py", "--config", f"configs/{recipe}.yaml", *sets, *resume]
-    if environment is None:
-        run(command)
-        return None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(command, env={**os.environ, **environment}, stderr=(folder.parent / f"{folder.name}.log").open("ab"))
-
-
-def train_twins(seeds: Sequence[int], steps: int, weights: Sequence[str], changes: Sequence[str]) -> None:
-    """Both twins of a seed run at the same time, each on half of the cores, so that a busy machine disturbs both.
-
-    They are the recipes in short, on the finished decoder, with other weights of the self-similarity loss; the discriminator, the third
-    loss of both, begins after a third of the steps.
-    """
-    half = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
-    short = [f"training.steps={steps}", f"losses.2.start_step={steps // 3 + 1}", "validation.limit=0", "output.trackers=[]"]
-    short.append("model.vae=runs/small_texture/pipeline")
-    l1, kl = weights
-    own = [f"losses.3.{change}" for change in (f"l1_weight={l1}", f"kl_weight={kl}", *changes)]
-    name = "-".join(["ssl", l1, kl, *(change.replace("=", "-") for change in changes)])
-    kinds: dict[str, tuple[str, list[str]]] = {"nossl": ("small_nossl", []), name: ("small_ssl", own)}
-    for seed in seeds:
-        pair = [
-            run_recipe(recipe, Path(f"runs/twins/{kind}-{seed}"), f"seed={seed}", *short, *more, environment=half)
-            for kind, (recipe, more) in kinds.items()
-        ]
-        codes = [process.wait() for process in pair if process is not None]
-        if any(codes):
-            sys.exit(f"twins: a run of seed {seed} failed; runs/twins/*-{seed}.log say why.")
-    for dataset in test_sets():
-        columns = [(kind, upscaled(dataset, f"runs/twins/{kind}-{seed}", f"{kind}-{seed}")) for kind in kinds for seed in seeds]
-        evaluate(dataset, [*columns, ("bicubic", enlarged(dataset, Image.Resampling.BICUBIC))], f"results/twins/{dataset.name}-{name}")
-
-
-def compare_model(model: str, steps: int | None, more: Sequence[Path]) -> None:
-    name = Path(model).name if steps is None else f"{Path(model).name}-{steps}-steps"
+def compare_models(models: Sequence[str], more: Sequence[Path]) -> None:
+    """One report per test set, with a column for bicubic and for each model."""
+    names = [Path(model).name.removesuffix(".safetensors").removesuffix(".pth") for model in models]
     for dataset in [*test_sets(), *more]:
-        columns = [
-            ("bicubic", enlarged(dataset, Image.Resampling.BICUBIC)),
-            ("lanczos", enlarged(dataset, Image.Resampling.LANCZOS)),
-            (name, upscaled(dataset, model, name, steps)),
-        ]
-        evaluate(dataset, columns, f"results/compare/{name}/{dataset.name}")
+        columns = [("bicubic", enlarged(dataset, Image.Resampling.BICUBIC))]
+        columns += [(name, upscaled(dataset, model, name)) for name, model in zip(names, models, strict=True)]
+        evaluate(dataset, columns, f"results/compare/{names[0]}/{dataset.name}")
 
 
 def test_sets() -> list[Path]:
-    """Crops of the held-out photographs, degraded by mild and by stablesr_ssl: folders with hr/ and lr/."""
+    """Crops of the held-out photographs under each preset: folders with hr/ and lr/."""
     crops = TESTS / "crops"
     if not crops.is_dir():
-        photographs = sorted(PHOTOS.glob("*.png"))
+        photographs = sorted((PHOTOS / "validation").glob("*.png"))
         if not photographs:
-            sys.exit(
-                f"small_model: {PHOTOS}/ has no photographs; run `python examples/collect_photographs.py --output photos --crops 256`."
-            )
+            _no_photographs(PHOTOS / "validation")
         for photograph in photographs:
             cut(photograph, crops)
-    for preset in ("mild", "stablesr_ssl"):
+    for preset in PRESETS:
         if not (TESTS / preset).is_dir():
             run([*SSLSR, "prepare", "lr", str(crops), "--preset", preset, "--seed", "1", "--output", str(TESTS / preset)])
-    return [TESTS / "mild", TESTS / "stablesr_ssl"]
+    return [TESTS / preset for preset in PRESETS]
+
+
+def _no_photographs(folder: Path) -> None:
+    sys.exit(f"small_model: {folder}/ has no photographs; run `python examples/collect_photographs.py --output photos --crops 256`.")
 
 
 def cut(photograph: Path, folder: Path) -> None:
@@ -161,10 +118,9 @@ def enlarged(dataset: Path, method: Image.Resampling) -> Path:
     return folder
 
 
-def upscaled(dataset: Path, model: str, name: str, steps: int | None = None) -> Path:
+def upscaled(dataset: Path, model: str, name: str) -> Path:
     folder = Path("results/upscaled") / dataset.name / name
-    more = [] if steps is None else ["--steps", str(steps)]
-    run([sys.executable, "infer.py", "--input", str(dataset / "lr"), "--model", model, "--output", str(folder), *more])
+    run([sys.executable, "infer.py", "--input", str(dataset / "lr"), "--model", model, "--output", str(folder)])
     return folder
 
 

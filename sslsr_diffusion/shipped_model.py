@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-SMALL = "small-v3"  # other weights get another name, so that a name in a run's record stays true
+from sslsr_diffusion.errors import UserError
+
+SMALL = "small-v4"  # other weights get another name, so that a name in a run's record stays true
 FOLDER = Path(__file__).resolve().parent / "shipped_models"
 
 
@@ -15,3 +17,12 @@ def shipped_folder(name: str) -> Path | None:
 def local_folder(name: str) -> Path:
     """Where a model of that name lies, or would lie, on this machine: the shipped one's folder, else the name as a path."""
     return shipped_folder(name) or Path(name).expanduser()
+
+
+def refuse_earlier(name: str, field: str) -> None:
+    """UserError for the name of a model that came with another version of the package."""
+    if name.startswith("small-v"):
+        raise UserError(
+            f"{field}: {name!r} does not come with this version of the package, which has {SMALL}; use that one, "
+            f"or the folder of the old one's files (shipped_models/{name} in a version that had it)."
+        )

@@ -169,7 +169,7 @@ def test_the_recipe_knows_where_it_fits():
     assert parse(Recipe, values).losses[1].start_step == 1
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):
         parse(Recipe, {**values, "training": {"crop_size": 16}})
-    small = {**values, "model": {"kind": "stablesr", "init": "random", "preset": "small"}}
+    small = {**values, "model": {"kind": "stablesr", "init": "random", "preset": "tiny"}}  # 4 pixels per latent one
     with pytest.raises(RecipeError, match="3 are too many for pictures of 16 pixels"):  # what is decoded counts, not what is read
         parse(Recipe, {**small, "task": {"kind": "diffusion", "decode_crop": 4}, "training": {"crop_size": 128}})
     wide = parse(Recipe, {**values, "task": {"kind": "diffusion", "decode_crop": 4}, "training": {"crop_size": 128}})

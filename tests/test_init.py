@@ -13,8 +13,8 @@ from sslsr_diffusion.config import read_raw
 from sslsr_diffusion.errors import UserError
 
 SHIPPED = {
-    "small_ssl.yaml": "# The small one. More about it.\na: 1\nb: 1\n",
-    "gan/net.yaml": "# A plain network,\n# in two lines.\nextends: ../small_ssl.yaml\nb: 2\n",
+    "plain.yaml": "# The small one. More about it.\na: 1\nb: 1\n",
+    "gan/net.yaml": "# A plain network,\n# in two lines.\nextends: ../plain.yaml\nb: 2\n",
     "gan/deep/finer.yaml": "extends: ../net.yaml\nc: 3\n",
     "accelerate/cpu.yaml": "use_cpu: true\n",
 }
@@ -53,18 +53,18 @@ def test_the_list_names_recipes_in_folders_and_no_files_of_the_launcher():
     assert [line.rstrip() for line in init()] == [
         "gan/deep/finer",
         "gan/net         A plain network, in two lines.",
-        "small_ssl       The small one.",
+        "plain           The small one.",
     ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "copies"),
     [
-        (["small_ssl"], ["small_ssl.yaml"]),
-        (["gan/net"], ["gan/net.yaml", "small_ssl.yaml"]),
-        (["gan/deep/finer.yaml"], ["gan/deep/finer.yaml", "gan/net.yaml", "small_ssl.yaml"]),
-        (["gan/net", "-o", "my runs/mine.yaml"], ["my runs/mine.yaml", "small_ssl.yaml"]),
-        (["gan/net", "-o", "../mine.yaml"], ["../mine.yaml", "../../small_ssl.yaml"]),
+        (["plain"], ["plain.yaml"]),
+        (["gan/net"], ["gan/net.yaml", "plain.yaml"]),
+        (["gan/deep/finer.yaml"], ["gan/deep/finer.yaml", "gan/net.yaml", "plain.yaml"]),
+        (["gan/net", "-o", "my runs/mine.yaml"], ["my runs/mine.yaml", "plain.yaml"]),
+        (["gan/net", "-o", "../mine.yaml"], ["../mine.yaml", "../../plain.yaml"]),
     ],
 )
 def test_a_copy_reads_as_the_original(shipped, tmp_path, monkeypatch, arguments, copies):
@@ -78,7 +78,7 @@ def test_a_copy_reads_as_the_original(shipped, tmp_path, monkeypatch, arguments,
 
 
 def test_photographs_that_a_recipe_names_come_along_once(shipped):
-    (shipped / "tiny.yaml").write_text("extends: small_ssl.yaml\ndata:\n  sources: [{kind: folder, path: examples/photos/train}]\n")
+    (shipped / "tiny.yaml").write_text("extends: plain.yaml\ndata:\n  sources: [{kind: folder, path: examples/photos/train}]\n")
     *_, brought, _ = init("tiny")
     assert brought == "wrote examples/, the photographs that it names (authors and licences: examples/SOURCES.md)"
     assert {path.read_text() for path in Path("examples").rglob("*.*")} == {"photos/train/a.jpg", "lr/b.jpg", "SOURCES.md"}
@@ -97,8 +97,8 @@ def test_photographs_that_cannot_be_written_are_one_sentence(shipped):
 
 
 def test_what_is_there_is_kept():
-    Path("small_ssl.yaml").write_text("a: 7\n")
-    assert init("gan/net")[:2] == ["wrote gan/net.yaml", "kept small_ssl.yaml, which was already there"]
+    Path("plain.yaml").write_text("a: 7\n")
+    assert init("gan/net")[:2] == ["wrote gan/net.yaml", "kept plain.yaml, which was already there"]
     assert read_raw(Path("gan/net.yaml")) == {"a": 7, "b": 2}
     with pytest.raises(UserError, match=r"gan/net.yaml is already there; choose another name with --output"):
         init("gan/net")
@@ -109,7 +109,7 @@ def test_what_is_there_is_kept():
     [
         (
             ["gan/net", "-o", "mine.yaml"],
-            "gan/net extends a recipe, whose copy would be ../small_ssl.yaml, outside this folder; "
+            "gan/net extends a recipe, whose copy would be ../plain.yaml, outside this folder; "
             "expected --output gan/net.yaml or the like, got mine.yaml.",
         ),
         (["gan/deep/finer", "-o", "x/mine.yaml"], "expected --output gan/deep/finer.yaml or the like, got x/mine.yaml."),

@@ -167,7 +167,7 @@ def test_a_fence_in_the_recipe_does_not_end_the_block():
 
 
 def test_the_shipped_model_as_a_base_has_a_name_and_a_licence():
-    card = ModelCard(model_card("user/mine", RECIPE, base="small-v3"))
+    card = ModelCard(model_card("user/mine", RECIPE, base="small-v4"))
     assert card.data.license == "apache-2.0"
-    assert "`small-v3`, the model that comes with sslsr-diffusion" in card.text
+    assert "`small-v4`, the model that comes with sslsr-diffusion" in card.text
     assert card.data.base_model is None  # no hub id

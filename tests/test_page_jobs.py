@@ -120,8 +120,8 @@ def test_a_job_tells_of_tiles_within_a_picture(models, tmp_path):
 
 
 def test_a_model_in_the_name_of_a_file():
-    names = ("runs/mine/pipeline", "runs/mine", "nets/RealESRGAN_x4.pth", "someone/net#a/b.safetensors", " small-v3", "odd:näme", "/")
-    assert [label_of(name) for name in names] == ["mine", "mine", "RealESRGAN_x4", "b", "small-v3", "odd-n-me", "model"]
+    names = ("runs/mine/pipeline", "runs/mine", "nets/RealESRGAN_x4.pth", "someone/net#a/b.safetensors", " small-v4", "odd:näme", "/")
+    assert [label_of(name) for name in names] == ["mine", "mine", "RealESRGAN_x4", "b", "small-v4", "odd-n-me", "model"]
 
 
 def test_a_result_too_large_to_be_shown_is_a_sentence(tmp_path):

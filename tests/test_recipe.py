@@ -19,11 +19,11 @@ from sslsr_diffusion.tasks.kinds import TASKS
 from sslsr_diffusion.training.resume import differences
 
 ROOT = Path(__file__).resolve().parent.parent
-COUNTED = {"demo", "tiny", "tiny_autoencoder", "small_base", "small_decoder"}  # their memory is estimated; test_train_cli.py: at full size
+COUNTED = {"demo", "tiny", "tiny_autoencoder"}  # their memory is estimated; test_train_cli.py: at full size
 
 BASE = {"data": {"sources": [{"kind": "folder", "path": "photos"}]}, "losses": [{"kind": "diffusion"}]}
 
-SMALL = {"model": {"kind": "stablesr", "init": "random", "preset": "small"}}  # 4 pixels per latent pixel
+FINE = {"model": {"kind": "stablesr", "init": "random", "preset": "tiny"}}  # 4 pixels per latent pixel
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ SMALL = {"model": {"kind": "stablesr", "init": "random", "preset": "small"}}  # 
         ({"output": {"push_state": True}}, "output.push_state: has no effect without"),
         ({"losses": [{"kind": "self_similarity", "weight": "auto"}]}, "losses.0.weight: auto compares with the other losses"),
         (
-            {"losses": [{"kind": "self_similarity", "search_size": 63}], "task": {"kind": "diffusion", "decode_crop": 4}, **SMALL},
+            {"losses": [{"kind": "self_similarity", "search_size": 63}], "task": {"kind": "diffusion", "decode_crop": 4}, **FINE},
             "losses.0.search_size: 63 is too large for pictures of 16 pixels a side.",
         ),
         ({"losses": [{"kind": "self_similarity", "window_size": 27}]}, "losses.0: window_size 27 must not exceed search_size 25."),
@@ -224,11 +224,11 @@ def test_the_codecs_scale_is_known_without_its_networks(tmp_path):
         return StableSRSettings(**model).codec_scale()  # type: ignore[arg-type]
 
     assert scale() == 8  # of a base that is not on this machine: the preset's
-    assert scale(init="random", preset="small") == 4
-    assert scale(base="small-v3") == 4  # its own, whatever the preset
+    assert scale(init="random", preset="tiny") == 4
     (tmp_path / "run" / "vae").mkdir(parents=True)
     (tmp_path / "run" / "vae" / "config.json").write_text('{"block_out_channels": [8, 8]}')
+    assert scale(base=str(tmp_path / "run")) == 2  # its own, whatever the preset
     for folder in ("run", "run/vae"):
-        assert scale(base="small-v3", vae=str(tmp_path / folder)) == 2
+        assert scale(init="random", preset="tiny", vae=str(tmp_path / folder)) == 2
     (tmp_path / "run" / "vae" / "config.json").write_text('{"block_out_channels": 3}')
     assert scale(base=str(tmp_path / "run")) == 8  # damaged, which the run will say

@@ -1,42 +1,61 @@
-"""The recipes of the small model: a chain, and twins that differ in one loss."""
+"""How the small model is made: each step takes what the one before writes, and the recipes are what its script runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+import pytest
+from scripts import ROOT, load_script
 
 from sslsr_diffusion.runs.recipe import load_recipe, resolved
+from sslsr_diffusion.shipped_model import SMALL
+from sslsr_diffusion.training.resume import differences
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-
-
-def read(recipe: str) -> dict[str, Any]:
-    return resolved(load_recipe(str(CONFIGS / f"{recipe}.yaml")))
+TRAINING, PAIRS = "configs/small.yaml", "configs/small_pairs.yaml"
 
 
-def test_the_twins_differ_only_in_the_self_similarity_term() -> None:
-    with_ssl, without = read("small_ssl"), read("small_nossl")
-    assert [loss["kind"] for loss in with_ssl["losses"]] == ["diffusion", "pixel_l1", "gan", "self_similarity"]
-    assert with_ssl["losses"][:3] == without["losses"]
-    assert with_ssl["output"].pop("dir") != without["output"].pop("dir")
-    del with_ssl["losses"], without["losses"]
-    assert with_ssl == without
+def value(command: list[str], option: str) -> str:
+    return command[command.index(option) + 1]
 
 
-def test_each_link_of_the_chain_takes_what_the_one_before_writes() -> None:
-    names = ("autoencoder", "base", "ssl", "decoder", "texture")
-    autoencoder, base, upscaler, decoder, texture = (read(f"small_{name}") for name in names)
-    assert base["model"]["vae"] == f"{autoencoder['output']['dir']}/pipeline"
-    assert upscaler["model"]["base"] == f"{base['output']['dir']}/pipeline"
-    assert decoder["model"]["base"] == f"{upscaler['output']['dir']}/pipeline"
-    assert texture["model"]["base"] == f"{decoder['output']['dir']}/pipeline"
-    assert texture["data"] == decoder["data"] == upscaler["data"]
-    assert (
-        1
-        == upscaler["task"]["sampler_steps"]
-        == upscaler["task"]["inference"]["steps"]
-        == decoder["task"]["synthesis_steps"]
-        == decoder["task"]["inference"]["steps"]
-        == texture["task"]["synthesis_steps"]
-        == texture["task"]["inference"]["steps"]
-    )
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What `small_model.py train` runs in a folder with photographs and nothing else."""
+    script, found = load_script("examples/small_model.py"), []
+    monkeypatch.setattr(script, "run", found.append)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="photos/crops/train/ has no photographs; run `python examples/collect_photographs"):
+        script.main(["train"])
+    (tmp_path / "photos/crops/train").mkdir(parents=True)
+    script.main(["train"])
+    return found
+
+
+def test_each_step_takes_what_the_one_before_writes(commands: list[list[str]]) -> None:
+    teacher, pairs, training, export = commands
+    small, stored = (load_recipe(str(ROOT / name)) for name in (TRAINING, PAIRS))
+    assert value(pairs, "--config") == PAIRS
+    assert value(pairs, "--model") == value(teacher, "--output")
+    assert [source.path for source in stored.data.sources] == ["photos/crops/train"]
+    assert [(source.kind, source.path) for source in small.data.sources] == [("pairs", value(pairs, "--output"))]
+    assert int(value(pairs, "--crop-size")) >= 2 * small.training.crop_size  # the teacher's own edges are rare
+    assert value(training, "--config") == TRAINING
+    assert small.output.dir in export
+    assert Path(value(export, "--output")).name == SMALL
+
+
+def test_a_stopped_training_goes_on_and_a_finished_one_is_left(tmp_path: Path, commands: list[list[str]]) -> None:
+    script = load_script("examples/small_model.py")
+    script.run = (again := []).append
+    (tmp_path / "runs/small/checkpoint-100").mkdir(parents=True)
+    script.main(["train"])
+    assert [command[-2:] for command in again if "train.py" in command] == [["--resume", "latest"]]
+    (tmp_path / "runs/small/pipeline").mkdir()
+    again.clear()
+    script.main(["train"])
+    assert not any("train.py" in command for command in again)
+
+
+def test_pairs_differ_from_the_training_in_their_pictures_alone() -> None:
+    small, pairs = (resolved(load_recipe(str(ROOT / name))) for name in (TRAINING, PAIRS))
+    assert {key.split(".")[1] for key in differences(small, pairs)} == {"sources", "degradation", "dir"}

@@ -11,6 +11,7 @@ import forks
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_runs import save_upscaler
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -260,14 +261,13 @@ def test_a_process(tmp_path, scheduler):
 
 def test_a_sampler(tmp_path):
     copy = Copy(tmp_path, walk("A sampler"))
+    save_upscaler(tmp_path / "drawn")
     for name in ("restless", "ddim"):
-        said = copy.sslsr("infer", "--input", "small.png", "--output", name, "--model", "small-v3", "--sampler", name, "--steps", "4")
+        said = copy.sslsr("infer", "--input", "small.png", "--output", name, "--model", "drawn", "--sampler", name, "--steps", "4")
         assert "1 done" in said
     first, second = (np.asarray(Image.open(tmp_path / name / "small.png")) for name in ("restless", "ddim"))
     assert (first != second).any()
-    assert "restless" in copy.sslsr(
-        "infer", "--input", "small.png", "--output", "x", "--model", "small-v3", "--sampler", "wrong", fails=True
-    )
+    assert "restless" in copy.sslsr("infer", "--input", "small.png", "--output", "x", "--model", "drawn", "--sampler", "wrong", fails=True)
 
 
 def test_a_metric(tmp_path):

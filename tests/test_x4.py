@@ -26,6 +26,7 @@ from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.x4.build import SCALING_FACTOR, build_networks, check_base_folder, read_pipeline
 from sslsr_diffusion.models.x4.settings import X4Settings
 from sslsr_diffusion.seeding import sample_generator
+from sslsr_diffusion.shipped_model import SMALL
 
 PLAIN: dict[str, Any] = {"color_fix": "none", "tile": None, "vae_tile": None, "output_type": "pt", "num_inference_steps": 3}
 
@@ -143,7 +144,7 @@ def test_calls_that_it_cannot_have_are_refused(upscaler, call, said):
 
 def test_others_have_no_noise_level():
     with pytest.raises(UserError, match="noise_level: this model does not have it, got 20"):
-        open_upscaler("small-v3", device="cpu").check(noise_level=20)
+        open_upscaler(SMALL, device="cpu").check(noise_level=20)
 
 
 def test_the_command_takes_the_untouched_original(base, tmp_path):

@@ -16,7 +16,7 @@ from sslsr_diffusion.models.base import IGNORED
 from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import Networks
-from sslsr_diffusion.shipped_model import SMALL, local_folder
+from sslsr_diffusion.shipped_model import SMALL, local_folder, refuse_earlier
 from sslsr_diffusion.tables import named
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def find_model(model: str, revision: str | None = None) -> FoundModel:
                 "a run folder has one in pipeline/ once the run is finished, and `sslsr export` makes one from a checkpoint."
             )
         return FoundModel(model, path, family, _fingerprint(path))
+    refuse_earlier(model, "model")
     name, file = split_file(model)
     patterns = [file] if file else [pattern for family in FAMILIES.values() for pattern in family.files]
     ignore = [f"{STATE}/*", *([] if file else IGNORED)]

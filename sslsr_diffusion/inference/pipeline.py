@@ -28,7 +28,6 @@ from sslsr_diffusion.models.process import DDPM, Process
 from sslsr_diffusion.models.stablesr.denoiser import Denoiser
 from sslsr_diffusion.models.stablesr.networks import StableSRNetworks
 from sslsr_diffusion.models.tensor_names import variant_of
-from sslsr_diffusion.shipped_model import shipped_folder
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +126,7 @@ class StableSRPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """As diffusers' own, from safetensors alone, and by a shipped model's name; UserError for a local folder with Python files."""
-        pretrained_model_name_or_path = shipped_folder(str(pretrained_model_name_or_path)) or pretrained_model_name_or_path
+        """As diffusers' own, from safetensors alone; UserError for a local folder with Python files."""
         refuse_code(Path(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **options})
 

@@ -9,7 +9,7 @@ from typing import Any
 from sslsr_diffusion import hub
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.stablesr.settings import CALL_DEFAULTS, DEFAULT_BASE, is_share
-from sslsr_diffusion.shipped_model import SMALL, local_folder
+from sslsr_diffusion.shipped_model import SMALL, local_folder, refuse_earlier
 
 # Half-precision and non-EMA copies of the same weights would double the download.
 IGNORED = ["*.fp16.*", "*non_ema*", "*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "safety_checker/*", "feature_extractor/*"]
@@ -88,11 +88,7 @@ def find_base(name: str, revision: str | None = None, parts: list[str] | None = 
         if not any((folder / part).is_dir() for part in ("unet", "vae")):
             raise UserError(f"model.base: the folder {name} holds no unet/ or vae/; expected a pipeline folder in diffusers format.")
         return Base(name, folder)
-    if name.startswith("small-v"):
-        raise UserError(
-            f"model.base: {name!r} does not come with this version of the package, which has {SMALL}; use that one, "
-            f"or the folder of the old one's files (shipped_models/{name} in a version that had it)."
-        )
+    refuse_earlier(name, "model.base")
     advice = {**advice, **({"unreachable": GONE} if name.startswith("stabilityai/stable-diffusion-2") else {})}
     patterns = ["*.json", *(parts or WANTED)]
     fetched = hub.fetch(name, revision, patterns=patterns, ignore=IGNORED, field="model.base", advice=advice)

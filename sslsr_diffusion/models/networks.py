@@ -77,7 +77,7 @@ class Networks(nn.Module):
         """What saves memory or time and leaves the mathematics alone."""
         for part in self.modules() if gradient_checkpointing else ():
             enable = getattr(part, "enable_gradient_checkpointing", None)
-            if callable(enable):
+            if callable(enable) and getattr(part, "_supports_gradient_checkpointing", True):  # diffusers raises where a class lacks it
                 enable()
         if channels_last:
             self.to(memory_format=torch.channels_last)

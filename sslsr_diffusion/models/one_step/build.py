@@ -205,7 +205,7 @@ def check_base_folder(settings: OneStepSettings) -> str:
     UserError where a component is missing, its weights are not there or not whole, or it is not one for this family.
     """
     base = Base(settings.base, local_folder(settings.base))
-    networks = build_networks(settings, meta=True)
+    networks = _frozen(settings, meta=True, seed=0)
     backbone = backbone_of(base)
     for part, cls in (
         (backbone.part, _class(backbone.network_class)),

@@ -24,12 +24,13 @@ class OneStepSettings(PresetSettings):
     kind: Literal["one_step"] = "one_step"
     base: str = Field(
         DEFAULT_BASE,
-        description="Folder or hub id of a model in diffusers format: Stable Diffusion 1.5, 2.1 or turbo, 3 or 3.5, FLUX.2 klein, Z-Image.",
+        description="Folder or hub id of a model in diffusers format: Stable Diffusion 1.5, 2.1 or turbo, 3 or 3.5, FLUX.2 klein, Z-Image; "
+        "or of a whole one-step model, such as small-v4, which comes with the package.",
     )
     preset: str = Field(
         "sd21",
         description="Architecture for init random, and for the dry run of a base that is not on disk: sd21, sd35_medium, flux2_klein, "
-        "zimage; tiny, tiny_sd3, tiny_flux2, tiny_zimage.",
+        "zimage; small; tiny, tiny_sd3, tiny_flux2, tiny_zimage.",
     )
     prompt: str = Field("", description="Text of every call; encoded once, then the text encoder is freed.")
     timestep: int | None = Field(None, ge=0, description="Bases with betas (Stable Diffusion): the timestep of the call (HYPIR: 200).")

@@ -182,8 +182,11 @@ def _upscaler(settings: StableSRSettings, base: Base, meta: bool, seed: int) -> 
         list(plain.config[name]) == preset["unet"][name] for name in ("block_out_channels", "down_block_types")
     )
     widths = {name: preset["unet"][name] for name in SFT_ARGUMENTS if same and name in preset["unet"]}
-    with seeded(derive_seed(seed, "init"), meta=meta):
-        unet = SFTUNet2DConditionModel.from_unet(plain, **widths)
+    try:
+        with seeded(derive_seed(seed, "init"), meta=meta):
+            unet = SFTUNet2DConditionModel.from_unet(plain, **widths)
+    except ValueError as error:
+        raise UserError(f"model.base: {base.name}: {str(error).rstrip('.')}; choose another base.") from None
     return Denoiser(unet, drawn(StructuralEncoder, preset["structural_encoder"] if same else _encoder_config(unet), meta, seed))
 
 

@@ -23,13 +23,12 @@ class StableSRSettings(PresetSettings):
     kind: Literal["stablesr"] = "stablesr"
     base: str = Field(
         DEFAULT_BASE,
-        description="Folder or hub id of a Stable Diffusion 2.1 model in diffusers format or of a fine-tuned upscaler; "
-        "small-v3 is the one that comes with the package.",
+        description="Folder or hub id of a Stable Diffusion 2.1 model in diffusers format or of a fine-tuned upscaler.",
     )
     preset: str = Field(
         "sd21",
         description="Architecture for init random, for the layers that a base of the same UNet lacks, and for the dry run of a base "
-        "that is not on disk: sd21, sd21_768v, small, tiny.",
+        "that is not on disk: sd21, sd21_768v, tiny.",
     )
     vae: str | None = Field(
         None,

@@ -23,7 +23,7 @@ from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
 from sslsr_diffusion.shipped_model import SMALL
 
 PHOTOS, TESTS, RUN = Path("photos"), Path("results/test-sets"), Path("runs/small")
-TEACHER, PAIRS, COUNT = PHOTOS / "realesrgan_x4plus.safetensors", PHOTOS / "pairs", 7000
+TEACHER, PAIRS, COUNT = PHOTOS / "realesrgan_x4plus.safetensors", PHOTOS / "pairs", 3600
 PRESETS = ("mild", "stablesr_ssl", "bicubic")  # how the held-out photographs are reduced
 SIDE, PER_PHOTOGRAPH, LONGEST = 384, 3, 1280  # pixels of a test crop; crops per photograph; larger photographs are shrunk first
 SSLSR = [sys.executable, "-c", "from sslsr_diffusion.cli import main; main()"]

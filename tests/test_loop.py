@@ -29,6 +29,7 @@ from sslsr_diffusion.training.settings import CheckpointSettings, OutputSettings
 from sslsr_diffusion.training.state import AutoWeight
 
 
+@pytest.mark.usefixtures("drawn_curves")
 def test_a_run_folder_explains_itself(tmp_path):
     job = replace(
         toy_job(tmp_path / "run", ema={"decay": 0.9}), validation=toy_validation(), output=OutputSettings(dir=str(tmp_path / "run"))
@@ -54,6 +55,8 @@ def test_a_run_folder_explains_itself(tmp_path):
     assert f"step 20: validation  mse {last:.4g} (bicubic {bicubic:.4g}, before training {first:.4g})\n" in log
     with Image.open(tmp_path / "run/pictures/step-000020.png") as grid:
         assert grid.size[0] > 3 * 32
+    with Image.open(tmp_path / "run/loss.png") as curves:
+        assert curves.width == 8 * 110  # inches, dots per inch
     assert read_checkpoint(tmp_path / "run/best").state["progress"]["best"] == pytest.approx(0.01, rel=0.3)
 
 

@@ -12,6 +12,7 @@ import torch
 from test_train_cli import small, sslsr
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference import memory
 from sslsr_diffusion.losses.discriminators import PatchDiscriminator
 from sslsr_diffusion.runs.memory import describe_memory, step_bytes
 from sslsr_diffusion.runs.recipe import load_recipe
@@ -106,6 +107,17 @@ def test_every_task_is_estimated(task: str) -> None:
     parts = step_bytes(load_recipe("tiny", [*COMMON, f"task={task}", f"losses={losses}"]))
     assert all(part > 0 for part in parts.values())
     assert parts["optimizer"] == 2 * parts["average"]  # two moments of four bytes for each trained number
+
+
+@pytest.mark.parametrize("name", ["tiny", "cfw_ssl"])
+def test_answers_that_are_kept_are_those_of_the_operations(name: str, monkeypatch) -> None:
+    """The first time, when operations are met again, and where each is asked anew: views share memory, everything else is new."""
+    losses = "losses=[{kind: pixel_l1}, {kind: gan, discriminator: patch, width: 8, layers: 2}]"
+    recipe = load_recipe(name, [*COMMON, losses, "training.batch_size=2"])
+    monkeypatch.setattr(memory, "_made", {})
+    first, again = step_bytes(recipe), step_bytes(recipe)
+    monkeypatch.setattr(memory, "_shaped", lambda func, args, kwargs: func(*args, **kwargs))
+    assert first == again == step_bytes(recipe)
 
 
 def test_networks_of_losses_are_in_the_estimate() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 
 from sslsr_diffusion.models.networks import LatentNetworks, working_dtype
 
@@ -22,8 +22,8 @@ CALL_BYTES = 64 << 20  # compiled kernels, thread buffers, libraries' pages at f
 _PICTURES = 6  # float32 copies of the whole padded picture at once, at most: enlarged, padded, decoded, colours
 _LATENTS = 8  # the same of its latent: start, noise, prediction, blended
 Offload = Literal["none", "model", "sequential"]
-_NORMS = {getattr(torch.ops.aten, f"native_{kind}_norm{way}").default for kind in ("group", "layer") for way in ("", "_backward")}
-_normed: dict[str, Any] = {}  # the meta device takes norms apart in Python, slowly; the same shapes get the same answer
+_Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
+_made: dict[Any, tuple[_Form | None, ...] | None] = {}  # by operation and forms of its arguments: forms of its new tensors; None: others
 
 
 class LivePeak(TorchDispatchMode):
@@ -39,7 +39,7 @@ class LivePeak(TorchDispatchMode):
         self._known.discard(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = _norm(func, args) if func in _NORMS else func(*args, **(kwargs or {}))
+        out = _shaped(func, args, kwargs or {})
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
@@ -52,11 +52,45 @@ class LivePeak(TorchDispatchMode):
         return out
 
 
-def _norm(func: Any, args: Any) -> Any:
-    key = str((func, [(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args]))
-    if key not in _normed:
-        _normed[key] = func(*args)
-    return tree_map_only(Tensor, torch.empty_like, _normed[key])
+def _shaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation gives. The meta device takes most of them apart in Python, slowly: the same forms get the same answer."""
+    if not isinstance(func, torch._ops.OpOverload):  # of others nobody knows what they are called with
+        return func(*args, **kwargs)
+    key = (func, _form(args), _form(tuple(kwargs.items())))
+    if (made := _made.get(key)) is not None:
+        new = [None if form is None else torch.empty_strided(form[0], form[1], dtype=form[2], device="meta") for form in made]
+        return new[0] if len(new) == 1 else tuple(new)
+    out = func(*args, **kwargs)
+    if key not in _made:
+        _made[key] = _forms_of_new(out, (args, kwargs))
+    return out
+
+
+def _form(value: Any) -> Any:
+    """All of an argument that its shape run depends on; a number is its type, too, and one that became a tensor lies on the CPU."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device.type
+    if isinstance(value, list | tuple):
+        return tuple(_form(one) for one in value)
+    return type(value), value
+
+
+def _forms_of_new(out: Any, arguments: Any) -> tuple[_Form | None, ...] | None:
+    """Of tensors on the meta device that share no memory with the arguments or each other; None: not all of these are such."""
+    parts = (out,) if isinstance(out, Tensor) else out
+    if not isinstance(parts, tuple) or not parts or not all(part is None or isinstance(part, Tensor) for part in parts):
+        return None
+    tensors = [part for part in parts if part is not None]
+    known = [value.untyped_storage()._cdata for value in tree_iter(arguments) if isinstance(value, Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    apart = len({*known, *(storage._cdata for storage in storages)}) == len({*known}) + len(tensors)
+    whole = all(
+        storage.nbytes() == torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta").untyped_storage().nbytes()
+        for tensor, storage in zip(tensors, storages)
+    )
+    if not apart or not whole or any(not tensor.is_meta for tensor in tensors):
+        return None
+    return tuple(None if part is None else (part.shape, part.stride(), part.dtype) for part in parts)
 
 
 class _FusedAttention(TorchFunctionMode):

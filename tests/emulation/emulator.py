@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
+HEADER = HERE / "cuda_emulation.h"
 KERNELS = HERE.parents[1] / "kernels"
 SHARED_LIMIT = 232448  # of an H100
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None  # ucontext, and fibers that longjmp
@@ -29,30 +30,34 @@ _GUARD = 4096  # bytes on either side of every tensor
 
 @cache
 def compile_kernels(file: str, defines: tuple[str, ...]) -> ctypes.CDLL:
-    """A library per file and set of constants, kept in a folder of this user's under the temporary folder, by content."""
-    sources = [HERE / "cuda_emulation.h", *sorted(KERNELS.glob("*.cuh")), KERNELS / file]
+    """A library per file and set of constants."""
     text = _translation_unit(file)
-    name = hashlib.sha256("\0".join([*defines, *_FLAGS, text, *(path.read_text() for path in sources)]).encode()).hexdigest()[:24]
+    flags = [*(f"-D{d}" for d in defines), f"-I{_precompiled().parent}", f"-I{HERE}", f"-I{KERNELS}", "-x", "c++", "-"]
+    sources = [HEADER, *sorted(KERNELS.glob("*.cuh")), KERNELS / file]
+    return ctypes.CDLL(str(_kept(_digest(*defines, text, *(path.read_text() for path in sources)) + ".so", flags, text)))
+
+
+@cache
+def _precompiled() -> Path:
+    """The header as g++ has read it, which takes half the time of compiling a kernel; g++ finds it by its name."""
+    return _kept(f"{_digest(HEADER.read_text())}/{HEADER.name}.gch", ["-x", "c++-header", str(HEADER)])
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join([*_FLAGS, *parts]).encode()).hexdigest()[:24]
+
+
+def _kept(name: str, arguments: list[str], text: str = "") -> Path:
+    """What g++ makes of its arguments, in a folder of this user's under the temporary folder; `name` says by content what that is."""
     folder = Path(tempfile.gettempdir()) / f"sslsr-emulation-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / f"{name}.so"
-    if not library.exists():
-        unfinished = folder / f"{name}.{os.getpid()}.so"
-        command = [
-            str(COMPILER),
-            *_FLAGS,
-            *(f"-D{d}" for d in defines),
-            f"-I{HERE}",
-            f"-I{KERNELS}",
-            "-x",
-            "c++",
-            "-",
-            "-o",
-            str(unfinished),
-        ]
-        subprocess.run(command, input=text, text=True, check=True)
-        unfinished.replace(library)
-    return ctypes.CDLL(str(library))
+    path = folder / name
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_name(f"{os.getpid()}.{path.name}")
+        subprocess.run([str(COMPILER), *_FLAGS, *arguments, "-o", str(unfinished)], input=text, text=True, check=True)
+        unfinished.replace(path)
+    return path
 
 
 def _translation_unit(file: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import pyvips
 from picture_files import bmp, box, camera_exif, exif_entries, png, segments, tiff
 from PIL import Image as Pillow
 from test_images import SRGB, encoded, gray_profile, smooth
@@ -19,8 +20,9 @@ from test_images import SRGB, encoded, gray_profile, smooth
 from sslsr_diffusion.config import parse
 from sslsr_diffusion.data.degradation import DegradationSettings
 from sslsr_diffusion.data.preparation import low_resolution
-from sslsr_diffusion.images import Image, OpenPicture, UnreadableImage, read_image, size_of, write_image, write_strips
+from sslsr_diffusion.images import Image, OpenPicture, UnreadableImage, read_image, size_of, write_image, write_strips, writers
 from sslsr_diffusion.metadata.blocks import png_chunk
+from sslsr_diffusion.metadata.exif import upright_exif
 
 DEEP = smooth(12, 17, 4, np.uint16)
 EIGHT = smooth(12, 17, 4)
@@ -156,6 +158,40 @@ def test_metadata_go_from_every_format_into_every_other(tmp_path, suffix, order)
             np.testing.assert_allclose(back.density, (300, 150), rtol=1e-4)
     note = want["exif", 0x927C][2]
     assert (tmp_path / "a.tif").read_bytes().find(note) == camera_exif(order=order).find(note) if suffix == ".tif" else True
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_beyond_its_limit_is_a_bigtiff_with_the_same_blocks(tmp_path, monkeypatch, order, dtype):
+    """4 GB are the limit; here it is a few bytes. Other readers than ours find pixels, profile and entries; maker notes stay in place."""
+    rgb, exif = smooth(64, 48, dtype=dtype), camera_exif(order=order)
+    given = replace(full("BMP", exif), rgb=rgb, alpha=smooth(64, 48, 1, dtype=dtype, seed=3)[..., 0])
+    assert write_image(tmp_path / "small.tif", given) == ()
+    monkeypatch.setattr(writers, "LARGEST_TIFF", (tmp_path / "small.tif").stat().st_size)
+    assert write_image(tmp_path / "a.tif", given) == ()
+    data = (tmp_path / "a.tif").read_bytes()
+    assert [file[2:4] for file in ((tmp_path / "small.tif").read_bytes(), data)] == [
+        struct.pack(order + "H", 42),
+        struct.pack(order + "H", 43),
+    ]
+    back = read_image(tmp_path / "a.tif")
+    np.testing.assert_array_equal(back.rgb, rgb)
+    np.testing.assert_array_equal(back.alpha, given.alpha)
+    assert (back.icc_profile, back.xmp, back.iptc, back.notes) == (SRGB, XMP, IPTC, ())
+    np.testing.assert_allclose(back.density, (300, 150), rtol=1e-4)
+    found, want = exif_entries(back.exif), exif_entries(upright_exif(exif, given.size))
+    assert {key: found.get(key) for key in want} == want
+    note = want["exif", 0x927C][2]
+    assert data.find(note) == exif.find(note)
+    libvips = pyvips.Image.new_from_file(str(tmp_path / "a.tif"))
+    np.testing.assert_array_equal(libvips.numpy(), np.dstack([rgb, given.alpha]))
+    assert (libvips.get("icc-profile-data"), libvips.get("xmp-data")) == (SRGB, XMP)
+    if order == ">":  # Pillow does not open it
+        return
+    with Pillow.open(tmp_path / "a.tif") as other:
+        assert other.tag_v2[0x10F].rstrip("\0") == "Camera"
+        assert other.info["icc_profile"] == SRGB
+        assert other.getexif().get_ifd(0x8769)[0x927C] == note
 
 
 def test_orientation_and_size_are_brought_up_to_date_in_place(tmp_path):

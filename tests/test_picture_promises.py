@@ -326,6 +326,43 @@ def test_the_profile_of_jpeg_2000():
     assert read_image(data).icc_profile is None
 
 
+def of_space(samples, number):
+    """A JPEG 2000 file without loss whose header names its colours by this number."""
+    data = bytearray(jpeg2000(samples))
+    at = data.index(b"colr") + 4
+    assert data[at] == 1
+    struct.pack_into(">I", data, at + 3, number)
+    return bytes(data)
+
+
+def sycc(rgb):
+    """Luma and colours of gamma-encoded RGB (BT.601 in full range), rounded to its depth."""
+    white = np.iinfo(rgb.dtype).max
+    r, g, b = np.moveaxis(rgb.astype(float), 2, 0)
+    luma = 0.299 * r + 0.587 * g + 0.114 * b
+    values = [luma, (b - luma) / 1.772 + (white + 1) / 2, (r - luma) / 1.402 + (white + 1) / 2]
+    return np.stack(values, axis=2).round().clip(0, white).astype(rgb.dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_colours_that_jpeg_2000_names_by_number_are_read_right_or_refused_by_name(dtype):
+    rgb = smooth(40, 48, dtype=dtype)
+    np.testing.assert_array_equal(read_image(of_space(rgb, 16)).rgb, rgb)
+    made = read_image(of_space(sycc(rgb), 18))
+    assert np.abs(made.rgb.astype(int) - rgb).max() <= 3  # rounded twice, times up to 1.772
+    assert np.abs(read_image(of_space(sycc(rgb), 16)).rgb.astype(int) - rgb).max() > 30  # the number is what makes the difference
+    wide = read_image(of_space(rgb, 21))
+    np.testing.assert_array_equal(wide.rgb, rgb)
+    assert wide.notes == ("colours by code (ROMM RGB) written as a colour profile",)
+    for number in (15, 17):
+        gray = read_image(of_space(rgb[..., :1], number))
+        assert gray.gray
+        np.testing.assert_array_equal(gray.rgb, rgb[..., [0, 0, 0]])
+    for number, name in ((20, "e-sRGB"), (24, "e-sYCC"), (14, "CIELab"), (12, "CMYK"), (99, "of a kind that we do not know")):
+        with pytest.raises(UnreadableImage, match=rf"its colours are {name} \(number {number}\); save it as sRGB or gray\.$"):
+            read_image(of_space(rgb, number))
+
+
 @pytest.mark.parametrize("cut", [True, False])
 def test_a_fault_in_a_box_of_jpeg_2000_costs_that_box(cut):
     exif = box(b"uuid", b"JpgTiffExif->JP2" + b"II*\0\xff\xff\xff\xff")

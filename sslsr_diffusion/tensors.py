@@ -6,7 +6,6 @@ from numpy.typing import DTypeLike, NDArray
 Pixels = NDArray[np.uint8 | np.uint16]
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -76,15 +75,15 @@ def pad_to(image: "Tensor", height: int, width: int, *, repeat_edge: bool = Fals
     """
     if image.shape[-2:] == (height, width):
         return image
-    rows, columns = (_folded(length, wanted, repeat_edge, image.device) for length, wanted in zip(image.shape[-2:], (height, width)))
+    rows, columns = (folded(length, wanted, repeat_edge).to(image.device) for length, wanted in zip(image.shape[-2:], (height, width)))
     return image.index_select(-2, rows).index_select(-1, columns)
 
 
-def _folded(length: int, wanted: int, repeat_edge: bool, device: "torch.device") -> "Tensor":
+def folded(length: int, wanted: int, repeat_edge: bool = False) -> "Tensor":
     """Indices 0 .. length-1 .. 0 .. length-1 ..."""
     import torch
 
     twice = 1 if repeat_edge else 0
     period = max(1, 2 * (length - 1 + twice))
-    index = torch.arange(wanted, device=device) % period
+    index = torch.arange(wanted) % period
     return torch.minimum(index, period - twice - index) if length > 1 else torch.zeros_like(index)

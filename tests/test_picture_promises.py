@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import pyvips
 from picture_files import bmp, box, camera_exif, exif_entries, png, segments, tiff
 from PIL import Image as Pillow
 from test_images import SRGB, encoded, gray_profile, smooth
@@ -19,8 +20,9 @@ from test_images import SRGB, encoded, gray_profile, smooth
 from sslsr_diffusion.config import parse
 from sslsr_diffusion.data.degradation import DegradationSettings
 from sslsr_diffusion.data.preparation import low_resolution
-from sslsr_diffusion.images import Image, OpenPicture, UnreadableImage, read_image, size_of, write_image, write_strips
+from sslsr_diffusion.images import Image, OpenPicture, UnreadableImage, read_image, size_of, write_image, write_strips, writers
 from sslsr_diffusion.metadata.blocks import png_chunk
+from sslsr_diffusion.metadata.exif import upright_exif
 
 DEEP = smooth(12, 17, 4, np.uint16)
 EIGHT = smooth(12, 17, 4)
@@ -158,6 +160,40 @@ def test_metadata_go_from_every_format_into_every_other(tmp_path, suffix, order)
     assert (tmp_path / "a.tif").read_bytes().find(note) == camera_exif(order=order).find(note) if suffix == ".tif" else True
 
 
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_beyond_its_limit_is_a_bigtiff_with_the_same_blocks(tmp_path, monkeypatch, order, dtype):
+    """4 GB are the limit; here it is a few bytes. Other readers than ours find pixels, profile and entries; maker notes stay in place."""
+    rgb, exif = smooth(64, 48, dtype=dtype), camera_exif(order=order)
+    given = replace(full("BMP", exif), rgb=rgb, alpha=smooth(64, 48, 1, dtype=dtype, seed=3)[..., 0])
+    assert write_image(tmp_path / "small.tif", given) == ()
+    monkeypatch.setattr(writers, "LARGEST_TIFF", (tmp_path / "small.tif").stat().st_size)
+    assert write_image(tmp_path / "a.tif", given) == ()
+    data = (tmp_path / "a.tif").read_bytes()
+    assert [file[2:4] for file in ((tmp_path / "small.tif").read_bytes(), data)] == [
+        struct.pack(order + "H", 42),
+        struct.pack(order + "H", 43),
+    ]
+    back = read_image(tmp_path / "a.tif")
+    np.testing.assert_array_equal(back.rgb, rgb)
+    np.testing.assert_array_equal(back.alpha, given.alpha)
+    assert (back.icc_profile, back.xmp, back.iptc, back.notes) == (SRGB, XMP, IPTC, ())
+    np.testing.assert_allclose(back.density, (300, 150), rtol=1e-4)
+    found, want = exif_entries(back.exif), exif_entries(upright_exif(exif, given.size))
+    assert {key: found.get(key) for key in want} == want
+    note = want["exif", 0x927C][2]
+    assert data.find(note) == exif.find(note)
+    libvips = pyvips.Image.new_from_file(str(tmp_path / "a.tif"))
+    np.testing.assert_array_equal(libvips.numpy(), np.dstack([rgb, given.alpha]))
+    assert (libvips.get("icc-profile-data"), libvips.get("xmp-data")) == (SRGB, XMP)
+    if order == ">":  # Pillow does not open it
+        return
+    with Pillow.open(tmp_path / "a.tif") as other:
+        assert other.tag_v2[0x10F].rstrip("\0") == "Camera"
+        assert other.info["icc_profile"] == SRGB
+        assert other.getexif().get_ifd(0x8769)[0x927C] == note
+
+
 def test_orientation_and_size_are_brought_up_to_date_in_place(tmp_path):
     data = segments(encoded(smooth(), "JPEG"), (0xE1, b"Exif\0\0" * 2 + camera_exif(6)), (0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP))
     image = read_image(data)
@@ -288,6 +324,43 @@ def test_the_profile_of_jpeg_2000():
     changed = data[:head] + struct.pack(">I", whole + len(colour) - length) + data[head + 4 : at] + colour + data[at + length :]
     assert read_image(changed).icc_profile == SRGB
     assert read_image(data).icc_profile is None
+
+
+def of_space(samples, number):
+    """A JPEG 2000 file without loss whose header names its colours by this number."""
+    data = bytearray(jpeg2000(samples))
+    at = data.index(b"colr") + 4
+    assert data[at] == 1
+    struct.pack_into(">I", data, at + 3, number)
+    return bytes(data)
+
+
+def sycc(rgb):
+    """Luma and colours of gamma-encoded RGB (BT.601 in full range), rounded to its depth."""
+    white = np.iinfo(rgb.dtype).max
+    r, g, b = np.moveaxis(rgb.astype(float), 2, 0)
+    luma = 0.299 * r + 0.587 * g + 0.114 * b
+    values = [luma, (b - luma) / 1.772 + (white + 1) / 2, (r - luma) / 1.402 + (white + 1) / 2]
+    return np.stack(values, axis=2).round().clip(0, white).astype(rgb.dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_colours_that_jpeg_2000_names_by_number_are_read_right_or_refused_by_name(dtype):
+    rgb = smooth(40, 48, dtype=dtype)
+    np.testing.assert_array_equal(read_image(of_space(rgb, 16)).rgb, rgb)
+    made = read_image(of_space(sycc(rgb), 18))
+    assert np.abs(made.rgb.astype(int) - rgb).max() <= 3  # rounded twice, times up to 1.772
+    assert np.abs(read_image(of_space(sycc(rgb), 16)).rgb.astype(int) - rgb).max() > 30  # the number is what makes the difference
+    wide = read_image(of_space(rgb, 21))
+    np.testing.assert_array_equal(wide.rgb, rgb)
+    assert wide.notes == ("colours by code (ROMM RGB) written as a colour profile",)
+    for number in (15, 17):
+        gray = read_image(of_space(rgb[..., :1], number))
+        assert gray.gray
+        np.testing.assert_array_equal(gray.rgb, rgb[..., [0, 0, 0]])
+    for number, name in ((20, "e-sRGB"), (24, "e-sYCC"), (14, "CIELab"), (12, "CMYK"), (99, "of a kind that we do not know")):
+        with pytest.raises(UnreadableImage, match=rf"its colours are {name} \(number {number}\); save it as sRGB or gray\.$"):
+            read_image(of_space(rgb, number))
 
 
 @pytest.mark.parametrize("cut", [True, False])

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
 from pathlib import Path
 
+import forks
+import numpy as np
 import pytest
 from data_samples import open_small, settings, take
+from hub_server import HubServer
+from hub_storage import Repository, Stored
+from huggingface_hub.errors import HfHubHTTPError
 from test_sources import _png, _tar
 
-from sslsr_diffusion.data import sample_order
+from sslsr_diffusion.data import sample_order, shards
 from sslsr_diffusion.data.sample_order import Stream
-from sslsr_diffusion.data.settings import ParquetSource, WebdatasetSource
+from sslsr_diffusion.data.settings import HubSource, ParquetSource, WebdatasetSource
 from sslsr_diffusion.errors import UserError
 
+ROOT = Path(__file__).parent.parent
 ROWS = 40
 
 
@@ -91,8 +98,9 @@ def test_a_damaged_shard_is_left_out_and_named(tmp_path, kind, streaming):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])
-def test_a_damaged_shard_behind_a_url_is_left_out_while_training(tmp_path, kind):
+def test_a_damaged_shard_behind_a_url_is_left_out_while_training(tmp_path, kind, monkeypatch):
     """Nobody looks at it before its turn comes; then the next one follows, and a resume sees the same."""
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
     source = _source(tmp_path, kind, 4)
     shard = sorted(tmp_path.glob("s*"))[1]
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
@@ -105,6 +113,110 @@ def test_a_damaged_shard_behind_a_url_is_left_out_while_training(tmp_path, kind)
     resumed = Stream(remote, 0)
     resumed.load_state_dict(state)
     assert [next(resumed).name for _ in range(40)] == [next(stream).name for _ in range(40)]
+
+
+def damaged_parquet(folder: Path, names: dict[str, list[str]]) -> Path:
+    """Shards by name, of rows by name, in groups of two; behind the first four rows, the second one's bytes are noise."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for shard, rows in names.items():
+        cells = [{"bytes": _png(0, (64, 64)), "path": f"{name}.png"} for name in rows]
+        pq.write_table(pa.table({"image": cells}), folder / shard, row_group_size=2, use_dictionary=False, compression="zstd")
+    hurt = folder / list(names)[1]
+    groups = pq.ParquetFile(hurt).metadata
+    start, end = (groups.row_group(k).column(0).data_page_offset for k in (2, 3))
+    data = bytearray(hurt.read_bytes())
+    data[start:end] = np.random.default_rng(0).bytes(end - start)
+    hurt.write_bytes(data)
+    return hurt
+
+
+SHARDS = {f"train-{k}.parquet": [f"id{10 * k + i:02d}" for i in range(10)] for k in range(3)}
+WHOLE = {name for rows in SHARDS.values() for name in rows} - {f"id{i}" for i in range(14, 20)}
+
+
+def test_a_shard_of_a_hub_data_set_ends_where_it_is_damaged_and_a_resume_sees_the_same(tmp_path, monkeypatch, caplog):
+    (tmp_path / "rows").mkdir()
+    hurt = damaged_parquet(tmp_path / "rows", SHARDS)
+    source, pauses = HubSource(kind="hub", path=str(tmp_path / "rows"), streaming=True, shuffle_window=4), list[float]()
+    monkeypatch.setattr(shards.time, "sleep", pauses.append)
+
+    def ids(stream: Stream, count: int) -> list[str]:
+        return [re.findall(r"id\d\d", item.name)[-1] for item in itertools.islice(stream, count)]
+
+    stream = Stream(source, 0)
+    epochs = [ids(stream, 24) for _ in range(2)]
+    assert [set(epoch) for epoch in epochs] == [WHOLE] * 2
+    assert pauses == [1.0, 5.0]  # tried again in the first epoch, known in the second
+    notes = [record.message for record in caplog.records if "not read to its end" in record.message]
+    assert len(notes) == 1
+    assert hurt.name in notes[0]
+    state = json.loads(json.dumps(stream.state_dict()))
+    for seen in (5, 17):
+        first = Stream(source, 0)
+        start = ids(first, seen)
+        resumed = Stream(source, 0)
+        resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert start + ids(resumed, 24 - seen) == epochs[0]
+    resumed = Stream(source, 0)
+    resumed.load_state_dict(state)
+    assert ids(resumed, 24) == ids(stream, 24)
+
+
+def test_what_was_only_cut_off_on_the_way_is_whole_the_next_time_and_a_networks_error_is_no_damage(tmp_path, monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr(shards.time, "sleep", pauses.append)
+    errors: list[Exception] = [ValueError("half a page"), OSError("Corrupt snappy compressed data.")]
+
+    def generate(files):
+        yield from enumerate("ab")
+        if errors:
+            raise errors.pop(0)
+        yield 2, "c"
+
+    patient = shards._Patient(generate)
+    assert [row for _, row in patient(files=["a"])] == ["a", "b", "c"]
+    assert pauses == [1.0, 5.0]
+
+    class Refused(HfHubHTTPError):
+        def __init__(self) -> None:
+            """Without a response, which each release of the client wants from another library."""
+
+    for error in (ConnectionError("gone"), TimeoutError(), OSError(5, "Input/output error"), Refused()):
+        errors.append(error)
+        with pytest.raises(type(error)):
+            list(patient(files=["a"]))
+    assert len(pauses) == 2
+
+
+STREAM = """
+import re, os, itertools, logging
+import datasets
+datasets.config.HF_ENDPOINT = os.environ["HF_ENDPOINT"]  # it is read once
+from sslsr_diffusion.data import shards
+from sslsr_diffusion.data.sample_order import Stream
+from sslsr_diffusion.data.settings import HubSource
+shards.time.sleep = lambda seconds: print("pause", seconds)
+logging.basicConfig()
+stream = Stream(HubSource(kind="hub", path="someone/photos", streaming=True, shuffle_window=4), 0)
+ids = [re.findall(r"id\\d\\d", item.name)[-1] for item in itertools.islice(stream, 48)]
+print(sorted(ids[:24]) == sorted(ids[24:]), sorted(ids[:24]))
+"""
+
+
+def test_a_damaged_shard_on_the_hub(tmp_path):
+    """In a process of its own: the client reads HF_ENDPOINT once."""
+    (tmp_path / "made").mkdir()
+    hurt = damaged_parquet(tmp_path / "made", SHARDS)
+    with HubServer() as hub:
+        files = {f"data/{path.name}": path.read_bytes() for path in (tmp_path / "made").iterdir()}
+        stored = {path: Stored(len(data), hashlib.sha1(data).hexdigest(), data) for path, data in files.items()}
+        hub.repositories["someone/photos"] = Repository(commits=[("1a" * 20, "a commit", stored)])
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+        done = forks.python("-c", STREAM, cwd=tmp_path, path=[ROOT], environment=own)
+    assert done.stdout.splitlines() == ["pause 1.0", "pause 5.0", f"True {sorted(WHOLE)}"], done.stderr[-3000:]
+    assert done.stderr.count(f"data/{hurt.name}: not read to its end, it is damaged") == 1
 
 
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])

@@ -1,19 +1,35 @@
-"""Pictures too large for memory: strips of tiles give the picture of one piece, others fade into each other, bombs stay bombs."""
+"""Pictures too large for memory: strips and bands give the picture of one piece, for networks of every kind; bombs stay bombs."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from restorers import Nearest, ToyPixels, upscale_files
+from one_step_cases import toy
+from restorers import ToyLatents, ToyPixels, upscale_files
 from test_images import big_png, smooth
+from test_latent import FLOW
+from test_pipeline import photo, plain, seeded, with_cfw
+from torch import Tensor
+from torch.nn import functional as F
+from x4_models import write_x4
 
+from sslsr_diffusion import open_upscaler
 from sslsr_diffusion.errors import NotEnoughMemory
-from sslsr_diffusion.images import Image, OpenPicture, read_image, write_image
+from sslsr_diffusion.images import Image, OpenPicture, read_image, resize_bicubic, write_image
+from sslsr_diffusion.inference import bands, tiled
 from sslsr_diffusion.inference.direct import DirectRestorer
+from sslsr_diffusion.inference.latent import LatentRestorer
+from sslsr_diffusion.inference.open import restorer_of
+from sslsr_diffusion.inference.resampling import bicubic_taps, linear_taps
 from sslsr_diffusion.inference.runner import RunnerOptions
-from sslsr_diffusion.inference.strips import upscaled, whole_rows
+from sslsr_diffusion.inference.shared_norm import SharedGroupNorm
+from sslsr_diffusion.inference.strips import upscaled
 from sslsr_diffusion.inference.tiling import strips_of_tiles, tile_offsets
+from sslsr_diffusion.models.families import FAMILIES
 
 
 @pytest.fixture
@@ -71,38 +87,90 @@ def test_a_budget_below_the_least_strips_is_refused(column):
         strips(DirectRestorer(ToyPixels()), column, 2.0, memory_budget=20 * 10**6)
 
 
-class Tight(Nearest):
-    """Takes up to 300 rows at once, and darkens by how many it was given: strips differ."""
-
-    def __call__(self, image, **call):
-        if image.shape[-2] > 300:
-            raise NotEnoughMemory("too large")
-        output = super().__call__(image, **call)
-        output.images = output.images * (0.5 + image.shape[-2] / 1000)
-        return output
-
-    def strips(self, size, **call):
-        return None
+def opened(kind: str, folder: Path) -> LatentRestorer:
+    """Drawn networks of a real family, tiny."""
+    if kind in ("stablesr", "cfw"):
+        return (with_cfw() if kind == "cfw" else plain()).restorer
+    if kind == "x4":
+        return open_upscaler(write_x4(folder), device="cpu")
+    return restorer_of(toy("sd").eval(), FAMILIES["one_step"], scale=4)
 
 
-def test_strips_of_other_restorers_fade_into_each_other(column):
-    parts = strips(Tight(), column, 2.0)
-    assert len(parts) > 5
-    assert "strips of" in parts[0].notes[0]
-    rgb, alpha = joined(parts)
-    assert rgb.shape == (3000, 120, 3)
-    shown = (smooth(1500, 60) / 255).repeat(2, 0).repeat(2, 1)
-    share = np.divide(rgb, 255 * shown, out=np.full(rgb.shape, np.nan), where=shown > 0.5)
-    brightness = np.nanmean(share, axis=(1, 2))
-    assert np.nanmax(np.abs(np.diff(brightness))) < 0.01  # no step from strip to strip
-    assert np.nanmax(brightness) - np.nanmin(brightness) > 0.02  # though they differ
-    assert np.abs(alpha[::2, ::2].astype(int) - smooth(1500, 60, 1, seed=2)[..., 0]).max() < 12
-    with pytest.raises(NotEnoughMemory, match="too large"):
-        strips(Tight(), column, np.pi)  # no row of the result begins where one of the input does
+SIZES = {"stablesr": (43, 20, 2.5), "cfw": (24, 16, 4), "one-step": (23, 20, 4), "x4": (30, 20, 3)}  # h, w, scale
+CALLS: dict[str, dict[str, Any]] = {
+    "stablesr": {"num_inference_steps": 1, "color_fix": "wavelet", "antiring": 0.5, "detail": 0.8},
+    "cfw": {"num_inference_steps": 1, "color_fix": "adain", "fidelity": 1.0, "tile_batch_size": 3},
+    "one-step": {"color_fix": "adain", "antiring": 1.0},
+    "x4": {"num_inference_steps": 2, "color_fix": "wavelet"},
+}
 
 
-def test_scales_that_give_whole_rows():
-    assert [whole_rows(scale) for scale in (4.0, 2.5, 1.2, 1 / 3, np.pi)] == [1, 2, 5, 3, None]
+def in_bands(restorer: LatentRestorer, picture: Tensor, call: dict[str, Any]) -> Tensor:
+    parts = list(restorer.bands(picture, generator=seeded(), **call).images)
+    assert len(parts) > 1
+    assert [part.shape[-2] for part in parts[:-1]] == [bands._ROWS] * (len(parts) - 1)
+    return torch.cat(parts, dim=-2)
+
+
+class OwnStatistics(SharedGroupNorm):
+    any = False
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_bands_of_a_latent_model_are_the_picture_of_one_piece(kind, tmp_path, monkeypatch):
+    """Rounding apart: the enlarged picture's and the statistics' sums have another order, and a random network makes it more."""
+    monkeypatch.setattr(bands, "_ROWS", 40)
+    restorer, (height, width, scale) = opened(kind, tmp_path), SIZES[kind]
+    picture, call = photo(height, width), {"scale": scale, "tile": 64, "vae_tile": 64, "tile_overlap": 16, **CALLS[kind]}
+    whole = restorer(picture, generator=seeded(), output_type="pt", **call)
+    assert (whole.plans[0].tile, whole.plans[0].vae_tile) == (64, 64)
+    torch.testing.assert_close(in_bands(restorer, picture, call), whole.images[0], atol=1e-4, rtol=0)
+    # what would go wrong is seen: colours that do not know the rows beside a band, or the whole; statistics of each tile's own
+    wrong = ("REACH", 4) if CALLS[kind]["color_fix"] == "wavelet" else ("adain_change", lambda own, wanted: lambda part: part)
+    for where, name, value in ((bands, *wrong), (tiled, "SharedGroupNorm", OwnStatistics)):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            assert (in_bands(restorer, picture, call) - whole.images[0]).abs().max() > 2e-3
+
+
+def test_bands_reach_the_runner_with_alpha_and_gray_and_a_budget_below_the_least_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(bands, "_ROWS", 64)
+    restorer, path = LatentRestorer(ToyLatents(FLOW), scale=2, defaults={"num_inference_steps": 2}), tmp_path / "a.png"
+    gray, alpha = smooth(300, 40, 1), smooth(300, 40, 1, seed=2)[..., 0]
+    alpha[80:130] = 0  # hidden pixels take the nearest seen colour, also from beyond the band
+    write_image(path, Image(gray[..., [0, 0, 0]], alpha, gray=True, density=(300.0, 300.0)))
+    call = {"tile": 64, "vae_tile": 64}
+    (whole,) = strips(restorer, path, 2.5, **call)
+    monkeypatch.setattr("sslsr_diffusion.inference.strips._BYTES", 10**6)  # so that it is too large for one piece
+    parts = strips(restorer, path, 2.5, **call, memory_budget=76 * 10**6)
+    assert len(parts) == 12
+    assert all(part.gray and part.density == whole.density for part in parts)
+    for one, many in zip((whole.rgb, whole.alpha), joined(parts)):
+        assert np.abs(one.astype(int) - many).max() <= 1  # a half that is rounded
+        assert (one != many).mean() < 1e-3
+    with pytest.raises(NotEnoughMemory, match=r"^memory_budget: 66\.0 MB is too little"):
+        strips(restorer, path, 2.5, memory_budget=66 * 10**6)
+
+
+def test_resampled_parts_are_those_of_the_whole_picture():
+    sizes = [
+        ((30, 40), (120, 160)),
+        ((31, 40), (100, 97)),
+        ((31, 40), (20, 97)),
+        ((50, 60), (17, 20)),
+        ((5, 7), (5, 21)),
+        ((900, 4), (3207, 9)),
+    ]
+    for size, wanted in sizes:
+        picture = smooth(*size).astype(np.float32) / 255
+        picture = torch.from_numpy(picture).permute(2, 0, 1)[None]
+        rows, columns = bicubic_taps(size, wanted)
+        top, bottom = wanted[0] // 3, wanted[0] // 3 + 4
+        first, last = rows.at(top, bottom).span
+        got = rows.at(top, bottom).of(columns.of(picture[..., first:last, :], -1), -2, first)
+        torch.testing.assert_close(got, resize_bicubic(picture, wanted)[..., top:bottom, :], atol=4e-6, rtol=0)
+        linear = linear_taps(size[0], wanted[0]).of(linear_taps(size[1], wanted[1]).of(picture, -1), -2)
+        torch.testing.assert_close(linear, F.interpolate(picture, size=wanted, mode="bilinear"), atol=2e-6, rtol=0)
 
 
 def test_the_runner_writes_strips_and_a_limit_says_its_flag(column, tmp_path):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from goldens import load_golden
+from torch.nn import functional as F
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import pad_to
 from sslsr_diffusion.inference.tile_plan import Room, TilePlan, plan_tiles
-from sslsr_diffusion.inference.tiling import Box, blend, rounded_up, tile_boxes, tile_offsets, tile_weights
+from sslsr_diffusion.inference.tiling import Box, bands, blend, joined, rounded_up, tile_boxes, tile_offsets, tile_weights
 from sslsr_diffusion.models.size import SizeRequirements
 
 
@@ -37,7 +38,7 @@ def test_image_splitter_golden():
     boxes = tile_boxes(*image.shape[-2:], size, size - stride)
     got = [[b.top, b.top + b.height, b.left, b.left + b.width] for b in boxes]
     assert got == golden.tensors["out.boxes_h0_h1_w0_w1"].tolist()
-    visits = iter(range(len(boxes)))
+    visits = iter(sorted(range(len(boxes)), key=lambda n: boxes[n]))  # as published, column by column; ours run row by row
 
     def change(tiles, _):
         n = next(visits)
@@ -133,6 +134,28 @@ def test_blending_unchanged_tiles_gives_the_picture_back(size, batch_size):
     pictures = torch.rand(3, 2, *size)
     got = blend(lambda tiles, _: tiles[0], [pictures], tile_boxes(*size, 16, 6), batch_size=batch_size, overlap=6)
     torch.testing.assert_close(got, pictures, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_bands_are_the_blended_picture_row_of_tiles_by_row_of_tiles(batch_size):
+    pictures, asked = torch.rand(2, 3, 40, 20), []
+    boxes = tile_boxes(40, 20, 16, 6)
+
+    class Second:
+        def part(self, box):
+            asked.append(box)
+            return box.of(pictures[1])
+
+    def run(tiles, samples):
+        assert samples in ([0] * len(tiles[0]), [1] * len(tiles[0]))
+        return F.interpolate(tiles[0] * torch.linspace(0, 1, 16), scale_factor=2)
+
+    want = blend(run, [pictures[1:]], boxes, batch_size=batch_size, overlap=6)
+    parts = list(bands(run, [Second()], boxes, samples=[0], batch_size=batch_size, overlap=6))
+    assert asked == sorted(boxes)
+    assert [part.shape[-2] // 2 for part in parts] == [10, 10, 4, 16]  # the rows above the next row of tiles, which begin at 0, 10, 20, 24
+    assert torch.equal(torch.cat(parts, dim=-2), want)
+    assert torch.equal(joined(bands(run, [pictures], boxes, samples=[1], overlap=6), boxes), blend(run, [pictures[1:]], boxes, overlap=6))
 
 
 def test_inputs_and_result_may_have_scales_of_their_own():

@@ -18,7 +18,7 @@ import torch
 
 from sslsr_diffusion.data.samples import Request
 from sslsr_diffusion.data.settings import RowSource, Source
-from sslsr_diffusion.data.shards import reason
+from sslsr_diffusion.data.shards import PAUSES, reason
 from sslsr_diffusion.data.sources import Columns, Item, Row, load_rows, row_item
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.seeding import derive_seed
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _BLOCK = 4096  # samples whose sources are drawn at once
-_PAUSES = (1.0, 5.0)  # seconds before the second and third attempt
 
 
 class SourceOrder:
@@ -167,7 +166,7 @@ class Stream:
 
     def _patiently(self) -> list[Item]:
         """The next rows; what stands behind a stream is often a network, so a failure is met by reading the window again."""
-        pauses = iter(_PAUSES)
+        pauses = iter(PAUSES)
         while True:
             try:
                 return self._rows_of_window()

@@ -1,8 +1,14 @@
 """Shards of a data set: tar files with pictures, listed once by their headers or read as a stream; parquet files that are whole."""
 
 import glob
+import gzip
+import itertools
 import logging
+import lzma
 import tarfile
+import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -14,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 log = logging.getLogger(__name__)
+PAUSES = (1.0, 5.0)  # seconds before the second and third attempt to read
 
 
 def local_files(path: str, suffix: str) -> list[Path]:
@@ -82,6 +89,83 @@ def _rows(files: Sequence[str], suffix: str | None) -> Iterator[dict[str, Any]]:
                         yield {"image": {"bytes": content.read(), "path": member.name}}
         except tarfile.TarError as error:  # what the network does is an error of another kind, and is met by reading again
             log.warning("%s: not read to its end, no whole uncompressed tar file (%s); the next one follows", printable(url), error)
+
+
+def stream_by_builder(builder: Any, split: str) -> "IterableDataset":
+    """The rows of a builder of `datasets` as a stream in which damaged shards end where they are damaged (`_Patient`)."""
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # we report what is wrong with a file
+    finer = getattr(builder, "_generate_more_gen_kwargs", None)
+    for name in ("_generate_tables", "_generate_examples"):
+        if hasattr(builder, name):
+            setattr(builder, name, _Patient(getattr(builder, name), finer))
+    if not hasattr(builder.config, "on_bad_files"):
+        return builder.as_streaming_dataset(split=split)
+    builder.config.on_bad_files = "skip"  # the columns are read off the first shard that has them
+    rows = builder.as_streaming_dataset(split=split)
+    builder.config.on_bad_files = "error"
+    return rows
+
+
+class _Patient:
+    """Reads a shard once more where it is damaged, then again, and then ends it there, with a note: what was cut off on the way is whole
+    the next time. Errors of networks and disks pass through.
+
+    The rows before the damage are the same in each epoch and after a resume. For that a damaged shard is read by its finer parts:
+    of a parquet file that is read as a whole, an error may overtake rows that stand before it.
+    """
+
+    def __init__(self, generate: Callable[..., Iterator[Any]], finer: Callable[..., Iterator[dict[str, Any]]] | None = None) -> None:
+        """`generate` gives keys with rows or tables of a shard; `finer` its arguments for the parts of one."""
+        self._generate, self._finer = generate, finer
+        self._known = set[str]()
+
+    def __call__(self, **shard: Any) -> Iterator[Any]:
+        done, pauses, name = 0, iter(PAUSES), _name_in(shard) or "a shard"
+        whole = name not in self._known
+        while True:
+            try:
+                for key, rows in self._parts(shard, whole, done):
+                    done += getattr(rows, "num_rows", 1)
+                    yield key, rows
+                return
+            except Exception as error:  # decompression and parsing libraries raise errors of their own
+                if not _is_damage(error):
+                    raise
+                pause = None if name in self._known else next(pauses, None)
+                if pause is None:
+                    if name not in self._known:
+                        log.warning("%s: not read to its end, it is damaged (%s); the next one follows", printable(name), reason(error))
+                    self._known.add(name)
+                    return
+                log.warning("%s: %s; reading it again in %g seconds", printable(name), reason(error), pause)
+            time.sleep(pause)
+            whole = False
+
+    def _parts(self, shard: dict[str, Any], whole: bool, done: int) -> Iterator[Any]:
+        """What follows the first `done` rows."""
+        pieces = [shard] if whole or self._finer is None else self._finer(**shard)
+        for key, rows in itertools.chain.from_iterable(self._generate(**piece) for piece in pieces):
+            count = getattr(rows, "num_rows", 1)
+            if done < count:
+                yield key, rows.slice(done) if done else rows
+            done = max(0, done - count)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether it is the bytes that are wrong, and not the way to them: a network's OSErrors have a class or a number of their own."""
+    from pyarrow import ArrowException
+
+    if isinstance(error, OSError):
+        return type(error) in (OSError, gzip.BadGzipFile) and error.errno is None
+    return isinstance(error, ValueError | EOFError | tarfile.TarError | zlib.error | lzma.LZMAError | zipfile.BadZipFile | ArrowException)
+
+
+def _name_in(shard: Any) -> str | None:
+    """The first path or URL in what a shard is made from."""
+    if isinstance(shard, str):
+        return shard
+    inside = shard.values() if isinstance(shard, dict) else shard if isinstance(shard, list | tuple) else ()
+    return next((name for part in inside if (name := _name_in(part))), None)
 
 
 def _parquet_problem(path: Path) -> str:

@@ -4,7 +4,6 @@ Of hub, parquet and webdataset sources what is sound is opened, pictures stay en
 """
 
 import glob
-import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from sslsr_diffusion.data.settings import CFWSource, FilesSource, FolderSource, PairsSource, RowSource, Source, WebdatasetSource
-from sslsr_diffusion.data.shards import local_files, pictures_in, reason, sound, stream_tar_files
+from sslsr_diffusion.data.shards import local_files, pictures_in, reason, sound, stream_by_builder, stream_tar_files
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import list_images, printable
 from sslsr_diffusion.partners import partners
@@ -193,16 +192,20 @@ def load_rows(settings: RowSource, *, streaming: bool) -> "tuple[Dataset | Itera
     remote = "://" in settings.path
     try:
         if settings.kind == "hub":
-            place = {"name": settings.name, "split": settings.split, "revision": settings.revision}
-            rows = datasets.load_dataset(settings.path, **place, streaming=streaming)
+            place = {"name": settings.name, "revision": settings.revision}
+            if streaming:
+                rows = stream_by_builder(datasets.load_dataset_builder(settings.path, **place), settings.split)
+            else:
+                rows = datasets.load_dataset(settings.path, split=settings.split, **place)
         elif settings.kind == "webdataset":
             return stream_tar_files(_urls(settings.path) if remote else list(map(str, _sound(settings, lost))), settings.column), lost
         else:
             # `datasets` takes paths for patterns; what is behind a URL is first looked at when it is read
             files = [settings.path] if remote else [glob.escape(str(path)) for path in _sound(settings, lost)]
-            newer = "on_bad_files" in inspect.signature(datasets.Dataset.from_parquet).parameters
-            bad = {"on_bad_files": "warn"} if newer and remote else {}
-            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming, **bad)
+            if streaming:
+                rows = stream_by_builder(datasets.load_dataset_builder("parquet", data_files=files), "train")
+            else:
+                rows = datasets.load_dataset("parquet", data_files=files, split="train")
     except UserError:
         raise
     except Exception as error:  # datasets raises nearly everything: network, parsing, missing files

@@ -7,6 +7,7 @@ fetched from one; its WebP decoder starts threads all the same, so Pillow reads 
 import functools
 import io
 import logging
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 from sslsr_diffusion.images.picture import Pixels
 from sslsr_diffusion.metadata import headers
 from sslsr_diffusion.metadata.blocks import Blocks, profile_space
+from sslsr_diffusion.metadata.colours import romm_profile, srgb_of_sycc
 from sslsr_diffusion.metadata.headers import Refused
 
 if TYPE_CHECKING:
@@ -184,6 +186,22 @@ def _by_opencv(data: memoryview, kind: str, found: Blocks) -> Rows:
     return _of_array(height, width, decode)
 
 
+def _jpeg2000(data: memoryview, kind: str, found: Blocks) -> Rows:
+    """By the colours that its header names by number. Decoders see sRGB in the place of what they would not know, or compute wrongly."""
+    at, space = headers.jp2_space(data)
+    white = headers.jp2(data)[2]
+    if space == "ROMM RGB":
+        found.icc_profile = romm_profile()
+        found.notes.append("colours by code (ROMM RGB) written as a colour profile")
+    deep = space == "sYCC" and white > 255  # of 8 bits, Pillow knows it
+    if deep or space in ("ROMM RGB", "bi-level"):
+        struct.pack_into(">I", data, at, 17 if space == "bi-level" else 16)
+    rows = _by_opencv(data, kind, found)
+    if not deep:
+        return rows
+    return _of_array(rows.height, rows.width, lambda: srgb_of_sycc(rows.read(0, rows.height), (white + 1) / 2 / white))
+
+
 Reader = Callable[[memoryview, str, Blocks], Rows]
 _PILLOW: dict[str, Reader] = dict.fromkeys(("WEBP", "GIF", "BMP", "TGA"), _by_pillow)
-READERS = {"PNG": _by_vips, "JPEG": _by_vips, "AVIF": _by_vips, "TIFF": _tiff, "PPM": _by_opencv, "JPEG2000": _by_opencv, **_PILLOW}
+READERS = {"PNG": _by_vips, "JPEG": _by_vips, "AVIF": _by_vips, "TIFF": _tiff, "PPM": _by_opencv, "JPEG2000": _jpeg2000, **_PILLOW}

@@ -24,6 +24,8 @@ from sslsr_diffusion.listing import SUFFIXES, suffixes_of
 from sslsr_diffusion.metadata import blocks, exif, heads
 
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
+LARGEST_TIFF = 0xFFFFFFFF  # bytes of a file whose offsets have 4 of them; a larger one is a BigTIFF
+_DIRECTORIES = 1 << 16  # bytes that are kept free for what stands behind the pixels, beside its values
 Strips = Iterator[Pixels]  # [n, W, C] each: gray or colour, then alpha where there is one
 
 
@@ -146,24 +148,29 @@ def _cut(strips: Strips, rows: int) -> Strips:
 
 
 def _tiff(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, quality: int) -> list[str]:
-    """The EXIF block where it always is, at the start of its offsets; deflated strips with the horizontal predictor; the directory."""
+    """The EXIF block where it always is, at the start of its offsets; deflated strips with the horizontal predictor; the directory.
+
+    Where 4 GB are not enough it is a BigTIFF, which is known when the pixels are written: what they compress to counts.
+    """
     channels = (1 if head.gray else 3) + (head.alpha is not None)
     row = size[1] * channels * head.bits // 8
-    if row * size[0] > 0xFFF00000:
-        raise UserError("the picture is larger than the 4 GB that TIFF can hold; use PNG.")
-    order, entries = exif.entries_for_tiff(head.exif) if head.exif else ("<", {})
-    file.write((head.exif or b"II*\0" + bytes(4)).ljust(8, b"\0"))
+    order = exif.Form.of(head.exif).order if head.exif else "<"
+    file.write((head.exif or b"").ljust(16, b"\0"))
     rows, offsets, lengths = max(1, (1 << 20) // row), [], []
     for strip in _cut(strips, rows):
         strip = np.concatenate([strip[:, :1], strip[:, 1:] - strip[:, :-1]], axis=1)
         file.write(bytes(file.tell() % 2))
         offsets.append(file.tell())
         lengths.append(file.write(zlib.compress(strip.astype(strip.dtype.newbyteorder("<" if order == "<" else ">")).tobytes(), 6)))
-    longs = {256: [size[1]], 257: [size[0]], 273: offsets, 278: [rows], 279: lengths}
+    longs = {256: [size[1]], 257: [size[0]], 278: [rows], 279: lengths}
     shorts = {258: [head.bits] * channels, 259: [8], 262: [1 if head.gray else 2], 277: [channels], 284: [1], 317: [2], 339: [1] * channels}
     shorts |= {338: [2]} if head.alpha is not None else {}  # not premultiplied
     tags = {tag: exif.numbers(order, kind, values) for kind, some in ((3, shorts), (4, longs)) for tag, values in some.items()}
-    exif.write_directory(file, order, entries, tags | heads.tiff_tags(head, order, 282 in entries))
+    tags |= heads.tiff_tags(head, order)
+    behind = sum(len(body) for _, _, body in tags.values()) + 2 * len(head.exif or b"") + 8 * len(offsets)
+    big = file.tell() + behind + _DIRECTORIES > LARGEST_TIFF
+    tags[273] = exif.numbers(order, 16 if big else 4, offsets)
+    exif.write_directory(file, head.exif, order, tags, big)
     return []
 
 

@@ -3,6 +3,8 @@
 Both are linear enough to run on float32 pictures of any size: no float64 copy of a whole picture is ever made.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from sslsr_diffusion.inference.choices import COLOR_FIXES
 from sslsr_diffusion.tables import named
 
 _LEVELS = 5
+REACH = 2**_LEVELS - 1  # pixels that the wavelet fix looks at to each side
 _EPS = 1e-5 / 4  # 1e-5 is meant for the variance of pixels in [-1, 1]; ours are in [0, 1]
 _ROWS = 256  # rows per block of the statistics: bounds the float64 copy
 
@@ -65,20 +68,44 @@ def _blur_axis(image: Tensor, radius: int, axis: int) -> Tensor:
 
 
 def adain(content: Tensor, style: Tensor) -> Tensor:
-    content_mean, content_std = _statistics(content)
-    style_mean, style_std = _statistics(style)
-    gain = style_std / content_std
-    return content * gain + (style_mean - content_mean * gain)
+    own, wanted = Statistics(), Statistics()
+    own.add(content)
+    wanted.add(style)
+    return adain_change(own, wanted)(content)
 
 
-def _statistics(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [B, C, 1, 1] float32; sums in float64 (float32 where the device has none), block by block."""
-    wide = torch.float32 if image.device.type == "mps" else torch.float64
-    count = image.shape[-2] * image.shape[-1]
-    blocks = image.split(_ROWS, dim=-2)
-    mean = sum(block.to(wide).sum((-2, -1), keepdim=True) for block in blocks) / count
-    square = sum((block.to(wide) - mean).square().sum((-2, -1), keepdim=True) for block in blocks)
-    return mean.float(), (square / max(count - 1, 1) + _EPS).sqrt().float()
+def adain_change(content: "Statistics", style: "Statistics") -> Callable[[Tensor], Tensor]:
+    """`adain` of any part of pictures with these statistics."""
+    gain = style.deviation / content.deviation
+    shift = style.mean.float() - content.mean.float() * gain
+    return lambda part: part * gain + shift
+
+
+class Statistics:
+    """Mean and deviation per channel of pictures [B, C, H, W] that come whole or in parts; float64, or float32 where there is none.
+
+    Parts are joined as Chan, Golub and LeVeque (1983) do: M = M_a + M_b + (mean_b - mean_a)^2 n_a n_b / (n_a + n_b).
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.mean = self._squares = torch.zeros(())
+
+    def add(self, part: Tensor) -> None:
+        wide = torch.float32 if part.device.type == "mps" else torch.float64
+        for block in part.split(_ROWS, dim=-2):
+            values, count = block.to(wide), block.shape[-2] * block.shape[-1]
+            mean = values.mean((-2, -1), keepdim=True)
+            squares, apart = (values - mean).square().sum((-2, -1), keepdim=True), mean - self.mean.to(mean)
+            share = count / (self._count + count)
+            self._squares = self._squares.to(mean) + squares + apart.square() * (self._count * share)
+            self.mean = self.mean.to(mean) + apart * share
+            self._count += count
+
+    @property
+    def deviation(self) -> Tensor:
+        """[B, C, 1, 1] float32, of the unbiased variance and a trace."""
+        return (self._squares / max(self._count - 1, 1) + _EPS).sqrt().float()
 
 
 def unchanged(content: Tensor, style: Tensor) -> Tensor:

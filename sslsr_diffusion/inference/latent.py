@@ -135,6 +135,18 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
             self._host.release()
         return LatentOutput(from_tensors(restored, output_type), notes, plans)
 
+    @torch.no_grad()
+    def bands(self, picture: Tensor, *, scale: float, generator: Generators, **call: Any) -> Output:
+        scale, options, notes = self._settled(call, scale, "pt")
+        texts = per_picture(options.prompt, 1, "prompt"), per_picture(options.negative_prompt, 1, "negative_prompt")
+        low = picture[None].to(self._host.device)
+        seed = image_seeds(generator, 1)[0]
+        try:
+            return Output(self._work.bands(low, enlarged_size(low, scale), seed, texts, options, notes), notes)
+        except Exception:
+            self._host.release()  # else it is when the last band is made
+            raise
+
     def save(self, folder: Path) -> None:
         with quiet_diffusers():
             self.networks.save(folder, scale=self.scale, **self.kept_defaults)

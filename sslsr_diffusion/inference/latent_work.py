@@ -1,9 +1,9 @@
 """A batch of pictures through latent networks, within memory: encode, read the prompts, denoise in tiles, decode."""
 
 import contextlib
+import itertools
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import pad_to
+from sslsr_diffusion.inference.bands import BESIDE, Enlarged, finished
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import ImageNoise
 from sslsr_diffusion.inference.options import LatentOptions
@@ -26,6 +27,7 @@ from sslsr_diffusion.models.networks import LatentNetworks, working_dtype
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
+_HELD = 6  # bytes per value of a low-resolution picture: its float32, and what it is made from, of 8 or 16 bits
 Prompts = tuple[list[str], list[str]]  # wanted and not wanted, one per picture
 
 
@@ -75,29 +77,11 @@ class LatentWork:
 
         No phase needs the others' networks on the device. `notes` gets a sentence for each time that memory ran out.
         """
-        networks, codec, zoom = self._networks, self._networks.codec, self._networks.zoom
+        zoom, codec = self._networks.zoom, self._networks.codec
         height, width = (zoom * side for side in seen.shape[-2:])
         plan = self._plan(height, width, len(seeds), options)
         padded = pad_to(seen, plan.height // zoom, plan.width // zoom)
-        if networks.text_network is not None:
-            self._host.bring(networks.text_network)
-        wanted = networks.encode_prompts(prompts[0], padded.device)
-        unwanted = networks.encode_prompts(prompts[1], padded.device) if options.guided else None
-        self._host.release()
-        levels = self._noise_levels(options, len(seeds))
-
-        def look(plan: TilePlan) -> Condition:
-            noise = ImageNoise(seeds, networks.seen_noise_shape(plan.height, plan.width), padded.device)("posterior")
-            return networks.see(padded, noise, level=levels, text=wanted, encode=partial(self._encode, plan))
-
-        with piece(0, 3):
-            condition, plan = self._within_memory("vae_tile", plan, look, notes)
-
-        def denoise(plan: TilePlan) -> Tensor:
-            return self._denoise(condition, unwanted, seeds, plan, options)
-
-        with piece(1, 3):
-            latents, plan = self._within_memory("tile", plan, denoise, notes)
+        latents, plan = self._latents(padded, padded, seeds, prompts, options, plan, notes)
 
         def decode(plan: TilePlan) -> Tensor:
             self._host.bring(codec)
@@ -108,9 +92,88 @@ class LatentWork:
             restored, plan = self._within_memory("vae_tile", plan, decode, notes)
         return restored[..., :height, :width], plan
 
-    def _encode(self, plan: TilePlan, pixels: Tensor, noise: Tensor) -> Tensor:
-        self._host.bring(self._networks.codec)
-        return TiledCodec(self._networks.codec, *plan.vae_cells, batch_size=plan.batch).encode(pixels, noise)
+    def bands(
+        self, low: Tensor, size: tuple[int, int], seed: int, prompts: Prompts, options: LatentOptions, notes: list[str]
+    ) -> Iterator[Tensor]:
+        """One low-resolution picture [1, 3, h, w] -> the restored one of `size`, finished, in bands [3, n, W] from the top down.
+
+        With the same tiles, the pixels are those of one piece. All but the last step is done before this returns.
+        """
+        zoom, codec = self._networks.zoom, self._networks.codec
+        height, width = size if zoom == 1 else (zoom * side for side in low.shape[-2:])
+        plan = self._plan(height, width, 1, options, held=_HELD * low.numel())
+        source: Tensor | Enlarged
+        if zoom == 1:
+            seen, source = low, Enlarged(low, size, (plan.height, plan.width))  # what these networks see, they only hand on to be encoded
+        else:
+            seen = source = pad_to(low, plan.height // zoom, plan.width // zoom)
+        latents, plan = self._latents(seen, source, [seed], prompts, options, plan, notes)
+
+        def start(plan: TilePlan) -> tuple[Callable[[], Iterator[Tensor]], list[Iterator[Tensor]]]:
+            """With its first row of tiles, where memory runs out if it does."""
+            self._host.bring(codec)
+            fused = source if codec.has_fidelity else None
+            decode = TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).decoded(latents, fused, options.fidelity)
+            made = decode()
+            return decode, [itertools.chain([next(made)], made)]
+
+        with piece(2, 3), piece(0, 2):
+            (decode, started), plan = self._within_memory("vae_tile", plan, start, notes)
+        return self._finished(finished(options, low, size, lambda: started.pop() if started else decode(), (height, width)))
+
+    def _finished(self, bands: Iterator[Tensor]) -> Iterator[Tensor]:
+        try:
+            while True:
+                self._host.bring(self._networks.codec)  # a run within memory has released it
+                with torch.no_grad(), piece(2, 3), piece(1, 2):
+                    band = next(bands, None)
+                if band is None:
+                    return
+                yield band
+        finally:
+            self._host.release()
+
+    def _latents(
+        self,
+        seen: Tensor,
+        source: Tensor | Enlarged,
+        seeds: list[int],
+        prompts: Prompts,
+        options: LatentOptions,
+        plan: TilePlan,
+        notes: list[str],
+    ) -> tuple[Tensor, TilePlan]:
+        """Latents of the restored pictures, whole; `source` is what is encoded, where the networks see an encoded picture."""
+        networks, device = self._networks, seen.device
+        self._prepare(options)
+        if networks.text_network is not None:
+            self._host.bring(networks.text_network)
+        wanted = networks.encode_prompts(prompts[0], device)
+        unwanted = networks.encode_prompts(prompts[1], device) if options.guided else None
+        self._host.release()
+        levels = self._noise_levels(options, len(seeds))
+
+        def look(plan: TilePlan) -> Condition:
+            noise = ImageNoise(seeds, networks.seen_noise_shape(plan.height, plan.width), device)("posterior")
+            codec = TiledCodec(networks.codec, *plan.vae_cells, batch_size=plan.batch)
+
+            def encode(_: Tensor, noise: Tensor) -> Tensor:
+                self._host.bring(networks.codec)
+                return codec.encode(source, noise)
+
+            return networks.see(seen, noise, level=levels, text=wanted, encode=encode)
+
+        with piece(0, 3):
+            condition, plan = self._within_memory("vae_tile", plan, look, notes)
+
+        def denoise(plan: TilePlan) -> Tensor:
+            return self._denoise(condition, unwanted, seeds, plan, options)
+
+        with piece(1, 3):
+            return self._within_memory("tile", plan, denoise, notes)
+
+    def _prepare(self, options: LatentOptions) -> None:
+        """Set the networks as a call wants them."""
 
     def _within_memory(self, part: Part, plan: TilePlan, run: Callable[[TilePlan], R], notes: list[str]) -> tuple[R, TilePlan]:
         def released(plan: TilePlan) -> R:
@@ -184,7 +247,8 @@ class LatentWork:
             device=self._host.device,
         )
 
-    def _plan(self, height: int, width: int, pictures: int, options: LatentOptions) -> TilePlan:
+    def _plan(self, height: int, width: int, pictures: int, options: LatentOptions, held: int | None = None) -> TilePlan:
+        """`held`: bytes of a low-resolution picture whose result is made in bands; None: the result is whole."""
         return plan_tiles(
             height,
             width,
@@ -199,6 +263,7 @@ class LatentWork:
             batch=options.tile_batch_size,
             guided=options.guided,
             limits=self._limits,
+            beside=None if held is None else (BESIDE, held),
         )
 
     def _room(self, budget: int | None) -> Room:

@@ -168,9 +168,10 @@ class MemoryModel:
     def _call(self, activations: float, steady: bool) -> int:
         return call_bytes(activations, self._largest * max(self._widths.values()), self._device, steady)
 
-    def picture_bytes(self, height: int, width: int, batch: int = 1) -> int:
-        """What `batch` whole pictures of height x width padded output pixels take beside any network call."""
-        return int(4 * height * width * batch * (_PICTURES * 3 + _LATENTS * self._channels / self.zoom**2))
+    def picture_bytes(self, height: int, width: int, batch: int = 1, rows: int | None = None) -> int:
+        """What `batch` pictures of height x width padded output pixels take beside any network call; `rows` of them at once, or all."""
+        pixels, latents = (height if rows is None else min(rows, height)) * width, height * width / self.zoom**2
+        return int(4 * batch * (_PICTURES * 3 * pixels + _LATENTS * self._channels * latents))
 
     def weight_bytes(self, offload: Offload = "none") -> tuple[int, int]:
         """Weights on the device while the denoiser works, and while the autoencoder does."""

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.latent import LatentRestorer
-from sslsr_diffusion.inference.latent_work import LatentWork, Prompts
+from sslsr_diffusion.inference.latent_work import LatentWork
 from sslsr_diffusion.inference.options import LatentOptions
 from sslsr_diffusion.inference.sampling import Sampler, StepNoise
-from sslsr_diffusion.inference.tile_plan import TilePlan
 from sslsr_diffusion.models.one_step.networks import OneStepNetworks
 
 _OF_WALKS = frozenset({"num_inference_steps", "strength", "sampler", "start", "eta"})  # options of samplers with many steps
@@ -52,12 +51,9 @@ class OneStepWork(LatentWork):
 
     _networks: OneStepNetworks
 
-    def __call__(
-        self, seen: Tensor, seeds: list[int], prompts: Prompts, options: LatentOptions, notes: list[str]
-    ) -> tuple[Tensor, TilePlan]:
+    def _prepare(self, options: LatentOptions) -> None:
         assert isinstance(options, OneStepOptions)
         self._networks.scale_loras(options.lora_scale)
-        return super().__call__(seen, seeds, prompts, options, notes)
 
     def _sampler(self, options: LatentOptions, seeds: Sequence[int]) -> Sampler:
         return OneCall(self._networks)

@@ -58,7 +58,11 @@ class CallOptions:
         """
         if enlarged is not None:
             restored = color_fix(self.color_fix, restored, enlarged)
-        result = antiring(restored.clamp_(0, 1), low, self.antiring)
+        return self.mixed(restored, enlarged, low)
+
+    def mixed(self, restored: Tensor, enlarged: Tensor | None, low: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+        """`finish` behind the colours; `rows` (top, H), where both are rows from `top` of a picture of H rows, `low` is whole always."""
+        result = antiring(restored.clamp_(0, 1), low, self.antiring, rows)
         return result if enlarged is None or self.detail == 1 else enlarged.lerp_(result, self.detail)
 
 

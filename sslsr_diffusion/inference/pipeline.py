@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.hub import PIPELINE_FILES, fetch
@@ -18,6 +19,7 @@ from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import Generators
 from sslsr_diffusion.inference.options import OnStepEnd, Texts
 from sslsr_diffusion.inference.placement import Placement
+from sslsr_diffusion.inference.restorer import Output
 from sslsr_diffusion.inference.tile_plan import Tile, TilePlan
 from sslsr_diffusion.inference.tiling import Strip
 from sslsr_diffusion.models.clip_text import empty_context
@@ -177,6 +179,9 @@ class StableSRPipeline(DiffusionPipeline):
 
     def strips(self, size: tuple[int, int], *, scale: float, held: int, **call: Any) -> tuple[list[Strip], dict[str, Any]] | None:
         return self.restorer.strips(size, scale=scale, held=held, **call)
+
+    def bands(self, picture: Tensor, *, scale: float, generator: Generators, **call: Any) -> Output:
+        return self.restorer.bands(picture, scale=scale, generator=generator, **call)
 
     def memory_model(self) -> MemoryModel:
         """What a tile of these networks takes."""

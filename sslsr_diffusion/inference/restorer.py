@@ -58,8 +58,15 @@ class Restorer(Protocol):
     def strips(self, size: tuple[int, int], *, scale: float, held: int, **call: Any) -> tuple[list[Strip], dict[str, Any]] | None:
         """The strips in which a picture of (h, w) pixels is made so that memory is enough, and the call that makes each of them.
 
-        Put together, the rows that strips answer for are the result of one piece. None: a result depends on the whole picture.
-        Asked only where a picture may be too large; `held` bytes are taken by the picture itself. Raises NotEnoughMemory.
+        Put together, the rows that strips answer for are the result of one piece. None: a result depends on the whole picture, and
+        `bands` makes it. Asked only where a picture may be too large; `held` bytes are taken by the picture itself.
+        Raises NotEnoughMemory.
+        """
+
+    def bands(self, picture: Tensor, *, scale: float, generator: Generators, **call: Any) -> Output:
+        """A picture [3, h, w] in [0, 1] whose result is never whole in memory: `images` are bands of it, [3, n, W] from the top down.
+
+        Asked only where `strips` has none; with the same tiles, the pixels are those of one piece. Errors as a call's.
         """
 
     def __call__(
@@ -152,6 +159,9 @@ class AroundNetworks(Generic[O]):
 
     def strips(self, size: tuple[int, int], *, scale: float, held: int, **call: Any) -> tuple[list[Strip], dict[str, Any]] | None:
         return None
+
+    def bands(self, picture: Tensor, *, scale: float, generator: Generators, **call: Any) -> Output:
+        raise NotImplementedError
 
     def _settled(self, call: Mapping[str, Any], scale: float | None, output_type: str) -> tuple[float, O, list[str]]:
         """Scale and options of a call, checked, and notes."""

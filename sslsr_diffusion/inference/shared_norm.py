@@ -20,6 +20,11 @@ class SharedGroupNorm:
         self._norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
         self._seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to share."""
+        return bool(self._norms)
+
     def recording(self) -> AbstractContextManager[None]:
         return _hooks(self._norms, self._record)
 

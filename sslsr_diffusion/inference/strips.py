@@ -1,35 +1,26 @@
-"""Pictures too large for memory, strip by strip: rows are read, upscaled and handed on to be written.
+"""Pictures too large for memory, strip by strip: made, and handed on to be written, so that the pixels are those of one piece.
 
-A strip has more rows than it answers for. Where tiles of a plain network are all that a result depends on, strips begin and end with
-rows of tiles of the whole picture, and the result is that of one piece. Other restorers see a strip as a picture of its own; where two
-strips meet, one fades into the other.
+Plain networks make a strip from some rows of the input, which begin and end with rows of tiles of the whole picture. Latent ones have
+the input whole, and hand their result on in bands (`bands.py`).
 """
 
-import math
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sslsr_diffusion.devices import free_bytes
 from sslsr_diffusion.errors import NotEnoughMemory
-from sslsr_diffusion.images import Image, OpenPicture, Pixels, resize_bicubic, to_array, to_tensor
+from sslsr_diffusion.images import Image, OpenPicture, resize_bicubic, to_array, to_tensor
 from sslsr_diffusion.inference.progress import piece
+from sslsr_diffusion.inference.resampling import bicubic_taps
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.inference.tiling import Strip
 
 _BYTES = 4 * 3 * 6  # per output pixel: float32 copies of a picture that exist at once, about
-_SHARED = 32  # low-resolution rows in which a strip that is a picture of its own fades into the next
-_LEAST = 4 * _SHARED
-
-
-def whole_rows(scale: float) -> int | None:
-    """The fewest rows that `scale` turns into whole rows; None where that takes more than a thousand."""
-    return next((rows for rows in range(1, 1001) if math.isclose(scale * rows, round(scale * rows), abs_tol=1e-9)), None)
 
 
 def upscaled(
@@ -46,20 +37,16 @@ def upscaled(
     budget = call.get("memory_budget")
     held = 0 if picture.streams else 4 * height * width
     room = (free_bytes(torch.device("cpu")) if budget is None else budget) - held
-    taken, make = _BYTES * height * width * scale * scale, _Maker(restorer, scale, seed, call)
-    fits, image = whole_rows(scale) is not None, None
-    if taken <= room / 2 or not fits:
-        try:
+    make, image = _Maker(restorer, scale, seed, call), None
+    if _BYTES * height * width * scale * scale <= room / 2:
+        with contextlib.suppress(NotEnoughMemory):
             image = make(picture.read())
-        except NotEnoughMemory:
-            if not fits or height <= _LEAST:
-                raise
     if image is not None:
         yield image
         return
     picture, planned = opened(), restorer.strips(picture.size, scale=scale, held=held, **call)
     if planned is None:
-        yield from _faded(make, picture, opened, scale, int(height * room / taken))
+        yield from make.bands(picture.read())
         return
     strips, make.call = planned
     if len(strips) > 1:
@@ -79,66 +66,51 @@ class _Maker:
     gray: bool | None = None  # whether the picture has no colour; None: as what is given
 
     def __call__(self, image: Image) -> Image:
-        generator = torch.Generator().manual_seed(self.seed)
-        given = to_tensor(image.visible)
-        output = self.restorer(given, scale=self.scale, generator=generator, output_type="pt", **self.call)
+        output = self.restorer(to_tensor(image.visible), scale=self.scale, generator=self._generator(), output_type="pt", **self.call)
+        size = height, width = self._size(image)
         answer: Tensor = output.images[0]
-        height, width = (max(1, round(self.scale * side)) for side in image.size)
         if tuple(answer.shape) != (3, height, width):
             raise ValueError(f"expected {width} x {height} pixels from the model, got {list(answer.shape)}")
-        dtype, alpha = image.rgb.dtype, None
-        if image.colourless if self.gray is None else self.gray:
-            answer = answer.mean(dim=0, keepdim=True).expand(3, -1, -1)
-        if image.alpha is not None:
-            alpha = to_array(resize_bicubic(to_tensor(image.alpha)[None], (height, width))[0], dtype)[..., 0]
-        return replace(image, rgb=to_array(answer, dtype), alpha=alpha, notes=(*image.notes, *output.notes))
+        gray = image.colourless if self.gray is None else self.gray
+        alpha = None if image.alpha is None else resize_bicubic(to_tensor(image.alpha)[None], size)[0]
+        return _image(image, answer, alpha, gray, output.notes)
+
+    def bands(self, image: Image) -> Iterator[Image]:
+        """The same in bands of rows."""
+        output = self.restorer.bands(to_tensor(image.visible), scale=self.scale, generator=self._generator(), **self.call)
+        gray, top = image.colourless, 0
+        rows, columns = bicubic_taps(image.size, self._size(image))
+        for band in output.images:
+            alpha, of_band = None, rows.at(top, top + band.shape[-2])
+            if image.alpha is not None:
+                first, last = of_band.span
+                alpha = of_band.of(columns.of(to_tensor(image.alpha[first:last]), -1), -2, first)
+            top += band.shape[-2]
+            yield _image(image, band, alpha, gray, output.notes)
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def _size(self, image: Image) -> tuple[int, int]:
+        height, width = (max(1, round(self.scale * side)) for side in image.size)
+        return height, width
+
+
+def _image(image: Image, rgb: Tensor, alpha: Tensor | None, gray: bool, notes: list[str]) -> Image:
+    """These pixels, [3, H, W] and [1, H, W], with the depth and the blocks of the original; of one colour where `gray`."""
+    rgb = rgb.mean(dim=0, keepdim=True).expand(3, -1, -1) if gray else rgb
+    dtype = image.rgb.dtype
+    return replace(
+        image,
+        rgb=to_array(rgb, dtype),
+        alpha=None if alpha is None else to_array(alpha, dtype)[..., 0],
+        notes=(*image.notes, *notes),
+    )
 
 
 def _colourless(picture: OpenPicture, strips: Iterable[Strip]) -> bool:
     """Told from all rows, before the first strip: one that is gray may be part of a picture that is not."""
     return all(picture.read(strip.top, strip.bottom).colourless for strip in strips)
-
-
-def _faded(make: _Maker, picture: OpenPicture, opened: Callable[[], OpenPicture], scale: float, rows: int) -> Iterator[Image]:
-    """Strips of at most `rows` rows, or of fewer where memory does not allow them; neighbours share rows and fade into each other."""
-    unit = whole_rows(scale) or 1
-    height, shared = picture.size[0], -(-_SHARED // unit) * unit
-    step = max(_LEAST, min(rows, height)) // unit * unit
-    ramp = (np.arange(round(scale * shared), dtype=np.float32) + 0.5)[:, None, None] / round(scale * shared)
-    while True:
-        tops = range(0, max(1, height - shared), step)
-        strips = [Strip(top, min(top + step + shared, height), top, top + step) for top in tops]
-        try:
-            make.gray = _colourless(opened(), strips)
-            with piece(0, len(strips), "strip"):
-                image = make(picture.read(0, strips[0].bottom))
-            break
-        except NotEnoughMemory:
-            if step // 2 < _LEAST:
-                raise
-            step = min(step, height) // 2 // unit * unit
-    if len(strips) > 1:
-        note = f"made in strips of {step} rows that fade into each other: memory is too short for the picture in one piece"
-        image = replace(image, notes=(*image.notes, note))
-    for number, strip in enumerate(strips[1:], start=1):
-        yield _rows(image, 0, len(image.rgb) - len(ramp))
-        end = _rows(image, len(image.rgb) - len(ramp), len(image.rgb))
-        with piece(number, len(strips), "strip"):
-            below = make(picture.read(strip.top, strip.bottom))
-        image = _over(end, below, ramp)
-    yield image
-
-
-def _over(end: Image, image: Image, ramp: NDArray[np.floating]) -> Image:
-    """The first rows of a strip, over which the end of the one above it fades."""
-
-    def mixed(above: Pixels, below: Pixels) -> Pixels:
-        weight = ramp[..., 0] if below.ndim == 2 else ramp
-        first = np.round(above * (1 - weight) + below[: len(ramp)] * weight).astype(below.dtype)
-        return np.concatenate([first, below[len(ramp) :]])
-
-    alpha = None if image.alpha is None or end.alpha is None else mixed(end.alpha, image.alpha)
-    return replace(image, rgb=mixed(end.rgb, image.rgb), alpha=alpha)
 
 
 def _rows(image: Image, top: int, bottom: int) -> Image:

@@ -91,6 +91,7 @@ def plan_tiles(
     batch: int = 1,
     guided: bool = False,
     limits: Mapping[str, int] | None = None,
+    beside: tuple[int, int] | None = None,
 ) -> TilePlan:
     """Padded size and tiles for `pictures` pictures of height x width output pixels.
 
@@ -102,6 +103,8 @@ def plan_tiles(
         memory: gives the estimates; called only for "auto" and for a budget.
         batch: samples per network call (the denoiser's are doubled when `guided`).
         limits: sides (by part) and "batch" above which memory ran out before.
+        beside: of a result that is made in bands, the rows that are worked on beside a row of the autoencoder's tiles, and the bytes of
+            what it is made from; None: pictures are whole in memory.
     Raises:
         UserError: an impossible tile or overlap.
         NotEnoughMemory: the budget is below what the smallest tiles take (the message says how much that is).
@@ -112,18 +115,21 @@ def plan_tiles(
     asked = {"tile": _asked("tile", tile, longest, size), "vae_tile": _asked("vae_tile", vae_tile, longest, vae_tiles(vae_scale))}
     sides = {"tile": _sides(longest, size), "vae_tile": _vae_sides(longest, vae_scale)}
 
-    def beside() -> int:
-        return memory().picture_bytes(*padded, pictures)
+    def copies(part: str, side: int) -> int:
+        if beside is None:
+            return memory().picture_bytes(*padded, pictures)
+        rows, held = beside
+        return held + memory().picture_bytes(*padded, pictures, side + rows if part == "vae_tile" else 0)
 
     def cost(part: str, side: int) -> int:
         h, w = (min(side, edge) // vae_scale for edge in padded)
         samples = batch if side < longest else min(batch, pictures)
         weights = memory().weight_bytes(room.offload) if room.strict or room.offload != "none" else (0, 0)
         if part == "tile":
-            return weights[0] + beside() + memory().denoise_bytes(h, w, samples * (2 if guided else 1), steady=room.strict)
-        return weights[1] + beside() + memory().codec_bytes(h, w, samples, steady=room.strict)
+            return weights[0] + copies(part, side) + memory().denoise_bytes(h, w, samples * (2 if guided else 1), steady=room.strict)
+        return weights[1] + copies(part, side) + memory().codec_bytes(h, w, samples, steady=room.strict)
 
-    chosen = {part: _choose(part, asked[part], sides[part], limits.get(part), cost, beside, room) for part in asked}
+    chosen = {part: _choose(part, asked[part], sides[part], limits.get(part), cost, copies, room) for part in asked}
     if room.strict:
         _check_budget(chosen, asked, sides, cost, room)
     side, vae_side = chosen["tile"], chosen["vae_tile"]
@@ -145,22 +151,20 @@ def plan_tiles(
     return plan
 
 
-def _choose(
-    part: str, asked: int | None, sides: Sequence[int], limit: int | None, cost: Cost, beside: Callable[[], int], room: Room
-) -> int:
+def _choose(part: str, asked: int | None, sides: Sequence[int], limit: int | None, cost: Cost, copies: Cost, room: Room) -> int:
     """The side that was asked for, or the largest that fits the room; below `limit` either way.
 
     Where already the picture's own copies do not fit, no tile could mend that, so they are left out of the account.
     """
     if asked is not None:
         return min(asked, limit or asked)
-    possible, copies = [side for side in sides if limit is None or side <= limit], beside()
-    spared = copies if copies > room.bytes and not room.strict else 0
-    for side in possible:
+    beside = copies(part, sides[-1])
+    spared = beside if beside > room.bytes and not room.strict else 0
+    for side in (side for side in sides if limit is None or side <= limit):
         if cost(part, side) - spared <= room.bytes:
             if spared:
                 log.warning(
-                    "the picture's own copies need about %s, free are %s; %s %d", *map(shown_bytes, (copies, room.bytes)), part, side
+                    "the picture's own copies need about %s, free are %s; %s %d", *map(shown_bytes, (beside, room.bytes)), part, side
                 )
             return side
     least = sides[-1]

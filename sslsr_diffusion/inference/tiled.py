@@ -2,8 +2,10 @@
 an autoencoder and back (how an autoencoder alone is judged)."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from sslsr_diffusion.errors import NotEnoughMemory
 from sslsr_diffusion.inference.progress import piece
 from sslsr_diffusion.inference.shared_norm import SharedGroupNorm
 from sslsr_diffusion.inference.tile_plan import within_memory
-from sslsr_diffusion.inference.tiling import Box, blend, tile_boxes
+from sslsr_diffusion.inference.tiling import Box, Parts, bands, blend, joined, run_tiles, tile_boxes
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.condition import Condition, Text, guided
 from sslsr_diffusion.models.networks import working_dtype
@@ -31,42 +33,67 @@ class TiledCodec:
         """Tile and overlap in latent pixels; `batch_size` tiles, or whole pictures, per call of the network."""
         self.codec, self.tile, self.overlap, self.batch_size = codec, tile, overlap, batch_size
 
-    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor | Parts, noise: Tensor) -> Tensor:
         """`Codec.encode`. Samples are linear in mean and deviation: blending those of one noise field blends both."""
-        return self._by_picture(lambda tiles, _: self.codec.encode(*tiles), [pixels, noise], [self.codec.scale, 1], noise.shape[-2:])
+        return self._whole(_Job(lambda tiles, _: self.codec.encode(*tiles), [pixels, noise], [self.codec.scale, 1]), noise)
 
     def decode(self, latents: Tensor, picture: Tensor | None = None, fidelity: float = 1.0) -> Tensor:
         """`Codec.decode`, with CFW's features taken from `picture` [B, 3, H, W] tile by tile where it is given."""
-        size = latents.shape[-2:]
+        return self._whole(self._decoding(latents, picture, fidelity), latents)
+
+    def decoded(self, latents: Tensor, picture: Tensor | Parts | None, fidelity: float) -> Callable[[], Iterator[Tensor]]:
+        """`decode` of one picture in bands from the top down, as often as they are asked for; the statistics are taken once, now."""
+        return self._bands(self._decoding(latents, picture, fidelity), 0, self._boxes(latents))
+
+    def _decoding(self, latents: Tensor, picture: Tensor | Parts | None, fidelity: float) -> "_Job":
         if picture is None or fidelity == 0:
-            return self._by_picture(lambda tiles, _: self.codec.decode(tiles[0]), [latents], [1], size)
+            return _Job(lambda tiles, _: self.codec.decode(tiles[0]), [latents], [1])
 
         def run(tiles: list[Tensor], _: list[int]) -> Tensor:
             z, pixels = tiles
             _z, features = self.codec.encode_with_features(pixels, torch.zeros_like(z))
             return self.codec.decode(z, features, fidelity)
 
-        return self._by_picture(run, [latents, picture], [1, self.codec.scale], size)
+        return _Job(run, [latents, picture], [1, self.codec.scale])
 
-    def _by_picture(
-        self, run: Callable[[list[Tensor], list[int]], Tensor], inputs: Sequence[Tensor], zooms: Sequence[int], size: Sequence[int]
-    ) -> Tensor:
+    def _boxes(self, latents: Tensor) -> list[Box]:
+        height, width = latents.shape[-2:]
+        return tile_boxes(height, width, self.tile or max(height, width), self.overlap if self.tile else 0)
+
+    def _whole(self, job: "_Job", latents: Tensor) -> Tensor:
         """Picture by picture, because the tiles of one share their GroupNorm statistics; all together when there is nothing to tile."""
-        height, width = size
-        boxes = tile_boxes(height, width, self.tile or max(size), self.overlap if self.tile else 0)
+        boxes, samples = self._boxes(latents), range(len(latents))
         if len(boxes) == 1:
-            return blend(run, inputs, boxes, zooms=zooms, batch_size=self.batch_size)
+            return joined(bands(*job[:2], boxes, samples=samples, zooms=job.zooms, batch_size=self.batch_size), boxes)
         pictures = []
-        for sample in range(len(inputs[0])):
-            own = [x[sample : sample + 1] for x in inputs]
-            norms = SharedGroupNorm(self.codec.vae)
-            with norms.recording(), piece(0, 2):
-                for number, box in enumerate(boxes):
-                    with piece(number, len(boxes), "tile"):
-                        run([box.scaled(z).of(x) for x, z in zip(own, zooms)], [0])
-            with norms.applying(), piece(1, 2):
-                pictures.append(blend(run, own, boxes, zooms=zooms, batch_size=self.batch_size, overlap=self.overlap))
+        for sample in samples:
+            with piece(0, 2):
+                made = self._bands(job, sample, boxes)
+            with piece(1, 2):
+                pictures.append(joined(made(), boxes))
         return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
+
+    def _bands(self, job: "_Job", sample: int, boxes: list[Box]) -> Callable[[], Iterator[Tensor]]:
+        norms = SharedGroupNorm(self.codec.vae)
+        shared = norms.any and len(boxes) > 1
+        if shared:
+            with norms.recording():
+                for _ in run_tiles(job.run, job.inputs, boxes, samples=[sample], zooms=job.zooms):
+                    pass
+
+        def run(tiles: list[Tensor], numbers: list[int]) -> Tensor:
+            with norms.applying() if shared else nullcontext():  # tile by tile: between two bands the networks are as they were
+                return job.run(tiles, numbers)
+
+        return lambda: bands(run, job.inputs, boxes, samples=[sample], zooms=job.zooms, batch_size=self.batch_size, overlap=self.overlap)
+
+
+class _Job(NamedTuple):
+    """What runs on tiles, what they are cut from, and how many pixels of that lie along a side of a latent one."""
+
+    run: Callable[[list[Tensor], list[int]], Tensor]
+    inputs: list[Tensor | Parts]
+    zooms: list[int]
 
 
 class TiledDenoiser:

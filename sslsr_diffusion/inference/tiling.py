@@ -1,7 +1,8 @@
 """Overlapping tiles: where they lie, how they are weighed, how their results become one picture."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -116,6 +117,57 @@ TILE_WEIGHTS = ("smooth", "gaussian", "original", "middle")
 _TRACE = 1e-9  # below float32's precision beside a weight of 1, yet a weight where no other tile is
 
 
+class Parts(Protocol):
+    """[1, C, H, W] that is never whole in memory."""
+
+    def part(self, box: Box) -> Tensor:
+        """[C, h, w], made when it is asked for."""
+
+
+def run_tiles(
+    run: Callable[[list[Tensor], list[int]], Tensor],
+    inputs: Sequence[Tensor | Parts],
+    boxes: Sequence[Box],
+    *,
+    samples: Sequence[int] = (0,),
+    zooms: Sequence[int] | None = None,
+    batch_size: int = 1,
+) -> Iterator[tuple[int, Box, Tensor]]:
+    """Place among `samples`, rectangle and result [C, h, w] float32 of each tile; arguments as `bands`."""
+    zooms = zooms or [1] * len(inputs)
+    chunks = list(batches([(place, box) for box in boxes for place in range(len(samples))], batch_size))
+    for number, chunk in enumerate(chunks):
+        tiles = [torch.stack([_part(x, samples[place], box.scaled(z)) for place, box in chunk]) for x, z in zip(inputs, zooms)]
+        with piece(number, len(chunks), "tile" if batch_size == 1 else "batch of tiles"):
+            made = run(tiles, [samples[place] for place, _ in chunk])
+        for (place, box), result in zip(chunk, made):
+            yield place, box, result.float()
+
+
+def bands(
+    run: Callable[[list[Tensor], list[int]], Tensor],
+    inputs: Sequence[Tensor | Parts],
+    boxes: Sequence[Box],
+    *,
+    samples: Sequence[int] = (0,),
+    zooms: Sequence[int] | None = None,
+    batch_size: int = 1,
+    overlap: int = 0,
+    weights: str = "smooth",
+) -> Iterator[Tensor]:
+    """`blend` from the top down, for pictures that are never whole in memory: the rows above each row of tiles once they are final.
+
+    Arguments as `blend`; `samples` are the pictures that are made. Yields [len(samples), C, n z, W z] float32.
+    """
+    boxes = sorted(boxes)
+    results = run_tiles(run, inputs, boxes, samples=samples, zooms=zooms, batch_size=batch_size)
+    if len(boxes) == 1:
+        whole = [result for _, _, result in results]
+        yield whole[0][None] if len(whole) == 1 else torch.stack(whole)
+        return
+    yield from _weighted_mean(results, boxes, len(samples), overlap, weights)
+
+
 def blend(
     run: Callable[[list[Tensor], list[int]], Tensor],
     inputs: Sequence[Tensor],
@@ -131,7 +183,7 @@ def blend(
     Args:
         run: (the n tiles of one batch, cut from each input, [n, C_i, h_i, w_i]; their n sample numbers) -> [n, C, h, w].
         inputs: tensors [B, C_i, H zoom_i, W zoom_i] that are cut together.
-        boxes: rectangles of equal size on the H x W grid.
+        boxes: rectangles of equal size on the H x W grid; they run row by row.
         zooms: per input, how many of its pixels a cell of the grid has along a side; None: one.
         batch_size: tiles (of any sample) per call of `run`.
         overlap: cells that neighbouring tiles share at least.
@@ -139,38 +191,51 @@ def blend(
     Returns:
         [B, C, H z, W z] float32; z is read off the first result.
     """
-    units = [(sample, box) for box in boxes for sample in range(len(inputs[0]))]
-    zooms = zooms or [1] * len(inputs)
+    samples = range(len(inputs[0]))
+    return joined(bands(run, inputs, boxes, samples=samples, zooms=zooms, batch_size=batch_size, overlap=overlap, weights=weights), boxes)
 
-    def results() -> Iterator[tuple[int, Box, Tensor]]:
-        chunks = list(batches(units, batch_size))
-        for number, chunk in enumerate(chunks):
-            tiles = [torch.stack([box.scaled(z).of(x[sample]) for sample, box in chunk]) for x, z in zip(inputs, zooms)]
-            with piece(number, len(chunks), "tile" if batch_size == 1 else "batch of tiles"):
-                made = run(tiles, [sample for sample, _ in chunk])
-            for (sample, box), result in zip(chunk, made):
-                yield sample, box, result.float()
 
+def joined(parts: Iterator[Tensor], boxes: Sequence[Box]) -> Tensor:
+    """What `bands` made of these boxes, as one tensor; never twice in memory."""
+    first = next(parts)
     if len(boxes) == 1:
-        whole = [result for _, _, result in results()]
-        return whole[0][None] if len(whole) == 1 else torch.stack(whole)
-    return _weighted_mean(results(), boxes, len(inputs[0]), overlap, weights)
-
-
-def _weighted_mean(results: Iterator[tuple[int, Box, Tensor]], boxes: Sequence[Box], samples: int, overlap: int, weights: str) -> Tensor:
+        return first
     height, width = max(b.top + b.height for b in boxes), max(b.left + b.width for b in boxes)
-    total: Tensor | None = None
+    whole = first.new_empty((*first.shape[:-2], height * (first.shape[-1] // width), first.shape[-1]))
+    top = 0
+    for part in itertools.chain([first], parts):
+        whole[..., top : top + part.shape[-2], :] = part
+        top += part.shape[-2]
+    return whole
+
+
+def _part(source: Tensor | Parts, sample: int, box: Box) -> Tensor:
+    return box.of(source[sample]) if isinstance(source, Tensor) else source.part(box)
+
+
+def _weighted_mean(
+    results: Iterator[tuple[int, Box, Tensor]], boxes: Sequence[Box], samples: int, overlap: int, weights: str
+) -> Iterator[Tensor]:
+    """`boxes` and `results` row by row; a row of tiles is all that is kept."""
+    width, top = max(b.left + b.width for b in boxes), 0
+    total: Tensor | None = None  # sums of the row of tiles at `top`
     for sample, box, result in results:
         if total is None:
             zoom = result.shape[-1] // box.width
             weight = tile_weights(result.shape[-2], result.shape[-1], weights, overlap * zoom).to(result)
-            total = result.new_zeros((samples, result.shape[0], height * zoom, width * zoom))
+            total = result.new_zeros((samples, result.shape[0], box.height * zoom, width * zoom))
             cover = result.new_zeros(total.shape[-2:])
-            for each in boxes:
-                each.scaled(zoom).of(cover).add_(weight)
-        box.scaled(zoom).of(total[sample]).add_(result * weight)
+        if box.top > top:
+            done, top = (box.top - top) * zoom, box.top
+            finished = total[..., :done, :] / cover[:done]
+            total, cover = (torch.cat([sums[..., done:, :], torch.zeros_like(sums[..., :done, :])], dim=-2) for sums in (total, cover))
+            yield finished
+        across = slice(box.left * zoom, (box.left + box.width) * zoom)
+        total[sample, ..., across].add_(result * weight)
+        if sample == 0:
+            cover[:, across].add_(weight)
     assert total is not None
-    return total.div_(cover)
+    yield total.div_(cover)
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

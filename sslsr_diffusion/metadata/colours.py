@@ -68,6 +68,25 @@ def profile_of(chunks: Mapping[bytes, bytes], gray: bool) -> bytes | None:
     return _profile(places, _parametric((1 / gamma,)) if b"gAMA" in chunks else _curve(13), gray)
 
 
+def romm_profile() -> bytes:
+    """ROMM RGB (ISO 22028-2): its primaries, and its curve, 1.8 with a straight beginning."""
+    places = np.array([(0.3457, 0.3585), (0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001)])
+    return _profile(places, _parametric((1.8, 1.0, 0.0, 1 / 16, 1 / 32)), False)
+
+
+def srgb_of_sycc(values: NDArray[np.uint8 | np.uint16], middle: float) -> NDArray[np.uint8 | np.uint16]:
+    """[H, W, C] of 16 bits: the first three channels by BT.601's matrix (IEC 61966-2-1, amendment 1), others as they are.
+
+    `middle`: the share of white at which there is no colour. Raises ValueError: fewer channels.
+    """
+    if values.shape[2] < 3:
+        raise ValueError(f"sYCC with {values.shape[2]} channels; expected three or more")
+    luma, blue, red = np.moveaxis(values[..., :3].astype(np.float32), 2, 0)
+    blue, red = blue - 65535 * middle, red - 65535 * middle
+    rgb = np.stack([luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue], axis=2)
+    return np.concatenate([(rgb.clip(0, 65535) + 0.5).astype(np.uint16), values[..., 3:]], axis=2)
+
+
 def _parametric(numbers: tuple[float, ...]) -> bytes:
     return b"para" + struct.pack(">IHH", 0, 3 if len(numbers) > 1 else 0, 0) + _fixed(numbers)
 

@@ -4,8 +4,6 @@ import struct
 from collections.abc import Sequence
 from typing import BinaryIO, NamedTuple
 
-from sslsr_diffusion.errors import UserError
-
 Bytes = bytes | bytearray | memoryview
 ORIENTATION, _EXIF, _GPS, _INTEROP, _LARGEST = 0x0112, 0x8769, 0x8825, 0xA005, 64 << 20
 _SUBDIRECTORIES: tuple[tuple[int, ...], ...] = ((_EXIF, _GPS), (_INTEROP,), ())  # by depth
@@ -142,38 +140,82 @@ def density(exif: bytes) -> tuple[float, float] | None:
     return (per_unit * across[0] / across[1], per_unit * down[0] / down[1]) if all((*across, *down)) else None
 
 
-def entries_for_tiff(exif: bytes) -> tuple[str, dict[int, bytes]]:
-    """Byte order of a block, and its first directory's entries as they stand (tag -> 12 bytes), for a TIFF file that begins with it."""
+def has(exif: bytes, tag: int) -> bool:
+    """Whether a block's first directory has this tag."""
     form = Form.of(exif)
-    (number,) = struct.unpack_from(form.order + "H", exif, form.first)
-    sound = {entry.tag for entry in form.directory(exif, form.first).entries} - PIXEL_TAGS
-    rows = [exif[at : at + 12] for at in range(form.first + 2, min(form.first + 2 + 12 * number, len(exif) - 11), 12)]
-    return form.order, {tag: row for row in rows if (tag := struct.unpack_from(form.order + "H", row)[0]) in sound}
+    return any(entry.tag == tag for entry in form.directory(exif, form.first).entries)
 
 
 Tag = tuple[int, int, bytes]  # type, count, value
 
 
 def numbers(order: str, kind: int, values: Sequence[int]) -> Tag:
-    """SHORT (3), LONG (4) or RATIONAL (5, as pairs of numbers)."""
-    letter = "H" if kind == 3 else "I"
+    """SHORT (3), LONG (4), LONG8 (16) or RATIONAL (5, as pairs of numbers)."""
+    letter = {3: "H", 16: "Q"}.get(kind, "I")
     return kind, len(values) // (2 if kind == 5 else 1), struct.pack(f"{order}{len(values)}{letter}", *values)
 
 
-def write_directory(file: BinaryIO, order: str, entries: dict[int, bytes], tags: dict[int, Tag]) -> None:
-    """End a TIFF file: entries as they stand, tags whose values follow behind, and the pointer at the file's start."""
-    file.write(bytes(file.tell() % 2))
-    start = file.tell()
-    after, values = start + 2 + 12 * len(entries | tags) + 4, bytearray()
+def write_directory(file: BinaryIO, exif: bytes | None, order: str, tags: dict[int, Tag], big: bool) -> None:
+    """End a TIFF file that begins with `exif`, in whose byte order it is: the block's first directory but for the tags of its old pixels,
+    `tags`, and the file's header, which takes the place of the block's.
+
+    `big`: a BigTIFF. What the block points to stays where it is, maker notes too; its directories are written anew in the wider form.
+    """
+    rows = {}
+    if exif:
+        form = Form.of(exif)
+        kept = [entry for entry in form.directory(exif, form.first).entries if entry.tag not in PIXEL_TAGS]
+        rows = _wide_rows(file, exif, form, kept, 0) if big else {e.tag: _narrow_row(exif, form, e) for e in kept}
     for tag, (kind, count, body) in tags.items():
-        at = struct.pack(order + "I", after + len(values)) if len(body) > 4 else body.ljust(4, b"\0")
-        values += body + bytes(len(body) % 2) if len(body) > 4 else b""
-        entries = entries | {tag: struct.pack(order + "HHI", tag, kind, count) + at}
-    if after + len(values) > 0xFFFFFFFF:
-        raise UserError("the picture is larger than the 4 GB that TIFF can hold; use PNG.")
-    file.write(struct.pack(order + "H", len(entries)) + b"".join(entries[tag] for tag in sorted(entries)) + bytes(4) + values)
+        rows[tag] = _row(file, order, tag, kind, count, body, big)
+    start = _end(file, order, rows, big)
     file.seek(0)
-    file.write((b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", start))
+    mark = {"<": b"II", ">": b"MM"}[order]
+    file.write(mark + (struct.pack(order + "HHHQ", 43, 8, 0, start) if big else struct.pack(order + "HI", 42, start)))
+
+
+def _row(file: BinaryIO, order: str, tag: int, kind: int, count: int, body: bytes, big: bool) -> bytes:
+    """An entry; its value goes to the file where it does not fit into the entry."""
+    inline, offset = (8, "Q") if big else (4, "I")
+    if len(body) > inline:
+        file.write(bytes(file.tell() % 2))
+        place = file.tell()
+        file.write(body)
+        body = struct.pack(order + offset, place)
+    return struct.pack(order + "HH" + offset, tag, kind, count) + body.ljust(inline, b"\0")
+
+
+def _narrow_row(exif: bytes, form: Form, entry: Entry) -> bytes:
+    """An entry as it stands."""
+    value = exif[entry.at : entry.at + 4].ljust(4, b"\0") if entry.size <= 4 else struct.pack(form.order + "I", entry.at)
+    return struct.pack(form.order + "HHI", entry.tag, entry.kind, entry.length) + value
+
+
+def _wide_rows(file: BinaryIO, exif: bytes, form: Form, entries: Sequence[Entry], depth: int) -> dict[int, bytes]:
+    """The entries of a BigTIFF that begins with the block; directories that they point to go to the file."""
+    rows = {}
+    for entry in entries:
+        kind, count, value = entry.kind, entry.length, exif[entry.at : entry.at + entry.size]
+        if entry.tag in _SUBDIRECTORIES[depth]:
+            try:
+                inner = form.directory(exif, form.number(exif, entry) or len(exif)).entries
+            except struct.error:
+                inner = []  # it leads outside
+            at = _end(file, form.order, _wide_rows(file, exif, form, inner, depth + 1), True)
+            kind, count, value = 16, 1, struct.pack(form.order + "Q", at)  # LONG8: more readers take it than IFD8
+        if len(value) > 8 and entry.at >= 16:  # behind the header
+            rows[entry.tag] = struct.pack(form.order + "HHQQ", entry.tag, kind, count, entry.at)
+        else:
+            rows[entry.tag] = _row(file, form.order, entry.tag, kind, count, value, True)
+    return rows
+
+
+def _end(file: BinaryIO, order: str, rows: dict[int, bytes], big: bool) -> int:
+    """Write a directory that no other follows; where it stands."""
+    file.write(bytes(-file.tell() % 8))
+    start = file.tell()
+    file.write(struct.pack(order + ("Q" if big else "H"), len(rows)) + b"".join(rows[tag] for tag in sorted(rows)) + bytes(8 if big else 4))
+    return start
 
 
 def split_tiff(data: memoryview) -> tuple[dict[int, bytes], bytes | None, list[str]]:

@@ -2,6 +2,7 @@
 
 import re
 import struct
+from collections.abc import Iterator
 
 from sslsr_diffusion.metadata.exif import Form
 
@@ -30,6 +31,33 @@ def jp2(data: memoryview) -> tuple[int, int, int]:
     if white >= 1 << 16:
         raise Refused(f"{white.bit_length()}-bit values; expected up to 16 bits")
     return bottom - top, right - left, white
+
+
+def jp2_space(data: memoryview) -> tuple[int, str]:
+    """Where the number of a JPEG 2000 file's colour space stands in its header, and its name; sRGB where none stands there, or a profile.
+
+    Raises Refused: a space that is not read (ISO 15444-1, table I.10, and ISO 15444-2, table M.25).
+    """
+
+    def boxes(at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+        while at + 8 <= end:
+            length, kind = struct.unpack_from(">I4s", data, at)
+            yield kind, at + 8, min(end, at + length if length >= 8 else end)
+            at += length if length >= 8 else end
+
+    inside = [inner for kind, start, end in boxes(0, len(data)) if kind == b"jp2h" for inner in boxes(start, end)]
+    at, last = next(((start, end) for kind, start, end in inside if kind == b"colr"), (0, 0))
+    if at + 7 > last or data[at] != 1:
+        return 0, "sRGB"
+    (number,) = struct.unpack_from(">I", data, at + 3)
+    if number not in _READ:
+        raise Refused(f"its colours are {_UNREAD.get(number, 'of a kind that we do not know')} (number {number}); save it as sRGB or gray")
+    return at + 3, _READ[number]
+
+
+_READ = {15: "bi-level", 16: "sRGB", 17: "gray", 18: "sYCC", 21: "ROMM RGB"}
+_UNREAD = {0: "bi-level with 0 as white", **dict.fromkeys((1, 3, 4), "YCbCr"), 9: "PhotoYCC", 11: "CMY", 12: "CMYK", 13: "YCCK"}
+_UNREAD |= {14: "CIELab", 19: "CIEJab", 20: "e-sRGB", 22: "YPbPr", 23: "YPbPr", 24: "e-sYCC"}
 
 
 def tiff(data: memoryview) -> dict[int, int]:

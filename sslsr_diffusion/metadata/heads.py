@@ -76,11 +76,11 @@ def jpeg_head(blocks: "Image") -> tuple[bytes, list[str]]:
     return b"".join(b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body for marker, body in segments), notes
 
 
-def tiff_tags(blocks: "Image", order: str, has_density: bool) -> dict[int, tiff.Tag]:
+def tiff_tags(blocks: "Image", order: str) -> dict[int, tiff.Tag]:
     """Tags for a TIFF file's directory beside those of its pixels and its EXIF."""
     bodies = {tiff.XMP: (1, blocks.xmp), tiff.PHOTOSHOP: (1, blocks.iptc), tiff.PROFILE: (7, blocks.icc_profile)}
     tags = {tag: (kind, len(body), body) for tag, (kind, body) in bodies.items() if body}
-    if blocks.density and not has_density:
+    if blocks.density and not (blocks.exif and tiff.has(blocks.exif, 282)):
         tags |= {tag: tiff.numbers(order, 5, (round(each * 10000), 10000)) for tag, each in zip((282, 283), blocks.density)}
         tags[296] = tiff.numbers(order, 3, [2])
     return tags

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sslsr_diffusion.checkup.operator import make_pair
+from sslsr_diffusion.checkup.cases import Case, Inputs
+from sslsr_diffusion.checkup.operator import PATHS, make_pair, run_path
 from sslsr_diffusion.ops import SelfSimilarityLoss
 from sslsr_diffusion.ops.settings import GraphSettings
 
@@ -108,6 +109,12 @@ def loss_call(backend: str, inputs: tuple[Tensor, Tensor, Tensor], backward: boo
     return call
 
 
+def path_call(path: str, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
+    """Values and gradient by one of the CUDA loss's paths, whichever the mask is for."""
+    case = Case((1, 3, *inputs[0].shape[2:]), sigma=0.004)
+    return lambda: run_path(path, Inputs(*inputs), case, (WEIGHT, WEIGHT))
+
+
 def hardware(device: str) -> dict[str, str]:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("numba", "cupy", "numpy"):
@@ -140,6 +147,8 @@ def run(options: argparse.Namespace) -> None:
                     row["baseline"] = measure(loss_call(baseline, inputs, backward), device, min(3, options.repeats), warm_up=1)
                     row["baseline"]["extra_mb"] = peak_extra_mb(baseline, device, case)
                     row["times_faster"] = round(row["baseline"]["median_ms"] / row["ours"]["median_ms"], 1)
+                if device == "cuda" and backward:
+                    row["paths"] = {path: measure(path_call(path, inputs), device, options.repeats)["median_ms"] for path in PATHS}
                 row.update(device=device, backend=ours, baseline_backend=baseline, note=options.note, **hardware(device))
                 with (options.output / f"ssg_{device}.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -156,8 +165,8 @@ def newest_rows(path: Path) -> list[dict[str, Any]]:
 
 
 HEAD = (
-    "| size | mask | rows | pass | median ms (fastest..slowest) | extra MB | baseline ms | baseline MB | times faster |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| size | mask | rows | pass | median ms (fastest..slowest) | extra MB | rows / tiles ms | baseline ms | baseline MB | times faster |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -167,7 +176,8 @@ def table_row(row: dict[str, Any]) -> str:
     spread = f"{ours['median_ms']:.2f} ({ours['fastest_ms']:.2f}..{ours['slowest_ms']:.2f})"
     compared = f"{base['median_ms']:.0f} | {base['extra_mb']:.0f} | {row['times_faster']:.0f}" if base else "- | - | -"
     passes = "forward + backward" if row["backward"] else "forward"
-    return f"| {row['size']} | {mask} | {row['rows']} | {passes} | {spread} | {ours['extra_mb']:.0f} | {compared} |"
+    paths = " / ".join(f"{time:.2f}" for time in row.get("paths", {}).values()) or "-"
+    return f"| {row['size']} | {mask} | {row['rows']} | {passes} | {spread} | {ours['extra_mb']:.0f} | {paths} | {compared} |"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -14,11 +14,12 @@ __device__ __forceinline__ int places(int i, int n, int radius, int (&at)[3]) {
 
 extern "C" __global__ void __launch_bounds__(256)
 ssg_gather(
-    const float* __restrict__ slots,            // [last_tile - first_tile, C, tile_h + 2 r, tile_w + 2 r]
+    const float* __restrict__ slots,            // [last_tile - first_tile, splits, C, tile_h + 2 r, tile_w + 2 r]
     const int* __restrict__ counts,             // [tiles]: a tile without masked pixels has written no slot
     int batch, int channels, int height, int width, int radius,
     int tile_h, int tile_w, int tiles_y, int tiles_x, int first_tile, int last_tile,
-    float* gradient                             // [B, C, H, W]: overwritten by the launch that begins at tile 0, then added to
+    int splits, int overwrite,                  // or added to
+    float* gradient                             // [B, C, H, W]
 ) {
     const size_t index = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= (size_t)batch * channels * height * width) return;
@@ -28,7 +29,7 @@ ssg_gather(
 
     int rows[3], columns[3];
     const int row_count = places(y, height, radius, rows), column_count = places(x, width, radius, columns);
-    float sum = first_tile == 0 ? 0.f : gradient[index];
+    float sum = overwrite != 0 ? 0.f : gradient[index];
     for (int i = 0; i < row_count; ++i)
         for (int j = 0; j < column_count; ++j) {
             const int ty_first = max(0, (rows[i] - slot_h + tile_h) / tile_h), ty_last = min(tiles_y - 1, rows[i] / tile_h);
@@ -37,8 +38,10 @@ ssg_gather(
                 for (int tx = tx_first; tx <= tx_last; ++tx) {
                     const int tile = first_of_image + ty * tiles_x + tx;
                     if (tile < first_tile || tile >= last_tile || counts[tile] == 0) continue;
-                    const float* slot = slots + ((size_t)(tile - first_tile) * channels + c) * slot_h * slot_w;
-                    sum += slot[(rows[i] - ty * tile_h) * slot_w + columns[j] - tx * tile_w];
+                    const size_t slot_size = (size_t)channels * slot_h * slot_w;
+                    const float* at = slots + (tile - first_tile) * splits * slot_size
+                        + ((size_t)c * slot_h + rows[i] - ty * tile_h) * slot_w + columns[j] - tx * tile_w;
+                    for (int split = 0; split < splits; ++split) sum += at[split * slot_size];
                 }
         }
     gradient[index] = sum;

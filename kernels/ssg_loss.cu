@@ -1,54 +1,17 @@
 // The fused self-similarity loss: values and gradient of sr, one visit to each masked pixel. A block owns one tile of pixels.
-//
-//   T = s / Z, s = exp(-dist / kappa), Z = sum_d s (1 when un-normalised)    a = max(T_sr, 1e-10), b = max(T_gt, 1e-10)
-//   L1 = sum |T_sr - T_gt|          KL = sum b (ln b - ln a)          (means are taken by the host)
-//   G = w_L1 sign(T_sr - T_gt) - w_KL (b / a) [T_sr >= 1e-10]         q = sum_d G T_sr (0 when un-normalised)
-//   A = dL/d dist = -(1 / kappa) T_sr (G - q)
-//
 // A whole row stays in the registers of its block, so nothing of size rows * offsets is ever written, and nothing is
-// computed twice. T_sr G is formed as w_L1 sign T_sr - w_KL b, because T_sr b / a = b wherever the clamp lets a gradient pass.
+// computed twice. The formulas stand in ssg_entries.cuh.
 #include "ssg_rows.cuh"
 
-constexpr float kClamp = 1e-10f;
-constexpr float kLogClamp = -23.025850929940457f;
-
-struct RowScale {
-    float inverse_sr, inverse_gt, log_sr, log_gt, log_ratio;    // 1 / Z, ln Z and ln(Z_sr / Z_gt)
-};
-
-// The logarithm of the ratio is taken from the double sums: it is an error common to the whole row, and where the images
-// almost agree KL is of second order while this term is of first.
-__device__ RowScale row_scale(Shared& s, bool normalize) {
+// Every thread learns the scales of the row whose sums are in s.total.
+__device__ RowScale share_scale(Shared& s, bool normalize) {
     if (threadIdx.x == 0) {
-        const double z_sr = normalize ? s.total[0] + 1e-10 : 1., z_gt = normalize ? s.total[1] + 1e-10 : 1.;
-        s.row[0] = (float)(1. / z_sr);
-        s.row[1] = (float)(1. / z_gt);
-        s.row[2] = logf((float)z_sr);
-        s.row[3] = logf((float)z_gt);
-        s.row[4] = log1pf((float)((z_sr - z_gt) / z_gt));
+        const RowScale z = row_scale(s.total[0], s.total[1], normalize);
+        const float values[5] = {z.inverse_sr, z.inverse_gt, z.log_sr, z.log_gt, z.log_ratio};
+        for (int i = 0; i < 5; ++i) s.row[i] = values[i];
     }
     __syncthreads();
     return {s.row[0], s.row[1], s.row[2], s.row[3], s.row[4]};
-}
-
-struct Entry {
-    float l1, kl, weighted;     // the last is T_sr G
-};
-
-__device__ __forceinline__ Entry compare(float e_sr, float e_gt, const RowScale& z, float l1_weight, float kl_weight, float& t_sr) {
-    // __fmul_rn: contracted into the difference below, equal images would no longer cancel
-    t_sr = __fmul_rn(expf(-e_sr), z.inverse_sr);
-    const float t_gt = __fmul_rn(expf(-e_gt), z.inverse_gt);
-    const bool live_sr = t_sr >= kClamp, live_gt = t_gt >= kClamp;
-    const float b = live_gt ? t_gt : kClamp;
-    const float log_a = live_sr ? -e_sr - z.log_sr : kLogClamp, log_b = live_gt ? -e_gt - z.log_gt : kLogClamp;
-    const float difference = t_sr - t_gt;
-    const float sign = (difference > 0.f ? 1.f : 0.f) - (difference < 0.f ? 1.f : 0.f);
-    Entry entry;
-    entry.l1 = fabsf(difference);
-    entry.kl = b * (live_sr && live_gt ? (e_sr - e_gt) + z.log_ratio : log_b - log_a);
-    entry.weighted = l1_weight * sign * t_sr - (live_sr ? kl_weight * b : 0.f);
-    return entry;
 }
 
 extern "C" __global__ void __launch_bounds__(SSG_THREADS, SSG_MIN_BLOCKS)
@@ -104,7 +67,7 @@ ssg_loss(
                     row_sum[1] += expf(-e_gt[round][v]);
                 }
             block_sum(s, row_sum);
-            const RowScale z = row_scale(s, normalize != 0);
+            const RowScale z = share_scale(s, normalize != 0);
 
             float statistics[3] = {0.f, 0.f, 0.f}, t_sr;
 #pragma unroll

@@ -16,6 +16,8 @@
 #ifndef SSG_ROWS_CUH
 #define SSG_ROWS_CUH
 
+#include "ssg_entries.cuh"
+
 constexpr int kSearch = SSG_SEARCH;
 constexpr int kWindow = SSG_WINDOW;
 constexpr int kRadius = kSearch / 2;
@@ -53,11 +55,6 @@ extern __shared__ float4 shared_memory[];
 __device__ __forceinline__ int run_line(int item) { return item % kSearch; }
 __device__ __forceinline__ int run_start(int item) { return item / kSearch * kRun; }
 __device__ __forceinline__ bool is_offset(int item, int v) { return item < kItems && run_start(item) + v < kSearch; }
-
-__device__ __forceinline__ int reflect(int i, int n) {
-    i = i < 0 ? -i : i;
-    return i < n ? i : 2 * (n - 1) - i;
-}
 
 __device__ void clear_shared(Shared& s) {
     for (int i = threadIdx.x; i < kGroup * kPlane; i += kThreads) s.patch[i] = 0.f;

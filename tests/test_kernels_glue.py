@@ -22,7 +22,7 @@ WEIGHTS = (700.0, 900.0)
 def cpu_ops():
     """Gives the custom ops a CPU kernel that emulates: opcheck, autograd and torch.compile then run without a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssg_cuda, "_launcher", lambda device: (EmulatedLauncher(), SHARED_LIMIT))
+        patch.setattr(ssg_cuda, "launcher", lambda device: (EmulatedLauncher(), SHARED_LIMIT))
         for op in (ssg_cuda._loss, ssg_cuda._graph, ssg_cuda._graph_backward):
             op.register_kernel("cpu")(op._init_fn)
         yield

@@ -10,7 +10,8 @@ import torch
 from scripts import load_script
 from ssg_cuda_cases import assert_same_gradient, golden_mask
 
-from sslsr_diffusion.checkup.cases import CASES, Case, Inputs, draw_inputs, make_inputs, reference_graph, reference_loss
+from sslsr_diffusion.checkup.cases import CASES, DENSE_CASES, Case, Inputs, draw_inputs, make_inputs, reference_graph, reference_loss
+from sslsr_diffusion.checkup.operator import run_path
 from sslsr_diffusion.ops import BackendUnavailable, SelfSimilarityLoss, cupy_loader, self_similarity_graph, ssg_cuda, ssg_cuda_launch
 
 cuda = pytest.mark.cuda
@@ -67,6 +68,31 @@ def test_graph_matches_float64_reference(case):
 
 
 @cuda
+@pytest.mark.parametrize("case", DENSE_CASES.values(), ids=DENSE_CASES.keys())
+def test_loss_by_tiles_matches_float64_reference(case):
+    inputs = make_inputs(case)
+    entries = int(inputs.mask.sum()) * case.search**2
+    for weights in ((0.0, 900.0), (700.0, 0.0)):
+        want = reference_loss(inputs, case, weights)
+        sums, gradient = run_path("by tiles", on_gpu(inputs), case, weights)
+        torch.testing.assert_close(sums.cpu() / entries, torch.stack(want[1:3]), rtol=2e-5, atol=0)
+        assert_same_gradient(gradient / entries, want[3])
+
+
+@cuda
+@pytest.mark.parametrize("density", [0.05, 0.2, 1.0])
+def test_both_paths_agree_and_the_loss_chooses_between_them(density):
+    case, inputs = large_case(density, size=200)
+    rows, tiles = (run_path(path, inputs, case, WEIGHTS) for path in ("by rows", "by tiles"))
+    torch.testing.assert_close(rows[0], tiles[0], rtol=1e-5, atol=0)
+    assert (rows[1] - tiles[1]).norm() <= 2e-3 * rows[1].norm()  # near-ties flip the sign of single L1 entries
+    total, *_, gradient = loss_and_gradient(inputs, case)
+    entries = int(inputs.mask.sum()) * 625
+    torch.testing.assert_close(total.double() * entries, WEIGHTS[0] * tiles[0][0] + WEIGHTS[1] * tiles[0][1], rtol=1e-5, atol=0)
+    assert (gradient * entries - tiles[1]).norm() <= 2e-3 * tiles[1].norm()
+
+
+@cuda
 def test_golden_losses():
     pytest.importorskip("safetensors")
     from goldens import load_golden
@@ -107,8 +133,9 @@ def test_golden_graphs():
 
 
 @cuda
-def test_same_input_same_bits():
-    case, inputs = large_case()
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_same_input_same_bits(density):
+    case, inputs = large_case(density)
     first = loss_and_gradient(inputs, case)
     for _ in range(5):
         for one, other in zip(first, loss_and_gradient(inputs, case)):

@@ -43,6 +43,21 @@ CASES = {
     "wide window": Case((1, 3, 18, 17), search=31, window=21, density=0.03),
 }
 
+# for the path that works on whole tiles: 32 rows, and 32 - (window - 1) columns
+DENSE_CASES = {
+    "published": CASES["published"],
+    "un-normalised": CASES["smallest image"],
+    "one channel": CASES["one channel"],
+    "full mask": CASES["full mask"],
+    "window as large as the search": CASES["window as large as the search"],
+    "search of three": CASES["search of three"],
+    "one row and one column past a tile": Case((1, 1, 33, 31), search=7, window=3, density=0.9),
+    "two and a half tiles, two pictures": Case((2, 1, 20, 70), search=5, window=3, density=1.0),
+    "a window cut by two groups of offsets": Case((1, 3, 12, 11), search=15, window=11, density=0.2),
+    "window of fifteen": Case((1, 2, 9, 21), search=17, window=15, density=0.1),
+    "many whole offsets": Case((1, 3, 14, 17), search=27, window=5, density=0.05),
+}
+
 
 class Inputs(NamedTuple):
     sr: Tensor

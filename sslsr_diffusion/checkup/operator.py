@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslsr_diffusion.checkup.cases import CASES, Case, draw_inputs, make_inputs, reference_graph, reference_loss
+from sslsr_diffusion.checkup.cases import CASES, DENSE_CASES, Case, Inputs, draw_inputs, make_inputs, reference_graph, reference_loss
 from sslsr_diffusion.checkup.steps import PACKAGE
-from sslsr_diffusion.ops import SelfSimilarityLoss, apply_mask_stride, self_similarity_graph
+from sslsr_diffusion.ops import SelfSimilarityLoss, apply_mask_stride, self_similarity_graph, ssg_cuda, ssg_cuda_dense
 from sslsr_diffusion.ops.settings import GraphSettings
 
 WEIGHT = 1000.0  # of both terms
+PATHS = {"by rows": 2**30, "by tiles": 1}  # of the CUDA loss: masked pixels from which a tile is dense
 
 
 def machine() -> dict[str, Any]:
@@ -55,6 +56,7 @@ def agreement(backend: str = "cuda", device: str = "cuda", names: tuple[str, ...
 
     Loss values: 2e-5; rows of the graph: 2e-6, absolute; gradients: 3e-5 of their largest entry. At 256 pixels, where float64 would
     take too much memory, against the backend `torch`: 1e-4, and 2e-3 of the gradient's norm (near-ties flip the sign of single entries).
+    The CUDA loss has a path for dense masks: it is asked for whatever the mask, too.
     """
     worst = {"loss": 0.0, "graph": 0.0, "gradient": 0.0, "loss at 256": 0.0, "gradient at 256": 0.0}
     most = {"loss": 2e-5, "graph": 2e-6, "gradient": 3e-5, "loss at 256": 1e-4, "gradient at 256": 2e-3}
@@ -78,11 +80,29 @@ def agreement(backend: str = "cuda", device: str = "cuda", names: tuple[str, ...
         note("graph", float((graph.detach().cpu() - rows).abs().max()), name)
         note("gradient", _largest(torch.autograd.grad(graph, image, cotangent.to(device))[0].cpu().double(), slope), name)
     if backend == "cuda":
-        large = Case((1, 3, 256, 256), sigma=0.004)
-        one, other = (_loss_and_gradient(large, kind, device) for kind in (backend, "torch"))
-        note("loss at 256", float(((torch.stack(one[:3]) - torch.stack(other[:3])) / torch.stack(other[:3])).abs().max()), "256")
-        note("gradient at 256", float((one[3] - other[3]).norm() / other[3].norm()), "256")
+        for density in (0.1, 1.0):
+            large = Case((1, 3, 256, 256), sigma=0.004, density=density)
+            one, other = (_loss_and_gradient(large, kind, device) for kind in (backend, "torch"))
+            name = f"256 pixels, {density:.0%}"
+            note("loss at 256", float(((torch.stack(one[:3]) - torch.stack(other[:3])) / torch.stack(other[:3])).abs().max()), name)
+            note("gradient at 256", float((one[3] - other[3]).norm() / other[3].norm()), name)
+        for name, case in DENSE_CASES.items():
+            inputs = make_inputs(case)
+            entries = int(inputs.mask.sum()) * case.search**2
+            for weights in ((0.0, 900.0), (700.0, 0.0)):
+                want = reference_loss(inputs, case, weights)
+                sums, slope = run_path("by tiles", Inputs(*(tensor.to(device) for tensor in inputs)), case, weights)
+                terms = torch.stack(want[1:3])
+                note("loss", float(((sums.cpu() / entries - terms) / terms).abs().max()), f"{name}, by tiles")
+                note("gradient", _largest(slope.cpu().double() / entries, want[3]), f"{name}, by tiles")
     return worst
+
+
+def run_path(path: str, inputs: Inputs, case: Case, weights: tuple[float, float] = (WEIGHT, WEIGHT)) -> tuple[Tensor, Tensor]:
+    """The CUDA loss by one of PATHS, whatever the mask: sums [L1, KL] and their gradient, as in `ssg_cuda_dense.run_loss`."""
+    launch, shared_limit = ssg_cuda.launcher(inputs.sr.device)
+    settings, least = case.inner(), PATHS[path]
+    return ssg_cuda_dense.run_loss(launch, *inputs, settings, weights, with_gradient=True, shared_limit=shared_limit, least=least)
 
 
 def _largest(got: Tensor, want: Tensor) -> float:
@@ -111,7 +131,11 @@ def make_pair(size: int, density: float, stride: int, device: str) -> tuple[Tens
 
 
 def speed(device: str = "cuda", size: int = 512, densities: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0), repeats: int = 5) -> dict[str, Any]:
-    """Median milliseconds of forward and backward and the peak of extra memory, of the device's own backend and of others beside it."""
+    """Median milliseconds of forward and backward and the peak of extra memory, of the device's own backend and of others beside it.
+
+    On a GPU also the path by rows and that by tiles on a full mask, and the density at which they meet: the first takes its time per
+    masked pixel, the second per tile.
+    """
     found: dict[str, Any] = {}
     for density in densities:
         inputs = make_pair(size, density, 1, device)
@@ -122,7 +146,15 @@ def speed(device: str = "cuda", size: int = 512, densities: tuple[float, ...] = 
             found[f"{name} {density:.0%} ms"] = round(1e3 * seconds, 3)
             if name == "ours":
                 found[f"{name} {density:.0%} MiB"] = round(extra / 2**20, 1)
-    return found
+    return {**found, **_crossing(size, repeats)} if device == "cuda" else found
+
+
+def _crossing(size: int, repeats: int) -> dict[str, float]:
+    case = Case((1, 3, size, size), sigma=0.004)
+    inputs = Inputs(*make_pair(size, 1.0, 1, "cuda"))
+    times = {path: 1e3 * _seconds(lambda: run_path(path, inputs, case), repeats)[0] for path in PATHS}  # noqa: B023  # called here
+    found = {f"full mask {path} ms": round(time, 3) for path, time in times.items()}
+    return {**found, "density where they meet": round(times["by tiles"] / times["by rows"], 3), "assumed": ssg_cuda_dense.crossing(9, 3)}
 
 
 def _losses(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:

@@ -34,7 +34,7 @@ def unavailable(device: torch.device) -> str | None:
         return "its kernels are CUDA, this torch is built for ROCm."
     if problem := _cupy_problem():
         return problem
-    missing = [name for name in ("ssg_loss.cu", "ssg_graph.cu", "ssg_gather.cu") if find_source(name) is None]
+    missing = [name for name in ("ssg_loss.cu", "ssg_dense.cu", "ssg_graph.cu", "ssg_gather.cu") if find_source(name) is None]
     return f"{missing[0]} is neither in {SOURCE_FOLDERS[0]} nor in {SOURCE_FOLDERS[1]}; install the package again." if missing else None
 
 

@@ -1,14 +1,14 @@
 """The CUDA backend: kernels/*.cu behind torch custom ops, so that autograd, torch.compile and opcheck know them.
 
-Both ops compute in float32 and give the same bits for the same input. The loss forms its gradient in the forward pass, while
-a row is in a block's registers: nothing of size N x search^2 is written, backward is one multiplication, and the host never
-waits for the GPU. The graph keeps its own output for backward.
+Both ops compute in float32 and give the same bits for the same input. The loss forms its gradient in the forward pass, row by
+row where the mask is thin and tile by tile where it is dense: nothing of size N x search^2 is written, backward is one
+multiplication, and the host never waits for the GPU. The graph keeps its own output for backward.
 """
 
 import torch
 from torch import Tensor
 
-from sslsr_diffusion.ops import differentiable_operators
+from sslsr_diffusion.ops import differentiable_operators, ssg_cuda_dense
 from sslsr_diffusion.ops import ssg_cuda_launch as geometry
 from sslsr_diffusion.ops.cupy_loader import CupyLauncher, shared_memory_limit, unavailable
 from sslsr_diffusion.ops.settings import GraphSettings
@@ -41,7 +41,8 @@ def loss(
     return (weighted * share).float(), l1.detach(), kl.detach()
 
 
-def _launcher(device: torch.device) -> tuple[geometry.Launcher, int]:
+def launcher(device: torch.device) -> tuple[geometry.Launcher, int]:
+    """What runs the kernels on a GPU, and the bytes of shared memory that a block may have there."""
     return CupyLauncher(device), shared_memory_limit(device)
 
 
@@ -51,10 +52,10 @@ def _loss(
     l1_weight: float, kl_weight: float, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Sums over rows and offsets in float64: weighted total (0-dim), [L1, KL]; and d total / d sr in float32, or [0]."""
-    launch, shared_limit = _launcher(sr.device)
+    launch, shared_limit = launcher(sr.device)
     settings, weights = GraphSettings(search, window, sigma, normalize), (l1_weight, kl_weight)
     images = (sr.contiguous(), gt.contiguous(), mask.contiguous())
-    sums, gradient = geometry.run_loss(launch, *images, settings, weights, with_gradient=with_gradient, shared_limit=shared_limit)
+    sums, gradient = ssg_cuda_dense.run_loss(launch, *images, settings, weights, with_gradient=with_gradient, shared_limit=shared_limit)
     return l1_weight * sums[0] + kl_weight * sums[1], sums, gradient
 
 
@@ -70,7 +71,7 @@ _loss.register_autograd(differentiable_operators.scale_saved_gradient, setup_con
 
 @torch.library.custom_op("sslsr::ssg_graph", mutates_args=(), device_types="cuda")
 def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool) -> Tensor:
-    launch, shared_limit = _launcher(image.device)
+    launch, shared_limit = launcher(image.device)
     settings = GraphSettings(search, window, sigma, normalize)
     return geometry.run_graph(launch, image.contiguous(), mask.flatten().nonzero().squeeze(1), settings, shared_limit=shared_limit)
 
@@ -79,7 +80,7 @@ def _graph(image: Tensor, mask: Tensor, search: int, window: int, sigma: float, 
 def _graph_backward(
     grad_out: Tensor, out: Tensor, image: Tensor, mask: Tensor, search: int, window: int, sigma: float, normalize: bool
 ) -> Tensor:
-    launch, shared_limit = _launcher(image.device)
+    launch, shared_limit = launcher(image.device)
     settings = GraphSettings(search, window, sigma, normalize)
     tensors = (image.contiguous(), mask.contiguous(), out.contiguous(), grad_out.contiguous())
     return geometry.run_graph_backward(launch, *tensors, settings, shared_limit=shared_limit)

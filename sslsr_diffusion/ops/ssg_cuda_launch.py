@@ -134,7 +134,7 @@ def run_loss(
         args += [np.int32(settings.normalize), np.int32(with_gradient), sums, counts, slots]
         launch("ssg_loss.cu", "ssg_loss", row.defines(), len(tiles), row.threads, row.shared_bytes, args)
         if with_gradient:
-            _gather(launch, tiling, tiles, settings.search, slots, counts, gradient)
+            gather(launch, tiling, tiles, settings.search, slots, counts, gradient, overwrite=tiles.start == 0)
     return sums.sum(0), gradient
 
 
@@ -167,11 +167,15 @@ def run_graph_backward(
         args += [*tiling.arguments(), np.int32(tiles.start), np.float32(1 / settings.kappa(channels)), np.int32(settings.normalize)]
         args += [counts, slots]
         launch("ssg_graph.cu", "ssg_graph_backward", row.defines(), len(tiles), row.threads, row.shared_bytes, args)
-        _gather(launch, tiling, tiles, settings.search, slots, counts, gradient)
+        gather(launch, tiling, tiles, settings.search, slots, counts, gradient, overwrite=tiles.start == 0)
     return gradient
 
 
-def _gather(launch: Launcher, tiling: TileGeometry, tiles: range, search: int, slots: Tensor, counts: Tensor, gradient: Tensor) -> None:
+def gather(
+    launch: Launcher, tiling: TileGeometry, tiles: range, search: int, slots: Tensor, counts: Tensor, gradient: Tensor,
+    *, splits: int = 1, overwrite: bool,
+) -> None:  # fmt: skip
+    """Sums the slots of `tiles`, `splits` of each, into the gradient, or adds them to it."""
     args: list[Argument] = [slots, counts, *(np.int32(side) for side in gradient.shape), np.int32(search // 2), *tiling.arguments()]
-    args += [np.int32(tiles.start), np.int32(tiles.stop), gradient]
+    args += [np.int32(tiles.start), np.int32(tiles.stop), np.int32(splits), np.int32(overwrite), gradient]
     launch("ssg_gather.cu", "ssg_gather", (), ceil(gradient.numel() / 256), 256, 0, args)

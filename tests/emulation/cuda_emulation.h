@@ -177,6 +177,13 @@ T __shfl_down_sync(unsigned, T value, unsigned step) {
     return emulation::from_lane(value, threadIdx.x % 32 + step);
 }
 
+template <class T>
+T __shfl_sync(unsigned, T value, unsigned lane) {
+    return emulation::from_lane(value, lane % 32);
+}
+
+inline void __syncwarp() { emulation::pause(emulation::State::at_warp_barrier); }
+
 inline unsigned __ballot_sync(unsigned, bool predicate) {
     unsigned bits = 0;
     const unsigned self = emulation::block.current, warp = self / 32 * 32;

@@ -62,6 +62,8 @@ def train() -> None:
 def compare_models(models: Sequence[str], more: Sequence[Path]) -> None:
     """One report per test set, with a column for bicubic and for each model."""
     names = [Path(model).name.removesuffix(".safetensors").removesuffix(".pth") for model in models]
+    if len(set(names)) < len(names):
+        sys.exit(f"small_model: expected models of different names, each a column, got {', '.join(names)}; copy or link one of them.")
     for dataset in [*test_sets(), *more]:
         columns = [("bicubic", enlarged(dataset, Image.Resampling.BICUBIC))]
         columns += [(name, upscaled(dataset, model, name)) for name, model in zip(names, models, strict=True)]

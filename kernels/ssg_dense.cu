@@ -132,7 +132,7 @@ struct Pair {
         pixel = y * sr.width + x;
         const float4 four = scales[pixel];
         z = {four.x, four.y, four.z, four.w, ratios[pixel]};
-        return z.inverse_sr > 0.f;
+        return z.inverse_sr != 0.f;  // a row without pixels; NaN is none of those
     }
     __device__ __forceinline__ Entry entry(float dist_sr, float dist_gt, const RowScale& z, float& t_sr) const {
         return compare(__fmul_rn(dist_sr, inverse_kappa), __fmul_rn(dist_gt, inverse_kappa), z, l1_weight, kl_weight, t_sr);

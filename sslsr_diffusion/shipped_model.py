@@ -1,5 +1,6 @@
 """The model that comes with the package: found by its name wherever a folder or a hub id is expected."""
 
+import re
 from pathlib import Path
 
 from sslsr_diffusion.errors import UserError
@@ -21,7 +22,7 @@ def local_folder(name: str) -> Path:
 
 def refuse_earlier(name: str, field: str) -> None:
     """UserError for the name of a model that came with another version of the package."""
-    if name.startswith("small-v"):
+    if re.fullmatch(r"small-v\d+", name):
         raise UserError(
             f"{field}: {name!r} does not come with this version of the package, which has {SMALL}; use that one, "
             f"or the folder of the old one's files (shipped_models/{name} in a version that had it)."

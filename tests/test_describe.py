@@ -11,6 +11,7 @@ import pytest
 import torch
 from network_cases import tiny
 from one_step_cases import save_base, toy_settings, with_loras
+from tiny_runs import save_upscaler
 from x4_models import write_x4
 
 from sslsr_diffusion.errors import UserError
@@ -22,7 +23,7 @@ from sslsr_diffusion.shipped_model import FOLDER, SMALL
 
 def stablesr(folder: Path) -> Path:
     """With a text encoder and a prompt of its own."""
-    shutil.copytree(FOLDER / SMALL, folder)
+    save_upscaler(folder)
     other = write_x4(folder.with_name("x4"))
     index = json.loads((folder / "model_index.json").read_text())
     for part in ("text_encoder", "tokenizer"):

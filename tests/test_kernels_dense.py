@@ -127,6 +127,16 @@ def test_without_a_gradient_the_values_are_the_same():
     assert torch.equal(with_gradient[0], without[0])
 
 
+def test_what_is_no_number_is_not_lost():
+    """As by rows: a prediction that is no number makes a loss that is none, so that a run that diverges is seen."""
+    case = DENSE_CASES["full mask"]
+    inputs = make_inputs(case)
+    broken = inputs.sr.clone()
+    broken[..., broken.shape[-2] // 2, broken.shape[-1] // 2] = float("nan")
+    sums, _, _ = emulate(inputs._replace(sr=broken), case.inner())
+    assert sums.isnan().any()
+
+
 def test_empty_masks_and_strange_pictures():
     case = DENSE_CASES["full mask"]
     inputs = make_inputs(case)

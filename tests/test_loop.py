@@ -56,7 +56,7 @@ def test_a_run_folder_explains_itself(tmp_path):
     with Image.open(tmp_path / "run/pictures/step-000020.png") as grid:
         assert grid.size[0] > 3 * 32
     with Image.open(tmp_path / "run/loss.png") as curves:
-        assert curves.width == 8 * 110  # inches, dots per inch
+        assert curves.width == 1024  # 6.4 inches, 160 dots per inch
     assert read_checkpoint(tmp_path / "run/best").state["progress"]["best"] == pytest.approx(0.01, rel=0.3)
 
 

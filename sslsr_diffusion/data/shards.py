@@ -153,8 +153,11 @@ class _Patient:
 
 def _is_damage(error: Exception) -> bool:
     """Whether it is the bytes that are wrong, and not the way to them: a network's OSErrors have a class or a number of their own."""
+    from datasets.table import CastError
     from pyarrow import ArrowException
 
+    if isinstance(error, CastError):  # a ValueError: sound, but with other columns than the data set's
+        return False
     if isinstance(error, OSError):
         return type(error) in (OSError, gzip.BadGzipFile) and error.errno is None
     return isinstance(error, ValueError | EOFError | tarfile.TarError | zlib.error | lzma.LZMAError | zipfile.BadZipFile | ArrowException)
@@ -169,6 +172,7 @@ def _name_in(shard: Any) -> str | None:
 
 
 def _parquet_problem(path: Path) -> str:
+    from datasets.table import CastError
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

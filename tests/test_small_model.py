@@ -175,12 +175,12 @@ def test_files_keep_gray_and_alpha(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_tiles_make_the_picture_of_one_piece(up: Restorer) -> None:
     low = photograph(PHOTOS[2], 64)
     whole, tiled = restored(up, low, tile=None, vae_tile=None), restored(up, low, tile=128, vae_tile=128)
-    assert (whole - tiled).abs().mean() <= 1 / 255
+    assert (whole - tiled).abs().mean() <= 2 / 255  # tiles of 32 low-resolution pixels have GroupNorm statistics of their own
     assert (whole - whole.mean((1, 2), keepdim=True)).abs().mean() > 10 / 255
 
 
 def test_it_beats_bicubic_where_it_promises_to(up: Restorer) -> None:
-    """Four held-out photographs, mild: SSG distance 5 % lower, NIQE 1.5; PSNR 2 dB lower at most."""
+    """Four held-out photographs, mild: SSG distance 5 % lower, SSIM higher; PSNR half a decibel lower at most."""
     sums: dict[tuple[str, str], float] = {}
     mild = Degradation(DegradationSettings(preset="mild"), 4)
     for index, path in enumerate(PHOTOS):
@@ -189,11 +189,11 @@ def test_it_beats_bicubic_where_it_promises_to(up: Restorer) -> None:
         lr = mild.apply(hr[None], mild.draw(*hr.shape[-2:], generator), generator)[0]
         pictures = {"bicubic": resize_bicubic(lr[None], size=hr.shape[-2:]).clamp(0, 1), "model": restored(up, lr)[None]}
         for who, picture in pictures.items():
-            for name in ("psnr", "ssg_l1", "niqe"):
+            for name in ("psnr", "ssim", "ssg_l1"):
                 reference = hr[None] if METRICS[name].needs_reference else None
                 value = float(METRICS[name].fn(picture, reference, crop_border=0, y_channel=False))
                 sums[who, name] = sums.get((who, name), 0.0) + value / len(PHOTOS)
     shown = {f"{who} {name}": round(value, 6) for (who, name), value in sums.items()}
     assert sums["model", "ssg_l1"] <= 0.95 * sums["bicubic", "ssg_l1"], shown
-    assert sums["model", "niqe"] <= sums["bicubic", "niqe"] - 1.5, shown
-    assert sums["model", "psnr"] >= sums["bicubic", "psnr"] - 2, shown
+    assert sums["model", "ssim"] > sums["bicubic", "ssim"], shown
+    assert sums["model", "psnr"] >= sums["bicubic", "psnr"] - 0.5, shown

@@ -97,6 +97,20 @@ def test_a_damaged_shard_is_left_out_and_named(tmp_path, kind, streaming):
         open_small(settings(source))
 
 
+def test_a_shard_with_other_columns_is_not_called_damaged(tmp_path, monkeypatch, caplog):
+    from pyarrow import parquet
+
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    source = _source(tmp_path, "parquet", 4)
+    shard = sorted(tmp_path.glob("s*"))[1]
+    table = parquet.read_table(shard)
+    parquet.write_table(table.append_column("more", [[1] * len(table)]), shard)
+    remote = ParquetSource(**source | {"path": f"file://{tmp_path}/*.parquet"})
+    with pytest.raises(UserError, match="Couldn.t cast"):
+        list(itertools.islice(Stream(remote, 0), 60))
+    assert "damaged" not in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])
 def test_a_damaged_shard_behind_a_url_is_left_out_while_training(tmp_path, kind, monkeypatch):
     """Nobody looks at it before its turn comes; then the next one follows, and a resume sees the same."""

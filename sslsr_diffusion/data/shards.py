@@ -172,7 +172,6 @@ def _name_in(shard: Any) -> str | None:
 
 
 def _parquet_problem(path: Path) -> str:
-    from datasets.table import CastError
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

@@ -106,7 +106,7 @@ def test_a_shard_with_other_columns_is_not_called_damaged(tmp_path, monkeypatch,
     table = parquet.read_table(shard)
     parquet.write_table(table.append_column("more", [[1] * len(table)]), shard)
     remote = ParquetSource(**source | {"path": f"file://{tmp_path}/*.parquet"})
-    with pytest.raises(UserError, match="Couldn.t cast"):
+    with pytest.raises(UserError, match=r"Couldn't cast"):
         list(itertools.islice(Stream(remote, 0), 60))
     assert "damaged" not in caplog.text
 

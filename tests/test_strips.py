@@ -12,6 +12,7 @@ from one_step_cases import toy
 from restorers import ToyLatents, ToyPixels, upscale_files
 from test_images import big_png, smooth
 from test_latent import FLOW
+from test_out_of_memory import HOST, limited
 from test_pipeline import photo, plain, seeded, with_cfw
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,16 +21,21 @@ from x4_models import write_x4
 from sslsr_diffusion import open_upscaler
 from sslsr_diffusion.errors import NotEnoughMemory
 from sslsr_diffusion.images import Image, OpenPicture, read_image, resize_bicubic, write_image
-from sslsr_diffusion.inference import bands, tiled
+from sslsr_diffusion.inference import bands, latent_work, tiled
 from sslsr_diffusion.inference.direct import DirectRestorer
 from sslsr_diffusion.inference.latent import LatentRestorer
+from sslsr_diffusion.inference.latent_work import LatentWork
+from sslsr_diffusion.inference.memory import MemoryModel
 from sslsr_diffusion.inference.open import restorer_of
+from sslsr_diffusion.inference.progress import listening
 from sslsr_diffusion.inference.resampling import bicubic_taps, linear_taps
 from sslsr_diffusion.inference.runner import RunnerOptions
 from sslsr_diffusion.inference.shared_norm import SharedGroupNorm
 from sslsr_diffusion.inference.strips import upscaled
-from sslsr_diffusion.inference.tiling import strips_of_tiles, tile_offsets
+from sslsr_diffusion.inference.tile_plan import InBands, Room, TilePlan, plan_tiles
+from sslsr_diffusion.inference.tiling import Box, strips_of_tiles, tile_offsets
 from sslsr_diffusion.models.families import FAMILIES
+from sslsr_diffusion.shipped_model import SMALL, local_folder
 
 
 @pytest.fixture
@@ -93,15 +99,28 @@ def opened(kind: str, folder: Path) -> LatentRestorer:
         return (with_cfw() if kind == "cfw" else plain()).restorer
     if kind == "x4":
         return open_upscaler(write_x4(folder), device="cpu")
+    if kind.startswith("rows"):
+        networks = toy("sd", preset="small", lora=None, full=["conv_in"], x0="process" if kind == "rows-adain" else "residual").eval()
+        networks.text_sequence = networks.denoiser.no_text().sequence
+        return restorer_of(networks, FAMILIES["one_step"], scale=4)
     return restorer_of(toy("sd").eval(), FAMILIES["one_step"], scale=4)
 
 
-SIZES = {"stablesr": (43, 20, 2.5), "cfw": (24, 16, 4), "one-step": (23, 20, 4), "x4": (30, 20, 3)}  # h, w, scale
+SIZES = {
+    "stablesr": (43, 20, 2.5),
+    "cfw": (24, 16, 4),
+    "one-step": (23, 20, 4),
+    "x4": (30, 20, 3),
+    "rows-adain": (38, 40, 4),
+    "rows-wavelet": (40, 33, 3.5),
+}  # h, w, scale
 CALLS: dict[str, dict[str, Any]] = {
     "stablesr": {"num_inference_steps": 1, "color_fix": "wavelet", "antiring": 0.5, "detail": 0.8},
     "cfw": {"num_inference_steps": 1, "color_fix": "adain", "fidelity": 1.0, "tile_batch_size": 3},
     "one-step": {"color_fix": "adain", "antiring": 1.0},
     "x4": {"num_inference_steps": 2, "color_fix": "wavelet"},
+    "rows-adain": {"color_fix": "adain", "tile_overlap": 32},
+    "rows-wavelet": {"color_fix": "wavelet", "tile_batch_size": 2},
 }
 
 
@@ -110,6 +129,10 @@ def in_bands(restorer: LatentRestorer, picture: Tensor, call: dict[str, Any]) ->
     assert len(parts) > 1
     assert [part.shape[-2] for part in parts[:-1]] == [bands._ROWS] * (len(parts) - 1)
     return torch.cat(parts, dim=-2)
+
+
+def of_the_left(rows: bands.Rows, box: Box) -> Tensor:
+    return rows(box.top, box.top + box.height)[0, ..., : box.width]
 
 
 class OwnStatistics(SharedGroupNorm):
@@ -125,12 +148,61 @@ def test_bands_of_a_latent_model_are_the_picture_of_one_piece(kind, tmp_path, mo
     whole = restorer(picture, generator=seeded(), output_type="pt", **call)
     assert (whole.plans[0].tile, whole.plans[0].vae_tile) == (64, 64)
     torch.testing.assert_close(in_bands(restorer, picture, call), whole.images[0], atol=1e-4, rtol=0)
-    # what would go wrong is seen: colours that do not know the rows beside a band, or the whole; statistics of each tile's own
+    # what would go wrong is seen: colours that do not know the rows beside a band, or the whole; statistics of each tile's own; latents
+    # of another place
     wrong = ("REACH", 4) if CALLS[kind]["color_fix"] == "wavelet" else ("adain_change", lambda own, wanted: lambda part: part)
-    for where, name, value in ((bands, *wrong), (tiled, "SharedGroupNorm", OwnStatistics)):
+    by_rows = kind.startswith("rows")
+    of_tiles = (bands.Rows, "part", of_the_left) if by_rows else (tiled, "SharedGroupNorm", OwnStatistics)
+    for where, name, value in ((bands, *wrong), of_tiles):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, value)
             assert (in_bands(restorer, picture, call) - whole.images[0]).abs().max() > 2e-3
+
+
+@pytest.mark.parametrize(("call", "latents"), [({}, "rows"), ({"callback_on_step_end": lambda *_: None}, "whole")])
+def test_one_call_on_an_autoencoder_without_statistics_holds_no_whole_latents(call, latents, tmp_path, monkeypatch):
+    restorer, planned, whole, heard = opened("rows-wavelet", tmp_path), [], [], []
+    of_work = LatentWork._latents
+    monkeypatch.setattr(latent_work, "plan_tiles", lambda *size, **how: planned.append(how["beside"].latents) or plan_tiles(*size, **how))
+    monkeypatch.setattr(LatentWork, "_latents", lambda *given: whole.append(1) or of_work(*given))
+    with listening(lambda share, _: heard.append(share)):
+        list(restorer.bands(photo(40, 33), scale=4, generator=seeded(), tile=64, vae_tile=64, tile_overlap=16, **call).images)
+    assert (planned, len(whole)) == ([latents], latents == "whole")
+    assert heard == sorted(heard)
+
+
+def test_latents_that_are_never_whole_get_smaller_tiles_where_memory_runs_out(tmp_path):
+    restorer, picture = opened("rows-wavelet", tmp_path), photo(40, 33)
+    with limited(restorer.networks.denoiser, 8 * 8, HOST):
+        out = restorer.bands(picture, scale=4, generator=seeded(), tile=64, vae_tile=128, tile_overlap=16)
+        made = torch.cat(list(out.images), dim=-2)
+    assert out.notes == ["out of memory: tile 64 -> 32"]
+    fixed = opened("rows-wavelet", tmp_path)(picture, scale=4, generator=seeded(), tile=32, vae_tile=128, tile_overlap=8, output_type="pt")
+    torch.testing.assert_close(made, fixed.images[0], atol=1e-4, rtol=0)
+
+
+def test_a_photograph_of_12_megapixels_fits_4_gb_with_the_shipped_model():
+    networks = FAMILIES["one_step"].read(local_folder(SMALL), meta=True)
+    memory = MemoryModel(networks, torch.device("cpu"))
+
+    def plan(latents: str, budget: int) -> TilePlan:
+        beside = InBands(bands.BESIDE, 18 * 3000 * 4000, latents)
+        how = {"tile": "auto", "vae_tile": "auto", "overlap": None, "room": Room(budget, strict=True), "beside": beside}
+        return plan_tiles(12000, 16000, size=networks.size(), vae_scale=networks.codec.scale, memory=lambda: memory, **how)
+
+    with pytest.raises(NotEnoughMemory, match=r"^memory_budget: 8\.0 GB is too little .* the least is 1\d\.\d GB\.$"):
+        plan("whole", 8 * 10**9)
+    made = plan("rows", 4 * 10**9)
+    assert made.tile == 256  # twice the training side, the most
+    rows = made.tile + made.vae_tile
+    copies = 4 * (18 * (made.vae_tile + bands.BESIDE) * made.width + 8 * 32 * rows * made.width // 16)
+    assert memory.picture_bytes(made.height, made.width, 1, made.vae_tile + bands.BESIDE, rows) == copies
+    with pytest.raises(NotEnoughMemory, match="the least is") as refused:
+        plan("rows", 10**9)
+    least = plan("rows", refused.value.least)
+    assert (least.tile, least.vae_tile) == (32, 128)
+    with pytest.raises(NotEnoughMemory):
+        plan("rows", refused.value.least - 1)
 
 
 def test_bands_reach_the_runner_with_alpha_and_gray_and_a_budget_below_the_least_is_refused(tmp_path, monkeypatch):

@@ -2,7 +2,8 @@
 
 What is small stays whole: the low-resolution picture and all latents, so that sampling knows nothing of bands (four channels at an
 eighth of the side, enlarged four times: 4 bytes per low-resolution pixel, where the result takes 192). What is large never is: the
-enlarged picture is made where it is looked at, the decoded one and its colours row of tiles by row of tiles.
+enlarged picture is made where it is looked at, the decoded one and its colours row of tiles by row of tiles. One call needs no whole
+latents, either: where nothing is drawn for them (`one_step.py`), they are encoded and denoised as the decoder gets to them.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sslsr_diffusion.inference.color_fix import REACH, Statistics, adain_change, color_fix
 from sslsr_diffusion.inference.options import CallOptions
-from sslsr_diffusion.inference.progress import piece
+from sslsr_diffusion.inference.progress import piece, unheard
 from sslsr_diffusion.inference.resampling import bicubic_taps
 from sslsr_diffusion.inference.tiling import Box
 from sslsr_diffusion.tensors import folded
@@ -53,8 +54,15 @@ class Rows:
             self._top += self._kept.pop(0).shape[-2]
         while self._top + sum(band.shape[-2] for band in self._kept) < bottom:
             self._kept.append(next(self._bands))
-        kept = self._kept[0] if len(self._kept) == 1 else torch.cat(self._kept, dim=-2)
-        return kept[..., top - self._top : bottom - self._top, :]
+        if len(self._kept) > 1:  # once for all tiles that are cut from these rows
+            self._kept, self._top = [torch.cat(self._kept, dim=-2)[..., top - self._top :, :]], top
+        return self._kept[0][..., top - self._top : bottom - self._top, :]
+
+    def part(self, box: Box) -> Tensor:
+        """[C, h, w] of one picture; how far a call is, say the tiles that are cut from it."""
+        with unheard():
+            rows = self(box.top, box.top + box.height)
+        return rows[0, ..., box.left : box.left + box.width]
 
 
 def finished(

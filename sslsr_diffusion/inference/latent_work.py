@@ -18,7 +18,7 @@ from sslsr_diffusion.inference.noise import ImageNoise
 from sslsr_diffusion.inference.options import LatentOptions
 from sslsr_diffusion.inference.progress import piece
 from sslsr_diffusion.inference.sampling import Sampler, build_sampler, sample
-from sslsr_diffusion.inference.tile_plan import Part, Room, TilePlan, check_tile, plan_tiles, vae_tiles, within_memory
+from sslsr_diffusion.inference.tile_plan import InBands, Part, Room, TilePlan, check_tile, plan_tiles, vae_tiles, within_memory
 from sslsr_diffusion.inference.tiled import TiledCodec, TiledDenoiser
 from sslsr_diffusion.inference.tiling import tile_boxes
 from sslsr_diffusion.models.condition import Condition, Text
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 _HELD = 6  # bytes per value of a low-resolution picture: its float32, and what it is made from, of 8 or 16 bits
+Decode = Callable[[], Iterator[Tensor]]  # bands of the decoded picture, from the top down, as often as it is called
 Prompts = tuple[list[str], list[str]]  # wanted and not wanted, one per picture
 
 
@@ -89,7 +90,7 @@ class LatentWork:
             return TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).decode(latents, fused, options.fidelity)
 
         with piece(2, 3):
-            restored, plan = self._within_memory("vae_tile", plan, decode, notes)
+            restored, plan = self._within_memory(["vae_tile"], plan, decode, notes)
         return restored[..., :height, :width], plan
 
     def bands(
@@ -101,25 +102,49 @@ class LatentWork:
         """
         zoom, codec = self._networks.zoom, self._networks.codec
         height, width = size if zoom == 1 else (zoom * side for side in low.shape[-2:])
-        plan = self._plan(height, width, 1, options, held=_HELD * low.numel())
+        beside = InBands(BESIDE, _HELD * low.numel(), "rows" if self._by_rows(options) else "whole")
+        plan = self._plan(height, width, 1, options, beside)
         source: Tensor | Enlarged
         if zoom == 1:
             seen, source = low, Enlarged(low, size, (plan.height, plan.width))  # what these networks see, they only hand on to be encoded
         else:
             seen = source = pad_to(low, plan.height // zoom, plan.width // zoom)
-        latents, plan = self._latents(seen, source, [seed], prompts, options, plan, notes)
+        decoding, parts, plan = self._decoding(seen, source, seed, prompts, options, plan, notes)
 
-        def start(plan: TilePlan) -> tuple[Callable[[], Iterator[Tensor]], list[Iterator[Tensor]]]:
+        def start(plan: TilePlan) -> tuple[Decode, list[Iterator[Tensor]]]:
             """With its first row of tiles, where memory runs out if it does."""
             self._host.bring(codec)
-            fused = source if codec.has_fidelity else None
-            decode = TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).decoded(latents, fused, options.fidelity)
+            decode = decoding(plan)
             made = decode()
             return decode, [itertools.chain([next(made)], made)]
 
         with piece(2, 3), piece(0, 2):
-            (decode, started), plan = self._within_memory("vae_tile", plan, start, notes)
+            (decode, started), plan = self._within_memory(parts, plan, start, notes)
         return self._finished(finished(options, low, size, lambda: started.pop() if started else decode(), (height, width)))
+
+    def _by_rows(self, options: LatentOptions) -> bool:
+        """Whether latents, too, are never whole where a picture is made in bands."""
+        return False
+
+    def _decoding(
+        self,
+        seen: Tensor,
+        source: Tensor | Enlarged,
+        seed: int,
+        prompts: Prompts,
+        options: LatentOptions,
+        plan: TilePlan,
+        notes: list[str],
+    ) -> tuple[Callable[[TilePlan], Decode], tuple[Part, ...], TilePlan]:
+        """By which plan the restored picture is decoded in what bands, and whose tiles that takes."""
+        codec = self._networks.codec
+        latents, plan = self._latents(seen, source, [seed], prompts, options, plan, notes)
+
+        def decoding(plan: TilePlan) -> Decode:
+            fused = source if codec.has_fidelity else None
+            return TiledCodec(codec, *plan.vae_cells, batch_size=plan.batch).decoded(latents, fused, options.fidelity)
+
+        return decoding, ("vae_tile",), plan
 
     def _finished(self, bands: Iterator[Tensor]) -> Iterator[Tensor]:
         try:
@@ -145,12 +170,7 @@ class LatentWork:
     ) -> tuple[Tensor, TilePlan]:
         """Latents of the restored pictures, whole; `source` is what is encoded, where the networks see an encoded picture."""
         networks, device = self._networks, seen.device
-        self._prepare(options)
-        if networks.text_network is not None:
-            self._host.bring(networks.text_network)
-        wanted = networks.encode_prompts(prompts[0], device)
-        unwanted = networks.encode_prompts(prompts[1], device) if options.guided else None
-        self._host.release()
+        wanted, unwanted = self._read(prompts, options, device)
         levels = self._noise_levels(options, len(seeds))
 
         def look(plan: TilePlan) -> Condition:
@@ -164,25 +184,37 @@ class LatentWork:
             return networks.see(seen, noise, level=levels, text=wanted, encode=encode)
 
         with piece(0, 3):
-            condition, plan = self._within_memory("vae_tile", plan, look, notes)
+            condition, plan = self._within_memory(["vae_tile"], plan, look, notes)
 
         def denoise(plan: TilePlan) -> Tensor:
             return self._denoise(condition, unwanted, seeds, plan, options)
 
         with piece(1, 3):
-            return self._within_memory("tile", plan, denoise, notes)
+            return self._within_memory(["tile"], plan, denoise, notes)
+
+    def _read(self, prompts: Prompts, options: LatentOptions, device: torch.device) -> tuple[Text, Text | None]:
+        """What is wanted, and with guidance what is not."""
+        networks = self._networks
+        self._prepare(options)
+        if networks.text_network is not None:
+            self._host.bring(networks.text_network)
+        wanted = networks.encode_prompts(prompts[0], device)
+        unwanted = networks.encode_prompts(prompts[1], device) if options.guided else None
+        self._host.release()
+        return wanted, unwanted
 
     def _prepare(self, options: LatentOptions) -> None:
         """Set the networks as a call wants them."""
 
-    def _within_memory(self, part: Part, plan: TilePlan, run: Callable[[TilePlan], R], notes: list[str]) -> tuple[R, TilePlan]:
+    def _within_memory(self, parts: Sequence[Part], plan: TilePlan, run: Callable[[TilePlan], R], notes: list[str]) -> tuple[R, TilePlan]:
         def released(plan: TilePlan) -> R:
             result = run(plan)
             self._host.release()
             return result
 
         def smaller(plan: TilePlan) -> TilePlan:
-            found = plan.smaller(part)
+            tried = sorted(parts, key=plan.side, reverse=True)
+            part, found = next(((part, found) for part in tried if (found := plan.smaller(part))), (tried[0], None))
             if found is None:
                 raise NotEnoughMemory(
                     f"out of memory even with {part} {plan.side(part)}, the smallest; a picture of {plan.width} x {plan.height} pixels is "
@@ -201,19 +233,8 @@ class LatentWork:
     ) -> Tensor:
         """Latents of the restored pictures, [B, C, h, w] normalised float32."""
         self._host.bring(self._networks.denoiser)
-        tile, overlap = plan.tile_cells
-        height, width = plan.height // plan.vae_scale, plan.width // plan.vae_scale
-        noise = ImageNoise(seeds, (self._networks.codec.latent_channels, height, width), self._host.device)
-        predict = TiledDenoiser(
-            self._networks.denoiser,
-            condition,
-            tile_boxes(height, width, tile, overlap),
-            negative_text=negative_text,
-            guidance_scale=options.guidance_scale,
-            batch_size=plan.batch,
-            overlap=overlap,
-            weights=options.tile_weights,
-        )
+        noise = ImageNoise(seeds, (self._networks.codec.latent_channels, *plan.latent_size), self._host.device)
+        predict = self._tiled(condition, negative_text, plan, options)
         sampler = self._sampler(options, seeds)
         x = sampler.start(noise("start"), condition.z_lr if options.start == "lr" else None)
         with self._host.progress(len(sampler.timesteps)) as progress:
@@ -226,6 +247,19 @@ class LatentWork:
                 return replaced.get("latents", latents) if replaced else latents
 
             return sample(sampler, predict, x, lambda index: noise("step", index), on_step_end)
+
+    def _tiled(self, condition: Condition, negative_text: Text | None, plan: TilePlan, options: LatentOptions) -> TiledDenoiser:
+        tile, overlap = plan.tile_cells
+        return TiledDenoiser(
+            self._networks.denoiser,
+            condition,
+            tile_boxes(*plan.latent_size, tile, overlap),
+            negative_text=negative_text,
+            guidance_scale=options.guidance_scale,
+            batch_size=plan.batch,
+            overlap=overlap,
+            weights=options.tile_weights,
+        )
 
     def _noise_levels(self, options: LatentOptions, pictures: int) -> Tensor | None:
         """[B] of the noise that the pictures get before they are seen; None where they get none. UserError for one too high."""
@@ -247,8 +281,7 @@ class LatentWork:
             device=self._host.device,
         )
 
-    def _plan(self, height: int, width: int, pictures: int, options: LatentOptions, held: int | None = None) -> TilePlan:
-        """`held`: bytes of a low-resolution picture whose result is made in bands; None: the result is whole."""
+    def _plan(self, height: int, width: int, pictures: int, options: LatentOptions, beside: InBands | None = None) -> TilePlan:
         return plan_tiles(
             height,
             width,
@@ -263,7 +296,7 @@ class LatentWork:
             batch=options.tile_batch_size,
             guided=options.guided,
             limits=self._limits,
-            beside=None if held is None else (BESIDE, held),
+            beside=beside,
         )
 
     def _room(self, budget: int | None) -> Room:

@@ -168,9 +168,13 @@ class MemoryModel:
     def _call(self, activations: float, steady: bool) -> int:
         return call_bytes(activations, self._largest * max(self._widths.values()), self._device, steady)
 
-    def picture_bytes(self, height: int, width: int, batch: int = 1, rows: int | None = None) -> int:
-        """What `batch` pictures of height x width padded output pixels take beside any network call; `rows` of them at once, or all."""
-        pixels, latents = (height if rows is None else min(rows, height)) * width, height * width / self.zoom**2
+    def picture_bytes(self, height: int, width: int, batch: int = 1, rows: int | None = None, of_latents: int | None = None) -> int:
+        """What `batch` pictures of height x width padded output pixels take beside any network call.
+
+        `rows` of pixels, and of what `of_latents` rows of pixels are decoded from, are there at once; None: all.
+        """
+        tall, tall_latents = (height if some is None else min(some, height) for some in (rows, of_latents))
+        pixels, latents = tall * width, tall_latents * width / self.zoom**2
         return int(4 * batch * (_PICTURES * 3 * pixels + _LATENTS * self._channels * latents))
 
     def weight_bytes(self, offload: Offload = "none") -> tuple[int, int]:

@@ -1,15 +1,20 @@
 """Pictures in one call of a base with a LoRA: the latent restorer, with a sampler of one step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.inference.bands import Enlarged, Rows
 from sslsr_diffusion.inference.latent import LatentRestorer
-from sslsr_diffusion.inference.latent_work import LatentWork
+from sslsr_diffusion.inference.latent_work import Decode, LatentWork, Prompts
 from sslsr_diffusion.inference.options import LatentOptions
 from sslsr_diffusion.inference.sampling import Sampler, StepNoise
+from sslsr_diffusion.inference.shared_norm import SharedGroupNorm
+from sslsr_diffusion.inference.tile_plan import Part, TilePlan
+from sslsr_diffusion.inference.tiled import TiledCodec
+from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.one_step.networks import OneStepNetworks
 
 _OF_WALKS = frozenset({"num_inference_steps", "strength", "sampler", "start", "eta"})  # options of samplers with many steps
@@ -54,6 +59,40 @@ class OneStepWork(LatentWork):
     def _prepare(self, options: LatentOptions) -> None:
         assert isinstance(options, OneStepOptions)
         self._networks.scale_loras(options.lora_scale)
+
+    def _by_rows(self, options: LatentOptions) -> bool:
+        """Where tiles depend on nothing but their own pixels, networks need not wait for each other, and nobody asks for the latents."""
+        codec = self._networks.codec
+        depends = codec.draws or SharedGroupNorm(codec.vae).any or self._networks.starts_noised
+        return not depends and self._host.offload() == "none" and options.callback_on_step_end is None
+
+    def _decoding(
+        self,
+        seen: Tensor,
+        source: Tensor | Enlarged,
+        seed: int,
+        prompts: Prompts,
+        options: LatentOptions,
+        plan: TilePlan,
+        notes: list[str],
+    ) -> tuple[Callable[[TilePlan], Decode], tuple[Part, ...], TilePlan]:
+        networks = self._networks
+        if isinstance(source, Tensor) or not self._by_rows(options):
+            return super()._decoding(seen, source, seed, prompts, options, plan, notes)
+        wanted, unwanted = self._read(prompts, options, seen.device)
+
+        def decoding(plan: TilePlan) -> Decode:
+            codec = TiledCodec(networks.codec, *plan.vae_cells, batch_size=plan.batch)
+            predict = self._tiled(Condition(text=wanted), unwanted, plan, options)
+
+            def decode() -> Iterator[Tensor]:
+                z_lr = Rows(codec.encoded_once(source, plan.latent_size))
+                x0 = Rows(predict.cleaned_once(z_lr, networks.timestep, lambda pred, z: networks.clean(pred, z, z)))
+                return codec.decoded_once(x0, plan.latent_size)
+
+            return decode
+
+        return decoding, ("tile", "vae_tile"), plan
 
     def _sampler(self, options: LatentOptions, seeds: Sequence[int]) -> Sampler:
         return OneCall(self._networks)

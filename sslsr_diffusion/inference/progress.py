@@ -29,6 +29,16 @@ def listening(told: Told) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Nobody hears of pieces that begin inside."""
+    token = _NOW.set(None)
+    try:
+        yield
+    finally:
+        _NOW.reset(token)
+
+
+@contextlib.contextmanager
 def piece(number: int, of: int, name: str = "") -> Iterator[None]:
     """What happens inside is one of `of` equal pieces of what is under way; said as "NAME 2 of 5", where there are several."""
     now = _NOW.get()

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 P = TypeVar("P")
 R = TypeVar("R")
 Tile = int | Literal["auto"] | None
-Cost = Callable[[str, int], int]  # bytes, from part and side
 Part = Literal["tile", "vae_tile"]  # whose tiles: the denoiser's or the autoencoder's
 
 _VAE_SIDES = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128)
@@ -44,6 +43,10 @@ class TilePlan:
     def tile_cells(self) -> tuple[int, int]:
         """Tile and overlap of the denoiser in latent pixels; the whole canvas is a tile as large as its longer side."""
         return (self.tile or max(self.height, self.width)) // self.vae_scale, self.tile_overlap // self.vae_scale
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        return self.height // self.vae_scale, self.width // self.vae_scale
 
     @property
     def vae_cells(self) -> tuple[int | None, int]:
@@ -76,6 +79,53 @@ class Room:
     offload: Offload = "none"
 
 
+class InBands(NamedTuple):
+    """A result that is made in bands of rows."""
+
+    rows: int  # that are worked on beside a row of the autoencoder's tiles
+    held: int  # bytes of what it is made from
+    latents: Literal["whole", "rows"] = "whole"  # rows: encoded and denoised row of tiles by row of tiles, too
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Bytes at the peak, by part and side of its tiles."""
+
+    padded: tuple[int, int]
+    pictures: int
+    batch: int
+    guided: bool
+    vae_scale: int
+    memory: Callable[[], MemoryModel]
+    room: Room
+    beside: InBands | None
+    sides: Mapping[str, int]  # of the other part's tiles, which are in memory together with these where latents are rows
+
+    def copies(self, part: str, side: int) -> int:
+        """Of the picture, beside network calls."""
+        memory, beside = self.memory(), self.beside
+        if beside is None:
+            return memory.picture_bytes(*self.padded, self.pictures)
+        if beside.latents == "rows":
+            sides = {**self.sides, part: side}
+            return beside.held + memory.picture_bytes(*self.padded, self.pictures, sides["vae_tile"] + beside.rows, sum(sides.values()))
+        return beside.held + memory.picture_bytes(*self.padded, self.pictures, side + beside.rows if part == "vae_tile" else 0)
+
+    def __call__(self, part: str, side: int) -> int:
+        strict, offload = self.room.strict, self.room.offload
+        weights = self.memory().weight_bytes(offload) if strict or offload != "none" else (0, 0)
+        together = self.beside is not None and self.beside.latents == "rows"
+        calls = [self._call(*each) for each in ({**self.sides, part: side}.items() if together else [(part, side)])]
+        return weights[part != "tile"] + self.copies(part, side) + max(calls)
+
+    def _call(self, part: str, side: int) -> int:
+        h, w = (min(side, edge) // self.vae_scale for edge in self.padded)
+        samples = self.batch if side < max(self.padded) else min(self.batch, self.pictures)
+        if part == "tile":
+            return self.memory().denoise_bytes(h, w, samples * (2 if self.guided else 1), steady=self.room.strict)
+        return self.memory().codec_bytes(h, w, samples, steady=self.room.strict)
+
+
 def plan_tiles(
     height: int,
     width: int,
@@ -91,7 +141,7 @@ def plan_tiles(
     batch: int = 1,
     guided: bool = False,
     limits: Mapping[str, int] | None = None,
-    beside: tuple[int, int] | None = None,
+    beside: InBands | None = None,
 ) -> TilePlan:
     """Padded size and tiles for `pictures` pictures of height x width output pixels.
 
@@ -103,8 +153,7 @@ def plan_tiles(
         memory: gives the estimates; called only for "auto" and for a budget.
         batch: samples per network call (the denoiser's are doubled when `guided`).
         limits: sides (by part) and "batch" above which memory ran out before.
-        beside: of a result that is made in bands, the rows that are worked on beside a row of the autoencoder's tiles, and the bytes of
-            what it is made from; None: pictures are whole in memory.
+        beside: None: pictures are whole in memory.
     Raises:
         UserError: an impossible tile or overlap.
         NotEnoughMemory: the budget is below what the smallest tiles take (the message says how much that is).
@@ -115,21 +164,11 @@ def plan_tiles(
     asked = {"tile": _asked("tile", tile, longest, size), "vae_tile": _asked("vae_tile", vae_tile, longest, vae_tiles(vae_scale))}
     sides = {"tile": _sides(longest, size), "vae_tile": _vae_sides(longest, vae_scale)}
 
-    def copies(part: str, side: int) -> int:
-        if beside is None:
-            return memory().picture_bytes(*padded, pictures)
-        rows, held = beside
-        return held + memory().picture_bytes(*padded, pictures, side + rows if part == "vae_tile" else 0)
-
-    def cost(part: str, side: int) -> int:
-        h, w = (min(side, edge) // vae_scale for edge in padded)
-        samples = batch if side < longest else min(batch, pictures)
-        weights = memory().weight_bytes(room.offload) if room.strict or room.offload != "none" else (0, 0)
-        if part == "tile":
-            return weights[0] + copies(part, side) + memory().denoise_bytes(h, w, samples * (2 if guided else 1), steady=room.strict)
-        return weights[1] + copies(part, side) + memory().codec_bytes(h, w, samples, steady=room.strict)
-
-    chosen = {part: _choose(part, asked[part], sides[part], limits.get(part), cost, copies, room) for part in asked}
+    chosen = {part: asked[part] or sides[part][-1] for part in asked}  # the least, until it is chosen
+    cost = _Cost(padded, pictures, batch, guided, vae_scale, memory, room, beside, chosen)
+    for part in asked:
+        chosen = {**chosen, part: _choose(part, asked[part], sides[part], limits.get(part), cost, room)}
+        cost = replace(cost, sides=chosen)
     if room.strict:
         _check_budget(chosen, asked, sides, cost, room)
     side, vae_side = chosen["tile"], chosen["vae_tile"]
@@ -151,14 +190,14 @@ def plan_tiles(
     return plan
 
 
-def _choose(part: str, asked: int | None, sides: Sequence[int], limit: int | None, cost: Cost, copies: Cost, room: Room) -> int:
+def _choose(part: str, asked: int | None, sides: Sequence[int], limit: int | None, cost: _Cost, room: Room) -> int:
     """The side that was asked for, or the largest that fits the room; below `limit` either way.
 
     Where already the picture's own copies do not fit, no tile could mend that, so they are left out of the account.
     """
     if asked is not None:
         return min(asked, limit or asked)
-    beside = copies(part, sides[-1])
+    beside = cost.copies(part, sides[-1])
     spared = beside if beside > room.bytes and not room.strict else 0
     for side in (side for side in sides if limit is None or side <= limit):
         if cost(part, side) - spared <= room.bytes:
@@ -174,13 +213,14 @@ def _choose(part: str, asked: int | None, sides: Sequence[int], limit: int | Non
 
 
 def _check_budget(
-    chosen: Mapping[str, int], asked: Mapping[str, int | None], sides: Mapping[str, Sequence[int]], cost: Cost, room: Room
+    chosen: Mapping[str, int], asked: Mapping[str, int | None], sides: Mapping[str, Sequence[int]], cost: _Cost, room: Room
 ) -> None:
     over = [part for part, side in chosen.items() if cost(part, side) > room.bytes]
     if not over:
         return
     needed = shown_bytes(max(cost(part, side) for part, side in chosen.items()))
-    least = max(cost(part, sides[part][-1]) for part in chosen)
+    smallest = replace(cost, sides={part: each[-1] for part, each in sides.items()})
+    least = max(smallest(part, side) for part, side in smallest.sides.items())
     fixed = [f"{part} {asked[part]}" for part in over if asked[part] is not None]
     advice = f"{' and '.join(fixed)} would take {needed}; 'auto' needs" if fixed else "the least is"
     raise NotEnoughMemory(

@@ -4,8 +4,7 @@ an autoencoder and back (how an autoencoder alone is judged)."""
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +42,21 @@ class TiledCodec:
 
     def decoded(self, latents: Tensor, picture: Tensor | Parts | None, fidelity: float) -> Callable[[], Iterator[Tensor]]:
         """`decode` of one picture in bands from the top down, as often as they are asked for; the statistics are taken once, now."""
-        return self._bands(self._decoding(latents, picture, fidelity), 0, self._boxes(latents))
+        return self._bands(self._decoding(latents, picture, fidelity), 0, self._boxes(latents.shape[-2:]))
 
-    def _decoding(self, latents: Tensor, picture: Tensor | Parts | None, fidelity: float) -> "_Job":
+    def encoded_once(self, pixels: Parts, size: Sequence[int]) -> Iterator[Tensor]:
+        """Latents [1, C, n, w] of one picture in bands from the top down, `size` (h, w) in all; of a codec that draws nothing."""
+
+        def run(tiles: list[Tensor], _: list[int]) -> Tensor:
+            return self.codec.encode(tiles[0], tiles[0].new_zeros(self.codec.noise_shape(tiles[0])))
+
+        return self._bands(_Job(run, [pixels], [self.codec.scale]), 0, self._boxes(size))()
+
+    def decoded_once(self, latents: Parts, size: Sequence[int]) -> Iterator[Tensor]:
+        """`decode` of one picture in bands from the top down, from latents of `size` (h, w) that are never whole."""
+        return self._bands(self._decoding(latents, None, 0), 0, self._boxes(size))()
+
+    def _decoding(self, latents: Tensor | Parts, picture: Tensor | Parts | None, fidelity: float) -> "_Job":
         if picture is None or fidelity == 0:
             return _Job(lambda tiles, _: self.codec.decode(tiles[0]), [latents], [1])
 
@@ -56,13 +67,13 @@ class TiledCodec:
 
         return _Job(run, [latents, picture], [1, self.codec.scale])
 
-    def _boxes(self, latents: Tensor) -> list[Box]:
-        height, width = latents.shape[-2:]
+    def _boxes(self, size: Sequence[int]) -> list[Box]:
+        height, width = size
         return tile_boxes(height, width, self.tile or max(height, width), self.overlap if self.tile else 0)
 
     def _whole(self, job: "_Job", latents: Tensor) -> Tensor:
         """Picture by picture, because the tiles of one share their GroupNorm statistics; all together when there is nothing to tile."""
-        boxes, samples = self._boxes(latents), range(len(latents))
+        boxes, samples = self._boxes(latents.shape[-2:]), range(len(latents))
         if len(boxes) == 1:
             return joined(bands(*job[:2], boxes, samples=samples, zooms=job.zooms, batch_size=self.batch_size), boxes)
         pictures = []
@@ -126,19 +137,29 @@ class TiledDenoiser:
         """
         self._denoiser, self._dtype, self._condition = denoiser, working_dtype(denoiser), condition
         self._negative, self._guidance_scale = negative_text, guidance_scale
-        self._blend = partial(blend, boxes=boxes, batch_size=batch_size, overlap=overlap, weights=weights)
+        self._boxes, self._how = boxes, dict[str, Any](batch_size=batch_size, overlap=overlap, weights=weights)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        kind = torch.long if float(t).is_integer() else torch.float32
-        timestep = torch.tensor([t], device=x.device, dtype=kind)
         grids = self._condition.grids
 
         def run(tiles: list[Tensor], samples: list[int]) -> Tensor:
-            return self._predict(tiles[0], dict(zip(grids, tiles[1:])), timestep, samples)
+            return self._predict(tiles[0], dict(zip(grids, tiles[1:])), t, samples)
 
-        return self._blend(run, [x, *grids.values()])
+        return blend(run, [x, *grids.values()], self._boxes, **self._how)
 
-    def _predict(self, x: Tensor, grids: dict[str, Tensor], timestep: Tensor, samples: list[int]) -> Tensor:
+    def cleaned_once(self, z_lr: Parts, t: float, clean: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
+        """clean(prediction, z_lr) for one picture that is denoised from z_lr itself, [1, C, n, w] in bands from the top down.
+
+        `clean` is linear, so that blending what it makes of tiles blends the predictions.
+        """
+
+        def run(tiles: list[Tensor], samples: list[int]) -> Tensor:
+            return clean(self._predict(tiles[0], {"z_lr": tiles[0]}, t, samples), tiles[0])
+
+        return bands(run, [z_lr], self._boxes, **self._how)
+
+    def _predict(self, x: Tensor, grids: dict[str, Tensor], t: float, samples: list[int]) -> Tensor:
+        timestep = torch.tensor([t], device=x.device, dtype=torch.long if float(t).is_integer() else torch.float32)
         x, condition = x.to(self._dtype), self._condition.tile(grids, samples, self._dtype)
         if self._negative is None or condition.text is None:
             return self._denoiser(x, timestep.expand(len(x)), condition).float()

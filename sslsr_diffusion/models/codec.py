@@ -46,6 +46,11 @@ class Codec(nn.Module):
         return hasattr(self.vae, "encode_with_features")
 
     @property
+    def draws(self) -> bool:
+        """Whether latents depend on the posterior noise."""
+        return getattr(self.vae, "draws", True)
+
+    @property
     def device(self) -> torch.device:
         return next(self.vae.parameters()).device
 

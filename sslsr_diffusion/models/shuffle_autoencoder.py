@@ -30,6 +30,7 @@ class ShuffleAutoencoder(ModelMixin, ConfigMixin):
 
     __module__ = "sslsr_diffusion.models"  # what model_index.json stores
     _supports_gradient_checkpointing = False
+    draws = False  # see `Codec.draws`
 
     @register_to_config
     def __init__(

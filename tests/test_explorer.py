@@ -29,7 +29,7 @@ NUMBERS = {"psnr": Measured(21.5, "as told")}  # measured by others: the metrics
 
 
 def data_of(page: str) -> dict:
-    return json.loads(re.search(r'getElementById\("view"\), (.*)\);\n</script>', page)[1])
+    return json.loads(re.search(r'getElementById\("view"\), (.*)\);\nfillFrame\(\);\n</script>', page)[1])
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ __device__ __forceinline__ int places(int i, int n, int radius, int (&at)[3]) {
     return count;
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+// Four blocks per multiprocessor: for more of them the compiler spills.
+extern "C" __global__ void __launch_bounds__(256, 4)
 ssg_gather(
     const float* __restrict__ slots,            // [last_tile - first_tile, splits, C, tile_h + 2 r, tile_w + 2 r]
     const int* __restrict__ counts,             // [tiles]: a tile without masked pixels has written no slot
@@ -25,7 +26,7 @@ ssg_gather(
     if (index >= (size_t)batch * channels * height * width) return;
     const int x = (int)(index % width), y = (int)(index / width % height), c = (int)(index / width / height % channels);
     const int first_of_image = (int)(index / width / height / channels) * tiles_y * tiles_x;
-    const int slot_h = tile_h + 2 * radius, slot_w = tile_w + 2 * radius;
+    const int slot_h = tile_h + 2 * radius, slot_w = tile_w + 2 * radius, slot_size = channels * slot_h * slot_w;
 
     int rows[3], columns[3];
     const int row_count = places(y, height, radius, rows), column_count = places(x, width, radius, columns);
@@ -38,10 +39,9 @@ ssg_gather(
                 for (int tx = tx_first; tx <= tx_last; ++tx) {
                     const int tile = first_of_image + ty * tiles_x + tx;
                     if (tile < first_tile || tile >= last_tile || counts[tile] == 0) continue;
-                    const size_t slot_size = (size_t)channels * slot_h * slot_w;
-                    const float* at = slots + (tile - first_tile) * splits * slot_size
-                        + ((size_t)c * slot_h + rows[i] - ty * tile_h) * slot_w + columns[j] - tx * tile_w;
-                    for (int split = 0; split < splits; ++split) sum += at[split * slot_size];
+                    const float* at = slots + (size_t)(tile - first_tile) * splits * slot_size
+                        + (c * slot_h + rows[i] - ty * tile_h) * slot_w + columns[j] - tx * tile_w;
+                    for (int split = 0; split < splits; ++split, at += slot_size) sum += *at;
                 }
         }
     gradient[index] = sum;

@@ -22,7 +22,7 @@ from PIL import Image
 from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
 from sslsr_diffusion.shipped_model import SMALL
 
-PHOTOS, TESTS, RUN = Path("photos"), Path("results/test-sets"), Path("runs/small")
+PHOTOS, TESTS, RUN = Path("photos"), Path("results/test-sets"), Path("runs") / SMALL
 TEACHER, PAIRS, COUNT = PHOTOS / "realesrgan_x4plus.safetensors", PHOTOS / "pairs", 3600
 PRESETS = ("mild", "stablesr_ssl", "bicubic")  # how the held-out photographs are reduced
 SIDE, PER_PHOTOGRAPH, LONGEST = 384, 3, 1280  # pixels of a test crop; crops per photograph; larger photographs are shrunk first

@@ -17,10 +17,6 @@
 
 #include "ssg_entries.cuh"
 
-constexpr int kSearch = SSG_SEARCH;
-constexpr int kWindow = SSG_WINDOW;
-constexpr int kRadius = kSearch / 2;
-constexpr int kHalf = kWindow / 2;
 constexpr int kWhole = kRadius - kHalf;         // offsets up to here cut nothing off the window
 constexpr int kChannels = SSG_CHANNELS;
 constexpr int kRows = SSG_ROWS;                 // of a tile

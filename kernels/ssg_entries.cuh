@@ -1,4 +1,4 @@
-// One entry of the loss, whichever way its distances were found.
+// The graph's sizes, and one entry of the loss, whichever way its distances were found.
 //
 //   T = s / Z, s = exp(-dist / kappa), Z = sum_d s (1 when un-normalised)    a = max(T_sr, 1e-10), b = max(T_gt, 1e-10)
 //   L1 = sum |T_sr - T_gt|          KL = sum b (ln b - ln a)          (means are taken by the host)
@@ -9,6 +9,10 @@
 #ifndef SSG_ENTRIES_CUH
 #define SSG_ENTRIES_CUH
 
+constexpr int kSearch = SSG_SEARCH;
+constexpr int kWindow = SSG_WINDOW;
+constexpr int kRadius = kSearch / 2;
+constexpr int kHalf = kWindow / 2;
 constexpr float kClamp = 1e-10f;
 constexpr float kLogClamp = -23.025850929940457f;
 

@@ -18,10 +18,6 @@
 
 #include "ssg_entries.cuh"
 
-constexpr int kSearch = SSG_SEARCH;
-constexpr int kWindow = SSG_WINDOW;
-constexpr int kRadius = kSearch / 2;
-constexpr int kHalf = kWindow / 2;
 constexpr int kPatch = kSearch + kWindow - 1;   // side of the square with its zeros
 constexpr int kGroup = SSG_GROUP;               // channels in shared memory at a time
 constexpr int kRun = SSG_RUN;                   // offsets of a thread

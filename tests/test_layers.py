@@ -126,3 +126,13 @@ SelfSimilarityLoss(backend="torch")(image.requires_grad_(), image.detach(), mask
 def test_kernels_folder_holds_no_python():
     """A kernels/__init__.py would shadow the package of that name which diffusers imports."""
     assert not list((ROOT.parent / "kernels").rglob("*.py"))
+
+
+def test_files_and_functions_are_read_in_one_sitting():
+    """At most 350 lines a file and 70 a function, signature and docstring included."""
+    for path in sorted(ROOT.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        assert source.count("\n") <= 350, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 70, f"{path}: {node.name}"

@@ -47,10 +47,10 @@ def test_each_step_takes_what_the_one_before_writes(commands: list[list[str]]) -
 def test_a_stopped_training_goes_on_and_a_finished_one_is_left(tmp_path: Path, commands: list[list[str]]) -> None:
     script = load_script("examples/small_model.py")
     script.run = (again := []).append
-    (tmp_path / "runs/small/checkpoint-100").mkdir(parents=True)
+    (tmp_path / script.RUN / "checkpoint-100").mkdir(parents=True)
     script.main(["train"])
     assert [command[-2:] for command in again if "train.py" in command] == [["--resume", "latest"]]
-    (tmp_path / "runs/small/pipeline").mkdir()
+    (tmp_path / script.RUN / "pipeline").mkdir()
     again.clear()
     script.main(["train"])
     assert not any("train.py" in command for command in again)

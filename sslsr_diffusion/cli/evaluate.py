@@ -31,27 +31,30 @@ WeightsDir = Annotated[
     Path | None, typer.Option(help="Where the weights lie: a folder with pyiqa/, checkpoints/, clip/. [default: ~/.cache/torch/hub]")
 ]
 ListMetrics = Annotated[bool, typer.Option("--list-metrics", help="Show every metric, its convention and what it lacks; then exit.")]
+LowResolution = Annotated[
+    Path | None, typer.Option(help="Folder of the low-resolution inputs: shown in the report, and what grid compares with.")
+]
+ReportFolder = Annotated[
+    Path, typer.Option("--output", "-o", callback=as_folder, help="Folder for report.html, summary.json, metrics.csv.")
+]
+Explore = Annotated[
+    int, typer.Option(min=0, max=20, help="Worst and best images per metric that get a page of their graphs, linked from the report.")
+]
 
 
 def evaluate(
     restored: Restored = None,
     reference: Annotated[Path | None, typer.Option(help="Folder of the ground truths.")] = None,
-    lr: Annotated[
-        Path | None, typer.Option(help="Folder of the low-resolution inputs: shown in the report, and what grid compares with.")
-    ] = None,
+    lr: LowResolution = None,
     model: Model = None,
     dataset: DatasetName = None,
     metrics: Metrics = "default",
     crop_border: Annotated[int, typer.Option(min=0, help="Pixels cut from each side before scoring (FID: none). The SSL paper: 4.")] = 0,
     y_channel: Annotated[bool, typer.Option("--y-channel", help="PSNR and SSIM on Y of YCbCr instead of RGB.")] = False,
     suffix: Annotated[str, typer.Option(help="What restored files have after the reference's stem, for example _x4.")] = "",
-    output: Annotated[
-        Path, typer.Option("--output", "-o", callback=as_folder, help="Folder for report.html, summary.json, metrics.csv.")
-    ] = Path("evaluation"),
+    output: ReportFolder = Path("evaluation"),
     examples: Annotated[int, typer.Option(min=0, max=20, help="Worst and best images shown per metric.")] = 2,
-    explore: Annotated[
-        int, typer.Option(min=0, max=20, help="Worst and best images per metric that get a page of their graphs, linked from the report.")
-    ] = 0,
+    explore: Explore = 0,
     strict: Annotated[bool, typer.Option("--strict", help="A metric that cannot be computed, or an image left out, is an error.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Download no weights.")] = False,
     weights_dir: WeightsDir = None,

@@ -37,6 +37,34 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what is done 
 MemoryBudget = Annotated[
     str | None, typer.Option(help="For model and work together, such as 8GB: chooses dtype, tile and CPU offload that stay below it.")
 ]
+Scale = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=64, help="Enlargement: the output has round(scale * size) pixels; without it the model's own."),
+]
+Detail = Annotated[
+    float | None, typer.Option(min=0, max=1, help="0 bicubic to 1 all that the model adds; without it the model's own default.")
+]
+Antiring = Annotated[
+    float | None, typer.Option(min=0, max=1, help="0 to 1: takes back seams beside edges; without it the model's own default.")
+]
+Fidelity = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Models with CFW: how much of the input the decoder takes over. [default: 0.5]")
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(min=0.001, max=1, help="1 all steps; 0.3 the last 30 % of them, from a less noised picture. [default: 1]"),
+]
+LoRAScale = Annotated[
+    float | None, typer.Option(min=0, max=2, help="One-step models: how much of the LoRA is taken; 0 the base alone. [default: 1]")
+]
+NoiseLevel = Annotated[
+    int | None, typer.Option(min=0, help="x4 upscalers: noise on the input; more adds more of the model's own. [default: 20]")
+]
+Precision = Annotated[
+    Dtype,
+    typer.Option(help="auto: float16 on a GPU; on the CPU float32, for networks bfloat16 where that is faster and the picture the same."),
+]
+MaxMegapixels = Annotated[float, typer.Option(min=1, help="A larger input is refused: small files can claim to be pictures without end.")]
 
 
 def infer(
@@ -45,52 +73,29 @@ def infer(
     model: Model = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", callback=as_folder, help="Folder for the results.")] = Path("results"),
-    scale: Annotated[
-        float | None,
-        typer.Option(min=0.01, max=64, help="Enlargement: the output has round(scale * size) pixels; without it the model's own."),
-    ] = None,
+    scale: Scale = None,
     longest_side: Annotated[int | None, typer.Option(min=1, help="In the place of --scale: pixels of each result's longest side.")] = None,
     size: Annotated[str | None, typer.Option(help="In the place of --scale: results as large as fit into 3840x2160, undistorted.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps; without it the model's own, or 200.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every picture.")] = 0,
     tile: Annotated[str, typer.Option(help="Side of a tile in output pixels, 'auto' (by free memory) or 'none' (whole picture).")] = "auto",
-    detail: Annotated[
-        float | None, typer.Option(min=0, max=1, help="0 bicubic to 1 all that the model adds; without it the model's own default.")
-    ] = None,
-    antiring: Annotated[
-        float | None, typer.Option(min=0, max=1, help="0 to 1: takes back seams beside edges; without it the model's own default.")
-    ] = None,
-    fidelity: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Models with CFW: how much of the input the decoder takes over. [default: 0.5]")
-    ] = None,
+    detail: Detail = None,
+    antiring: Antiring = None,
+    fidelity: Fidelity = None,
     sampler: Annotated[str | None, typer.Option(help=f"{', '.join(SAMPLERS)} or a diffusers scheduler. [default: the model's]")] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(min=0.001, max=1, help="1 all steps; 0.3 the last 30 % of them, from a less noised picture. [default: 1]"),
-    ] = None,
+    strength: Strength = None,
     prompt: Annotated[str | None, typer.Option(help="Text, for models with a text encoder.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the guidance leads away from.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, max=30, help="Strength of the guidance; 1 is off. [default: 1]")] = None,
-    lora_scale: Annotated[
-        float | None, typer.Option(min=0, max=2, help="One-step models: how much of the LoRA is taken; 0 the base alone. [default: 1]")
-    ] = None,
-    noise_level: Annotated[
-        int | None, typer.Option(min=0, help="x4 upscalers: noise on the input; more adds more of the model's own. [default: 20]")
-    ] = None,
+    lora_scale: LoRAScale = None,
+    noise_level: NoiseLevel = None,
     color_fix: ColorFix = None,
     format: Format = None,
     overwrite: Overwrite = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[
-        Dtype,
-        typer.Option(
-            help="auto: float16 on a GPU; on the CPU float32, for networks bfloat16 where that is faster and the picture the same."
-        ),
-    ] = Dtype.auto,
+    dtype: Precision = Dtype.auto,
     memory_budget: MemoryBudget = None,
-    max_megapixels: Annotated[
-        float, typer.Option(min=1, help="A larger input is refused: small files can claim to be pictures without end.")
-    ] = 1000,
+    max_megapixels: MaxMegapixels = 1000,
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done with these settings is skipped."""
     given = {**locals(), "num_inference_steps": steps}
@@ -103,7 +108,7 @@ def infer(
     with interruptible(), as_flags(*FLAGS):
         from sslsr_diffusion.devices import find_device, parse_bytes
         from sslsr_diffusion.inference.open import default_model, find_model, open_model
-        from sslsr_diffusion.inference.runner import RunnerOptions, find_work, run_work
+        from sslsr_diffusion.inference.runner import RunnerOptions, find_work
 
         where: dict[str, Any] = {"device": device, "dtype": dtype.value}
         if memory_budget is not None:
@@ -126,18 +131,23 @@ def infer(
         )
         work = find_work(inputs, output, options)
         if work.todo:
-            restorer = open_model(found, **where)
-            _say_how(restorer, call)
-            with progress_bar(len(work.todo), lambda: _show(work.report, output), unit="picture") as bar:
-
-                def progress(done: int, total: int, name: str) -> None:
-                    bar.update(done - bar.n)
-                    bar.set_postfix_str(name[-40:])
-
-                run_work(restorer, work, progress=progress)
+            _upscale(open_model(found, **where), work, call, output)
     _show(work.report, output)
     if work.report.failed:
         raise typer.Exit(1)
+
+
+def _upscale(restorer: Any, work: Any, call: dict[str, Any], output: Path) -> None:
+    from sslsr_diffusion.inference.runner import run_work
+
+    _say_how(restorer, call)
+    with progress_bar(len(work.todo), lambda: _show(work.report, output), unit="picture") as bar:
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.update(done - bar.n)
+            bar.set_postfix_str(name[-40:])
+
+        run_work(restorer, work, progress=progress)
 
 
 def _box(scale: float | None, longest_side: int | None, size: str | None) -> tuple[int, int] | None:

@@ -226,9 +226,8 @@ class StableSRPipeline(DiffusionPipeline):
             strength: 1 starts at the last timestep; 0.3 runs the last 30 % of the steps from a less noised picture.
             fidelity: how much of the low-resolution picture a CFW decoder takes over (0 to 1, default 0.5); refused above 0 where the
                 autoencoder is a plain one.
-            detail: share of the model's picture in the result, 0 to 1; the rest is the bicubic enlargement. Between a faithful and a
-                lively picture, straight lines lead from the least error to the most realism (Freirich et al., NeurIPS 2021); None:
-                the pipeline's own (1 unless its recipe or its base said otherwise).
+            detail: share of the model's picture in the result, 0 to 1; the rest is the bicubic enlargement (from least error to realism
+                leads a straight line: Freirich et al., NeurIPS 2021); None: the pipeline's own (1 unless recipe or base said otherwise).
             antiring: how much is taken back, 0 to 1, of what is brighter or darker in the model's picture than every low-resolution pixel
                 nearby (about 7 x 7 of them): the seams beside edges that a discriminator or an already sharpened input leads to. Before
                 `detail` mixes in the bicubic enlargement; None: the pipeline's own (0 unless recipe or base said otherwise).

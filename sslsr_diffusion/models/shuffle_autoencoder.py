@@ -28,7 +28,6 @@ class ShuffleAutoencoder(ModelMixin, ConfigMixin):
         scaling_factor: what `Codec` multiplies latents by.
     """
 
-    __module__ = "sslsr_diffusion.models"  # what model_index.json stores
     _supports_gradient_checkpointing = False
     draws = False  # see `Codec.draws`
 

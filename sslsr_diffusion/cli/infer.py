@@ -172,7 +172,7 @@ def _say_how(restorer: "Restorer", call: dict[str, Any]) -> None:
     notes = restorer.check(**call)
     values = {**restorer.defaults, **call}
     names = [name for name in ("num_inference_steps", "detail", "antiring") if name in values and name in restorer.options]
-    shown = [", ".join(f"{RENAMED.get(name, name)} {values[name]}" for name in names)] if names else []
+    shown = ["called with " + ", ".join(f"{RENAMED.get(name, name)} {values[name]}" for name in names)] if names else []
     for line in [*shown, *(f"note: {flagged(note, *FLAGS)}" for note in notes)]:
         typer.echo(line)
 

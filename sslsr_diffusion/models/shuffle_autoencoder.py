@@ -28,7 +28,6 @@ class ShuffleAutoencoder(ModelMixin, ConfigMixin):
         scaling_factor: what `Codec` multiplies latents by.
     """
 
-    _supports_gradient_checkpointing = False
     draws = False  # see `Codec.draws`
 
     @register_to_config

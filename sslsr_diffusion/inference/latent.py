@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sslsr_diffusion.files import usual_modes
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.latent_work import Host, LatentWork
 from sslsr_diffusion.inference.memory import MemoryModel
@@ -150,6 +151,7 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
     def save(self, folder: Path) -> None:
         with quiet_diffusers():
             self.networks.save(folder, scale=self.scale, **self.kept_defaults)
+        usual_modes(folder)
 
     def memory_model(self) -> MemoryModel:
         """What a tile of these networks takes."""

@@ -26,7 +26,7 @@ from sslsr_diffusion.models.networks import LatentNetworks
 
 SCALE = 4  # of a model that names none
 _FROM_LR = frozenset({"start", "strength"})  # which latents of the low-resolution picture they need
-_PROMPTED = frozenset({"prompt", "negative_prompt", "guidance_scale"})
+PROMPTED = frozenset({"prompt", "negative_prompt", "guidance_scale"})
 
 
 @dataclass
@@ -102,7 +102,7 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
     @property
     def options(self) -> frozenset[str]:
         networks = self.networks
-        lacking = frozenset() if networks.takes_prompts else _PROMPTED
+        lacking = frozenset() if networks.takes_prompts else PROMPTED
         lacking |= frozenset() if networks.codec.has_fidelity else {"fidelity"}
         lacking |= frozenset() if networks.max_noise_level else {"noise_level"}
         return super().options - lacking - (frozenset() if networks.zoom == 1 else _FROM_LR)

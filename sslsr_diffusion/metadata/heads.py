@@ -1,4 +1,4 @@
-"""The blocks of a picture as the formats that are written hold them; `blocks.py` has where they lie."""
+"""What stands around the pixels in the formats that are written: headers, and the blocks of a picture; `blocks.py` has where they lie."""
 
 import struct
 import zlib

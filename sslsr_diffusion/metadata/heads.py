@@ -93,7 +93,8 @@ def end_tiff(file: BinaryIO, blocks: "Image", order: str, size: tuple[int, int],
     channels = _channels(blocks)
     longs = {256: [size[1]], 257: [size[0]], 278: [rows], 279: [*places.values()]}
     shorts = {258: [blocks.bits] * channels, 259: [8], 262: [1 if blocks.gray else 2], 277: [channels], 284: [1], 317: [2]}
-    shorts |= {339: [1] * channels} | ({338: [2]} if blocks.alpha is not None else {})  # not premultiplied
+    shorts[339] = [1] * channels
+    shorts |= {338: [2]} if blocks.alpha is not None else {}  # not premultiplied
     tags = {tag: tiff.numbers(order, kind, values) for kind, some in ((3, shorts), (4, longs)) for tag, values in some.items()}
     tags |= _tiff_tags(blocks, order)
     behind = sum(len(body) for _, _, body in tags.values()) + 2 * len(blocks.exif or b"") + 8 * len(places)

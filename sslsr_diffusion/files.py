@@ -8,7 +8,8 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 TEMPORARY = ".tmp-"  # how the name of everything that is not whole begins
@@ -23,6 +24,8 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"  # without the file's name, which may be as long as names can be
     try:
         yield temporary
+        if path.suffix == ".safetensors":
+            _give_usual_mode(path.parent, [temporary])
         sync(temporary)
         temporary.replace(path)
     except BaseException:
@@ -49,6 +52,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         with disk_errors():
             yield new
+        usual_modes(new)
         for path in (*new.rglob("*"), new):
             sync(path)
         if folder.exists():
@@ -83,6 +87,23 @@ def remove_leftovers(parent: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def usual_modes(folder: Path) -> None:
+    """Give the safetensors files below a folder the mode that any new file in it gets.
+
+    From version 0.8 on, safetensors renames a private temporary file, so that nobody else could read a result.
+    """
+    _give_usual_mode(folder, [*folder.rglob("*.safetensors")])
+
+
+def _give_usual_mode(folder: Path, files: Sequence[Path]) -> None:
+    probe = folder / f"{TEMPORARY}{secrets.token_hex(8)}"  # the umask can only be asked by setting it, for all threads
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in files:
+        file.chmod(mode)
 
 
 @contextlib.contextmanager

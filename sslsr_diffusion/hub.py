@@ -153,11 +153,12 @@ def look_up(
     field: str | None = None,
     token: str | None = None,
     endpoint: str | None = None,
+    advice: Mapping[Reason, str] | None = None,
 ) -> Found:
     """The commit and the file names that the hub has under an id now, if its files may be had; nothing is downloaded.
     Raises HubError: as `fetch`, but the cache is not asked.
     """
-    with _asking(name, revision=revision, kind=kind, field=field, token=token):
+    with _asking(name, revision=revision, kind=kind, field=field, token=token, advice=advice):
         from huggingface_hub import HfApi
 
         api = HfApi(endpoint=endpoint, token=token)
@@ -165,6 +166,20 @@ def look_up(
         if getattr(info, "gated", False):  # everybody may read its list of files
             api.auth_check(name, repo_type=kind)
         return Found(str(info.sha), tuple(file.rfilename for file in info.siblings or ()))
+
+
+def read_head(name: str, file: str, revision: str) -> dict[str, str]:
+    """What stands in a repository's safetensors file beside its tensors, none of which is fetched.
+    Raises HubError: as `look_up`. UserError: the file is damaged.
+    """
+    with _asking(name, revision=revision, kind="model", field="model", token=None):
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import SafetensorsParsingError
+
+        with contextlib.suppress(SafetensorsParsingError):
+            told = HfApi().parse_safetensors_file_metadata(name, file, revision=revision).metadata
+            return {key: text for key, text in told.items() if isinstance(text, str)}
+    raise UserError(f"model {name}: expected a safetensors file, got {file}, whose head cannot be read; fetch or publish it again.")
 
 
 def commit_of(name: str, kind: Kind = "model", revision: str | None = None, timeout: float = 10.0) -> str | None:

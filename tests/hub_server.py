@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -70,6 +71,20 @@ class HubServer:
     def fault(self, match: str, kind: int | str, times: int = 1, **headers: str) -> Fault:
         self.faults.append(Fault(match, kind, times, headers))
         return self.faults[-1]
+
+    def put(self, name: str, commit: str, files: dict[str, bytes]) -> None:
+        """A commit with these files, in a repository that is made where there is none."""
+        stored = {path: Stored(len(data), hashlib.sha1(data).hexdigest(), data) for path, data in files.items()}
+        self.repositories.setdefault(name, Repository()).commits.append((commit, "a commit", stored))
+
+    def alone(self, monkeypatch: Any, cache: Path) -> None:
+        """Let the client of this process ask this hub, and keep its files in `cache`."""
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}")
 
     def repository(self, name: str) -> Repository:
         if name not in self.repositories:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 
 from sslsr_diffusion import files
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.files import atomic_folder, atomic_write, remove_leftovers, restore_folder
+from sslsr_diffusion.files import atomic_file, atomic_folder, atomic_write, remove_leftovers, restore_folder
 from sslsr_diffusion.training import checkpoints
 from sslsr_diffusion.training.checkpoints import (
     find_checkpoint,
@@ -148,6 +149,25 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, monkeypatch):
         atomic_write(tmp_path / "a.json", b"new")
     assert (tmp_path / "a.json").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files have no such modes there")
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
+    """safetensors renames a private temporary file: without our help, nobody but its owner could read it."""
+    before = os.umask(mask)
+    try:
+        write_checkpoint(tmp_path / "checkpoint-1", TENSORS, {})
+        with atomic_file(tmp_path / "a.safetensors") as new:
+            save_file(TENSORS["trained"], new)
+        with atomic_folder(tmp_path / "pipeline") as new:
+            (new / "unet").mkdir()
+            save_file(TENSORS["trained"], new / "unet" / "a.safetensors")
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(tmp_path)): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    names = [f"checkpoint-1/{name}" for name in ("trained.safetensors", "rng.safetensors", "state.json", "manifest.json")]
+    assert modes == dict.fromkeys([*names, "a.safetensors", "pipeline/unet/a.safetensors"], 0o666 & ~mask)
 
 
 def _write_forever(folder: Path) -> None:

@@ -136,3 +136,8 @@ def test_files_and_functions_are_read_in_one_sitting():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < 70, f"{path}: {node.name}"
+
+
+def test_pictures_are_read_and_written_in_few_lines():
+    """At most 600 in all: what lies beside the pixels belongs to `metadata/`."""
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in (ROOT / "images").rglob("*.py")) <= 600

@@ -20,7 +20,8 @@ from test_images import SRGB, encoded, gray_profile, smooth
 from sslsr_diffusion.config import parse
 from sslsr_diffusion.data.degradation import DegradationSettings
 from sslsr_diffusion.data.preparation import low_resolution
-from sslsr_diffusion.images import Image, OpenPicture, UnreadableImage, read_image, size_of, write_image, write_strips, writers
+from sslsr_diffusion.images import Image, OpenPicture, UnreadableImage, read_image, size_of, write_image, write_strips
+from sslsr_diffusion.metadata import heads
 from sslsr_diffusion.metadata.blocks import png_chunk
 from sslsr_diffusion.metadata.exif import upright_exif
 
@@ -167,7 +168,7 @@ def test_a_tiff_beyond_its_limit_is_a_bigtiff_with_the_same_blocks(tmp_path, mon
     rgb, exif = smooth(64, 48, dtype=dtype), camera_exif(order=order)
     given = replace(full("BMP", exif), rgb=rgb, alpha=smooth(64, 48, 1, dtype=dtype, seed=3)[..., 0])
     assert write_image(tmp_path / "small.tif", given) == ()
-    monkeypatch.setattr(writers, "LARGEST_TIFF", (tmp_path / "small.tif").stat().st_size)
+    monkeypatch.setattr(heads, "LARGEST_TIFF", (tmp_path / "small.tif").stat().st_size)
     assert write_image(tmp_path / "a.tif", given) == ()
     data = (tmp_path / "a.tif").read_bytes()
     assert [file[2:4] for file in ((tmp_path / "small.tif").read_bytes(), data)] == [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -12,7 +11,6 @@ import pytest
 import yaml
 from accelerate.state import AcceleratorState
 from hub_server import HubServer
-from hub_storage import Repository, Stored
 from tiny_runs import save_upscaler
 from typer.testing import CliRunner
 
@@ -30,20 +28,9 @@ FIRST, SECOND = "1a" * 20, "2b" * 20
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
     with HubServer() as server:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        server.alone(monkeypatch, tmp_path / "cache")
         yield server
-
-
-def commit(hub: HubServer, name: str, oid: str, files: dict[str, bytes]) -> None:
-    repository = hub.repositories.setdefault(name, Repository())
-    stored = {path: Stored(len(data), hashlib.sha1(data).hexdigest(), data) for path, data in files.items()}
-    repository.commits.append((oid, "a commit", stored))
 
 
 def recipe(revision: str | None = None, base: str = "someone/base") -> Recipe:
@@ -60,11 +47,11 @@ def revisions(recipe: Recipe) -> list[str | None]:
 
 def test_a_run_begins_at_todays_commits_and_goes_on_at_its_own(hub, tmp_path):
     for name in ("someone/base", "someone/photos"):
-        commit(hub, name, FIRST, {"README.md": b"first"})
+        hub.put(name, FIRST, {"README.md": b"first"})
     fresh = pinned(recipe())
     assert revisions(fresh) == [FIRST] * 3
     for name in ("someone/base", "someone/photos"):
-        commit(hub, name, SECOND, {"README.md": b"second"})
+        hub.put(name, SECOND, {"README.md": b"second"})
     write_checkpoint(tmp_path / "checkpoint-1", {}, {"recipe": fresh.model_dump(mode="json")})
     hub.log.clear()
     for written in (None, "main"):
@@ -113,7 +100,7 @@ def base(hub, tmp_path, monkeypatch):
     AcceleratorState._reset_state()
     save_upscaler(tmp_path / "made")
     files = {path.relative_to("made").as_posix(): path.read_bytes() for path in Path("made").rglob("*") if path.is_file()}
-    commit(hub, "someone/base", FIRST, files)
+    hub.put("someone/base", FIRST, files)
     return files
 
 
@@ -139,8 +126,8 @@ def train(steps: int, *more: str) -> str:
 def test_training_records_the_commit_and_resumes_from_it(hub, base):
     assert "Done: 1 steps" in train(1)
     assert yaml.safe_load(Path("run/recipe.yaml").read_text())["model"]["revision"] == FIRST
-    commit(hub, "someone/base", SECOND, base)
-    commit(hub, "someone/base", "3c" * 20, {**base, "unet/diffusion_pytorch_model.safetensors": b"moved on"})
+    hub.put("someone/base", SECOND, base)
+    hub.put("someone/base", "3c" * 20, {**base, "unet/diffusion_pytorch_model.safetensors": b"moved on"})
     assert "Done: 2 steps" in train(2, "--resume", "latest")
     state = recorded_state(Path("run/checkpoint-2"))
     assert state["recipe"]["model"]["revision"] == state["base"]["revision"] == FIRST
@@ -187,8 +174,8 @@ def test_a_dry_run_looks_up_what_would_be_resumed(hub, tmp_path, monkeypatch):
     assert resume("latest").startswith("missing: --resume latest: no whole checkpoint in runs/run")
     assert resume("nothing").startswith("missing: --resume nothing: no whole checkpoint")
     assert resume("someone/base").startswith("missing: someone/base is no folder here, and the hub has no such repository")
-    commit(hub, "someone/base", FIRST, {"state/checkpoint-9/manifest.json": b"{}", "state/checkpoint-30/manifest.json": b"{}"})
-    commit(hub, "someone/empty", SECOND, {"README.md": b""})
+    hub.put("someone/base", FIRST, {"state/checkpoint-9/manifest.json": b"{}", "state/checkpoint-30/manifest.json": b"{}"})
+    hub.put("someone/empty", SECOND, {"README.md": b""})
     assert resume("someone/base").startswith("ok: someone/base on the hub, commit 1a1a1a1a1a1a, step 30")
     assert resume(f"someone/base@{FIRST}").startswith("ok")
     assert resume("someone/empty").startswith("missing: someone/empty: the repository holds no training state")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from data_samples import open_small, settings, take
 from hub_server import HubServer
-from hub_storage import Repository, Stored
 from huggingface_hub.errors import HfHubHTTPError
 from test_sources import _png, _tar
 
@@ -225,8 +223,7 @@ def test_a_damaged_shard_on_the_hub(tmp_path):
     hurt = damaged_parquet(tmp_path / "made", SHARDS)
     with HubServer() as hub:
         files = {f"data/{path.name}": path.read_bytes() for path in (tmp_path / "made").iterdir()}
-        stored = {path: Stored(len(data), hashlib.sha1(data).hexdigest(), data) for path, data in files.items()}
-        hub.repositories["someone/photos"] = Repository(commits=[("1a" * 20, "a commit", stored)])
+        hub.put("someone/photos", "1a" * 20, files)
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
         done = forks.python("-c", STREAM, cwd=tmp_path, path=[ROOT], environment=own)
     assert done.stdout.splitlines() == ["pause 1.0", "pause 5.0", f"True {sorted(WHOLE)}"], done.stderr[-3000:]

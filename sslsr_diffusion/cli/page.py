@@ -27,7 +27,7 @@ def page(
     import signal
 
     from sslsr_diffusion.devices import find_device, parse_bytes
-    from sslsr_diffusion.inference.open import find_model
+    from sslsr_diffusion.inference.open import glance
     from sslsr_diffusion.page.server import serve
 
     with as_flags("model", "port", "device", "memory_budget"):
@@ -36,7 +36,8 @@ def page(
         if memory_budget is not None:
             where["memory_budget"] = parse_bytes(memory_budget)
         for name in model or ():
-            find_model(name)
+            with glance(name):
+                pass  # it is there; weights of the hub are fetched when it is opened
 
         def ready(address: str) -> None:
             typer.echo(f"open {address} in a browser on this machine; Ctrl-C ends it")

@@ -7,7 +7,6 @@ fetched from one; its WebP decoder starts threads all the same, so Pillow reads 
 import functools
 import io
 import logging
-import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,17 +186,13 @@ def _by_opencv(data: memoryview, kind: str, found: Blocks) -> Rows:
 
 
 def _jpeg2000(data: memoryview, kind: str, found: Blocks) -> Rows:
-    """By the colours that its header names by number. Decoders see sRGB in the place of what they would not know, or compute wrongly."""
-    at, space = headers.jp2_space(data)
-    white = headers.jp2(data)[2]
+    """By the colours that its header names by number."""
+    space = headers.jp2_space(data)
     if space == "ROMM RGB":
         found.icc_profile = romm_profile()
         found.notes.append("colours by code (ROMM RGB) written as a colour profile")
-    deep = space == "sYCC" and white > 255  # of 8 bits, Pillow knows it
-    if deep or space in ("ROMM RGB", "bi-level"):
-        struct.pack_into(">I", data, at, 17 if space == "bi-level" else 16)
-    rows = _by_opencv(data, kind, found)
-    if not deep:
+    rows, white = _by_opencv(data, kind, found), headers.jp2(data)[2]
+    if space != "sYCC":
         return rows
     return _of_array(rows.height, rows.width, lambda: srgb_of_sycc(rows.read(0, rows.height), (white + 1) / 2 / white))
 

@@ -11,7 +11,7 @@ from sslsr_diffusion.images.decoders import READERS
 from sslsr_diffusion.images.picture import Image, Pixels, UnreadableImage
 from sslsr_diffusion.listing import UNREAD_SUFFIXES, kind_of, printable
 from sslsr_diffusion.metadata import exif
-from sslsr_diffusion.metadata.blocks import SPLIT, Blocks, profile_space
+from sslsr_diffusion.metadata.blocks import SPLIT, Blocks
 from sslsr_diffusion.metadata.headers import Refused
 
 MAX_PIXELS = 178_956_970  # of a picture that is read whole: 0.5 GB of RGB
@@ -61,13 +61,8 @@ class OpenPicture:
         bottom = self.size[0] if bottom is None else bottom
         with self._refusing():
             samples = self._upright(top, bottom)
-        channels, found, notes = samples.shape[2], self.blocks, list(self.blocks.notes)
-        profile, space = found.icc_profile, profile_space(found.icc_profile)
-        gray = channels < 3 and space != "RGB"  # gray pixels with an RGB profile become colour for its sake
-        if profile and space != ("GRAY" if gray else "RGB"):
-            profile = None
-            notes.append(f"colour profile left out, {f'it is for {printable(space)}' if space else 'it is damaged'}")
-        turned = found.xmp if self._turn == 1 else re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", found.xmp or b"")
+        channels, found = samples.shape[2], self.blocks
+        profile, gray, notes = found.profile_for(channels)
         return Image(
             np.ascontiguousarray(samples[..., :3] if channels > 2 else samples[..., [0, 0, 0]]),
             np.ascontiguousarray(samples[..., -1]) if channels in (2, 4) else None,
@@ -76,7 +71,7 @@ class OpenPicture:
             self.format,
             gray,
             tuple(notes),
-            turned or None,
+            (found.xmp if self._turn == 1 else exif.upright_xmp(found.xmp or b"")) or None,
             found.iptc,
             found.density if all(1 <= each <= 100_000 for each in found.density or (0,)) else None,
             tuple(found.own),

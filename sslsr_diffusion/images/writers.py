@@ -6,7 +6,6 @@ for TIFF the EXIF block has to lie where it lay. JPEG: OpenCV, and libvips, whic
 
 import itertools
 import shutil
-import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -24,8 +23,6 @@ from sslsr_diffusion.listing import SUFFIXES, suffixes_of
 from sslsr_diffusion.metadata import blocks, exif, heads
 
 LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
-LARGEST_TIFF = 0xFFFFFFFF  # bytes of a file whose offsets have 4 of them; a larger one is a BigTIFF
-_DIRECTORIES = 1 << 16  # bytes that are kept free for what stands behind the pixels, beside its values
 Strips = Iterator[Pixels]  # [n, W, C] each: gray or colour, then alpha where there is one
 
 
@@ -110,9 +107,7 @@ def _webp(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, qu
 
 def _png(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, quality: int) -> list[str]:
     """One IDAT chunk for every band of rows."""
-    kind = {1: 0, 2: 4, 3: 2, 4: 6}[(1 if head.gray else 3) + (head.alpha is not None)]
-    file.write(blocks.PNG_SIGNATURE + blocks.png_chunk(b"IHDR", struct.pack(">IIBBBBB", size[1], size[0], head.bits, kind, 0, 0, 0)))
-    file.write(heads.png_head(head))
+    file.write(heads.png_head(head, size))
     deflate, above = zlib.compressobj(5), None
     for strip in strips:
         rows = np.ascontiguousarray(strip, dtype=strip.dtype.newbyteorder(">")).view(np.uint8).reshape(len(strip), -1)
@@ -148,29 +143,17 @@ def _cut(strips: Strips, rows: int) -> Strips:
 
 
 def _tiff(file: BinaryIO, head: Image, size: tuple[int, int], strips: Strips, quality: int) -> list[str]:
-    """The EXIF block where it always is, at the start of its offsets; deflated strips with the horizontal predictor; the directory.
-
-    Where 4 GB are not enough it is a BigTIFF, which is known when the pixels are written: what they compress to counts.
-    """
-    channels = (1 if head.gray else 3) + (head.alpha is not None)
-    row = size[1] * channels * head.bits // 8
-    order = exif.Form.of(head.exif).order if head.exif else "<"
+    """The EXIF block where it always is, at the start of its offsets; deflated strips with the horizontal predictor; the directory."""
+    first = next(strips)
+    order, rows = exif.Form.of(head.exif).order if head.exif else "<", max(1, (1 << 20) // first[0].nbytes)
     file.write((head.exif or b"").ljust(16, b"\0"))
-    rows, offsets, lengths = max(1, (1 << 20) // row), [], []
-    for strip in _cut(strips, rows):
+    places = {}
+    for strip in _cut(itertools.chain([first], strips), rows):
         strip = np.concatenate([strip[:, :1], strip[:, 1:] - strip[:, :-1]], axis=1)
         file.write(bytes(file.tell() % 2))
-        offsets.append(file.tell())
-        lengths.append(file.write(zlib.compress(strip.astype(strip.dtype.newbyteorder("<" if order == "<" else ">")).tobytes(), 6)))
-    longs = {256: [size[1]], 257: [size[0]], 278: [rows], 279: lengths}
-    shorts = {258: [head.bits] * channels, 259: [8], 262: [1 if head.gray else 2], 277: [channels], 284: [1], 317: [2], 339: [1] * channels}
-    shorts |= {338: [2]} if head.alpha is not None else {}  # not premultiplied
-    tags = {tag: exif.numbers(order, kind, values) for kind, some in ((3, shorts), (4, longs)) for tag, values in some.items()}
-    tags |= heads.tiff_tags(head, order)
-    behind = sum(len(body) for _, _, body in tags.values()) + 2 * len(head.exif or b"") + 8 * len(offsets)
-    big = file.tell() + behind + _DIRECTORIES > LARGEST_TIFF
-    tags[273] = exif.numbers(order, 16 if big else 4, offsets)
-    exif.write_directory(file, head.exif, order, tags, big)
+        at = file.tell()
+        places[at] = file.write(zlib.compress(strip.astype(strip.dtype.newbyteorder("<" if order == "<" else ">")).tobytes(), 6))
+    heads.end_tiff(file, head, order, size, rows, places)
     return []
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sslsr_diffusion.devices import bfloat16_pays, free_bytes, hand_freed_blocks_back, shown_bytes
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
+from sslsr_diffusion.files import usual_modes
 from sslsr_diffusion.images import pad_to, resize_bicubic
 from sslsr_diffusion.inference.memory import call_bytes, peak_activation_bytes
 from sslsr_diffusion.inference.noise import Generators
@@ -113,6 +114,7 @@ class DirectRestorer(AroundNetworks[CallOptions]):
 
     def save(self, folder: Path) -> None:
         self.networks.save(folder, scale=self.scale, **self.kept_defaults)
+        usual_modes(folder)
 
     @property
     def _unit(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sslsr_diffusion.files import usual_modes
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.latent_work import Host, LatentWork
 from sslsr_diffusion.inference.memory import MemoryModel
@@ -25,7 +26,7 @@ from sslsr_diffusion.models.networks import LatentNetworks
 
 SCALE = 4  # of a model that names none
 _FROM_LR = frozenset({"start", "strength"})  # which latents of the low-resolution picture they need
-_PROMPTED = frozenset({"prompt", "negative_prompt", "guidance_scale"})
+PROMPTED = frozenset({"prompt", "negative_prompt", "guidance_scale"})
 
 
 @dataclass
@@ -101,7 +102,7 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
     @property
     def options(self) -> frozenset[str]:
         networks = self.networks
-        lacking = frozenset() if networks.takes_prompts else _PROMPTED
+        lacking = frozenset() if networks.takes_prompts else PROMPTED
         lacking |= frozenset() if networks.codec.has_fidelity else {"fidelity"}
         lacking |= frozenset() if networks.max_noise_level else {"noise_level"}
         return super().options - lacking - (frozenset() if networks.zoom == 1 else _FROM_LR)
@@ -150,6 +151,7 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
     def save(self, folder: Path) -> None:
         with quiet_diffusers():
             self.networks.save(folder, scale=self.scale, **self.kept_defaults)
+        usual_modes(folder)
 
     def memory_model(self) -> MemoryModel:
         """What a tile of these networks takes."""

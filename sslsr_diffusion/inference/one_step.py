@@ -2,20 +2,24 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.bands import Enlarged, Rows
-from sslsr_diffusion.inference.latent import LatentRestorer
+from sslsr_diffusion.inference.latent import PROMPTED, LatentRestorer
 from sslsr_diffusion.inference.latent_work import Decode, LatentWork, Prompts
 from sslsr_diffusion.inference.options import LatentOptions
+from sslsr_diffusion.inference.restorer import Described
 from sslsr_diffusion.inference.sampling import Sampler, StepNoise
 from sslsr_diffusion.inference.shared_norm import SharedGroupNorm
 from sslsr_diffusion.inference.tile_plan import Part, TilePlan
 from sslsr_diffusion.inference.tiled import TiledCodec
 from sslsr_diffusion.models.condition import Condition
+from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.one_step.networks import OneStepNetworks
+from sslsr_diffusion.models.one_step.result import read_told
 
 _OF_WALKS = frozenset({"num_inference_steps", "strength", "sampler", "start", "eta"})  # options of samplers with many steps
 
@@ -107,4 +111,17 @@ class OneStepRestorer(LatentRestorer):
 
     @property
     def options(self) -> frozenset[str]:
-        return super().options - _OF_WALKS - (frozenset() if self.networks.has_loras else {"lora_scale"})
+        return _options(super().options, self.networks.has_loras)
+
+    @classmethod
+    def describe(cls, family: Family, path: Path) -> Described:
+        """Of a LoRA by what it says of itself: no option depends on its base, which need not be here."""
+        if (path / "vae").is_dir():  # the whole model, whose configs can be checked
+            return super().describe(family, path)
+        settings, _, call = read_told(path)
+        options = _options(cls.kind.names() - PROMPTED - {"fidelity", "noise_level"}, bool(settings.lora or settings.encoder_lora))
+        return Described(options, {name: value for name, value in call.items() if name in options})
+
+
+def _options(latent: frozenset[str], has_loras: bool) -> frozenset[str]:
+    return latent - _OF_WALKS - (frozenset() if has_loras else {"lora_scale"})

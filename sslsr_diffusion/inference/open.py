@@ -1,16 +1,20 @@
 """From a name to a restorer: the newest finished run, the shipped model, a run or model folder, a file, or a hub id."""
 
 import contextlib
+import fnmatch
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.hub import STATE, fetch, split_file
+from sslsr_diffusion.hub import STATE, WEIGHTS, HubError, Reason, cached, fetch, look_up, read_head, split_file
 from sslsr_diffusion.inference.restorer import Described, Restorer
 from sslsr_diffusion.models.base import IGNORED
 from sslsr_diffusion.models.families import FAMILIES
@@ -22,6 +26,7 @@ from sslsr_diffusion.tables import named
 log = logging.getLogger(__name__)
 
 RESULT = "pipeline"  # the folder of a run's result
+_ADVICE: dict[Reason, str] = {"invalid": f"The shipped model is {SMALL}."}
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,59 @@ def find_model(model: str, revision: str | None = None) -> FoundModel:
     """The local files of a model, downloaded first if it is a hub id.
     Raises UserError: there is nothing of that name, or it holds no upscaler.
     """
+    here = _found_here(model, revision)
+    if here is not None:
+        return here
+    name, file = split_file(model)
+    patterns, ignored = _wanted(file)
+    return _found_there(model, fetch(name, revision, patterns=patterns, ignore=ignored, advice=_ADVICE), file)
+
+
+@contextlib.contextmanager
+def glance(model: str) -> Iterator[FoundModel]:
+    """`find_model` for `describe_model` alone: of a hub id no weights are fetched but the head of a network's file.
+    Raises UserError: as `find_model`.
+    """
+    here = _found_here(model, None)
+    if here is not None:
+        yield here
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield _glanced(model, Path(scratch))
+
+
+def _glanced(model: str, scratch: Path) -> FoundModel:
+    """A repository's small files in the hub's cache; where they are no model, files with the heads of its weights in `scratch`."""
+    name, file = split_file(model)
+    patterns, ignored = _wanted(file)
+    try:
+        commit, files = look_up(name, field="model", advice=_ADVICE)
+    except HubError:
+        folder = cached(name, patterns=patterns, ignore=ignored)
+        if folder is None:
+            raise
+        return _found_there(model, folder, file)
+    wanted = [each for each in files if _matches(each, patterns) and not _matches(each, ignored)]
+    small = [each for each in wanted if not each.endswith(WEIGHTS)]
+    folder = fetch(name, commit, patterns=small) if small else None
+    if folder is not None and family_of(folder) is not None:
+        return _found_there(model, folder, file)
+    heads = scratch / commit
+    for each in {*wanted} & {*patterns}:  # by its own name: one file is the model
+        (heads / each).parent.mkdir(parents=True, exist_ok=True)
+        if each.endswith(".safetensors"):
+            save_file({}, heads / each, read_head(name, each, commit))
+        else:
+            (heads / each).touch()
+    return _found_there(model, heads, file)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _found_here(model: str, revision: str | None) -> FoundModel | None:
+    """The model on this machine; None where it can only be on the hub."""
     path = local_folder(model)
     if path.is_dir() and family_of(path) is None and family_of(path / RESULT) is not None:  # a run folder
         path = path / RESULT
@@ -72,15 +130,22 @@ def find_model(model: str, revision: str | None = None) -> FoundModel:
             )
         return FoundModel(model, path, family, _fingerprint(path))
     refuse_earlier(model, "model")
-    name, file = split_file(model)
+    return None
+
+
+def _wanted(file: str | None) -> tuple[list[str], list[str]]:
+    """Patterns of the files of a repository that are a model, or that one file; and of those among them that are not."""
     patterns = [file] if file else [pattern for family in FAMILIES.values() for pattern in family.files]
-    ignore = [f"{STATE}/*", *([] if file else IGNORED)]
-    fetched = fetch(name, revision, patterns=patterns, ignore=ignore, advice={"invalid": f"The shipped model is {SMALL}."})
-    path = fetched / file if file else fetched
+    return patterns, [f"{STATE}/*", *([] if file else IGNORED)]
+
+
+def _found_there(model: str, folder: Path, file: str | None) -> FoundModel:
+    """The model in a folder with files of a repository, whose name is the commit."""
+    path = folder / file if file else folder
     family = family_of(path)
     if family is None:
         raise UserError(f"model {model}: that repository holds no {f'file {file}' if file else f'model of {_listed()}'}.")
-    return FoundModel(model, path, family, f"{model}@{fetched.name}")
+    return FoundModel(model, path, family, f"{model}@{folder.name}")
 
 
 def _listed() -> str:

@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.files import usual_modes
 from sslsr_diffusion.hub import PIPELINE_FILES, fetch
 from sslsr_diffusion.inference.latent import LatentRestorer, quiet_diffusers
 from sslsr_diffusion.inference.latent_work import Host
@@ -132,11 +133,12 @@ class StableSRPipeline(DiffusionPipeline):
         refuse_code(Path(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **options})
 
-    def save_pretrained(self, *given: Any, **options: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *given: Any, **options: Any) -> None:
         """As diffusers' own, but the configs do not say from which folder of this machine a component was loaded."""
         for component in (self, *self.components.values()):
             forget_folder(component)
-        super().save_pretrained(*given, **options)
+        super().save_pretrained(save_directory, *given, **options)
+        usual_modes(Path(save_directory))
 
     def save(self, folder: Path) -> None:
         self.save_pretrained(folder, safe_serialization=True)

@@ -53,6 +53,14 @@ class Blocks:
         body = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(raw)) + raw + bytes(len(raw) % 2) if raw[:1] == b"\x1c" else raw
         self.iptc = self.iptc or body.removeprefix(PHOTOSHOP)
 
+    def profile_for(self, channels: int) -> tuple[bytes | None, bool, list[str]]:
+        """The profile if it is for pixels of so many channels, whether these count as gray, and the notes, that on the profile included."""
+        space = profile_space(self.icc_profile)
+        gray = channels < 3 and space != "RGB"  # gray pixels with an RGB profile become colour for its sake
+        if not self.icc_profile or space == ("GRAY" if gray else "RGB"):
+            return self.icc_profile, gray, self.notes
+        return None, gray, [*self.notes, f"colour profile left out, {f'it is for {printable(space)}' if space else 'it is damaged'}"]
+
 
 def profile_space(profile: bytes | None) -> str | None:
     """The colour space that an ICC profile describes ("RGB", "GRAY", "CMYK", ...); None if it is no whole profile."""

@@ -1,5 +1,6 @@
 """TIFF directories: the form of EXIF blocks, and of TIFF files themselves. Entries move whole: type, count and bytes as they were."""
 
+import re
 import struct
 from collections.abc import Sequence
 from typing import BinaryIO, NamedTuple
@@ -127,6 +128,11 @@ def upright_exif(exif: bytes, size: tuple[int, int]) -> bytes:
         if entry.tag in wanted and form.number(block, entry) is not None:
             form.put(block, entry, wanted[entry.tag])
     return bytes(block)
+
+
+def upright_xmp(xmp: bytes) -> bytes:
+    """The packet with orientation 1 where it states one."""
+    return re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", xmp)
 
 
 def density(exif: bytes) -> tuple[float, float] | None:

@@ -33,8 +33,10 @@ def jp2(data: memoryview) -> tuple[int, int, int]:
     return bottom - top, right - left, white
 
 
-def jp2_space(data: memoryview) -> tuple[int, str]:
-    """Where the number of a JPEG 2000 file's colour space stands in its header, and its name; sRGB where none stands there, or a profile.
+def jp2_space(data: memoryview) -> str:
+    """The colour space of the values that decoders give of a JPEG 2000 file; sRGB where its header names none, or has a profile.
+
+    In place, the header names sRGB or gray for what decoders would not know, or compute wrongly. sYCC of 8 bits stays: Pillow knows it.
 
     Raises Refused: a space that is not read (ISO 15444-1, table I.10, and ISO 15444-2, table M.25).
     """
@@ -48,11 +50,16 @@ def jp2_space(data: memoryview) -> tuple[int, str]:
     inside = [inner for kind, start, end in boxes(0, len(data)) if kind == b"jp2h" for inner in boxes(start, end)]
     at, last = next(((start, end) for kind, start, end in inside if kind == b"colr"), (0, 0))
     if at + 7 > last or data[at] != 1:
-        return 0, "sRGB"
+        return "sRGB"
     (number,) = struct.unpack_from(">I", data, at + 3)
     if number not in _READ:
         raise Refused(f"its colours are {_UNREAD.get(number, 'of a kind that we do not know')} (number {number}); save it as sRGB or gray")
-    return at + 3, _READ[number]
+    space = _READ[number]
+    if space == "sYCC" and jp2(data)[2] <= 255:
+        return "sRGB"
+    if space in ("bi-level", "sYCC", "ROMM RGB"):
+        struct.pack_into(">I", data, at + 3, 17 if space == "bi-level" else 16)
+    return space
 
 
 _READ = {15: "bi-level", 16: "sRGB", 17: "gray", 18: "sYCC", 21: "ROMM RGB"}

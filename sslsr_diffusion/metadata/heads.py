@@ -1,18 +1,25 @@
-"""The blocks of a picture as the formats that are written hold them; `blocks.py` has where they lie."""
+"""What stands around the pixels in the formats that are written: headers, and the blocks of a picture; `blocks.py` has where they lie."""
 
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from sslsr_diffusion.metadata import exif as tiff
-from sslsr_diffusion.metadata.blocks import COLOUR, EXIF, ICC, PHOTOSHOP, PNG_XMP, XMP, png_chunk, profile_space
+from sslsr_diffusion.metadata.blocks import COLOUR, EXIF, ICC, PHOTOSHOP, PNG_SIGNATURE, PNG_XMP, XMP, png_chunk, profile_space
 from sslsr_diffusion.metadata.colours import profile_of
 
 if TYPE_CHECKING:
     from sslsr_diffusion.images.picture import Image
 
+LARGEST_TIFF = 0xFFFFFFFF  # bytes of a file whose offsets have 4 of them; a larger one is a BigTIFF
 _SEGMENT = 65533
+_DIRECTORIES = 1 << 16  # bytes that are kept free for what stands behind the pixels of a TIFF, beside its values
+
+
+def _channels(blocks: "Image") -> int:
+    return (1 if blocks.gray else 3) + (blocks.alpha is not None)
 
 
 def fitted(head: "Image", wanted: str) -> tuple["Image", list[str]]:
@@ -39,10 +46,12 @@ def fitted(head: "Image", wanted: str) -> tuple["Image", list[str]]:
     return replace(head, icc_profile=profile, own=head.own if same else ()), notes
 
 
-def png_head(blocks: "Image") -> bytes:
-    """Chunks for between IHDR and the pixels."""
+def png_head(blocks: "Image", size: tuple[int, int]) -> bytes:
+    """What stands before the pixels of a PNG of `size` (H, W)."""
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[_channels(blocks)]
     own = [(kind, body) for kind, body in blocks.own if not (kind == b"sRGB" and blocks.icc_profile)]
-    parts = [(b"iCCP", b"ICC Profile\0\0" + zlib.compress(blocks.icc_profile))] if blocks.icc_profile else []
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", size[1], size[0], blocks.bits, kind, 0, 0, 0))]
+    parts += [(b"iCCP", b"ICC Profile\0\0" + zlib.compress(blocks.icc_profile))] if blocks.icc_profile else []
     parts += sorted(own, key=lambda chunk: chunk[0] not in COLOUR)
     if blocks.density and not any(kind == b"pHYs" for kind, _ in own):
         parts.append((b"pHYs", struct.pack(">IIB", *(round(each / 0.0254) for each in blocks.density), 1)))
@@ -53,7 +62,7 @@ def png_head(blocks: "Image") -> bytes:
     if blocks.iptc:
         text = b"\niptc\n%8d\n" % len(blocks.iptc) + blocks.iptc.hex().encode() + b"\n"
         parts.append((b"zTXt", b"Raw profile type iptc\0\0" + zlib.compress(text)))
-    return b"".join(png_chunk(kind, body) for kind, body in parts)
+    return PNG_SIGNATURE + b"".join(png_chunk(name, body) for name, body in parts)
 
 
 def jpeg_head(blocks: "Image") -> tuple[bytes, list[str]]:
@@ -76,7 +85,25 @@ def jpeg_head(blocks: "Image") -> tuple[bytes, list[str]]:
     return b"".join(b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body for marker, body in segments), notes
 
 
-def tiff_tags(blocks: "Image", order: str) -> dict[int, tiff.Tag]:
+def end_tiff(file: BinaryIO, blocks: "Image", order: str, size: tuple[int, int], rows: int, places: Mapping[int, int]) -> None:
+    """The directory of a TIFF of `size` (H, W) behind its deflated strips of `rows` each: where they stand, and how long they are.
+
+    Where 4 GB are not enough it is a BigTIFF, which is known when the pixels are written: what they compress to counts.
+    """
+    channels = _channels(blocks)
+    longs = {256: [size[1]], 257: [size[0]], 278: [rows], 279: [*places.values()]}
+    shorts = {258: [blocks.bits] * channels, 259: [8], 262: [1 if blocks.gray else 2], 277: [channels], 284: [1], 317: [2]}
+    shorts[339] = [1] * channels
+    shorts |= {338: [2]} if blocks.alpha is not None else {}  # not premultiplied
+    tags = {tag: tiff.numbers(order, kind, values) for kind, some in ((3, shorts), (4, longs)) for tag, values in some.items()}
+    tags |= _tiff_tags(blocks, order)
+    behind = sum(len(body) for _, _, body in tags.values()) + 2 * len(blocks.exif or b"") + 8 * len(places)
+    big = file.tell() + behind + _DIRECTORIES > LARGEST_TIFF
+    tags[273] = tiff.numbers(order, 16 if big else 4, [*places])
+    tiff.write_directory(file, blocks.exif, order, tags, big)
+
+
+def _tiff_tags(blocks: "Image", order: str) -> dict[int, tiff.Tag]:
     """Tags for a TIFF file's directory beside those of its pixels and its EXIF."""
     bodies = {tiff.XMP: (1, blocks.xmp), tiff.PHOTOSHOP: (1, blocks.iptc), tiff.PROFILE: (7, blocks.icc_profile)}
     tags = {tag: (kind, len(body), body) for tag, (kind, body) in bodies.items() if body}

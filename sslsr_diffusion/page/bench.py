@@ -11,7 +11,7 @@ from typing import Any
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.hub import WEIGHTS
 from sslsr_diffusion.images import MAX_PIXELS, size_of
-from sslsr_diffusion.inference.open import RESULT, FoundModel, describe_model, find_model, open_model
+from sslsr_diffusion.inference.open import RESULT, FoundModel, describe_model, find_model, glance, open_model
 from sslsr_diffusion.inference.progress import Told, listening
 from sslsr_diffusion.inference.restorer import Described, Restorer
 from sslsr_diffusion.inference.runner import RunnerOptions, Work, find_work, run_work
@@ -54,8 +54,7 @@ class Bench:
 
     def describe(self, model: str) -> Described:
         """Which options a model has; its weights are not read, and the one that is open stays so. Raises UserError."""
-        found = find_model(model.strip())
-        with self._reading:
+        with glance(model.strip()) as found, self._reading:
             if found.fingerprint not in self._described:
                 self._described[found.fingerprint] = describe_model(found)
             return self._described[found.fingerprint]

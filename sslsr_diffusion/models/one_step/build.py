@@ -22,6 +22,8 @@ from sslsr_diffusion.models.tensor_names import check_tensors
 from sslsr_diffusion.shipped_model import local_folder
 from sslsr_diffusion.tables import named
 
+_CONFIGS = [f"*/{name}.json" for name in ("config", "scheduler_config")]  # of a base: what its shapes follow from
+
 
 def build_networks(settings: OneStepSettings, *, train: str = "lora", meta: bool = False, seed: int = 0) -> OneStepNetworks:
     """Codec, base network and process, all frozen but for what trains.
@@ -52,11 +54,13 @@ def build_networks(settings: OneStepSettings, *, train: str = "lora", meta: bool
 
 def read_networks(folder: Path, *, meta: bool = False) -> OneStepNetworks:
     """The networks of a result, frozen; its base is looked for where the run had it, or in the folder itself where it is merged.
+
+    With `meta`, of a base on the hub the configs alone are fetched.
     UserError where a file is missing, damaged, or of another base.
     """
     told = read_told(folder)
     settings = told.settings.model_copy(update={"base": str(folder)}) if (folder / "vae").is_dir() else told.settings
-    networks = _frozen(settings, None if meta else read_text(folder / PROMPT), meta=meta, seed=told.seed)
+    networks = _frozen(settings, None if meta else read_text(folder / PROMPT), meta=meta, seed=told.seed, ask=True)
     networks.call = told.call
     if meta:
         networks.add_trained(told.seed)
@@ -65,13 +69,17 @@ def read_networks(folder: Path, *, meta: bool = False) -> OneStepNetworks:
     return networks.requires_grad_(False).eval()
 
 
-def _frozen(settings: OneStepSettings, text: Text | None = None, *, meta: bool, seed: int) -> OneStepNetworks:
-    """The base as it is; `text`: the encoded prompt, where it is known already, and no text encoder is read."""
+def _frozen(settings: OneStepSettings, text: Text | None = None, *, meta: bool, seed: int, ask: bool = False) -> OneStepNetworks:
+    """The base as it is; `text`: the encoded prompt, where it is known already, and no text encoder is read.
+
+    `ask`: the hub may be asked where shapes are wanted alone; else those of a base that is not here are the preset's.
+    """
     settings, call = _called_as_its_base(settings)
-    if settings.init == "random" or (meta and not local_folder(settings.base).is_dir()):
+    if settings.init == "random" or (meta and not ask and not local_folder(settings.base).is_dir()):
         networks = _from_preset(settings, text, meta=meta, seed=seed)
     else:
-        networks = _from_base(settings, find_base(settings.base, settings.revision), text, meta=meta)
+        base = find_base(settings.base, settings.revision, _CONFIGS if meta else None)
+        networks = _from_base(settings, base, text, meta=meta)
     networks.check_fit()
     networks.call = call
     return networks.requires_grad_(False).eval()

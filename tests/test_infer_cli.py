@@ -65,7 +65,7 @@ def test_the_newest_run_is_taken_and_said(desk, calls):
     assert "steps 4, detail 1.0, antiring 0.5" in run("--input", "in", "--output", "as it comes").output
     del calls[2:]
     assert read_image(desk / "results" / "sub" / "b.jpg").size == (40, 32)
-    assert calls[0] == {"device": "auto", "dtype": "auto"}
+    assert calls[0] == {"device": "auto", "dtype": "auto", "compile": False}
     assert calls[1]["num_inference_steps"] == 3
     assert calls[1]["tile"] == 256
     assert calls[1]["color_fix"] == "adain"
@@ -86,8 +86,8 @@ def test_a_limit_on_pixels_and_kinds_that_are_not_read_are_told_at_the_end(desk,
 
 
 def test_a_memory_budget_reaches_the_loader_and_every_picture_but_not_the_record(desk, calls):
-    assert run("--input", "in", "--memory-budget", "500MB").exit_code == 0
-    assert calls[0] == {"device": "auto", "dtype": "auto", "memory_budget": 500 * 10**6, "tile": "auto"}
+    assert run("--input", "in", "--memory-budget", "500MB", "--compile").exit_code == 0
+    assert calls[0] == {"device": "auto", "dtype": "auto", "compile": True, "memory_budget": 500 * 10**6, "tile": "auto"}
     assert [call["memory_budget"] for call in calls[1:]] == [500 * 10**6] * 2
     assert "0 done, 2 skipped" in run("--input", "in", "--memory-budget", "2GiB").output
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Dtype = StrEnum("Dtype", "auto float32 float16 bfloat16")
 
 FLAGS = (
-    *("model", "revision", "device", "dtype", "memory_budget", "scale", "seed", "steps", "tile", "detail", "antiring", "color_fix"),
-    *("fidelity", "sampler", "strength", "prompt", "negative_prompt", "guidance_scale", "noise_level", "lora_scale"),
+    *("model", "revision", "device", "dtype", "memory_budget", "compile", "scale", "seed", "steps", "tile", "detail", "antiring"),
+    *("color_fix", "fidelity", "sampler", "strength", "prompt", "negative_prompt", "guidance_scale", "noise_level", "lora_scale"),
 )
 CALL = (  # what goes to the restorer where it was given
     *("num_inference_steps", "detail", "antiring", "fidelity", "sampler", "strength"),
@@ -64,6 +64,9 @@ Precision = Annotated[
     Dtype,
     typer.Option(help="auto: float16 on a GPU; on the CPU float32, for networks bfloat16 where that is faster and the picture the same."),
 ]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="By torch.compile: the first pictures wait for it, others may take less; for many of one size.")
+]
 MaxMegapixels = Annotated[float, typer.Option(min=1, help="A larger input is refused: small files can claim to be pictures without end.")]
 
 
@@ -95,6 +98,7 @@ def infer(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Precision = Dtype.auto,
     memory_budget: MemoryBudget = None,
+    compile: Compile = False,
     max_megapixels: MaxMegapixels = 1000,
 ) -> None:
     """Upscale pictures. Sub-folders, colour profile, EXIF, alpha and 16 bits are kept; what is done with these settings is skipped."""
@@ -110,7 +114,7 @@ def infer(
         from sslsr_diffusion.inference.open import default_model, find_model, open_model
         from sslsr_diffusion.inference.runner import RunnerOptions, find_work
 
-        where: dict[str, Any] = {"device": device, "dtype": dtype.value}
+        where: dict[str, Any] = {"device": device, "dtype": dtype.value, "compile": compile}
         if memory_budget is not None:
             call["memory_budget"] = parse_bytes(memory_budget)
             where.update(memory_budget=call["memory_budget"], tile=call["tile"])

@@ -22,6 +22,7 @@ from sslsr_diffusion.inference.placement import Placement
 from sslsr_diffusion.inference.restorer import AroundNetworks, Described, Output, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import check_tile, within_memory
 from sslsr_diffusion.inference.tiling import Strip, blend, even_boxes, rounded_up, strips_of_tiles, tile_offsets
+from sslsr_diffusion.models.compiled import compile_parts, eagerly
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import PixelNetworks
 from sslsr_diffusion.models.size import SizeRequirements
@@ -57,7 +58,10 @@ class DirectRestorer(AroundNetworks[CallOptions]):
         if placement.may_be_faster and bfloat16_pays() and _same_in_bfloat16(networks):
             dtype = torch.bfloat16
             log.info("bfloat16, which this processor computes faster, makes the same picture to 1/255 on the mean")
-        return cls(networks.to(placement.device, dtype), defaults=placement.defaults)
+        networks.to(placement.device, dtype)
+        if placement.compile:
+            compile_parts(networks.components(), placement.device, field="compile")
+        return cls(networks, defaults=placement.defaults)
 
     @classmethod
     def describe(cls, family: Family, path: Path) -> Described:
@@ -208,7 +212,8 @@ class DirectRestorer(AroundNetworks[CallOptions]):
         except RuntimeError:
             parameter = next(self.networks.parameters())
             real = low.to(parameter)
-            return peak_activation_bytes(self.networks, lambda: self.networks(real), parameter.device) / parameter.dtype.itemsize
+            with eagerly(self.networks):
+                return peak_activation_bytes(self.networks, lambda: self.networks(real), parameter.device) / parameter.dtype.itemsize
 
     def _bytes(self, side: int, *, steady: bool) -> int:
         """Estimated peak of a call on one tile; activations grow with the area, so one shape run is enough."""

@@ -21,6 +21,7 @@ from sslsr_diffusion.inference.placement import Placement
 from sslsr_diffusion.inference.restorer import AroundNetworks, Described, Output, Restorer, by_size, enlarged, enlarged_size, settled
 from sslsr_diffusion.inference.tile_plan import TilePlan
 from sslsr_diffusion.inference.waiting import WaitingHost
+from sslsr_diffusion.models.compiled import compile_parts
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.networks import LatentNetworks
 
@@ -89,6 +90,8 @@ class LatentRestorer(AroundNetworks[LatentOptions]):
         with quiet_diffusers():
             networks = cast(LatentNetworks, family.read(path).eval().requires_grad_(False))
         networks.cast(placement.dtype)
+        if placement.compile:
+            compile_parts(networks.components(), placement.device, field="compile")
         if placement.offload == "none":
             return cls(networks.to(placement.device), defaults=placement.defaults)
         return cls(networks, defaults=placement.defaults, host=WaitingHost(networks, placement.device, placement.offload))

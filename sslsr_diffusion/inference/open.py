@@ -7,7 +7,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,13 @@ def _fingerprint(path: Path) -> str:
 
 
 def open_model(
-    found: FoundModel, *, device: str = "auto", dtype: str = "auto", memory_budget: int | None = None, tile: Any = "auto"
+    found: FoundModel,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | None = None,
+    tile: Any = "auto",
+    compile: bool = False,
 ) -> Restorer:
     """The restorer of a found model on a device, ready to be called.
 
@@ -169,8 +175,10 @@ def open_model(
             processor is faster in it and a sample differs by less than 1/255 on the mean.
         memory_budget: bytes for weights and work of every call that names no other; dtype "auto" and offload follow from it, too.
         tile: what the restorer will be called with; matters for a budget alone.
+        compile: have torch.compile make the networks faster, each when it is first called, for as long as this process lives; results
+            differ by rounding.
     Raises:
-        UserError: the device is not there, or the model's files are incomplete or damaged.
+        UserError: the device is not there, the model's files are incomplete or damaged, or nothing can be compiled here.
         NotEnoughMemory: nothing fits the budget.
     """
     from sslsr_diffusion.devices import find_device
@@ -178,6 +186,12 @@ def open_model(
 
     with _sentences(found.name):
         placement = place(found.family, found.path, find_device(device, field="device"), dtype, memory_budget, tile)
+        if compile and placement.offload == "sequential":
+            raise UserError(
+                "compile: expected networks that lie on the device when they compute, got layers that wait on the CPU, as this "
+                "memory_budget needs; raise it, or leave compile out."
+            )
+        placement = replace(placement, compile=compile)
         restorer: Restorer = restorer_class(found.family).open(found.family, found.path, placement)
     log.info("%s", placement)
     return restorer

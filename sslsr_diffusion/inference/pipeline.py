@@ -25,6 +25,7 @@ from sslsr_diffusion.inference.tile_plan import Tile, TilePlan
 from sslsr_diffusion.inference.tiling import Strip
 from sslsr_diffusion.models.clip_text import empty_context
 from sslsr_diffusion.models.codec import Codec
+from sslsr_diffusion.models.compiled import compile_parts
 from sslsr_diffusion.models.family import Family
 from sslsr_diffusion.models.loading import forget_folder
 from sslsr_diffusion.models.process import DDPM, Process
@@ -277,6 +278,8 @@ class StableSRRestorer(LatentRestorer):
         with quiet_diffusers():
             pipe = StableSRPipeline.from_pretrained(path, local_files_only=True, torch_dtype=placement.dtype, variant=variant_of(path))
         pipe.memory_budget = placement.memory_budget
+        if placement.compile:
+            compile_parts(pipe.components, placement.device, field="compile")
         if placement.offload == "model":
             pipe.enable_model_cpu_offload(device=placement.device)
         elif placement.offload == "sequential":

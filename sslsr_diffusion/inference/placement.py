@@ -28,6 +28,7 @@ class Placement:
     dtype: torch.dtype
     offload: Offload = "none"
     memory_budget: int | None = None  # bytes for weights and work of a call that names no other
+    compile: bool = False  # whether torch.compile makes the networks faster
     may_be_faster: bool = False  # nobody chose the precision: one that is faster and leaves the picture alone may take its place
 
     @property
@@ -37,7 +38,7 @@ class Placement:
 
     def __str__(self) -> str:
         waiting = {"none": "", "model": ", networks wait on the CPU", "sequential": ", layers wait on the CPU"}[self.offload]
-        return f"{str(self.dtype).removeprefix('torch.')} on {self.device}{waiting}"
+        return f"{str(self.dtype).removeprefix('torch.')} on {self.device}{waiting}{', compiled' if self.compile else ''}"
 
 
 def place(family: Family, path: Path, device: torch.device, dtype: str, budget: int | None = None, tile: Tile = "auto") -> Placement:

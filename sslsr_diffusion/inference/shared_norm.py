@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslsr_diffusion.models.compiled import eagerly
+
 
 class SharedGroupNorm:
     """Records, then applies, one mean and variance per group for every GroupNorm inside a network."""
 
     def __init__(self, network: nn.Module) -> None:
+        self._network = network
         self._norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
         self._seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
@@ -26,10 +29,17 @@ class SharedGroupNorm:
         return bool(self._norms)
 
     def recording(self) -> AbstractContextManager[None]:
-        return _hooks(self._norms, self._record)
+        return self._hooks(self._record)
 
     def applying(self) -> AbstractContextManager[None]:
-        return _hooks(self._norms, self._apply)
+        return self._hooks(self._apply)
+
+    @contextmanager
+    def _hooks(self, hook: Any) -> Iterator[None]:
+        with eagerly(self._network), ExitStack() as handles:
+            for norm in self._norms:
+                handles.enter_context(norm.register_forward_hook(hook, prepend=True))  # before weights that wait go back to the CPU
+            yield
 
     def _record(self, norm: nn.GroupNorm, args: tuple[Tensor], output: Tensor) -> None:
         found = [torch.var_mean(group.float().flatten(1), dim=-1, correction=0) for group in args[0].chunk(norm.num_groups, dim=1)]
@@ -65,11 +75,3 @@ def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     hook: Any = norm._hf_hook
     waiting = hook.weights_map
     return waiting["weight"], waiting["bias"]
-
-
-@contextmanager
-def _hooks(norms: list[nn.GroupNorm], hook: Any) -> Iterator[None]:
-    with ExitStack() as handles:
-        for norm in norms:
-            handles.enter_context(norm.register_forward_hook(hook, prepend=True))  # before weights that wait go back to the CPU
-        yield

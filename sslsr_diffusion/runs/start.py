@@ -85,6 +85,7 @@ def open_upscaler(
     device: str = "auto",
     dtype: str = "auto",
     memory_budget: int | str | None = None,
+    compile: bool = False,
 ) -> Restorer:
     """A model, ready to be called: `open_upscaler("runs/mine")(image, scale=4).images[0]`.
 
@@ -95,8 +96,9 @@ def open_upscaler(
         device: "auto" (the first GPU, else the CPU) or a torch device.
         dtype: "auto", "float32", "float16" or "bfloat16"; see `inference.open.open_model`.
         memory_budget: bytes, or a text such as "8GB", for model and work together.
+        compile: have torch.compile make the networks faster; the first call of each size waits for it.
     Raises:
-        UserError: there is no such model, its files are damaged, or the device is not there.
+        UserError: there is no such model, its files are damaged, the device is not there, or nothing can be compiled here.
         NotEnoughMemory: nothing fits the budget.
     """
     from sslsr_diffusion.devices import parse_bytes
@@ -104,7 +106,7 @@ def open_upscaler(
 
     found = find_model(str(model) if model is not None else default_model(Path("runs"))[0], revision)
     budget = parse_bytes(memory_budget, "memory_budget") if isinstance(memory_budget, str) else memory_budget
-    return open_model(found, device=device, dtype=dtype, memory_budget=budget)
+    return open_model(found, device=device, dtype=dtype, memory_budget=budget, compile=compile)
 
 
 def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OLDEST = "0.19.8"  # earlier ones may apply a gradient that is not a number when parameters are float32
 BUCKET = 50_000_000  # numbers per exchange; DeepSpeed's own 500 million would take 2 GB per GPU
+UNCOMPILED = ("FSDP", "DEEPSPEED")  # with which compiled networks have not been tried
 DIVIDED = ("exp_avg", "exp_avg_sq")  # of AdamW; its step count is one number
 
 
@@ -40,6 +41,9 @@ def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: P
     if settings.cpu_threads is not None:
         torch.set_num_threads(settings.cpu_threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":  # accelerate wraps the module, and all names in checkpoints would begin with _orig_mod
+        raise UserError(f"training.compile: expected true in the recipe, got dynamo_backend {backend} for accelerate; leave that out.")
     plugin = deepspeed_plugin(settings)
     importlib.import_module("torch.distributed.nn.functional")  # imported later (by DDP), its default arguments hold the group for ever
     precision = "no" if plugin else settings.mixed_precision
@@ -49,6 +53,8 @@ def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: P
         raise UserError(f"training: this machine cannot run the recipe as it is: {error}") from error
     accelerator.gradient_accumulation_steps = 1
     kind = distribution(accelerator)
+    if settings.compile and kind in UNCOMPILED:
+        raise UserError(f"training.compile: expected one process or DDP, got {kind}, with which it has not been tried; set it to false.")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not accelerator.is_fsdp2:
         reason = "asks for FSDP 1" if kind == "FSDP" else f"is not followed on this machine (accelerate chose {kind})"
         raise UserError(f"training: expected FSDP2 (fsdp_version: 2) on GPUs, the accelerate configuration {reason}.")

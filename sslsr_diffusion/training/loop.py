@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.models.compiled import eagerly
 from sslsr_diffusion.training.checkpoints import find_checkpoint, latest_checkpoint, read_checkpoint
 from sslsr_diffusion.training.job import Event, Finished, Job, Run, StepDone, TrainResult, Validated
 from sslsr_diffusion.training.looks import Looks
@@ -186,7 +187,7 @@ def _validate(run: Run, validation: Validation) -> bool:
     """Measure the averaged weights, and keep them when they are the best so far; whether the pass came to its end."""
     job, session, progress, name = run.job, run.session, run.session.progress, validation.settings.best
     job.task.module.eval()
-    with session.averaged():
+    with session.averaged(), eagerly(job.task.networks):  # held-out pictures have sizes of their own, each would be worth a graph
         result = validate(
             validation,
             job.task,

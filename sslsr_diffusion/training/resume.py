@@ -12,7 +12,10 @@ from sslsr_diffusion.training.state import Progress
 logger = logging.getLogger(__name__)
 
 # Changing these leaves samples, numbers and tensors of the steps to come well-defined.
-_OF_TRAINING = ("steps", "log_every", "non_finite_limit", "spike_factor", "cpu_threads", "tf32", "gradient_checkpointing", "channels_last")
+_OF_TRAINING = (
+    *("steps", "log_every", "non_finite_limit", "spike_factor"),
+    *("cpu_threads", "tf32", "gradient_checkpointing", "channels_last", "compile"),
+)
 _OF_DATA = ("workers", "prefetch", "start_method", "validation")
 CHANGEABLE = {f"training.{key}" for key in _OF_TRAINING} | {f"data.{key}" for key in _OF_DATA}
 CHANGEABLE |= {"task.inference", "task.sampling_steps", "validation", "checkpoints", "output"}

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.losses import Loss
 from sslsr_diffusion.losses.base import Learner
+from sslsr_diffusion.models.compiled import compile_parts
 from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.task import Draws, Task, apply_losses
 from sslsr_diffusion.training.checkpoints import Checkpoint
@@ -78,6 +79,8 @@ class Session:
         seed_everything(derive_seed(seed, "global", self.rank))
         task.to(self.device)
         task.module.train()
+        if settings.compile:  # graphs of their own for every size, so that numbers do not depend on where a run was resumed
+            compile_parts(task.networks.components(), self.device, field="training.compile", dynamic=False)
         optimizer = build_optimizer(settings.optimizer, trained_parameters(task.module).values())
         engine = Zero2Engine if kind == "DEEPSPEED" else Engine
         self.engine = engine(self.accelerator, task.module, optimizer, settings)

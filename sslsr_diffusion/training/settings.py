@@ -62,6 +62,11 @@ class TrainingSettings(Settings):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations of UNet and VAE decoder in the backward pass.")
     channels_last: bool = Field(False, description="Keep pictures and kernels pixel by pixel in memory: faster bf16 and fp16 convolutions.")
+    compile: bool = Field(
+        False,
+        description="Compile the networks by torch.compile when they are first called: longer first steps, others may take less. Needs a "
+        "C++ compiler; not with FSDP or DeepSpeed.",
+    )
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm; null: never.")
     optimizer: OptimizerSettings = Field(OptimizerSettings(), description="The optimizer.")
     schedule: ScheduleSettings = Field(ScheduleSettings(), description="The learning-rate schedule.")

@@ -127,7 +127,9 @@ class DataSettings(Settings):
     small_images: Literal["reflect", "skip"] = Field("reflect", description="What happens to pictures smaller than the crop.")
     workers: int = Field(2, ge=0, description="Processes that read and degrade; 0: the training process does it itself.")
     prefetch: int = Field(2, ge=1, description="Batches that each worker prepares ahead.")
-    start_method: Literal["fork", "spawn", "forkserver"] | None = Field(None, description="How workers start; default: the platform's way.")
+    start_method: Literal["fork", "spawn", "forkserver"] | None = Field(
+        None, description="How workers start; default: the platform's way, on Linux fork, from Python 3.14 on forkserver."
+    )
 
     @model_validator(mode="after")
     def _a_pool_needs_an_index(self) -> Self:

@@ -89,7 +89,7 @@ def _no_photographs(folder: Path) -> None:
     sys.exit(f"small_model: {folder}/ has no photographs; run `python examples/collect_photographs.py --output photos --crops 256`.")
 
 
-def cut(photograph: Path, folder: Path) -> None:
+def cut(photograph: Path, folder: Path, most: int = PER_PHOTOGRAPH) -> None:
     """The crops with the most edge pixels, side by side; smaller where the photograph is smaller."""
     picture = Image.open(photograph).convert("RGB")
     if max(picture.size) > LONGEST:
@@ -102,7 +102,7 @@ def cut(photograph: Path, folder: Path) -> None:
     ]
     folder.mkdir(parents=True, exist_ok=True)
     crops = sorted((picture.crop(box) for box in boxes), key=edge_density, reverse=True)
-    for number, crop in enumerate(crops[:PER_PHOTOGRAPH], start=1):
+    for number, crop in enumerate(crops[:most], start=1):
         crop.save(folder / f"{photograph.stem}-{number}.png")
 
 

@@ -220,7 +220,7 @@ def test_pictures_are_padded_to_what_the_network_takes():
         DirectRestorer(ToyPixels(multiple_of=9)).check(tile=20)
 
 
-def test_what_the_networks_bring_along_goes_behind_what_is_given_and_is_saved():
+def test_what_the_networks_bring_along_goes_behind_what_is_given_and_is_saved(tmp_path):
     networks = ToyPixels()
     networks.own = {"detail": 0.5, "antiring": 0.25, "scale": 3, "num_inference_steps": 7}
     restorer = DirectRestorer(networks, defaults={"antiring": 0.75, "memory_budget": 10**10})
@@ -228,8 +228,8 @@ def test_what_the_networks_bring_along_goes_behind_what_is_given_and_is_saved():
     assert restorer.defaults == {"color_fix": "none", "detail": 0.5, "antiring": 0.75, "memory_budget": 10**10}
     picture = photo(8, 8)
     torch.testing.assert_close(made(restorer, picture), made(restorer, picture, scale=3, detail=0.5, antiring=0.75), atol=0, rtol=0)
-    restorer.save(Path("somewhere"))
-    assert networks.saved == {"folder": Path("somewhere"), "scale": 3, "color_fix": "none", "detail": 0.5, "antiring": 0.75}
+    restorer.save(tmp_path)
+    assert networks.saved == {"folder": tmp_path, "scale": 3, "color_fix": "none", "detail": 0.5, "antiring": 0.75}
     assert DirectRestorer(networks, scale=2).scale == 2
 
 

@@ -27,7 +27,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from small_model import SSLSR, cut, enlarged, run
+from small_model import SSLSR, cut, enlarged, no_photographs, run
 from torch.nn.functional import softplus
 
 from sslsr_diffusion.images import read_image, to_tensor
@@ -40,8 +40,8 @@ CHOOSING = ("brick", "butterfly", "coffee", "garden", "grass-blades", "page-3", 
 METRICS = "features,psnr,ssim,niqe,grid,ssg_l1"
 PRESETS = ("mild", "real_esrgan")
 RUNS, RESULTS = Path("runs/network_twins"), Path("results/network_twins")
-JUDGE, JUDGE_CROPS = RUNS / "discriminator", 240
-LEARNED = JUDGE / "unet_sn.safetensors"
+OPPONENT, OPPONENT_CROPS = RUNS / "discriminator", 240
+LEARNED = OPPONENT / "unet_sn.safetensors"
 Twins = dict[str, dict[str, Any] | None]  # name -> changes of the self-similarity loss; None: without it
 
 
@@ -60,6 +60,8 @@ def trained_crops(photos: Path) -> Path:
     """The crops of all photographs but those that the prefilter is chosen on: a folder of links."""
     folder = RUNS / "crops"
     if not folder.is_dir():
+        if not (photos / "crops" / "train").is_dir():
+            no_photographs(photos / "crops" / "train")
         made = folder.with_name("crops.part")
         made.mkdir(parents=True, exist_ok=True)
         for crop in (photos / "crops" / "train").glob("*.png"):
@@ -110,22 +112,24 @@ def discriminator(options: argparse.Namespace) -> None:
     if LEARNED.is_file():
         return
     torch.manual_seed(0)
-    crops, made = JUDGE / "crops", JUDGE / "made"
+    crops, made = OPPONENT / "crops", OPPONENT / "made"
     if not crops.is_dir():
         every = sorted(trained_crops(options.photos).iterdir())
         crops.mkdir(parents=True)
-        for crop in every[:: max(1, len(every) // JUDGE_CROPS)]:
+        for crop in every[:: max(1, len(every) // OPPONENT_CROPS)]:
             (crops / crop.name).symlink_to(crop.resolve())
-    if not (JUDGE / "mild").is_dir():
-        run([*SSLSR, "prepare", "lr", str(crops), "--preset", "mild", "--seed", "1", "--output", str(JUDGE / "mild")])
-    run([sys.executable, "infer.py", "--input", str(JUDGE / "mild" / "lr"), "--model", str(options.base), "--output", str(made)])
+    if not (OPPONENT / "mild").is_dir():
+        run([*SSLSR, "prepare", "lr", str(crops), "--preset", "mild", "--seed", "1", "--output", str(OPPONENT / "mild")])
+    run([sys.executable, "infer.py", "--input", str(OPPONENT / "mild" / "lr"), "--model", str(options.base), "--output", str(made)])
     pictures = sorted(made.glob("*.png"))
-    real, fake = (torch.stack([to_tensor(read_image(folder / path.name).rgb) for path in pictures]) for folder in (JUDGE / "mild/hr", made))
+    real, fake = (
+        torch.stack([to_tensor(read_image(folder / path.name).rgb) for path in pictures]) for folder in (OPPONENT / "mild/hr", made)
+    )
     network = UNetDiscriminator(options.width).to(memory_format=torch.channels_last)
     optimizer, seen = torch.optim.Adam(network.parameters(), lr=4e-4, betas=(0.9, 0.99)), 0.0
     for step in range(1, options.steps + 1):
         y, x = torch.randint(0, real.shape[-1] - options.crop + 1, (2,)).tolist()
-        chosen = torch.randint(0, len(real), (4,))
+        chosen = torch.randint(0, len(real), (options.batch,))
         sides = [side[chosen, :, y : y + options.crop, x : x + options.crop] for side in (real, fake)]
         with torch.autocast("cpu", torch.bfloat16):
             logits = [network(side) for side in sides]
@@ -156,7 +160,10 @@ def train(options: argparse.Namespace) -> None:
 
 
 def score(options: argparse.Namespace) -> None:
-    sets = test_sets(sorted((options.photos / "validation").iterdir()), RESULTS)
+    photographs = sorted((options.photos / "validation").glob("*.png"))
+    if not photographs:
+        no_photographs(options.photos / "validation")
+    sets = test_sets(photographs, RESULTS)
     sets |= {name: Path(path) for name, _, path in (pair.partition("=") for pair in options.pairs)}
     judge(_set(options), RESULTS / _set(options).name, sets, options)
 
@@ -167,6 +174,8 @@ def _set(options: argparse.Namespace) -> Path:
 
 def fit(recipes: Iterable[tuple[Path, int]], *, jobs: int) -> None:
     """Train what is not finished, `jobs` at a time with a share of the cores each; what it prints goes into a file beside the run."""
+    if not LEARNED.is_file():
+        sys.exit(f"network_twins: {LEARNED} is not there; run `python examples/network_twins.py discriminator` first.")
 
     def one(recipe: Path, seed: int) -> None:
         folder = recipe.with_suffix("")
@@ -208,7 +217,8 @@ def judge(runs: Path, results: Path, sets: dict[str, Path], options: argparse.Na
     def upscale(folder: Path, model: Path, made: Path) -> None:
         command = [sys.executable, "infer.py", "--input", str(folder / "lr"), "--model", str(model), "--output", str(made)]
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **threads})
+        if subprocess.run(command, check=False, stdout=subprocess.DEVNULL, env={**os.environ, **threads}).returncode:
+            sys.exit(f"network_twins: `{' '.join(['python', *command[1:]])}` failed; what it printed says why.")
 
     made = {set_: [(name, model, results / "upscaled" / set_ / seed / name) for name, seed, model in models] for set_ in sets}
     in_parallel(upscale, [(sets[set_], model, folder) for set_, columns in made.items() for _, model, folder in columns], options.jobs)
@@ -230,16 +240,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     for name, (do, says) in work.items():
         command = commands.add_parser(name, help=says)
-        command.set_defaults(do=do)
+        command.set_defaults(do=do, plain=False)
         command.add_argument("--photos", type=Path, default=Path("photos"))
         command.add_argument("--base", type=Path, required=True, help="the network that all start from")
-        command.add_argument("--jobs", type=int, default=2, help="how many runs at a time")
-        command.add_argument("--plain", action="store_true", help="the set without the perceptual term")
+        if name != "discriminator":
+            command.add_argument("--jobs", type=int, default=2, help="how many runs at a time")
+        if name in ("train", "score"):
+            command.add_argument("--plain", action="store_true", help="the set without the perceptual term")
         if name == "score":
             command.add_argument("--pairs", nargs="*", default=[], metavar="NAME=FOLDER", help="more test sets, folders with lr/ and hr/")
             continue
         command.add_argument("--steps", type=int, default=3500 if name == "discriminator" else 400)
-        command.add_argument("--batch", type=int, default=2, help="crops per step")
+        command.add_argument("--batch", type=int, default=4 if name == "discriminator" else 2, help="crops per step")
         command.add_argument("--crop", type=int, default=96, help="HR pixels")
         command.add_argument("--width", type=int, default=32, help="channels of the discriminator's first layer (published: 64)")
         if name == "train":

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train() -> None:
     if not (PHOTOS / "crops/train").is_dir():
-        _no_photographs(PHOTOS / "crops/train")
+        no_photographs(PHOTOS / "crops/train")
     run([sys.executable, "examples/teacher.py", "--output", str(TEACHER)])
     made = ["--model", str(TEACHER), "--output", str(PAIRS), "--count", str(COUNT), "--crop-size", "256", "--batch-size", "4"]
     run([*SSLSR, "prepare", "teacher", "--config", "configs/small_pairs.yaml", *made])
@@ -76,7 +76,7 @@ def test_sets() -> list[Path]:
     if not crops.is_dir():
         photographs = sorted((PHOTOS / "validation").glob("*.png"))
         if not photographs:
-            _no_photographs(PHOTOS / "validation")
+            no_photographs(PHOTOS / "validation")
         for photograph in photographs:
             cut(photograph, crops)
     for preset in PRESETS:
@@ -85,8 +85,8 @@ def test_sets() -> list[Path]:
     return [TESTS / preset for preset in PRESETS]
 
 
-def _no_photographs(folder: Path) -> None:
-    sys.exit(f"small_model: {folder}/ has no photographs; run `python examples/collect_photographs.py --output photos --crops 256`.")
+def no_photographs(folder: Path) -> None:
+    sys.exit(f"{folder}/ has no photographs; run `python examples/collect_photographs.py --output photos --crops 256`.")
 
 
 def cut(photograph: Path, folder: Path, most: int = PER_PHOTOGRAPH) -> None:

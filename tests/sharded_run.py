@@ -66,7 +66,9 @@ def one_step(train: str, **values: Any) -> tuple[nn.Module, Loss]:
 LORA = {"rank": 2, "targets": "attention"}
 CASES: dict[str, Callable[[], tuple[nn.Module, Loss]]] = {
     "stablesr": stablesr,
-    "sd_lora": lambda: one_step("lora", preset="tiny", timestep=200, lora=LORA, encoder_lora={"rank": 2, "targets": ["conv_in", "conv1"]}),
+    "sd_lora": lambda: one_step(
+        "lora", preset="tiny", timestep=200, lora=LORA, encoder_lora={"rank": 2, "targets": ["conv1", "quant_conv"]}
+    ),
     "flux2_lora": lambda: one_step("lora", preset="tiny_flux2", sigma=0.8, lora=LORA),
     "whole": lambda: one_step("whole", preset="tiny", timestep=200, lora=None),
 }

@@ -36,7 +36,7 @@ from sslsr_diffusion.types import Batch
 
 KINDS = pytest.mark.parametrize("kind", TOYS)
 CLOSE = 1e-5  # float32 through the same layers in another order of sums
-ENCODER = {"rank": 2, "alpha": 5, "targets": ["conv_in", "conv1"]}
+ENCODER: dict[str, Any] = {"rank": 2, "alpha": 5, "targets": ["conv_in", "conv1"]}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,8 @@ def test_training_sees_the_picture_that_the_restorer_makes(kind: str, noise: flo
 
 
 def test_only_what_the_recipe_names_trains_and_all_of_that_gets_a_gradient(bases) -> None:
-    networks = with_loras("sd", bases("sd"), encoder_lora=ENCODER, full=["conv_in"])
+    encoder = {**ENCODER, "targets": [*ENCODER["targets"], "quant_conv"]}
+    networks = with_loras("sd", bases("sd"), encoder_lora=encoder, full=["conv_in"])
     task = OneStepTask(networks, seed=3, decode_crop=4)
     losses = build_losses([PixelL2Settings()])
     batch = toy_batch([0, 1])
@@ -129,7 +130,7 @@ def test_only_what_the_recipe_names_trains_and_all_of_that_gets_a_gradient(bases
     trained = {name for name, parameter in task.module.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in task.module.named_parameters() if parameter.grad is not None and parameter.grad.any()}
     assert {"denoiser.network.conv_in.weight", "denoiser.network.conv_in.bias"} < trained
-    assert any(name.startswith("encoder.") for name in trained)
+    assert all(any(name.startswith(part) for name in trained) for part in ("encoder.", "quant_conv."))
     assert all(".lora_" in name or ".conv_in." in name for name in trained)
     assert not any(parameter.requires_grad for parameter in networks.codec.vae.decoder.parameters())
     again = task.draw(toy_batch([1]), losses)
@@ -223,15 +224,21 @@ def test_half_precision(kind: str, bases, tmp_path: Path) -> None:
     assert (picture(restorer(held)) - want).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize("kind", ["sd", "flux2"])
+@KINDS
 def test_comfyui_is_told_the_same_call(kind: str, bases, tmp_path: Path) -> None:
     """The workflow's numbers, put through what ComfyUI's samplers do to a start and to a prediction."""
     networks = with_loras(kind, bases(kind))
     assert networks.for_comfyui(tmp_path, 4) == []
     nodes = json.loads((tmp_path / "comfyui_workflow.json").read_text())
-    gain, sigma = nodes["start"]["inputs"]["multiplier"], float(nodes["sigmas"]["inputs"]["sigmas"].split(",")[0])
+    (gain,) = [node["inputs"]["multiplier"] for node in nodes.values() if node["class_type"] == "LatentMultiply"]
+    sigma = float(nodes["sigmas"]["inputs"]["sigmas"].split(",")[0])
     z, pred = (torch.randn(1, networks.codec.latent_channels, 4, 4, generator=seeded(seed)) for seed in (1, 2))
-    start = gain * z * (1 if kind == "sd" else 1 - sigma)
+    config = networks.codec.vae.config
+    shift, scaling = config.get("shift_factor") or 0.0, config.get("scaling_factor", 1.0)
+    offset = load_file(tmp_path / "comfyui_offset.latent")["latent_tensor"] if shift else torch.zeros(1)
+    assert (nodes["start"]["class_type"] == "LatentAdd") == bool(shift) == (kind in ("sd3", "zimage"))
+    given = gain * (z / scaling + shift) + offset  # what the autoencoder gives, through the nodes up to the sampler
+    start = (given - shift) * scaling * (1 if kind == "sd" else 1 - sigma)
     seen = start / (1 + sigma**2) ** 0.5 if kind == "sd" else start
     assert (seen - z).abs().max() < CLOSE
     clean = start / (1 + sigma**2) - pred * sigma / (1 + sigma**2) ** 0.5 if kind == "sd" else start - sigma * pred  # v; velocity
@@ -250,7 +257,6 @@ def test_comfyui_is_told_the_same_call(kind: str, bases, tmp_path: Path) -> None
 
 def test_what_comfyui_cannot_call_is_said(bases, tmp_path: Path) -> None:
     for networks, why in (
-        (with_loras("zimage", bases("zimage")), "shifted before they are scaled"),
         (with_loras("flux2", bases("flux2"), noise=0.5), "noise of another level"),
         (with_loras("flux2", bases("flux2"), x0="residual"), "residual is none"),
         (with_loras("flux2", bases("flux2"), sigma=1.0), "noise alone"),

@@ -24,8 +24,8 @@ PAGE = (Path(__file__).parents[1] / "docs" / "one_step.md").read_text(encoding="
 PLAYED = {"sd21_osediff"}  # its memory is estimated, which takes seconds
 TRAINED = {  # millions, as published or counted on the classes
     "sd21_hypir": 259.47,
-    "sd21_osediff": 4.43,
-    "sd21_omgsr": 33.90,
+    "sd21_osediff": 4.44,
+    "sd21_omgsr": 26.73,
     "sd35_medium": 37.555,
     "flux2_klein": 298.84,
     "zimage": 635.04,

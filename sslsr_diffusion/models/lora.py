@@ -51,20 +51,23 @@ class LoRASettings(Settings):
         return value
 
 
-def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Full names of the Linear and Conv2d layers of `model` whose names end in a pattern.
+def resolve_targets(
+    model: nn.Module, targets: str | Sequence[str], *, within: Sequence[str] = (), key: str = "model.lora.targets"
+) -> list[str]:
+    """Full names of the Linear and Conv2d layers of `model` (of its parts `within`, where some are named) whose names end in a pattern.
 
     By full names, because an end alone may be a container's too, which peft refuses (`to_out` of FLUX.2).
-    UserError for a pattern of a list without a layer, and where no layer is found.
+    UserError, which begins with `key`, for a pattern of a list without a layer, and where no layer is found.
     """
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    layers = [name for name in layers if not within or name.split(".")[0] in within]
     patterns = TARGETS[targets] if isinstance(targets, str) else targets
     found = {pattern: [name for name in layers if fnmatchcase(f".{name}", f"*.{pattern}")] for pattern in patterns}
     lacking = [pattern for pattern, names in found.items() if not names]
     if lacking and (not isinstance(targets, str) or len(lacking) == len(found)):
         ends = sorted({re.sub(r".*\.(?=\D)", "", name) for name in layers})
         raise UserError(
-            f"model.lora.targets: expected ends of names of layers of {type(model).__name__}, got {lacking[0]!r}, which none has; "
+            f"{key}: expected ends of names of layers of {type(model).__name__}, got {lacking[0]!r}, which none has; "
             f"there are {', '.join(ends)}."
         )
     chosen = {name for names in found.values() for name in names}

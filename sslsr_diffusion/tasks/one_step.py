@@ -12,7 +12,7 @@ from sslsr_diffusion.inference.open import restorer_of
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import Look
 from sslsr_diffusion.models.codec import Codec
-from sslsr_diffusion.models.one_step.networks import OneStepNetworks
+from sslsr_diffusion.models.one_step.networks import ENCODER, OneStepNetworks
 from sslsr_diffusion.tasks.frame import CallSettings, Frame, TaskSettings, WindowSettings
 from sslsr_diffusion.tasks.graph import Graph
 from sslsr_diffusion.tasks.pixels import all_samples, choose_pixels, decoded, seen
@@ -87,7 +87,8 @@ class Generator(nn.Module):
         if networks.whole:
             self.vae = networks.codec.vae
         elif networks.settings.encoder_lora is not None:
-            self.encoder = networks.codec.vae.encoder
+            for name in ENCODER:
+                setattr(self, name, getattr(networks.codec.vae, name))
         self._networks = (networks,)  # no part of it: the decoder would be wrapped, too
 
     def forward(

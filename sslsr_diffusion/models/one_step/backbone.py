@@ -25,6 +25,8 @@ class Backbone(nn.Module):
     flow: ClassVar[bool] = True  # whether the process is a flow, else DDPM
     tokens: ClassVar[int]  # of an encoded prompt, where none was encoded
     last: ClassVar[str] = "proj_out"  # the layer that says the prediction
+    # node and inputs that load the text encoders in ComfyUI; None: they are in the network's own file
+    comfyui_text: ClassVar[tuple[str, Mapping[str, str]] | None] = None
 
     def __init__(self, network: Any) -> None:
         super().__init__()

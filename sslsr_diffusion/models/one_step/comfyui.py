@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, tensor
+from torch import Tensor, full, tensor, zeros
 
-FILE, WORKFLOW = "comfyui_lora.safetensors", "comfyui_workflow.json"
+FILE, WORKFLOW, OFFSET = "comfyui_lora.safetensors", "comfyui_workflow.json", "comfyui_offset.latent"
 
 
 def write_comfyui(folder: Path, part: str, layers: Mapping[str, tuple[Tensor, Tensor, float]], call: Mapping[str, Any] | None) -> None:
-    """Write both files.
+    """Write LoRA and workflow, and where the workflow adds an offset to the latents, that.
 
     Args:
         part: "unet": kohya's names, `lora_unet_a_b.lora_down.weight`; "transformer": `transformer.a.b.lora_A.weight`.
@@ -28,34 +28,56 @@ def write_comfyui(folder: Path, part: str, layers: Mapping[str, tuple[Tensor, Te
     save_file(plain, folder / FILE, metadata={"format": "pt"})
     if call is not None:
         (folder / WORKFLOW).write_text(json.dumps(workflow(**call), indent=1) + "\n", encoding="utf-8")
+        if call["shift"]:  # LatentAdd enlarges the smaller of its latents; the mark says that the numbers are to be taken as they are
+            offset = full((1, call["channels"], 1, 1), call["shift"] * (1 - call["gain"]))
+            save_file({"latent_tensor": offset, "latent_format_version_0": zeros(0)}, folder / OFFSET)
 
 
-def workflow(*, base: str, part: str, prompt: str, sigma: float, gain: float, scale: float) -> dict[str, Any]:
+def workflow(
+    *,
+    base: str,
+    text: tuple[str, Mapping[str, str]] | None,
+    prompt: str,
+    sigma: float,
+    gain: float,
+    scale: float,
+    shift: float,
+    channels: int,
+) -> dict[str, Any]:
     """The one call in ComfyUI's API format: enlarge, encode, multiply by `gain`, one Euler step from `sigma` to 0 without noise, decode.
 
     ComfyUI scales what a sampler starts from: a DDPM's network sees x / sqrt(1 + sigma^2), a flow's start is (1 - sigma) x. `gain` is the
-    inverse, so that the network sees the low-resolution latents as they are.
+    inverse, so that the network sees the low-resolution latents as they are. Before that it takes away the autoencoder's `shift`, so
+    what is multiplied is (x - shift), as gain x + shift (1 - gain).
 
     Args:
         base: name of the checkpoint, without folder.
+        text: node and inputs that load the text encoders; None: they and the autoencoder are in the checkpoint.
         sigma: of the call as ComfyUI counts it: spread / signal for a DDPM.
+        channels: of the latents.
     """
     loaded, sampled = ["lora", 0], {"noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["sampler", 0], "sigmas": ["sigmas", 0]}
     one = {"model": ("CheckpointLoaderSimple", {"ckpt_name": base})}
     three = {
         "model": ("UNETLoader", {"unet_name": base, "weight_dtype": "default"}),
-        "clip": ("CLIPLoader", {"clip_name": "the base's text encoder", "type": "flux2"}),
+        "clip": text,
         "vae": ("VAELoader", {"vae_name": "the base's vae"}),
     }
-    clip, vae = (["model", 1], ["model", 2]) if part == "unet" else (["clip", 0], ["vae", 0])
-    nodes: dict[str, tuple[str, dict[str, Any]]] = {
-        **(one if part == "unet" else three),
+    clip, vae = (["clip", 0], ["vae", 0]) if text else (["model", 1], ["model", 2])
+    multiplied = ("LatentMultiply", {"samples": ["encoded", 0], "multiplier": gain})
+    shifted = {
+        "multiplied": multiplied,
+        "offset": ("LoadLatent", {"latent": OFFSET}),
+        "start": ("LatentAdd", {"samples1": ["multiplied", 0], "samples2": ["offset", 0]}),
+    }
+    nodes: dict[str, Any] = {
+        **(three if text else one),
         "lora": ("LoraLoaderModelOnly", {"model": ["model", 0], "lora_name": FILE, "strength_model": 1.0}),
         "text": ("CLIPTextEncode", {"clip": clip, "text": prompt}),
         "picture": ("LoadImage", {"image": "small.png"}),
         "enlarged": ("ImageScaleBy", {"image": ["picture", 0], "upscale_method": "bicubic", "scale_by": scale}),
         "encoded": ("VAEEncode", {"pixels": ["enlarged", 0], "vae": vae}),
-        "start": ("LatentMultiply", {"samples": ["encoded", 0], "multiplier": gain}),
+        **(shifted if shift else {"start": multiplied}),
         "noise": ("DisableNoise", {}),
         "guider": ("BasicGuider", {"model": loaded, "conditioning": ["text", 0]}),
         "sampler": ("KSamplerSelect", {"sampler_name": "euler"}),
@@ -67,7 +89,7 @@ def workflow(*, base: str, part: str, prompt: str, sigma: float, gain: float, sc
     return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
 
 
-def why_not(*, shift: float | None, noised: bool, residual: bool, signal: float, files: Sequence[str]) -> str | None:
+def why_not(*, noised: bool, residual: bool, signal: float, files: Sequence[str]) -> str | None:
     """What of a call ComfyUI's own nodes cannot make; None: nothing. `files`: what the call needs beside the LoRA."""
     if files:
         return f"it does not load {' or '.join(files)}"
@@ -75,6 +97,4 @@ def why_not(*, shift: float | None, noised: bool, residual: bool, signal: float,
         return "latents under noise of another level are not among its nodes"
     if residual:
         return "it knows noise processes, and model.x0: residual is none"
-    if shift:
-        return "the latents of this base are shifted before they are scaled, which its nodes cannot take back"
     return "at sigma 1 it would start from noise alone" if signal == 0 else None

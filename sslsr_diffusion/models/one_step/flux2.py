@@ -14,6 +14,7 @@ class Flux2(Backbone):
     autoencoder_classes = ("AutoencoderKLFlux2",)
     pipeline_class = "Flux2KleinPipeline"
     tokens = 512
+    comfyui_text = ("CLIPLoader", {"clip_name": "the base's text encoder", "type": "flux2"})
 
     def no_text(self, tokens: int = 1) -> Text:
         return Text(torch.zeros(1, tokens, self.network.config.joint_attention_dim))

@@ -42,6 +42,8 @@ from sslsr_diffusion.models.one_step.settings import RESULT, OneStepSettings
 from sslsr_diffusion.models.process import Flow, Process
 from sslsr_diffusion.models.size import SizeRequirements
 
+ENCODER = ("encoder", "quant_conv")  # what encodes, of an autoencoder
+
 
 class OneStepNetworks(LatentNetworks):
     """z = z_lr, or add_noise(z_lr, n) at level `noise`;  pred = denoiser(z, t);  x0 = the process's rule, or z_lr - pred."""
@@ -131,8 +133,8 @@ class OneStepNetworks(LatentNetworks):
         if settings.lora is not None:
             add_lora(network, settings.lora, seed=seed)
         if settings.encoder_lora is not None:
-            names = resolve_targets(vae.encoder, settings.encoder_lora.targets)
-            add_lora(vae, settings.encoder_lora.model_copy(update={"targets": [f"encoder.{name}" for name in names]}), seed=seed + 1)
+            names = resolve_targets(vae, settings.encoder_lora.targets, within=ENCODER, key="model.encoder_lora.targets")
+            add_lora(vae, settings.encoder_lora.model_copy(update={"targets": names}), seed=seed + 1)
         self._check_full()
         for tensor in self.full_tensors().values():
             tensor.requires_grad_(True)
@@ -241,14 +243,17 @@ class OneStepNetworks(LatentNetworks):
         if self.settings.lora is None:
             return super().for_comfyui(folder, scale)
         signal, spread = self.process.level(self._at)
-        shift = self.codec.vae.config.get("shift_factor")
-        why = why_not(
-            shift=shift, noised=self.starts_noised, residual=self.settings.x0 == "residual", signal=signal, files=self._beside_lora
-        )
-        sigma = spread if self.denoiser.flow else spread / signal
-        call = {"base": Path(self.base).name, "part": self.denoiser.part, "prompt": self.settings.prompt, "sigma": sigma, "scale": scale}
-        layers = lora_layers(self.denoiser.network)
-        write_comfyui(folder, self.denoiser.part, layers, None if why else {**call, "gain": 1 / signal})
+        why = why_not(noised=self.starts_noised, residual=self.settings.x0 == "residual", signal=signal, files=self._beside_lora)
+        call = {
+            "base": Path(self.base).name,
+            "text": self.denoiser.comfyui_text,
+            "prompt": self.settings.prompt,
+            "sigma": spread if self.denoiser.flow else spread / signal,
+            "scale": scale,
+            "shift": self.codec.vae.config.get("shift_factor") or 0.0,
+            "channels": self.codec.latent_channels,
+        }
+        write_comfyui(folder, self.denoiser.part, lora_layers(self.denoiser.network), None if why else {**call, "gain": 1 / signal})
         return [f"there is no workflow for ComfyUI, but the LoRA alone: {why}"] if why else []
 
     @property

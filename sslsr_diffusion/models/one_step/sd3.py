@@ -13,6 +13,7 @@ class StableDiffusion3(Backbone):
     network_class = "SD3Transformer2DModel"
     pipeline_class = "StableDiffusion3Pipeline"
     tokens = 333  # 77 of CLIP, 256 of T5
+    comfyui_text = ("TripleCLIPLoader", {"clip_name1": "clip_l", "clip_name2": "clip_g", "clip_name3": "t5xxl"})
 
     @property
     def unit(self) -> int:

@@ -49,7 +49,9 @@ class OneStepSettings(PresetSettings):
     )
     lora: LoRASettings | None = Field(LoRASettings(), description="What trains of the base's network; null: nothing but `full`.")
     encoder_lora: LoRASettings | None = Field(
-        None, description="A LoRA on the autoencoder's encoder, too (OSEDiff); encoding then has a gradient. null: it is frozen."
+        None,
+        description="A LoRA on the autoencoder's encoder (and quant_conv, where targets name it), too (OSEDiff); encoding then has a "
+        "gradient. null: it is frozen.",
     )
     weights: Literal["float32", "bfloat16", "int8", "nf4"] = Field(
         "float32",

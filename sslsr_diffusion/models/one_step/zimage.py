@@ -13,6 +13,7 @@ class ZImage(Backbone):
     network_class = "ZImageTransformer2DModel"
     pipeline_class = "ZImagePipeline"
     tokens = 32  # a prompt has as many as it has words and the template; the network pads to a multiple of 32
+    comfyui_text = ("CLIPLoader", {"clip_name": "the base's text encoder", "type": "lumina2"})
 
     @property
     def unit(self) -> int:

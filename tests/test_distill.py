@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
 from sslsr_diffusion.errors import UserError
-from sslsr_diffusion.images import read_image, to_tensor
+from sslsr_diffusion.images import read_image, resize_bicubic, to_tensor
 from sslsr_diffusion.inference.open import find_model, open_model, restorer_of
 from sslsr_diffusion.losses import build_losses
 from sslsr_diffusion.losses.pixel import PixelL1Settings
@@ -141,6 +141,26 @@ def test_a_teacher_takes_the_place_of_the_truth(world: Path) -> None:
     assert torch.equal(batches(recipe(world, teacher=model), {"batch": 1}, 1)[0].hr, taught[1].hr)
 
 
+def test_an_anchored_teacher_has_the_truth_where_the_low_resolution_shows_it(world: Path) -> None:
+    model = str(world / "network.safetensors")
+    truth, plain = batches(recipe(world), count=1)[0].hr, batches(recipe(world, teacher=model), count=1)[0]
+
+    def reduced(picture: torch.Tensor) -> torch.Tensor:
+        return resize_bicubic(picture, size=plain.lr.shape[-2:])
+
+    def wrong(picture: torch.Tensor) -> float:
+        return float((reduced(picture) - reduced(truth)).abs().mean())
+
+    for share in (0.5, 1.0):
+        anchored = batches(recipe(world, teacher=model, teacher_anchor=share), count=1)[0]
+        back = resize_bicubic(reduced(truth) - reduced(plain.hr), size=truth.shape[-2:])
+        torch.testing.assert_close(anchored.hr, (plain.hr + share * back).clamp(0, 1), rtol=0, atol=1e-5)
+        assert torch.equal(anchored.lr, plain.lr)
+        assert wrong(anchored.hr) < (1 - 0.7 * share) * wrong(plain.hr), share
+    with pytest.raises(ValueError, match=r"data\.teacher_anchor: has no effect without data\.teacher; leave it out"):
+        recipe(world, teacher_anchor=0.5)
+
+
 def test_stored_pairs_are_what_training_would_have_asked_for(world: Path, tmp_path: Path) -> None:
     def prepare(*more: str) -> Any:
         arguments = ["prepare", "teacher", str(world / "photos"), "--model", str(world / "network.safetensors"), "--crop-size", "64"]
@@ -159,6 +179,8 @@ def test_stored_pairs_are_what_training_would_have_asked_for(world: Path, tmp_pa
         torch.testing.assert_close(stored["hr"], hr, rtol=0, atol=8 / 255)  # of an input in 8 bits
     other = prepare("--count", "3", "--seed", "43")
     assert "holds samples made with seed 42, now it is 43; give another --output." in str(other.exception)
+    other = prepare("--count", "3", "--seed", "42", "--anchor", "0.7")
+    assert "holds samples made with teacher_anchor 0.0, now it is 0.7; give another --output." in str(other.exception)
     assert "expected either --config or an input, got both" in str(prepare("--config", "demo").exception)
     assert "expected --config beside --set, got none" in str(prepare("--set", "seed=3").exception)
     options = ["--config", "demo", "--model", "x", "--output", str(tmp_path / "other")]

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,6 +132,15 @@ def teacher(
     preset: Annotated[str | None, typer.Option(help="A preset of data.degradation.", show_default="stablesr_ssl")] = None,
     scale: Annotated[int | None, typer.Option(min=1, max=8, help="How many times smaller.", show_default="4")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed and pictures give the same pairs.", show_default="0")] = None,
+    anchor: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of what the model gets wrong at the low resolution that is taken back.",
+            show_default="the recipe's, or 0",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Crops at once.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
@@ -159,6 +169,8 @@ def teacher(
             raise UserError(f"{both[0]}: with --config the recipe says it; leave it out, or change the recipe by --set.")
         recipe = load_recipe(config, set_ or [])
         wanted = Wanted(recipe.data, crop_size, recipe.scale, recipe.seed, count)
+    if anchor is not None:
+        wanted = replace(wanted, data=wanted.data.model_copy(update={"teacher_anchor": anchor}))
     try:
         with tqdm(total=count, unit="pair", disable=None) as bar:
             for present in make_pairs(wanted, find_model(model), output, batch_size=batch_size, device=str(find_device(device))):

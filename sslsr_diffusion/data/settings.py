@@ -122,6 +122,13 @@ class DataSettings(Settings):
         description="An upscaler by any name that --model takes: what it makes of the low-resolution crops is trained towards in the place "
         "of the high-resolution ones (distillation). null: those. Validation keeps the true pictures.",
     )
+    teacher_anchor: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of what the teacher's picture, reduced, gets wrong that is taken back: t + anchor * enlarge(reduce(hr) - "
+        "reduce(t)). 0: its picture as it is; 1: its detail on the true picture.",
+    )
     mask: MaskSettings = Field(MaskSettings(), description="Which pixels enter the self-similarity loss.")
     crop: CropSettings = Field(CropSettings(), description="Where crops are taken.")
     small_images: Literal["reflect", "skip"] = Field("reflect", description="What happens to pictures smaller than the crop.")

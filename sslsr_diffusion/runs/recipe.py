@@ -116,6 +116,8 @@ class Recipe(Settings):
         train = getattr(self.task, "train", None)
         if train is not None and train not in family.trains:
             yield f"task.train: {train!r} is not a part of {family.kind}; expected one of {', '.join(family.trains)}."
+        if self.data.teacher_anchor and self.data.teacher is None:
+            yield "data.teacher_anchor: has no effect without data.teacher; leave it out, or give it to `sslsr prepare teacher --anchor`."
         stored = [i for i, source in enumerate(self.data.sources) if source.kind == "cfw"]
         if stored and not self.task_kind.reads_latents:
             yield f"data.sources.{stored[0]}.kind: cfw has stored latents, which task {kind} does not read; use pairs."

@@ -149,10 +149,11 @@ def open_data(recipe: Recipe, rank: int, world_size: int, state: dict[str, Any] 
         state=state,
         device=device,
     )
-    if recipe.data.teacher is None:
+    data = recipe.data
+    if data.teacher is None:
         return loader
-    teacher = Teacher.open(recipe.data.teacher, device=device, scale=recipe.scale, seed=recipe.seed)
-    return TaughtLoader(loader, teacher, recipe.data, seed=recipe.seed)
+    teacher = Teacher.open(data.teacher, device=device, scale=recipe.scale, seed=recipe.seed, anchor=data.teacher_anchor)
+    return TaughtLoader(loader, teacher, data, seed=recipe.seed)
 
 
 def _with_defaults(recipe: Recipe, task: Task) -> Recipe:

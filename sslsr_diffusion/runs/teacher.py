@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslsr_diffusion.data import DataSettings, TrainingLoader
 from sslsr_diffusion.data.masks import capped, make_mask
-from sslsr_diffusion.images import to_array, to_tensor
+from sslsr_diffusion.images import resize_bicubic, to_array, to_tensor
 from sslsr_diffusion.inference.open import FoundModel, find_model, open_model
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.runs.stored_samples import Make, Wanted, make_samples
@@ -19,25 +19,29 @@ from sslsr_diffusion.types import Batch
 
 
 class Teacher:
-    """An upscaler that shows how it is done."""
+    """An upscaler that shows how it is done; with an `anchor`, only where the truth at the low resolution leaves it the choice."""
 
-    def __init__(self, restorer: Restorer, *, scale: int, seed: int) -> None:
-        self._restorer, self._scale, self._seed = restorer, scale, seed
+    def __init__(self, restorer: Restorer, *, scale: int, seed: int, anchor: float = 0.0) -> None:
+        self._restorer, self._scale, self._seed, self._anchor = restorer, scale, seed, anchor
 
     @classmethod
-    def open(cls, model: str, *, device: torch.device, scale: int, seed: int) -> "Teacher":
+    def open(cls, model: str, *, device: torch.device, scale: int, seed: int, anchor: float = 0.0) -> "Teacher":
         """By any name that `open_upscaler` takes. UserError: there is no such model, or it cannot be opened."""
-        return cls(open_model(find_model(model), device=str(device)), scale=scale, seed=seed)
+        return cls(open_model(find_model(model), device=str(device)), scale=scale, seed=seed, anchor=anchor)
 
     @torch.no_grad()
-    def __call__(self, lr: Tensor, index: Tensor) -> Tensor:
+    def __call__(self, lr: Tensor, index: Tensor, hr: Tensor) -> Tensor:
         """Pictures of [B, 3, h, w] crops with global sample indices [B]: [B, 3, h scale, w scale] float32 in [0, 1], on the CPU.
 
-        What a teacher draws follows from (seed, index) alone.
+        What a teacher draws follows from (seed, index) alone. `hr`: the true pictures, of the same shape.
         """
         generators = [torch.Generator().manual_seed(derive_seed(self._seed, "teacher", i)) for i in index.tolist()]
         images: Tensor = self._restorer(lr, scale=self._scale, generator=generators, output_type="pt").images
-        return images.float().clamp(0, 1).cpu()
+        images = images.float().clamp(0, 1).cpu()
+        if not self._anchor:
+            return images
+        small, true = (resize_bicubic(picture, size=lr.shape[-2:]) for picture in (images, hr.float().cpu()))
+        return (images + self._anchor * resize_bicubic(true - small, size=images.shape[-2:])).clamp(0, 1)
 
 
 class TaughtLoader:
@@ -48,7 +52,7 @@ class TaughtLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
-            hr = self._teacher(batch.lr, batch.index)
+            hr = self._teacher(batch.lr, batch.index, batch.hr)
             yield replace(batch, hr=hr, mask=batch.mask if self._mask.kind == "files" else self._masks(hr, batch.index))
 
     def _masks(self, hr: Tensor, index: Tensor) -> Tensor:
@@ -70,14 +74,15 @@ def make_pairs(wanted: Wanted, model: FoundModel, output: Path, *, batch_size: i
     """`make_samples` with an upscaler's pictures: pairs for a source of kind `pairs`, hr/ by the upscaler, lr/ degraded by the recipe."""
 
     def start() -> Make:
-        teacher = Teacher(open_model(model, device=device), scale=wanted.scale, seed=wanted.seed)
+        opened, anchor = open_model(model, device=device), wanted.data.teacher_anchor
+        teacher = Teacher(opened, scale=wanted.scale, seed=wanted.seed, anchor=anchor)
         return lambda batch: _pairs(teacher, batch)
 
-    made_with = {"teacher": model.fingerprint}
+    made_with = {"teacher": model.fingerprint, "teacher_anchor": wanted.data.teacher_anchor}
     yield from make_samples(wanted, output, start, last="hr", made_with=made_with, batch_size=batch_size, device=device)
 
 
 def _pairs(teacher: Teacher, batch: Batch) -> dict[str, Tensor]:
     """What the teacher makes of the 8 bits that are stored."""
     lr = torch.stack([to_tensor(to_array(picture)) for picture in batch.lr])
-    return {"lr": lr, "hr": teacher(lr, batch.index)}
+    return {"lr": lr, "hr": teacher(lr, batch.index, batch.hr)}

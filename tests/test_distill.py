@@ -162,9 +162,9 @@ def test_an_anchored_teacher_has_the_truth_where_the_low_resolution_shows_it(wor
 
 
 def test_stored_pairs_are_what_training_would_have_asked_for(world: Path, tmp_path: Path) -> None:
-    def prepare(*more: str) -> Any:
+    def prepare(*more: str, output: str = "pairs") -> Any:
         arguments = ["prepare", "teacher", str(world / "photos"), "--model", str(world / "network.safetensors"), "--crop-size", "64"]
-        return CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "pairs"), "--device", "cpu", *more])
+        return CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / output), "--device", "cpu", *more])
 
     assert prepare("--count", "2", "--seed", "42").exit_code == 0
     first = (tmp_path / "pairs" / "hr" / "000001.png").read_bytes()
@@ -172,17 +172,23 @@ def test_stored_pairs_are_what_training_would_have_asked_for(world: Path, tmp_pa
     assert done.exit_code == 0
     assert "3 pairs in" in done.output
     assert first == (tmp_path / "pairs" / "hr" / "000001.png").read_bytes()
-    taught = [pair for batch in batches(recipe(world, teacher=str(world / "network.safetensors"))) for pair in zip(batch.lr, batch.hr)]
-    for number, (lr, hr) in enumerate(taught[:3]):
-        stored = {side: to_tensor(read_image(tmp_path / "pairs" / side / f"{number:06d}.png").rgb) for side in ("lr", "hr")}
-        torch.testing.assert_close(stored["lr"], lr, rtol=0, atol=0.51 / 255)
-        torch.testing.assert_close(stored["hr"], hr, rtol=0, atol=8 / 255)  # of an input in 8 bits
+    assert prepare("--count", "3", "--seed", "42", "--anchor", "0.7", output="anchored").exit_code == 0
+    for output, anchor in (("pairs", 0.0), ("anchored", 0.7)):
+        asked = recipe(world, teacher=str(world / "network.safetensors"), teacher_anchor=anchor)
+        taught = [pair for batch in batches(asked) for pair in zip(batch.lr, batch.hr)]
+        for number, (lr, hr) in enumerate(taught[:3]):
+            stored = {side: to_tensor(read_image(tmp_path / output / side / f"{number:06d}.png").rgb) for side in ("lr", "hr")}
+            torch.testing.assert_close(stored["lr"], lr, rtol=0, atol=0.51 / 255)
+            torch.testing.assert_close(stored["hr"], hr, rtol=0, atol=8 / 255)  # of an input in 8 bits
+    one, other = (read_image(tmp_path / output / "hr" / "000000.png").rgb for output in ("pairs", "anchored"))
+    assert abs(one.astype(int) - other).max() > 16, "the anchor changes the pictures by more than the tolerance above"
     other = prepare("--count", "3", "--seed", "43")
     assert "holds samples made with seed 42, now it is 43; give another --output." in str(other.exception)
     other = prepare("--count", "3", "--seed", "42", "--anchor", "0.7")
     assert "holds samples made with teacher_anchor 0.0, now it is 0.7; give another --output." in str(other.exception)
     assert "expected either --config or an input, got both" in str(prepare("--config", "demo").exception)
     assert "expected --config beside --set, got none" in str(prepare("--set", "seed=3").exception)
+    assert prepare("--anchor", "nan").exit_code != 0
     options = ["--config", "demo", "--model", "x", "--output", str(tmp_path / "other")]
     for option, value in (("--preset", "mild"), ("--scale", "2"), ("--seed", "0")):
         refused = CliRunner().invoke(app, ["prepare", "teacher", *options, option, value])

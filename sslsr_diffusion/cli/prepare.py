@@ -170,7 +170,7 @@ def teacher(
         recipe = load_recipe(config, set_ or [])
         wanted = Wanted(recipe.data, crop_size, recipe.scale, recipe.seed, count)
     if anchor is not None:
-        wanted = replace(wanted, data=wanted.data.model_copy(update={"teacher_anchor": anchor}))
+        wanted = replace(wanted, data=parse(DataSettings, {**wanted.data.model_dump(), "teacher_anchor": anchor}))
     try:
         with tqdm(total=count, unit="pair", disable=None) as bar:
             for present in make_pairs(wanted, find_model(model), output, batch_size=batch_size, device=str(find_device(device))):

@@ -127,7 +127,7 @@ class DataSettings(Settings):
         ge=0,
         le=1,
         description="Share of what the teacher's picture, reduced, gets wrong that is taken back: t + anchor * enlarge(reduce(hr) - "
-        "reduce(t)). 0: its picture as it is; 1: its detail on the true picture.",
+        "reduce(t)). 0: its picture as it is; 1: its detail on nearly the true low resolution.",
     )
     mask: MaskSettings = Field(MaskSettings(), description="Which pixels enter the self-similarity loss.")
     crop: CropSettings = Field(CropSettings(), description="Where crops are taken.")

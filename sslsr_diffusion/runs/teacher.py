@@ -19,7 +19,7 @@ from sslsr_diffusion.types import Batch
 
 
 class Teacher:
-    """An upscaler that shows how it is done; with an `anchor`, only where the truth at the low resolution leaves it the choice."""
+    """An upscaler that shows how it is done; an `anchor` takes that share of what it gets wrong at the low resolution back."""
 
     def __init__(self, restorer: Restorer, *, scale: int, seed: int, anchor: float = 0.0) -> None:
         self._restorer, self._scale, self._seed, self._anchor = restorer, scale, seed, anchor

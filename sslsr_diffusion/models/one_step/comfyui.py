@@ -11,13 +11,17 @@ from torch import Tensor, full, tensor, zeros
 FILE, WORKFLOW, OFFSET = "comfyui_lora.safetensors", "comfyui_workflow.json", "comfyui_offset.latent"
 
 
-def write_comfyui(folder: Path, part: str, layers: Mapping[str, tuple[Tensor, Tensor, float]], call: Mapping[str, Any] | None) -> None:
+def write_comfyui(
+    folder: Path, part: str, layers: Mapping[str, tuple[Tensor, Tensor, float]], call: Mapping[str, Any] | None, channels: int
+) -> list[str]:
     """Write LoRA and workflow, and where the workflow adds an offset to the latents, that.
 
     Args:
         part: "unet": kohya's names, `lora_unet_a_b.lora_down.weight`; "transformer": `transformer.a.b.lora_A.weight`.
         layers: name -> A, B, and alpha; every layer gets an `.alpha` tensor, because ComfyUI takes alpha = rank without it.
         call: what `workflow` takes; None: a call that it cannot make (`why_not`), so there is no workflow.
+        channels: of the latents.
+    Returns what the user has to know of the files.
     """
     tensors: dict[str, Tensor] = {}
     for name, (down, up, alpha) in layers.items():
@@ -26,11 +30,15 @@ def write_comfyui(folder: Path, part: str, layers: Mapping[str, tuple[Tensor, Te
         tensors |= {f"{stem}.{first}.weight": down, f"{stem}.{second}.weight": up, f"{stem}.alpha": tensor(float(alpha))}
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(plain, folder / FILE, metadata={"format": "pt"})
-    if call is not None:
-        (folder / WORKFLOW).write_text(json.dumps(workflow(**call), indent=1) + "\n", encoding="utf-8")
-        if call["shift"]:  # LatentAdd enlarges the smaller of its latents; the mark says that the numbers are to be taken as they are
-            offset = full((1, call["channels"], 1, 1), call["shift"] * (1 - call["gain"]))
-            save_file({"latent_tensor": offset, "latent_format_version_0": zeros(0)}, folder / OFFSET)
+    if call is None:
+        return []
+    (folder / WORKFLOW).write_text(json.dumps(workflow(**call), indent=1) + "\n", encoding="utf-8")
+    if not call["shift"]:
+        return []
+    # LatentAdd enlarges the smaller of its latents; the mark says that the numbers are to be taken as they are
+    offset = full((1, channels, 1, 1), call["shift"] * (1 - call["gain"]))
+    save_file({"latent_tensor": offset, "latent_format_version_0": zeros(0)}, folder / OFFSET)
+    return [f"{OFFSET} belongs into ComfyUI's input/, where the workflow looks for it"]
 
 
 def workflow(
@@ -42,7 +50,6 @@ def workflow(
     gain: float,
     scale: float,
     shift: float,
-    channels: int,
 ) -> dict[str, Any]:
     """The one call in ComfyUI's API format: enlarge, encode, multiply by `gain`, one Euler step from `sigma` to 0 without noise, decode.
 
@@ -54,7 +61,6 @@ def workflow(
         base: name of the checkpoint, without folder.
         text: node and inputs that load the text encoders; None: they and the autoencoder are in the checkpoint.
         sigma: of the call as ComfyUI counts it: spread / signal for a DDPM.
-        channels: of the latents.
     """
     loaded, sampled = ["lora", 0], {"noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["sampler", 0], "sigmas": ["sigmas", 0]}
     one = {"model": ("CheckpointLoaderSimple", {"ckpt_name": base})}

@@ -251,10 +251,10 @@ class OneStepNetworks(LatentNetworks):
             "sigma": spread if self.denoiser.flow else spread / signal,
             "scale": scale,
             "shift": self.codec.vae.config.get("shift_factor") or 0.0,
-            "channels": self.codec.latent_channels,
         }
-        write_comfyui(folder, self.denoiser.part, lora_layers(self.denoiser.network), None if why else {**call, "gain": 1 / signal})
-        return [f"there is no workflow for ComfyUI, but the LoRA alone: {why}"] if why else []
+        layers, part = lora_layers(self.denoiser.network), self.denoiser.part
+        notes = write_comfyui(folder, part, layers, None if why else {**call, "gain": 1 / signal}, self.codec.latent_channels)
+        return [f"there is no workflow for ComfyUI, but the LoRA alone: {why}"] if why else notes
 
     @property
     def _beside_lora(self) -> list[str]:

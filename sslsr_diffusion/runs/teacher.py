@@ -40,8 +40,9 @@ class Teacher:
         images = images.float().clamp(0, 1).cpu()
         if not self._anchor:
             return images
-        small, true = (resize_bicubic(picture, size=lr.shape[-2:]) for picture in (images, hr.float().cpu()))
-        return (images + self._anchor * resize_bicubic(true - small, size=images.shape[-2:])).clamp(0, 1)
+        low, high = ((picture.shape[-2], picture.shape[-1]) for picture in (lr, images))
+        wrong = resize_bicubic(hr.float().cpu(), size=low) - resize_bicubic(images, size=low)
+        return (images + self._anchor * resize_bicubic(wrong, size=high)).clamp(0, 1)
 
 
 class TaughtLoader:

@@ -120,7 +120,7 @@ class OneStepNetworks(LatentNetworks):
         if self.settings.init == "random" and self.settings.x0 == "residual":
             self.denoiser.start_at_zero()
         self._become_whole()
-        if self.codec.vae.quant_conv is not None:
+        if self.codec.draws:
             self.codec = self.codec.without_variance()
         self.denoiser.network.requires_grad_(True)
         self.codec.requires_grad_(True)

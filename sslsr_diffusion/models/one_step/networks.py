@@ -219,11 +219,11 @@ class OneStepNetworks(LatentNetworks):
     def call_defaults(self) -> dict[str, Any]:
         return self.call
 
-    def merge(self) -> None:
-        """Add the LoRAs to the base's weights, in float32; UserError for a base in integers."""
+    def merge(self, asked: str = "merge") -> None:
+        """Add the LoRAs to the base's weights, in float32; UserError, which begins with what `asked` for it, for a base in integers."""
         if self.settings.weights in BYTES:
             raise UserError(
-                f"merge: a LoRA cannot be added to weights in {self.settings.weights}; open the result of this run with model.weights: "
+                f"{asked}: a LoRA cannot be added to weights in {self.settings.weights}; open the result of this run with model.weights: "
                 f"bfloat16 in its {RESULT}, or export without it."
             )
         self.scale_loras(1)  # whatever the last call took of them

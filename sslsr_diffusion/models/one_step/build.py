@@ -110,8 +110,8 @@ def _from_preset(settings: OneStepSettings, text: Text | None, *, meta: bool, se
     if not meta and vae.quant_conv is not None and can_start_near_identity(vae):
         start_near_identity(vae)  # its latents show the picture, though nobody trained it
     denoiser = backbone(drawn(_class(backbone.network_class), preset[backbone.part], meta, seed))
-    if meta and settings.weights != "float32":
-        denoiser.to(torch.bfloat16)
+    if settings.weights != "float32":
+        denoiser.to(torch.bfloat16)  # the shapes of integers, too: `saved_bytes` takes off what those save
     text = text or denoiser.no_text(backbone.tokens if meta and settings.init == "pretrained" else 1)
     base = settings.base if settings.init == "pretrained" else f"random:{settings.preset}"
     return OneStepNetworks(Codec(vae), denoiser, _process(preset["scheduler"], denoiser, base), text, settings, base=base, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ def stock(kind: str, networks: OneStepNetworks) -> Stock:
     no_text: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
     if kind == "sd":
         betas = {key: value for key, value in load_preset("tiny")["scheduler"].items() if key != "_class_name"}
+        betas["prediction_type"] = networks.base_process.scheduler().config.prediction_type
         plain = {"clip_sample": False, "set_alpha_to_one": False}
         extra = {**no_text, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         euler = EulerDiscreteScheduler(**betas, timestep_spacing="leading")
@@ -125,12 +127,25 @@ def stock(kind: str, networks: OneStepNetworks) -> Stock:
     return Stock(encode, call, pipe)
 
 
-def save_base(kind: str, folder: Path) -> Path:
-    """The toy's base as a pipeline folder without text encoders."""
+def save_base(kind: str, folder: Path, **scheduler: Any) -> Path:
+    """The toy's base as a pipeline folder without text encoders; `scheduler`: what its config says otherwise."""
     networks = toy(kind, lora=None, full=WHOLE[kind])
     for name, part in networks.components().items():
         part.save_pretrained(folder / name)
+    told = folder / "scheduler" / "scheduler_config.json"
+    told.write_text(json.dumps({**json.loads(told.read_text()), **scheduler}))
     return folder
+
+
+def saved_bases(folder: Path) -> Callable[[str], Path]:
+    """`save_base` once for each name: a kind, or `sd epsilon`, whose network predicts the noise where the toy's own predicts v."""
+
+    def base(name: str) -> Path:
+        kind, _, prediction = name.partition(" ")
+        scheduler = {"prediction_type": prediction} if prediction else {}
+        return folder / name if (folder / name).is_dir() else save_base(kind, folder / name, **scheduler)
+
+    return base
 
 
 def with_loras(kind: str, base: Path, *, drawn: bool = True, text: bool = False, **values: Any) -> OneStepNetworks:
@@ -150,21 +165,55 @@ def with_loras(kind: str, base: Path, *, drawn: bool = True, text: bool = False,
 
 
 def save_pipeline(kind: str, folder: Path) -> Path:
-    """The base of `flux2` or `zimage` as a whole pipeline, with a Qwen3 of 28 tiny layers that reads bytes."""
+    """The base as a whole pipeline, with tiny text encoders of the real classes and tokenizers that read bytes or letters."""
+    networks = toy(kind, lora=None, full=WHOLE[kind])
+    parts = {"vae": networks.codec.vae, networks.denoiser.part: networks.denoiser.network, "scheduler": networks.base_process.scheduler()}
+    torch.manual_seed(3)
+    config = networks.denoiser.network.config
+    if kind == "sd":
+        parts["scheduler"].register_to_config(steps_offset=1)  # the pipeline warns of another
+        extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        StableDiffusionPipeline(**parts, **_clip("", config.cross_attention_dim), **extra).save_pretrained(folder)
+    elif kind == "sd3":
+        two = {**_clip("", 8, config.pooled_projection_dim // 2), **_clip("_2", 12, config.pooled_projection_dim // 2)}
+        StableDiffusion3Pipeline(**parts, **two, **_t5("_3", config.joint_attention_dim)).save_pretrained(folder)
+    elif kind == "flux2":  # three layers are stacked
+        Flux2KleinPipeline(**parts, **_qwen("Qwen3ForCausalLM", config.joint_attention_dim // 3)).save_pretrained(folder)
+    else:
+        ZImagePipeline(**parts, **_qwen("Qwen3Model", config.cap_feat_dim)).save_pretrained(folder)
+    return folder
+
+
+def _clip(number: str, width: int, projected: int = 0) -> dict[str, Any]:
+    """A CLIP text encoder, with the projection of a pooled vector where one is asked for, and its tokenizer."""
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    names = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": len(names)}
+    config = CLIPTextConfig(hidden_size=width, projection_dim=projected, bos_token_id=len(names) - 2, eos_token_id=len(names) - 1, **small)
+    tokenizer = CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=77)
+    return {f"text_encoder{number}": (CLIPTextModelWithProjection if projected else CLIPTextModel)(config), f"tokenizer{number}": tokenizer}
+
+
+def _t5(number: str, width: int) -> dict[str, Any]:
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    names = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    config = T5Config(vocab_size=len(names), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    tokenizer = T5TokenizerFast(vocab=[(name, -1.0) for name in names], extra_ids=0, additional_special_tokens=[], model_max_length=77)
+    return {f"text_encoder{number}": T5EncoderModel(config), f"tokenizer{number}": tokenizer}
+
+
+def _qwen(name: str, width: int) -> dict[str, Any]:
+    """A Qwen3 of 28 tiny layers."""
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel
 
     names = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Qwen2TokenizerFast(vocab={name: i for i, name in enumerate(names)}, merges=[])
+    tokenizer = transformers.Qwen2TokenizerFast(vocab={name: i for i, name in enumerate(names)}, merges=[])
     tokenizer.chat_template = "{% for said in messages %}<|im_start|>{{ said.role }} {{ said.content }}<|im_end|>{% endfor %}"
-    width = load_preset(TOYS[kind])["transformer"]["joint_attention_dim" if kind == "flux2" else "cap_feat_dim"]
-    hidden = width // 3 if kind == "flux2" else width  # three layers are stacked
     small = {"num_hidden_layers": 28, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 16}
-    torch.manual_seed(3)
-    config = Qwen3Config(vocab_size=len(names), hidden_size=hidden, **small)
-    networks = toy(kind, lora=None, full=WHOLE[kind])
-    parts = {"vae": networks.codec.vae, "transformer": networks.denoiser.network, "scheduler": FlowMatchEulerDiscreteScheduler()}
-    encoder = (Qwen3ForCausalLM if kind == "flux2" else Qwen3Model)(config)
-    pipeline = Flux2KleinPipeline if kind == "flux2" else ZImagePipeline
-    pipeline(**parts, text_encoder=encoder, tokenizer=tokenizer).save_pretrained(folder)
-    return folder
+    config = transformers.Qwen3Config(vocab_size=len(names), hidden_size=width, **small)
+    return {"text_encoder": getattr(transformers, name)(config), "tokenizer": tokenizer}

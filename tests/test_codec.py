@@ -90,8 +90,12 @@ def test_calibrate_gives_latents_of_unit_variance() -> None:
     assert 0.9 < latents.std() < 1.1  # 256 values per channel: a few percent of sampling error
 
 
-def test_without_variance_every_draw_is_the_mean() -> None:
-    codec = Codec(golden_vae())
+@pytest.mark.parametrize("quant_conv", [True, False])
+def test_without_variance_every_draw_is_the_mean(quant_conv: bool) -> None:
+    vae = golden_vae()
+    if not quant_conv:  # as Stable Diffusion 3 has it: the encoder's last layer says mean and log-variance
+        vae.quant_conv = None
+    codec = Codec(vae)
     pixels = random_like((1, 3, 16, 16), seed=3).sigmoid()
     noise = random_like(codec.noise_shape(pixels), seed=4)
     quiet = codec.without_variance()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from network_cases import save as save_network
-from one_step_cases import save_base, toy_settings
+from one_step_cases import TOYS, save_base, toy_settings
 from test_pipeline import photo, seeded
 from toys import toy_batch, wave_photos
 from typer.testing import CliRunner
@@ -213,9 +213,21 @@ def test_the_card_says_lora_of_a_lora_alone() -> None:
         assert "- lora" in model_card("me/mine", {"model": {"kind": kind, "lora": {"rank": 2}}})
 
 
-def test_a_base_of_another_kind_is_trained_whole_too(tmp_path: Path) -> None:
-    base = save_base("flux2", tmp_path / "base")
-    networks = build_networks(toy_settings("flux2", lora=None, init="pretrained", base=str(base)), train="whole")
+@pytest.mark.parametrize("kind", TOYS)
+def test_any_base_is_trained_whole_and_encodes_to_the_mean(kind: str, tmp_path: Path) -> None:
+    base = save_base(kind, tmp_path / "base")
+    settings = toy_settings(kind, lora={"rank": 2}, init="pretrained", base=str(base))
+    frozen, networks = build_networks(settings), build_networks(settings.model_copy(update={"lora": None}), train="whole")
     made = restorer_of(networks, FAMILIES["one_step"], scale=4)
     made.save(tmp_path / "model")
-    assert torch.equal(upscaled(made), upscaled(open_model(find_model(str(tmp_path / "model")), device="cpu", dtype="float32")))
+    again = open_model(find_model(str(tmp_path / "model")), device="cpu", dtype="float32")
+    assert torch.equal(upscaled(made), upscaled(again))
+
+    pixels = torch.rand(1, 3, 32, 32, generator=seeded(1))
+    noises = [torch.zeros(networks.codec.noise_shape(pixels)), torch.randn(networks.codec.noise_shape(pixels), generator=seeded(2))]
+    with torch.no_grad():
+        drawn = [frozen.codec.encode(pixels, noise) for noise in noises]
+        mean = [networks.codec.encode(pixels, noise) for noise in noises]
+    assert (drawn[1] - drawn[0]).abs().max() > 1e-3
+    torch.testing.assert_close(mean[0], drawn[0], rtol=1e-5, atol=1e-5)
+    assert (mean[1] - mean[0]).abs().max() < 1e-5  # exp(-15) of the noise is left

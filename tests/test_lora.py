@@ -127,7 +127,7 @@ def test_the_file_says_to_diffusers_what_the_model_said(tmp_path, alpha):
         torch.testing.assert_close(said(plain), want, rtol=0, atol=0)
         assert (want - said(unet())).norm() > 0.05 * want.norm()
         again = unet()
-        load_lora(again, tmp_path / FILE, "unet")
+        load_lora(again, tmp_path / FILE, "unet", LoRASettings(rank=3, alpha=alpha, targets="unet"))
         torch.testing.assert_close(said(again), want, rtol=0, atol=0)
     with safe_open(tmp_path / FILE, framework="pt") as stream:
         known = json.loads(stream.metadata()["lora_adapter_metadata"])
@@ -171,7 +171,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     save_file({"unet.conv_in.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     for file, prefix in (("broken", "unet"), ("missing", "unet"), ("other", "transformer")):
         with pytest.raises(UserError, match=f"{file}.safetensors: "):
-            load_lora(unet(), tmp_path / f"{file}.safetensors", prefix)
+            load_lora(unet(), tmp_path / f"{file}.safetensors", prefix, LoRASettings())
 
 
 def test_without_peft_the_pip_line_is_told(monkeypatch):

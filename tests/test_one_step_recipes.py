@@ -116,6 +116,7 @@ def test_the_tiny_one_trains_goes_on_exactly_and_is_merged(tmp_path: Path, monke
 
     merged = CliRunner().invoke(app, ["export", str(whole), "--output", str(tmp_path / "merged"), "--merge"])
     assert merged.exit_code == 0, merged.output
+    assert "does not load" not in merged.output
     picture = smooth(2, size=16)
     got = [
         open_upscaler(path, device="cpu")(picture, generator=torch.Generator().manual_seed(0), output_type="pt").images
@@ -124,3 +125,10 @@ def test_the_tiny_one_trains_goes_on_exactly_and_is_merged(tmp_path: Path, monke
     assert (got[0] - got[1]).abs().max() < 1e-4
     plain = CliRunner().invoke(app, ["export", str(whole), "--output", str(tmp_path / "lora")])
     assert "note: stock diffusers does not load vae_lora.safetensors; --merge writes a whole model" in plain.output
+
+    monkeypatch.setattr("sslsr_diffusion.runs.task.write_onnx", lambda graph, folder: [f"{graph.name}.onnx: a graph"])
+    both = CliRunner().invoke(app, ["export", str(whole), "--output", str(tmp_path / "graph"), "--onnx"])
+    assert "note: upscaler.onnx: a graph" in both.output
+    assert "note: stock diffusers does not load vae_lora.safetensors; --merge writes" in both.output, (
+        "the graph is merged, the files are not"
+    )

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from one_step_cases import toy, with_loras
+from one_step_cases import TOYS, save_base, toy, toy_settings, with_loras
+from pydantic import ValidationError
 from test_one_step import picture, restorer
 from torch import Tensor, nn
 
+from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.open import find_model, open_model
 from sslsr_diffusion.models.base import Base
 from sslsr_diffusion.models.networks import working_dtype
+from sslsr_diffusion.models.one_step.build import build_networks
+from sslsr_diffusion.models.one_step.networks import OneStepNetworks
 from sslsr_diffusion.models.one_step.result import write_whole
 from sslsr_diffusion.models.process import DDPM
+from sslsr_diffusion.tasks.one_step import OneStepTask
 
 
 def test_a_merged_model_that_was_drawn_keeps_what_its_lora_learned(tmp_path: Path) -> None:
@@ -72,3 +79,29 @@ def test_a_network_that_begins_with_weights_in_whole_numbers() -> None:
         if ".lora_" in name:
             parameter.data = parameter.data.float()
     assert working_dtype(networks.denoiser) == torch.bfloat16, "a LoRA's float32 does not count"
+
+
+@pytest.mark.parametrize("kind", TOYS)
+def test_drawn_weights_are_held_as_a_bases_and_as_the_estimate_counts_them(kind: str, tmp_path: Path) -> None:
+    def held(meta: bool, **values: Any) -> dict[str, torch.dtype]:
+        networks: OneStepNetworks = build_networks(toy_settings(kind, weights="bfloat16", **values), meta=meta)
+        return {name: parameter.dtype for name, parameter in networks.named_parameters()}
+
+    drawn = held(meta=False)
+    assert {dtype for name, dtype in drawn.items() if name.startswith("denoiser.") and ".lora_" not in name} == {torch.bfloat16}
+    assert {dtype for name, dtype in drawn.items() if name.startswith("codec.") or ".lora_" in name} == {torch.float32}
+    of_base = {"init": "pretrained", "base": str(save_base(kind, tmp_path / "base"))}
+    assert drawn == held(meta=True) == held(meta=False, **of_base) == held(meta=True, **of_base)
+    for weights in ("int8", "nf4"):
+        with pytest.raises(ValidationError, match=f"weights: expected float32 or bfloat16 with init: random, got {weights}, which is for"):
+            toy_settings(kind, weights=weights)
+
+
+def test_weights_in_integers_are_not_merged_whoever_asks(tmp_path: Path) -> None:
+    networks = with_loras("sd", tmp_path, init="random")
+    networks.settings = networks.settings.model_copy(update={"weights": "nf4"})
+    said = "a LoRA cannot be added to weights in nf4; open the result of this run with model.weights: bfloat16"
+    with pytest.raises(UserError, match=f"^merge: {said}"):
+        networks.merge()
+    with pytest.raises(UserError, match=f"^onnx: {said}"):
+        OneStepTask(networks, seed=0).graph()

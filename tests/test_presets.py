@@ -184,7 +184,7 @@ def test_weights_in_integers_are_counted_by_their_bytes():
 
 
 def test_the_estimate_takes_off_what_integers_save():
-    recipe = load_recipe("one_step/tiny", ["model.full=[]", "model.weights=nf4"])
+    recipe = load_recipe("one_step/tiny", ["model.full=[]", "model.weights=nf4", "model.init=pretrained"])  # of a base
     saved = recipe.family.build(recipe.model, meta=True).saved_bytes()
     assert saved > 0
     plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": "bfloat16"})})

@@ -10,10 +10,9 @@ from tiny_runs import DRAWN, tiny
 from toys import wave_photos
 
 from sslsr_diffusion.config import RecipeError
-from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.models.stablesr.build import build_autoencoder
 from sslsr_diffusion.models.stablesr.settings import StableSRSettings
-from sslsr_diffusion.runs.start import build_job, train
+from sslsr_diffusion.runs.start import train
 from sslsr_diffusion.runs.task import training_crops
 
 LOSSES = [{"kind": "pixel_l1"}, {"kind": "latent_kl", "weight": 1e-3}]
@@ -48,14 +47,3 @@ def test_latents_are_the_autoencoders_own_setting(photos: Path, tmp_path: Path) 
             tiny(photos, tmp_path, **section)
     with pytest.raises(RecipeError, match=r"model\.latents: unknown key .* did you mean task\.latents\?$"):
         tiny(photos, tmp_path, model={**DRAWN, "latents": "mean"})
-
-
-def test_a_mean_needs_the_layer_that_holds_the_variance(photos: Path, tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL
-
-    from sslsr_diffusion.models.stablesr.settings import load_preset
-
-    AutoencoderKL.from_config({**load_preset("tiny")["vae"], "use_quant_conv": False}).save_pretrained(tmp_path / "vae")
-    model = {**DRAWN, "vae": str(tmp_path / "vae")}
-    with pytest.raises(UserError, match=r"^task\.latents: mean needs an autoencoder with quant_conv .*; take sample\.$"):
-        build_job(tiny(photos, tmp_path / "run", model=model, task={"kind": "autoencoder", "latents": "mean"}, losses=LOSSES))

@@ -106,11 +106,15 @@ class Codec(nn.Module):
         return factor
 
     def without_variance(self) -> "Codec":
-        """A copy that encodes to the posterior's mean, whoever calls it: quant_conv's log-variances become diffusers' lower bound, -30."""
+        """A copy that encodes to the posterior's mean, whoever calls it: the log-variances become diffusers' lower bound, -30.
+
+        They are the second half of what quant_conv says, or, without one (SD3, Z-Image), the encoder's last layer.
+        """
         vae = deepcopy(self.vae)
+        last, own = vae.encoder.conv_out if vae.quant_conv is None else vae.quant_conv, vae.config.latent_channels
         with torch.no_grad():
-            vae.quant_conv.weight[self.latent_channels :] = 0
-            vae.quant_conv.bias[self.latent_channels :] = -30
+            last.weight[own:] = 0
+            last.bias[own:] = -30
         return Codec(vae)
 
     def _posterior(self, pixels: Tensor) -> Any:

@@ -137,18 +137,41 @@ def save_lora(models: Mapping[str, Any], folder: Path, file: str = FILE) -> None
     save_file(tensors, folder / file, metadata={"format": "pt", _METADATA: json.dumps(metadata, sort_keys=True)})
 
 
-def load_lora(model: Any, file: Path, prefix: str) -> None:
-    """Give a model the LoRA layers of a file that `save_lora`, or diffusers, wrote for `prefix`; UserError where they do not fit."""
-    from safetensors import SafetensorError
+@torch.no_grad()
+def load_lora(model: Any, file: Path, prefix: str, settings: LoRASettings) -> None:
+    """Give a model the LoRA layers that the settings say, with the tensors that `save_lora`, or diffusers, wrote for `prefix`.
+    UserError where the file has other layers, ranks, widths or another alpha.
+    """
+    tensors, alpha = _read_lora(file, prefix)
+    add_lora(model, settings, seed=0)
+    into = import_peft().get_peft_model_state_dict(model, adapter_name=NAME)
+    own, theirs = ({name: list(tensor.shape) for name, tensor in side.items()} for side in (into, tensors))
+    odd = next((name for name in (*own, *theirs) if own.get(name) != theirs.get(name)), None)
+    if odd is not None:
+        want, got = (f"the shape {side[odd]}" if odd in side else "none" for side in (own, theirs))
+        raise UserError(f"{file}: {prefix}.{odd}: expected {want}, got {got}; is the file of another base, or of another run?")
+    if alpha not in (None, settings.alpha or settings.rank):
+        raise UserError(f"{file}: expected alpha {settings.alpha or settings.rank:g}, got {alpha:g}; is the file of another run?")
+    for name, tensor in tensors.items():
+        into[name].copy_(tensor)
 
-    import_peft()
+
+def _read_lora(file: Path, prefix: str) -> tuple[dict[str, Tensor], float | None]:
+    """The tensors of a LoRA file whose names begin with `prefix`, without it, and alpha, where its metadata has it."""
+    from safetensors import SafetensorError, safe_open
+
+    begin = f"{prefix}."
     try:
-        model.load_lora_adapter(file.parent, prefix=prefix, weight_name=file.name, adapter_name=NAME)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        with safe_open(file, framework="pt") as stream:
+            tensors = {name.removeprefix(begin): stream.get_tensor(name) for name in stream.keys() if name.startswith(begin)}  # noqa: SIM118 - no mapping
+            told = json.loads((stream.metadata() or {}).get(_METADATA, "{}"))
+        alpha = float(told[f"{begin}lora_alpha"]) if f"{begin}lora_alpha" in told else None
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{file}: cannot be read as LoRA layers of {type(model).__name__} ({reason}).") from error
-    if not has_lora(model):
+        raise UserError(f"{file}: cannot be read as a file of LoRA layers ({reason}); fetch or export the model again.") from error
+    if not tensors:
         raise UserError(f"{file}: expected LoRA layers whose names begin with {prefix}, got none; choose the file of another base.")
+    return tensors, alpha
 
 
 @torch.no_grad()

@@ -115,8 +115,9 @@ def export_checkpoint(
         notes: list[str] = task.networks.for_comfyui(new, recipe.scale) if comfyui else []
         if half:
             halve(new)
+        left_out = task.networks.left_out()  # before the graph merges what lies in the files
         notes += write_onnx(task.graph(), new) if onnx else []
-    return int(state["progress"]["step"]), [*notes, *task.networks.left_out()]
+    return int(state["progress"]["step"]), [*notes, *left_out]
 
 
 def _blend(task: Task, recipe: Recipe, other: str, alpha: float) -> None:

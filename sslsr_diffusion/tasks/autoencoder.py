@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.tiled import Reconstruct
 from sslsr_diffusion.models.codec import Codec
 from sslsr_diffusion.models.stablesr.networks import AutoencoderNetworks
@@ -49,8 +48,6 @@ class AutoencoderTask(TaskBase):
     def build(cls, settings: AutoencoderTaskSettings, frame: Frame) -> Self:
         networks = frame.build("autoencoder")
         assert isinstance(networks, AutoencoderNetworks)
-        if settings.latents == "mean" and networks.codec.vae.quant_conv is None:
-            raise UserError("task.latents: mean needs an autoencoder with quant_conv (use_quant_conv: true); take sample.")
         return cls(networks, seed=frame.seed, mean=settings.latents == "mean", frame=frame)
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:

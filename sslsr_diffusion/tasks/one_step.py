@@ -65,7 +65,7 @@ class OneStepTask(TaskBase):
     def graph(self) -> Graph:
         networks = self.networks
         if networks.has_loras:
-            networks.merge()
+            networks.merge("onnx")
         networks.cast(torch.float32)
         codec, noise = networks.codec, (networks.codec.latent_channels, networks.codec.scale)
         inputs = {"picture": (3, 1), "posterior_noise": noise, **({"start_noise": noise} if networks.starts_noised else {})}

@@ -110,8 +110,8 @@ def _from_preset(settings: OneStepSettings, text: Text | None, *, meta: bool, se
     if not meta and vae.quant_conv is not None and can_start_near_identity(vae):
         start_near_identity(vae)  # its latents show the picture, though nobody trained it
     denoiser = backbone(drawn(_class(backbone.network_class), preset[backbone.part], meta, seed))
-    if meta and settings.weights != "float32":
-        denoiser.to(torch.bfloat16)
+    if settings.weights != "float32":
+        denoiser.to(torch.bfloat16)  # the shapes of integers, too: `saved_bytes` takes off what those save
     text = text or denoiser.no_text(backbone.tokens if meta and settings.init == "pretrained" else 1)
     base = settings.base if settings.init == "pretrained" else f"random:{settings.preset}"
     return OneStepNetworks(Codec(vae), denoiser, _process(preset["scheduler"], denoiser, base), text, settings, base=base, seed=seed)
@@ -184,6 +184,9 @@ def _process(config: dict[str, Any], denoiser: Backbone, name: str) -> Process:
 
 def _encoded(denoiser: Backbone, base: Base, prompt: str) -> Text:
     """The prompt's text; zeros for a base that never had a text encoder, as those that this package trains."""
+    lacks = _lacking_text(base)
+    if lacks:
+        raise UserError(f"model.base: {base.name} lacks its {lacks}/, which model.prompt is encoded with; fetch the whole model.")
     if base.has("text_encoder"):
         try:
             return denoiser.encode(base, prompt)
@@ -192,19 +195,20 @@ def _encoded(denoiser: Backbone, base: Base, prompt: str) -> Text:
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)[:200].rstrip(".")
             raise UserError(f"model.base: the text encoder of {base.name} cannot be loaded ({reason}).") from error
-    if _lists_text_encoder(base):
-        raise UserError(f"model.base: {base.name} lacks its text_encoder/, which model.prompt is encoded with; fetch the whole model.")
     if prompt:
         raise UserError(f"model.prompt: {base.name} has no text encoder; leave the prompt empty.")
     return denoiser.no_text()
 
 
-def _lists_text_encoder(base: Base) -> bool:
+def _lacking_text(base: Base) -> str | None:
+    """The first text encoder or tokenizer that the base's index has and its folder has not; Stable Diffusion 3 has three of each."""
     try:
         index = json.loads((base.folder / "model_index.json").read_text(encoding="utf-8"))
-        return any(index.get("text_encoder") or ())
+        parts = [part for part in index if part.startswith(("text_encoder", "tokenizer"))]
+        listed = [part for part in parts if isinstance(index[part], list) and any(index[part])]
     except (OSError, ValueError, AttributeError, TypeError):
-        return False
+        return None
+    return next((part for part in listed if not base.has(part)), None)
 
 
 def check_base_folder(settings: OneStepSettings) -> str:
@@ -220,9 +224,11 @@ def check_base_folder(settings: OneStepSettings) -> str:
         ("vae", _autoencoder_class(base.config("vae"), backbone, base.name)),
     ):
         check_tensors(base.folder / part, loaded(cls, base, part, meta=True), base.part(part))
-    found = [part for part in (backbone.part, "vae", "scheduler", "text_encoder") if base.has(part)]
-    if "text_encoder" in found:
-        check_tensors(base.folder / "text_encoder", None, base.part("text_encoder"))
-    elif _lists_text_encoder(base):
-        raise UserError(f"model.base: {base.name} lacks its text_encoder/; fetch the whole model.")
+    encoders = [part for part in ("text_encoder", "text_encoder_2", "text_encoder_3") if base.has(part)]
+    lacks = _lacking_text(base)
+    if lacks:
+        raise UserError(f"model.base: {base.name} lacks its {lacks}/; fetch the whole model.")
+    for part in encoders:
+        check_tensors(base.folder / part, None, base.part(part))
+    found = [part for part in (backbone.part, "vae", "scheduler") if base.has(part)] + encoders
     return f"{networks.base}: found {', '.join(found)}"

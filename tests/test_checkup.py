@@ -20,7 +20,9 @@ from sslsr_diffusion.checkup.play import play
 from sslsr_diffusion.checkup.runner import RESULT, check, command, table
 from sslsr_diffusion.checkup.steps import STEPS, Step
 from sslsr_diffusion.cli import app
+from sslsr_diffusion.config import read_family, shipped_recipes
 from sslsr_diffusion.errors import UserError
+from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.tables import named
 
 SMALL = ("training.crop_size=64", "training.batch_size=2", "task.decode_crop=null")
@@ -109,12 +111,32 @@ def test_with_a_gpu_the_report_is_written(monkeypatch, tmp_path):
 def test_steps_name_what_exists(step):
     inspect.signature(named(step.run)).bind(**step.arguments)
     if "recipe" in step.arguments:
-        recipe = named("sslsr_diffusion.checkup.training:random_recipe")(step.arguments["recipe"], step.arguments.get("overrides", ()))
+        kept = {key: step.arguments[key] for key in ("overrides", "without") if key in step.arguments}
+        recipe = named("sslsr_diffusion.checkup.training:random_recipe")(step.arguments["recipe"], **{"overrides": (), **kept})
         assert recipe.training.accumulate == 1
+        assert "self_similarity" in [loss.kind for loss in recipe.losses]
+        assert [loss.called for loss in recipe.losses if LOSSES[loss.kind].check(loss)] == []  # nor of their networks
+        assert all(name in step.about for name in kept.get("without", ()))
         assert recipe.family.source(recipe.model) is None  # nothing to download
     shown = command(step)
     assert json.loads(shown[-1]) == json.loads(json.dumps(dict(step.arguments)))
     assert all(os.path.exists(word) for word in step.launcher if word.endswith(".yaml"))
+
+
+def test_every_main_recipe_has_a_step():
+    """Those that have presets; of gan/, one."""
+    main = {name for name, path in shipped_recipes().items() if read_family(path)[0][1].get("presets")}
+    tried = {step.arguments["recipe"] for step in STEPS if step.run.endswith(":full_step")}
+    assert tried <= main
+    assert {name for name in main - tried if not name.startswith("gan/")} == set()
+    assert [name for name in tried if name.startswith("gan/")] == ["gan/swinir_ssl"]
+
+
+def test_a_step_without_a_loss_that_is_not_there_is_a_mistake():
+    from sslsr_diffusion.checkup.training import random_recipe
+
+    with pytest.raises(ValueError, match=r"^without: expected losses of tiny_x4 \(.*self_similarity.*\), got lpips\.$"):
+        random_recipe("tiny_x4", SMALL, ["lpips"])
 
 
 def test_agreement_is_measured(monkeypatch):

@@ -4,46 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 
 from sslsr_diffusion.ops import cupy_loader
-from sslsr_diffusion.ops.ssg_cuda_dense import dense_geometry
-from sslsr_diffusion.ops.ssg_cuda_launch import row_geometry
 
-NVCC = shutil.which("nvcc")
+code = load_script("benchmarks/kernel_code.py")
 KERNELS = Path(__file__).parents[1] / "kernels"
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-
-# the opt-in limit of shared memory per block of each architecture, in bytes
-SHARED_LIMIT = {"sm_75": 65536, "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
-FILES = ("ssg_loss.cu", "ssg_dense.cu", "ssg_graph.cu", "ssg_gather.cu")
 BASELINE = str(KERNELS.parent / "benchmarks" / "ssg_direct.cu")
+FILES, SHARED_LIMIT, defines_of = code.FILES, code.SHARED_LIMIT, code.defines_of
+needs_nvcc = pytest.mark.skipif(not code.known_archs(), reason="nvcc is not installed")
 
 
 def compile_for(arch: str, file: str, defines: tuple[str, ...], folder: Path) -> str:
-    (folder / "one.cu").write_text(cupy_loader.read_source(file))  # as CuPy gets it: one text, includes put in
-    flags = ["-std=c++17", f"-arch={arch}", "-Xptxas", "-v", "-cubin", "-Werror", "all-warnings"]
-    done = subprocess.run(
-        [str(NVCC), *flags, *(f"-D{d}" for d in defines), "-o", folder / "out.cubin", folder / "one.cu"],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def defines_of(file: str, arch: str, search: int = 25, window: int = 9, channels: int = 3) -> tuple[str, ...]:
-    if file == "ssg_dense.cu":
-        dense = dense_geometry(torch.Size((1, channels, 512, 512)), search, window)
-        assert dense is not None
-        return dense.defines()
-    return row_geometry(search, window, channels, SHARED_LIMIT[arch]).defines() if file in ("ssg_loss.cu", "ssg_graph.cu") else ()
+    if arch not in code.known_archs():
+        pytest.skip(f"this nvcc does not know {arch}")
+    return code.compile_for(arch, file, defines, folder / "one.cubin")
 
 
 @needs_nvcc
@@ -66,19 +45,55 @@ def test_compiles_for_other_sizes(search, window, channels, tmp_path):
 @needs_nvcc
 def test_a_wrong_count_of_shared_memory_does_not_compile(tmp_path):
     defines = tuple(re.sub(r"(SHARED_BYTES=)\d+", r"\g<1>1024", define) for define in defines_of("ssg_loss.cu", "sm_90"))
-    with pytest.raises(AssertionError, match="count of shared memory"):
+    with pytest.raises(RuntimeError, match="count of shared memory"):
         compile_for("sm_90", "ssg_loss.cu", defines, tmp_path)
 
 
+@needs_nvcc
+def test_the_report_of_the_dense_kernels(tmp_path):
+    """By the compiler's words alone; instructions and loops, where cuobjdump is there, too."""
+    found = {each.kernel: each for each in code.measured("sm_90", "ssg_dense.cu", 25, 9, 3)}
+    passes = [found[f"ssg_dense_{name}"] for name in ("sums", "values", "gradient")]
+    assert len(found) == 5
+    assert all(0 < each.registers <= 255 and each.spilled == 0 for each in found.values())
+    assert set(code.asked_bytes("sm_90", 25, 9, 3)) > {each.kernel for each in passes}
+    if code.find_cuobjdump():
+        assert all(each.loops and each.instructions > 1000 for each in passes)
+
+
+def test_loops_are_read_from_a_listing():
+    listing = """Function : one
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   FADD R2, R2, R1 ;
+        /*0020*/                   FFMA R3, R2, R1, R3 ;
+        /*0030*/               @P0 BRA 0x20 ;
+        /*0040*/              @!P1 BRA 0x10 ;
+        /*0050*/                   BRA 0x70 ;
+        /*0060*/                   NOP ;
+        /*0070*/                   BRA 0x70 ;
+    """
+    report = "Compiling entry function 'one' for 'sm_90'\n    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
+    (one,) = code.code_of(report + "ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem", listing)
+    assert (one.registers, one.shared, one.stack, one.spilled, one.instructions) == (40, 1024, 8, 16, 7)
+    assert one.loops == ((0x20, 0x30, 2), (0x10, 0x40, 4))
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90", "sm_120"])
 @pytest.mark.parametrize("file", [*FILES, BASELINE], ids=lambda file: Path(file).name)
-def test_compiles_with_the_runtime_compiler_that_cupy_uses(file):
+def test_compiles_with_the_runtime_compiler_that_cupy_uses(file, arch):
     """NVRTC knows no standard headers, and comes with torch's CUDA wheels: it needs neither nvcc nor a GPU."""
     if not (libraries := sorted(Path(torch.__file__).parents[1].glob("nvidia/**/libnvrtc.so.*"))):
         pytest.skip("this torch has no libnvrtc")
     nvrtc = ctypes.CDLL(str(libraries[0]))
+    count = ctypes.c_int()
+    assert nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)) == 0
+    archs = (ctypes.c_int * count.value)()
+    assert nvrtc.nvrtcGetSupportedArchs(archs) == 0
+    if int(arch.removeprefix("sm_")) not in list(archs):
+        pytest.skip(f"this NVRTC does not know {arch}")
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), cupy_loader.read_source(file).encode(), b"", 0, None, None) == 0
-    options = ["-std=c++17", "-arch=sm_90", "-ftz=true", *(f"-D{d}" for d in defines_of(file, "sm_90"))]  # the ftz is CuPy's
+    options = ["-std=c++17", f"-arch={arch}", "-ftz=true", *(f"-D{d}" for d in defines_of(file, arch))]  # the ftz is CuPy's
     failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options)))
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     text = ctypes.create_string_buffer(size.value)

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import pytest
@@ -21,6 +22,7 @@ from toys import toy_job, toy_losses, toy_validation
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.training import outputs
 from sslsr_diffusion.training.checkpoints import latest_checkpoint, read_checkpoint
+from sslsr_diffusion.training.engines import make_accelerator
 from sslsr_diffusion.training.job import CheckpointWritten, Event, Finished, StepDone, Validated
 from sslsr_diffusion.training.loop import train_job
 from sslsr_diffusion.training.reporting import plot_losses
@@ -139,6 +141,18 @@ def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match=r"expected FSDP2 .* is not followed on this machine \(accelerate chose NO\)"):
         train_job(toy_job(tmp_path / "run"))
+
+
+def test_fsdp2_is_told_what_a_run_needs(tmp_path, monkeypatch):
+    """On a stand-in for an Accelerator that has GPUs; test_two_processes.py has what comes of it."""
+    plugin = SimpleNamespace()
+    made = SimpleNamespace(distributed_type="DistributedType.FSDP", is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
+    monkeypatch.setattr("accelerate.Accelerator", lambda **given: made)
+    training = toy_job(tmp_path / "run").training.model_copy(update={"mixed_precision": "bf16"})
+    assert make_accelerator(training, (), tmp_path) is made
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert (policy.output_dtype, policy.cast_forward_inputs, plugin.cpu_ram_efficient_loading) == (None, False, False)
 
 
 def test_a_full_disk_costs_a_warning_or_the_run_by_policy(tmp_path, monkeypatch, caplog):

@@ -9,7 +9,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from sslsr_diffusion.config import shipped_recipes
+from sslsr_diffusion.hub import repository_of
 from sslsr_diffusion.runs.model_card import card_files, model_card, scrub, scrub_text
+from sslsr_diffusion.runs.recipe import load_recipe
 
 RECIPE = {
     "scale": 4,
@@ -164,6 +167,35 @@ def test_a_fence_in_the_recipe_does_not_end_the_block():
     text = card(recipe={"model": {"prompt": "x\n```\n# injected"}})
     assert text.count("```") % 2 == 0
     assert "\n# injected" not in text.split("## Limits")[0].split("```yaml")[0]
+
+
+@pytest.mark.parametrize(
+    ("base", "licence", "terms"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "creativeml-openrail-m", None),
+        ("stabilityai/stable-diffusion-2-1-base", "openrail++", None),
+        ("stabilityai/sd-turbo", "other", "refers commercial use to https://stability.ai/license"),
+        ("stabilityai/stable-diffusion-3.5-medium", "other", "community licence, whose terms its page asks to accept first"),
+        ("black-forest-labs/FLUX.2-klein-base-4B", "apache-2.0", None),
+        ("black-forest-labs/FLUX.2-klein-4B", "apache-2.0", None),
+        ("black-forest-labs/FLUX.2-klein-9B", "other", "see the base model"),  # not that of the 4B
+        ("Tongyi-MAI/Z-Image-Turbo", "apache-2.0", None),
+        ("someone/else", "other", "see the base model"),
+    ],
+)
+def test_the_licence_is_that_of_the_base(base, licence, terms):
+    card = ModelCard(model_card("user/mine", RECIPE, base=base))
+    assert (card.data.license, card.data.base_model) == (licence, base)
+    line = next(line for line in card.text.splitlines() if line.startswith("Licence: "))
+    assert (terms in line) if terms else line == f"Licence: `{licence}`."
+
+
+def test_the_bases_of_shipped_recipes_are_known():
+    bases = {load_recipe(name).model.base for name in shipped_recipes()}
+    asked = {base for base in bases if base and repository_of(base)}
+    assert len(asked) > 4
+    for base in asked:
+        assert "see the base model" not in model_card("user/mine", RECIPE, base=base), base
 
 
 def test_the_shipped_model_as_a_base_has_a_name_and_a_licence():

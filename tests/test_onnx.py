@@ -84,26 +84,44 @@ def test_a_decoder(tmp_path):
     assert (onnx_picture(tmp_path / "decoder.onnx", z) - want).abs().max() <= 1e-3
 
 
+ONE_STEP: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd": ("sd", {}),
+    "sd noised": ("sd", {"noise": 350}),
+    "sd encoder": ("sd", {"encoder_lora": LoRASettings(rank=2, targets=["conv1", "quant_conv"])}),
+    "flux2": ("flux2", {}),
+}
+
+
 @needs_onnx
-@pytest.mark.parametrize(("kind", "options"), [("sd", {}), ("sd", {"noise": 350})], ids=["sd", "sd noised"])
+@pytest.mark.parametrize(("kind", "options"), ONE_STEP.values(), ids=ONE_STEP.keys())
 def test_a_one_step_upscaler_with_its_lora(tmp_path, kind, options):
-    """Encoder, LoRA, the fixed prompt, rule and decoder, with the noises as inputs."""
-    networks = toy(kind, lora=LoRASettings(rank=2, targets=["attn2.to_v"]), **options)
+    """Encoder, LoRAs, the fixed prompt, rule and decoder, with the noises as inputs."""
+    networks = toy(kind, lora=LoRASettings(rank=2, targets=["to_v"]), **options)
     with torch.no_grad():
-        for name, parameter in networks.denoiser.named_parameters():
+        for name, parameter in networks.named_parameters():
             if ".lora_B" in name:
-                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+                parameter.normal_(std=0.1 if kind == "sd" else 2.0, generator=torch.Generator().manual_seed(1))
     task = OneStepTask(networks.eval(), seed=0)
     unit, shape = networks.size().multiple_of, networks.codec.noise_shape
     low = picture(unit * 3, unit * 2)
-    noises = [torch.randn(shape(low), generator=torch.Generator().manual_seed(k)) for k in range(2 if options else 1)]
+    noises = [torch.randn(shape(low), generator=torch.Generator().manual_seed(k)) for k in range(2 if "noise" in options else 1)]
     with torch.no_grad():
-        given = (low, noises[0], noises[1] if options else None, networks.codec.decode)
+        given = (low, noises[0], noises[1] if "noise" in options else None, networks.codec.decode)
         _, want, _ = task.module(*given)
         networks.scale_loras(0)
         assert (task.module(*given)[1] - want).abs().max() > 0.01
     onnx.write_onnx(task.graph(), tmp_path)
     assert (onnx_picture(tmp_path / "upscaler.onnx", low, *noises) - want).abs().max() <= 1e-3
+
+
+@needs_onnx
+@pytest.mark.parametrize("kind", ["sd3", "zimage"])
+def test_bases_without_a_graph_are_refused_in_a_sentence(tmp_path, kind):
+    """Stable Diffusion 3 is traced, but for one size; Z-Image's positions are complex numbers, which ONNX has none of."""
+    task = OneStepTask(toy(kind, lora=LoRASettings(rank=2, targets=["to_v"])).eval(), seed=0)
+    with pytest.raises(UserError, match=r"^onnx: these networks cannot be one graph of any size \(.*\); leave it out\.$") as caught:
+        onnx.write_onnx(task.graph(), tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @needs_onnx

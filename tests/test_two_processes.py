@@ -12,6 +12,7 @@ import torch
 from sslsr_diffusion.training.checkpoints import read_checkpoint
 
 HERE = Path(__file__).parent
+SHARDED = ["stablesr", "sd_lora", "flux2_lora", "whole", "sd3_bfloat16", "flux2_bfloat16", "zimage_bfloat16"]  # of sharded_run.py
 # eps 1 makes AdamW's first steps proportional to the gradient: the weights compare the gradients
 LINEAR = {"steps": 3, "optimizer": {"lr": 0.5, "eps": 1.0, "weight_decay": 0.0}, "max_grad_norm": None}
 
@@ -67,7 +68,7 @@ def test_resume_on_another_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["stablesr", "sd_lora", "flux2_lora", "whole"])
+@pytest.mark.parametrize("case", SHARDED)
 def test_sharded_state_goes_out_whole_and_comes_back(case, tmp_path):
     """accelerate ignores its FSDP plugin on the CPU, so its function that divides a module is called directly, on gloo."""
     assert any("equal" in one.stdout for one in forks.script(2, tmp_path, "sharded_run.py", case))

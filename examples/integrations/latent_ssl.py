@@ -29,7 +29,7 @@ class LatentSSL:
     def __init__(self, vae: Any, scheduler: Any, *, window: int = 32, max_noise_level: float = 1.0, **options: Any) -> None:
         self.codec, self.process = Codec(vae), Process.of(scheduler.config, type(scheduler).__name__)
         self.window, self.max_noise_level = window, max_noise_level
-        self.loss = SelfSimilarityLoss(**{"l1_weight": 500, "kl_weight": 500, "mask_stride": 3, **options})
+        self.loss = SelfSimilarityLoss(**{"l1_weight": 100, "kl_weight": 100, "mask_stride": 3, "prefilter_sigma": 1.8, **options})
 
     def __call__(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor, pixel_values: Tensor) -> Tensor:
         """A scalar.

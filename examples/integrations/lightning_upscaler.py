@@ -13,7 +13,7 @@ class Upscaler(lightning.LightningModule):
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.ssl = SelfSimilarityLoss(l1_weight=500, kl_weight=500, mask_stride=3)
+        self.ssl = SelfSimilarityLoss(l1_weight=100, kl_weight=100, mask_stride=3, prefilter_sigma=1.8)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         lr, hr = batch  # [B, 3, h, w] and [B, 3, H, W] in [0, 1]

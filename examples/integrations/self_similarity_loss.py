@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sslsr_diffusion import SelfSimilarityLoss
 
-PUBLISHED = {"l1_weight": 500, "kl_weight": 500, "mask_stride": 3}
+BEGIN = {"l1_weight": 100, "kl_weight": 100, "mask_stride": 3, "prefilter_sigma": 1.8}
 
 
 @LOSS_REGISTRY.register()
@@ -15,7 +15,7 @@ class SSLLoss(SelfSimilarityLoss):
     """`loss_weight`: factor of the whole; `options`: any argument of SelfSimilarityLoss."""
 
     def __init__(self, loss_weight: float = 1.0, **options: Any) -> None:
-        super().__init__(**{**PUBLISHED, **options})
+        super().__init__(**{**BEGIN, **options})
         self.loss_weight = loss_weight
 
     def forward(self, pred: Tensor, target: Tensor, weight: None = None, **_: Any) -> Tensor:  # both [B, 3, H, W] in [0, 1]

@@ -46,14 +46,21 @@ def _small(name: str, about: str, *overrides: str, needs: tuple[str, ...] = (), 
     return Step(name, about, f"{_TRAINING}:small_steps", 90, arguments, (*OPERATOR, *NETWORKS, *needs), launcher)
 
 
-def _full(recipe: str, about: str, seconds: int, *overrides: str, needs: tuple[str, ...] = ()) -> Step:
-    arguments = {"recipe": recipe, "overrides": overrides}
-    return Step(f"train {recipe}", about, f"{_TRAINING}:full_step", seconds, arguments, (*OPERATOR, *NETWORKS, *needs))
+def _full(recipe: str, about: str, seconds: int, *overrides: str, without: tuple[str, ...] = (), needs: tuple[str, ...] = ()) -> Step:
+    """`without`: losses of the recipe whose networks would have to be downloaded."""
+    arguments = {"recipe": recipe, "overrides": overrides, "without": without}
+    told = f"{about}, without {' and '.join(without)}" if without else about
+    return Step(f"train {recipe}", told, f"{_TRAINING}:full_step", seconds, arguments, (*OPERATOR, *NETWORKS, *needs))
 
 
-def _one_step(recipe: str, seconds: int) -> Step:
+def _one_step(recipe: str, seconds: int, *without: str) -> Step:
     about = "one training step of the recipe's LoRA at full size, random weights"
-    return _full(f"one_step/{recipe}", about, seconds, _PIXELS, "training.turns=together", needs=("peft",))
+    return _full(f"one_step/{recipe}", about, seconds, "training.turns=together", without=without, needs=("peft",))
+
+
+def _network(recipe: str, architecture: str, seconds: int) -> Step:
+    model = f"model={{kind: network, architecture: {architecture}, base: null}}"
+    return _full(recipe, _FULL, seconds, model, without=("perceptual",), needs=("spandrel",))
 
 
 def _fsdp2() -> tuple[str, ...]:
@@ -61,9 +68,6 @@ def _fsdp2() -> tuple[str, ...]:
     return ("-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate/fsdp2.yaml"), "--num_processes", "1")
 
 
-# losses whose networks have to be downloaded are left out; the self-similarity loss stays
-_PIXELS = "losses=[{kind: pixel_l2}, {kind: self_similarity, l1_weight: 500, kl_weight: 500, mask_stride: 3}]"
-_NETWORK = "model={kind: network, architecture: RRDBNet, base: null}"
 _FULL = "one training step at full size, random weights"
 _TRAINING = "sslsr_diffusion.checkup.training"
 
@@ -80,16 +84,21 @@ STEPS = (
     _small("bf16", "the same in bf16", "training.mixed_precision=bf16"),
     _small("8-bit AdamW", "the same with optimizer states in 8 bit", "training.optimizer.kind=adamw8bit", needs=("bitsandbytes",)),
     _small("FSDP2", "the same with FSDP2 on one GPU", "training.ema=null", launcher=_fsdp2()),
-    _full("network_ssl", _FULL, 60, _NETWORK, _PIXELS, needs=("spandrel",)),
+    _network("network_ssl", "RRDBNet", 60),
     _full("x4_upscaler_ssl", _FULL, 90),
     _full("sd_upscaler_ssl", _FULL, 120),
     Step(
         "infer sd_upscaler_ssl", "128 to 512 pixels with the recipe's 50 steps, random weights", f"{_TRAINING}:restore", 90,
         {"recipe": "sd_upscaler_ssl", "side": 128}, (*OPERATOR, *NETWORKS),
     ),
-    _one_step("sd21_hypir_ssl", 120),
-    _full("cfw_ssl", f"{_FULL}; 2 sampling steps in place of 20", 120, "task.synthesis_steps=2", _PIXELS),
-    _one_step("sd35_medium_ssl", 180),
-    _one_step("flux2_klein_ssl", 240),
-    _one_step("zimage_ssl", 300),
+    _one_step("sd21_hypir_ssl", 120, "lpips", "gan"),
+    _full("cfw_ssl", f"{_FULL}, 2 sampling steps in place of 20", 120, "task.synthesis_steps=2", without=("lpips",)),
+    _one_step("sd35_medium_ssl", 180, "lpips"),
+    _one_step("flux2_klein_ssl", 240, "lpips", "gan"),
+    _one_step("zimage_ssl", 300, "lpips", "gan"),
+    # what is left of the main recipes, on bases that were tried above; gan/swinir_ssl and network_ssl stand for the others of gan/
+    _network("gan/swinir_ssl", "SwinIR", 90),
+    _one_step("sd21_osediff_ssl", 120, "lpips"),
+    _one_step("sd21_omgsr_ssl", 120, "dists", "gan"),
+    _full("sd_upscaler_768v_ssl", _FULL, 180),
 )  # fmt: skip

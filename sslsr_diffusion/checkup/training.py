@@ -25,10 +25,16 @@ RANDOM = ("model.init=random", "training.accumulate=1", "data.validation=[]", "v
 GIB = 2**30
 
 
-def random_recipe(name: str, overrides: Sequence[str]) -> Recipe:
-    """A shipped recipe with weights drawn at random, where its family is not told otherwise."""
+def random_recipe(name: str, overrides: Sequence[str], without: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe with weights drawn at random, where its family is not told otherwise, and `without` losses of these names.
+    ValueError where it has no such loss.
+    """
     own = any(override.startswith("model=") for override in overrides)
-    return load_recipe(name, [*overrides, *RANDOM[own:]])
+    recipe = load_recipe(name, [*overrides, *RANDOM[own:]])
+    names = [loss.called for loss in recipe.losses]
+    if absent := set(without).difference(names):
+        raise ValueError(f"without: expected losses of {name} ({', '.join(names)}), got {', '.join(sorted(absent))}.")
+    return recipe.model_copy(update={"losses": [loss for loss in recipe.losses if loss.called not in without]})
 
 
 def make_batch(recipe: Recipe, begin: int = 0) -> Batch:
@@ -96,11 +102,11 @@ def small_steps(recipe: str, overrides: Sequence[str] = (), count: int = 5) -> d
     }
 
 
-def full_step(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Two steps of a recipe as it is: seconds of the second, peak memory beside the dry run's estimate; NotHere where that is more than
-    the device has, AssertionError for a loss that is not a number.
+def full_step(recipe: str, overrides: Sequence[str] = (), without: Sequence[str] = ()) -> dict[str, Any]:
+    """Two steps of a recipe, `without` some of its losses: seconds of the second, peak memory beside the dry run's estimate.
+    NotHere where that is more than the device has, AssertionError for a loss that is not a number.
     """
-    asked, there = random_recipe(recipe, overrides), device_bytes(find_device("auto")) / GIB
+    asked, there = random_recipe(recipe, overrides, without), device_bytes(find_device("auto")) / GIB
     estimated = _estimate(asked)
     if estimated > there:
         raise NotHere(f"estimated {estimated:.1f} GiB, this device has {there:.1f} GiB.")

@@ -33,12 +33,14 @@ LICENCES = {  # of known bases; the model is derived from its base
     "sd2-community/": "openrail++",
     "stabilityai/stable-diffusion-2": "openrail++",
     "stabilityai/stable-diffusion-x4-upscaler": "openrail++",
+    "stable-diffusion-v1-5/": "creativeml-openrail-m",
     "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
     "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
     "Tongyi-MAI/Z-Image": "apache-2.0",
 }
-TERMS = {  # of bases that the hub gives to those alone who accepted them
+TERMS = {  # of bases whose licence has no id on the hub
     "stabilityai/stable-diffusion-3": "the base is under Stability AI's community licence, whose terms its page asks to accept first",
+    "stabilityai/sd-turbo": "the base is under a licence of Stability AI, whose page refers commercial use to https://stability.ai/license",
 }
 
 

@@ -36,7 +36,10 @@ def write_onnx(graph: Graph, folder: Path) -> list[str]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for sides in OTHERS:
         example = graph.example(*sides)
-        (got,) = session.run(None, {name: tensor.numpy() for name, tensor in zip(graph.inputs, example)})
+        try:
+            (got,) = session.run(None, {name: tensor.numpy() for name, tensor in zip(graph.inputs, example)})
+        except Exception as error:  # onnxruntime's, where a shape was written down as it was traced
+            raise _refused(error) from error
         want = module(*example)
         apart = float((torch.from_numpy(got) - want).abs().max()) if got.shape == tuple(want.shape) else float("inf")
         if not apart <= TOLERANCE:
@@ -64,8 +67,12 @@ def _trace(graph: Graph, module: nn.Module, path: Path) -> None:
                 external_data=sum(p.numel() * p.element_size() for p in module.parameters()) > LARGEST,
             )
     except Exception as error:  # each of its steps has errors of its own
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
-        raise UserError(f"onnx: these networks cannot be one graph of any size ({reason}); leave it out.") from error
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> UserError:
+    reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    return UserError(f"onnx: these networks cannot be one graph of any size ({reason}); leave it out.")
 
 
 @contextlib.contextmanager

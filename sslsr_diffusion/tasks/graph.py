@@ -28,7 +28,8 @@ class Graph:
 
     def example(self, height: int, width: int) -> tuple[Tensor, ...]:
         """Inputs whose first has so many steps as sides: pictures in [0, 1], latents and noise standard normal."""
-        generator, step = torch.Generator().manual_seed(0), self.unit * math.ceil(max(8, self.least) / self.unit)
+        units = math.ceil(max(8, self.least) / self.unit)
+        generator, step = torch.Generator().manual_seed(0), self.unit * (units + 1 - units % 2)  # odd: what fits even numbers alone shows
         sizes = [(1, channels, height * step // per, width * step // per) for channels, per in self.inputs.values()]
         return tuple((torch.rand if size[1] == 3 else torch.randn)(size, generator=generator) for size in sizes)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 OLDEST = "0.19.8"  # earlier ones may apply a gradient that is not a number when parameters are float32
 BUCKET = 50_000_000  # numbers per exchange; DeepSpeed's own 500 million would take 2 GB per GPU
 UNCOMPILED = ("FSDP", "DEEPSPEED")  # with which compiled networks have not been tried
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of training.mixed_precision
 DIVIDED = ("exp_avg", "exp_avg_sq")  # of AdamW; its step count is one number
 
 
@@ -58,9 +59,23 @@ def make_accelerator(settings: TrainingSettings, trackers: Sequence[str], run: P
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not accelerator.is_fsdp2:
         reason = "asks for FSDP 1" if kind == "FSDP" else f"is not followed on this machine (accelerate chose {kind})"
         raise UserError(f"training: expected FSDP2 (fsdp_version: 2) on GPUs, the accelerate configuration {reason}.")
+    if kind == "FSDP":
+        set_sharding(accelerator.state.fsdp_plugin, settings.mixed_precision)
     if kind in ("MEGATRON_LM", "TP"):
         raise UserError(f"training: {kind} is not supported; configs/accelerate/fsdp2.yaml divides the same states among GPUs.")
     return accelerator
+
+
+def set_sharding(plugin: Any, precision: str) -> None:
+    """Let accelerate's FSDP2 `plugin` compute what one process computes under autocast: parameters in half precision, as autocast has
+    them, but pictures as they are and gradients summed in float32. accelerate's own policy rounds all of these, results too.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if precision in HALF:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(HALF[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # every process has read the weights; to pass them on as accelerate does fails where a network has buffers among them (SD 3)
+    plugin.cpu_ram_efficient_loading = False
 
 
 def distribution(accelerator: "Accelerator") -> str:

@@ -52,6 +52,12 @@ def test_a_dry_run_says_nothing_of_other_packages():
     assert "memory per process" in done.stdout
 
 
+def test_tensorboard_starts(tmp_path):
+    """docs/training.md says `tensorboard --logdir runs`; the writer alone imports without what newer Pythons and setuptools lack."""
+    done = python("-c", "import tensorboard.main", cwd=tmp_path, path=[ROOT])
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_requirement_has_a_lower_bound_or_one_version():
     """What `make minimum` installs; without one it would install the oldest that ever was."""
     names = [line for line in REQUIREMENTS if not line.startswith("sslsr-diffusion[")]

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,6 +181,9 @@ def test_pages_of_other_sites_are_refused():
 def test_a_missing_gradio_and_a_missing_model_are_sentences(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MissingDependency, match=r'pip install "sslsr-diffusion\[page\]"'):
+        serve([], port=0, runs=tmp_path, where={})
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="6.1.9"))
+    with pytest.raises(MissingDependency, match=r"gradio 6\.2 or newer, got 6\.1\.9"):
         serve([], port=0, runs=tmp_path, where={})
     with pytest.raises(UserError, match=r"^--model: nowhere/x is no folder here"):
         raise CliRunner().invoke(app, ["page", "--model", "nowhere/x"]).exception

@@ -97,9 +97,9 @@ def check_gradio() -> None:
     try:
         import gradio
     except ImportError as error:
-        raise MissingDependency(f'the page needs gradio 6 or newer ({error}): pip install "sslsr-diffusion[page]"') from None
-    if int(gradio.__version__.partition(".")[0]) < 6:
-        raise MissingDependency(f'the page needs gradio 6 or newer, got {gradio.__version__}: pip install "sslsr-diffusion[page]"')
+        raise MissingDependency(f'the page needs gradio 6.2 or newer ({error}): pip install "sslsr-diffusion[page]"') from None
+    if tuple(int(part) for part in gradio.__version__.split(".")[:2]) < (6, 2):
+        raise MissingDependency(f'the page needs gradio 6.2 or newer, got {gradio.__version__}: pip install "sslsr-diffusion[page]"')
 
 
 def _listen(port: int) -> socket.socket:

@@ -85,9 +85,7 @@ def test_a_decoder(tmp_path):
 
 
 ONE_STEP: dict[str, tuple[str, dict[str, Any]]] = {
-    "sd": ("sd", {}),
-    "sd noised": ("sd", {"noise": 350}),
-    "sd encoder": ("sd", {"encoder_lora": LoRASettings(rank=2, targets=["conv1", "quant_conv"])}),
+    "sd": ("sd", {"noise": 350, "encoder_lora": LoRASettings(rank=2, targets=["conv1", "quant_conv"])}),
     "flux2": ("flux2", {}),
 }
 

@@ -19,6 +19,10 @@ class StableDiffusion3(Backbone):
     def unit(self) -> int:
         return int(self.network.config.patch_size)
 
+    @property
+    def longest_side(self) -> int:
+        return self.unit * int(self.network.config.pos_embed_max_size or 0)
+
     def no_text(self, tokens: int = 1) -> Text:
         config = self.network.config
         return Text(torch.zeros(1, tokens, config.joint_attention_dim), torch.zeros(1, config.pooled_projection_dim))

@@ -17,7 +17,7 @@ class Graph:
     Args:
         name: of the file.
         inputs: name -> channels, and pixels of the first input per pixel of this one.
-        unit, least, most: sides of the first input are multiples of the first, no shorter than the second and no longer than the last; 0: any.
+        unit, least, most: sides of the first input are multiples of `unit`, no shorter than `least` and, but for 0, no longer than `most`.
     """
 
     name: str

@@ -80,16 +80,12 @@ class _Attention:
     """A processor of diffusers; blocks give it `freqs_cis` by that name: [L, D/2, 2] of a head, (cos, sin)."""
 
     def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: None = None,
-        attention_mask: Tensor | None = None,
-        freqs_cis: Tensor | None = None,
-    ) -> Tensor:
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: None, attention_mask: Tensor | None, freqs_cis: Tensor
+    ) -> Any:
         query, key, value = (layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         query, key = (_turned(norm(each) if norm else each, freqs_cis) for norm, each in ((attn.norm_q, query), (attn.norm_k, key)))
-        heads = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (query, key, value)), attn_mask=attention_mask)
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        heads = F.scaled_dot_product_attention(query, key, value, attention_mask)
         return attn.to_out[0](heads.transpose(1, 2).flatten(2))
 
 

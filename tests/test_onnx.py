@@ -13,6 +13,7 @@ from one_step_cases import toy
 from toys import smooth
 
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.lora import LoRASettings
 from sslsr_diffusion.models.network.networks import drawn
 from sslsr_diffusion.models.network.settings import NetworkSettings
@@ -129,6 +130,24 @@ def test_a_one_step_upscaler_with_its_lora(tmp_path, kind, options):
             made(*beyond)
         with pytest.raises(Exception, match="ONNXRuntimeError"):
             onnx_picture(tmp_path / "upscaler.onnx", *beyond)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "zimage"])
+@pytest.mark.parametrize("words", [5, 32, 40])
+@torch.no_grad()
+def test_what_is_traced_in_place_of_diffusers_code_says_the_same(kind, words, monkeypatch):
+    denoiser = toy(kind).denoiser.eval()
+    text = denoiser.no_text(words).each(lambda part: torch.randn(part.shape, generator=torch.Generator().manual_seed(2)))
+    for height, width in ((1, 1), (3, 7), (4, 8), (5, 13), (11, 3)):
+        zt = torch.randn(1, 4, 2 * height, 2 * width, generator=torch.Generator().manual_seed(height))
+        given = zt, torch.tensor([350.0]), Condition(zt, text)
+        want = denoiser(*given)
+        with monkeypatch.context() as exporting:
+            exporting.setattr(torch.compiler, "is_exporting", lambda: True)
+            got = denoiser(*given)
+        assert want.std() > 0.01
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+        assert torch.equal(denoiser(*given), want), "the network is as it was"
 
 
 @needs_onnx

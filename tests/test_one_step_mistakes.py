@@ -15,7 +15,9 @@ from test_one_step import ENCODER, restorer
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.open import find_model, open_model
+from sslsr_diffusion.models.families import FAMILIES
 from sslsr_diffusion.models.one_step.build import build_networks
+from sslsr_diffusion.tasks.frame import Frame
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,17 @@ def other(base: Path, folder: Path, part: str, **changes: Any) -> Path:
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return folder
+
+
+@pytest.mark.parametrize(("kind", "side"), [("sd3", 384), ("zimage", 256)])
+def test_no_crop_is_larger_than_the_networks_positions(kind: str, side: int) -> None:
+    def built(crop: int) -> Any:
+        return Frame(FAMILIES["one_step"], toy_settings(kind), scale=4, seed=0, crop_size=crop, meta=True).build()
+
+    assert built(side).size().maximum == side
+    said = f"needs a multiple of 4 pixels of at most {side}, got {side + 4}; {side} would do"
+    with pytest.raises(UserError, match=rf"^training\.crop_size: this model {said}\.$"):
+        built(side + 4)
 
 
 def test_what_cannot_be_built_gets_a_sentence(bases, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from one_step_cases import toy
 from toys import smooth
 
 from sslsr_diffusion.errors import MissingDependency, UserError
+from sslsr_diffusion.models.condition import Condition
 from sslsr_diffusion.models.lora import LoRASettings
 from sslsr_diffusion.models.network.networks import drawn
 from sslsr_diffusion.models.network.settings import NetworkSettings
@@ -86,40 +87,67 @@ def test_a_decoder(tmp_path):
 
 ONE_STEP: dict[str, tuple[str, dict[str, Any]]] = {
     "sd": ("sd", {"noise": 350, "encoder_lora": LoRASettings(rank=2, targets=["conv1", "quant_conv"])}),
+    "sd3": ("sd3", {}),
     "flux2": ("flux2", {}),
+    "zimage": ("zimage", {}),
 }
+SIDES = ((3, 2), (1, 5), (8, 4))  # in units: odd ones, one patch, and 32 tokens, which Z-Image does not pad
 
 
 @needs_onnx
 @pytest.mark.parametrize(("kind", "options"), ONE_STEP.values(), ids=ONE_STEP.keys())
 def test_a_one_step_upscaler_with_its_lora(tmp_path, kind, options):
-    """Encoder, LoRAs, the fixed prompt, rule and decoder, with the noises as inputs."""
+    """Encoder, LoRAs, the fixed prompt, rule and decoder, with the noises as inputs; where positions end, both refuse."""
     networks = toy(kind, lora=LoRASettings(rank=2, targets=["to_v"]), **options)
     with torch.no_grad():
         for name, parameter in networks.named_parameters():
             if ".lora_B" in name:
                 parameter.normal_(std=0.1 if kind == "sd" else 2.0, generator=torch.Generator().manual_seed(1))
     task = OneStepTask(networks.eval(), seed=0)
-    unit, shape = networks.size().multiple_of, networks.codec.noise_shape
-    low = picture(unit * 3, unit * 2)
-    noises = [torch.randn(shape(low), generator=torch.Generator().manual_seed(k)) for k in range(2 if "noise" in options else 1)]
-    with torch.no_grad():
-        given = (low, noises[0], noises[1] if "noise" in options else None, networks.codec.decode)
-        _, want, _ = task.module(*given)
-        networks.scale_loras(0)
-        assert (task.module(*given)[1] - want).abs().max() > 0.01
-    onnx.write_onnx(task.graph(), tmp_path)
-    assert (onnx_picture(tmp_path / "upscaler.onnx", low, *noises) - want).abs().max() <= 1e-3
+    unit, most, shape = networks.size().multiple_of, networks.size().maximum, networks.codec.noise_shape
+
+    def drawn_inputs(height: int, width: int) -> tuple[torch.Tensor, ...]:
+        low = picture(height, width)
+        return low, *(torch.randn(shape(low), generator=torch.Generator().manual_seed(k)) for k in range(2 if "noise" in options else 1))
+
+    @torch.no_grad()
+    def made(low: torch.Tensor, posterior: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        return task.module(low, posterior, noise, networks.codec.decode)[1]
+
+    inputs = [drawn_inputs(height * unit, width * unit) for height, width in SIDES]
+    want = [made(*each) for each in inputs]
+    networks.scale_loras(0)
+    assert (made(*inputs[0]) - want[0]).abs().max() > 0.01
+    (note,) = onnx.write_onnx(task.graph(), tmp_path)
+    assert f"multiples of {unit}, from 1{f' to {most}' if most else ''};" in note
+    for each, restored in zip(inputs, want, strict=True):
+        assert (onnx_picture(tmp_path / "upscaler.onnx", *each) - restored).abs().max() <= 1e-4
+        assert (made(*each) - restored).abs().max() <= 1e-4, "the networks are as they were"
+    assert bool(most) == (kind in ("sd3", "zimage"))
+    for sides in ((most + unit, unit), (unit, most + unit)) if most else ():
+        beyond = drawn_inputs(*sides)
+        with pytest.raises((ValueError, IndexError)):
+            made(*beyond)
+        with pytest.raises(Exception, match="ONNXRuntimeError"):
+            onnx_picture(tmp_path / "upscaler.onnx", *beyond)
 
 
-@needs_onnx
 @pytest.mark.parametrize("kind", ["sd3", "zimage"])
-def test_bases_without_a_graph_are_refused_in_a_sentence(tmp_path, kind):
-    """Stable Diffusion 3 is traced, but for one size; Z-Image's positions are complex numbers, which ONNX has none of."""
-    task = OneStepTask(toy(kind, lora=LoRASettings(rank=2, targets=["to_v"])).eval(), seed=0)
-    with pytest.raises(UserError, match=r"^onnx: these networks cannot be one graph of any size \(.*\); leave it out\.$") as caught:
-        onnx.write_onnx(task.graph(), tmp_path)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("words", [5, 32, 40])
+@torch.no_grad()
+def test_what_is_traced_in_place_of_diffusers_code_says_the_same(kind, words, monkeypatch):
+    denoiser = toy(kind).denoiser.eval()
+    text = denoiser.no_text(words).each(lambda part: torch.randn(part.shape, generator=torch.Generator().manual_seed(2)))
+    for height, width in ((1, 1), (3, 7), (4, 8), (5, 13), (11, 3)):
+        zt = torch.randn(1, 4, 2 * height, 2 * width, generator=torch.Generator().manual_seed(height))
+        given = zt, torch.tensor([350.0]), Condition(zt, text)
+        want = denoiser(*given)
+        with monkeypatch.context() as exporting:
+            exporting.setattr(torch.compiler, "is_exporting", lambda: True)
+            got = denoiser(*given)
+        assert want.std() > 0.01
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+        assert torch.equal(denoiser(*given), want), "the network is as it was"
 
 
 @needs_onnx

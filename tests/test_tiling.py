@@ -216,6 +216,14 @@ def test_no_tile_is_smaller_than_what_the_networks_take():
         planned(1024, size, room=0, tile=192)
 
 
+def test_no_tile_is_larger_than_what_the_networks_take():
+    size = SizeRequirements(multiple_of=16, maximum=392)
+    assert [size.nearest(side) for side in (17, 380, 500)] == [16, 384, 384]
+    assert planned(1024, size, room=0, tile=384).tile == 384
+    with pytest.raises(UserError, match=r"^tile: expected at most 384 pixels, the largest that these networks take, got 400\.$"):
+        planned(1024, size, room=0, tile=400)
+
+
 def test_a_picture_whose_own_copies_do_not_fit_gets_no_smaller_tiles_for_that(caplog):
     size, room = SizeRequirements(multiple_of=16, trained=256), 40 * 40
     assert planned(1024, size, room=room).tile == 256  # 32 x 32 latent pixels; 384 would take 48 x 48

@@ -263,7 +263,8 @@ def check_tile(name: str, tile: Tile, size: SizeRequirements) -> None:
     if not isinstance(tile, int) or tile < unit or tile % unit:
         raise UserError(f"{name}: expected a multiple of {unit} pixels, 'auto' or none, got {tile!r}.")
     if not size.fits(tile):
-        raise UserError(f"{name}: expected at least {size.nearest(tile)} pixels, the smallest that these networks take, got {tile}.")
+        end, kind = ("least", "smallest") if tile < size.minimum else ("most", "largest")
+        raise UserError(f"{name}: expected at {end} {size.nearest(tile)} pixels, the {kind} that these networks take, got {tile}.")
 
 
 def _overlap(overlap: int | None, tile: int, vae_scale: int) -> int:

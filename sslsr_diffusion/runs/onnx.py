@@ -46,11 +46,13 @@ def write_onnx(graph: Graph, folder: Path) -> list[str]:
             size = " x ".join(str(side) for side in example[0].shape[2:])
             raise UserError(f"onnx: expected torch's picture to {TOLERANCE} at {size}, got {apart:.2g}; leave it out, and report it.")
     takes = f"multiples of {graph.unit}" if graph.unit > 1 else "any"
-    return [f"{path.name}: {', '.join(graph.inputs)}, sides {takes}, from {graph.least}; opset {OPSET}, float32"]
+    ends = f"from {graph.least}" + (f" to {graph.most}" if graph.most else "")
+    return [f"{path.name}: {', '.join(graph.inputs)}, sides {takes}, {ends}; opset {OPSET}, float32"]
 
 
 def _trace(graph: Graph, module: nn.Module, path: Path) -> None:
-    height, width = (torch.export.Dim(name, min=-(-graph.least // graph.unit)) for name in ("height", "width"))
+    least, most = -(-graph.least // graph.unit), graph.most // graph.unit or None
+    height, width = (torch.export.Dim(name, min=least, max=most) for name in ("height", "width"))
     each = [graph.unit // per for _, per in graph.inputs.values()]  # pixels of this input per unit
     try:
         with _quiet():

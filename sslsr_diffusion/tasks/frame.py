@@ -38,9 +38,10 @@ class Frame:
         """Raises UserError unless these networks can take a crop of the run's size."""
         size = networks.size()
         if not size.fits(self.crop_size):
-            least = f" of at least {size.minimum}" if size.minimum > self.crop_size else ""
+            end = f" of at least {size.minimum}" if size.minimum > self.crop_size else ""
+            end = f" of at most {size.maximum}" if 0 < size.maximum < self.crop_size else end
             raise UserError(
-                f"training.crop_size: this model needs a multiple of {size.multiple_of} pixels{least}, got {self.crop_size}; "
+                f"training.crop_size: this model needs a multiple of {size.multiple_of} pixels{end}, got {self.crop_size}; "
                 f"{size.nearest(self.crop_size)} would do."
             )
 

@@ -17,7 +17,7 @@ class Graph:
     Args:
         name: of the file.
         inputs: name -> channels, and pixels of the first input per pixel of this one.
-        unit, least: sides of the first input are multiples of the one, and no shorter than the other.
+        unit, least, most: sides of the first input are multiples of `unit`, no shorter than `least` and, but for 0, no longer than `most`.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Graph:
     inputs: Mapping[str, tuple[int, int]]
     unit: int = 1
     least: int = 1
+    most: int = 0
 
     def example(self, height: int, width: int) -> tuple[Tensor, ...]:
         """Inputs whose first has so many steps as sides: pictures in [0, 1], latents and noise standard normal."""

@@ -69,7 +69,8 @@ class OneStepTask(TaskBase):
         networks.cast(torch.float32)
         codec, noise = networks.codec, (networks.codec.latent_channels, networks.codec.scale)
         inputs = {"picture": (3, 1), "posterior_noise": noise, **({"start_noise": noise} if networks.starts_noised else {})}
-        return Graph("upscaler", OneCall(self.module, codec), inputs, networks.size().multiple_of)
+        size = networks.size()
+        return Graph("upscaler", OneCall(self.module, codec), inputs, size.multiple_of, most=size.maximum)
 
     def run(self, module: Any, batch: Batch, draws: Draws) -> Outputs:
         decode = partial(decoded, self.networks.codec, given=draws.given, windows=draws.windows)

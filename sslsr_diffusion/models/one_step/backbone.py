@@ -51,6 +51,11 @@ class Backbone(nn.Module):
         """Side of the latents that the network was made for; 0: any."""
         return 0
 
+    @property
+    def longest_side(self) -> int:
+        """Side of the latents at which the network's positions end; 0: nowhere."""
+        return 0
+
     def start_at_zero(self) -> None:
         """Let a drawn network predict zeros."""
         for parameter in self.network.get_submodule(self.last).parameters():

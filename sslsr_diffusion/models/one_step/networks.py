@@ -99,7 +99,8 @@ class OneStepNetworks(LatentNetworks):
     def size(self) -> SizeRequirements:
         scale = self.codec.scale
         unit = SizeRequirements(scale * self.denoiser.unit)
-        return SizeRequirements(unit.multiple_of, trained=unit.rounded_up(self.denoiser.trained_side * scale))
+        trained = unit.rounded_up(self.denoiser.trained_side * scale)
+        return SizeRequirements(unit.multiple_of, maximum=self.denoiser.longest_side * scale, trained=trained)
 
     def components(self) -> dict[str, Any]:
         return {self.denoiser.part: self.denoiser.network, "vae": self.codec.vae, "scheduler": self.process.scheduler()}

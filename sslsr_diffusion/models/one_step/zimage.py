@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sslsr_diffusion.models.condition import Condition, Text
 from sslsr_diffusion.models.one_step.backbone import Backbone
+from sslsr_diffusion.models.one_step.zimage_traced import traced
 
 
 class ZImage(Backbone):
@@ -19,6 +20,10 @@ class ZImage(Backbone):
     def unit(self) -> int:
         return int(self.network.config.all_patch_size[0])
 
+    @property
+    def longest_side(self) -> int:
+        return self.unit * int(min(self.network.config.axes_lens[1:]))
+
     def no_text(self, tokens: int = 1) -> Text:
         return Text(torch.zeros(1, tokens, self.network.config.cap_feat_dim))
 
@@ -28,6 +33,8 @@ class ZImage(Backbone):
     def forward(self, zt: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network sees 1 - sigma and says z_0 - n: both turned round make the velocity of the process."""
         zt, text = self.prepared(zt, condition)
+        if torch.compiler.is_exporting():
+            return -traced(self.network, zt, 1 - t / 1000, text.sequence, self.unit)
         pictures = list(zt.unsqueeze(2).unbind(0))  # [C, 1, h, w] each
         pred = self.network(pictures, 1 - t / 1000, list(text.sequence.unbind(0)), patch_size=self.unit, return_dict=False)[0]
         return -torch.stack(pred).squeeze(2)

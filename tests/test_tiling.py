@@ -222,6 +222,10 @@ def test_no_tile_is_larger_than_what_the_networks_take():
     assert planned(1024, size, room=0, tile=384).tile == 384
     with pytest.raises(UserError, match=r"^tile: expected at most 384 pixels, the largest that these networks take, got 400\.$"):
         planned(1024, size, room=0, tile=400)
+    with pytest.raises(UserError, match=r"^tile: expected at most 384 pixels, .*, got none for a side of 1024\.$"):
+        planned(1024, size, room=0, tile=None)
+    assert planned(384, size, room=10**9, tile=None).tile is None
+    assert planned(1024, size, room=10**9).tile == 384  # "auto": without the maximum it is the whole picture
 
 
 def test_a_picture_whose_own_copies_do_not_fit_gets_no_smaller_tiles_for_that(caplog):

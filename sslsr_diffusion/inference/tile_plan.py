@@ -231,9 +231,9 @@ def _check_budget(
 def _sides(longest: int, size: SizeRequirements) -> list[int]:
     """Candidates of "auto", descending: the whole picture if it is not far beyond the training size, then shares of that."""
     trained = size.trained or 512
-    whole = [longest] if longest <= _LARGEST * trained else []
-    shares = {size.rounded_up(int(trained * share), size.minimum) for share in _SHARES}
-    return (whole + sorted((side for side in shares if side < longest), reverse=True)) or [longest]
+    most = min(_LARGEST * trained, size.maximum or longest)
+    shares = {size.nearest(size.rounded_up(int(trained * share), size.minimum)) for share in _SHARES}
+    return [longest] * (longest <= most) + sorted((side for side in shares if side < longest), reverse=True) or [longest]
 
 
 def _vae_sides(longest: int, vae_scale: int) -> list[int]:
@@ -250,6 +250,11 @@ def _asked(name: str, tile: Tile, longest: int, size: SizeRequirements) -> int |
     if tile == "auto":
         return None
     if tile is None:
+        if 0 < size.maximum < longest:
+            most = size.nearest(longest)
+            raise UserError(
+                f"{name}: expected at most {most} pixels, the largest that these networks take, got none for a side of {longest}."
+            )
         return longest
     check_tile(name, tile, size)
     return min(tile, longest)

@@ -17,6 +17,7 @@ from sslsr_diffusion.devices import bfloat16_pays
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference import direct
+from sslsr_diffusion.inference.back_projection import back_projection
 from sslsr_diffusion.inference.color_fix import color_fix
 from sslsr_diffusion.inference.direct import DirectRestorer, check_scale
 from sslsr_diffusion.inference.options import CallOptions
@@ -177,10 +178,15 @@ def test_it_finishes_like_every_restorer_but_leaves_the_colours_alone_by_default
         fixed = color_fix("wavelet", restorer.networks(picture), bicubic).clamp(0, 1)
     torch.testing.assert_close(made(restorer, picture, color_fix="wavelet"), fixed, atol=0, rtol=0)
     assert (made(restorer, picture, antiring=1) - plain).abs().max() > 1e-3
+    with torch.no_grad():
+        projected = back_projection(restorer.networks(picture).clamp(0, 1), picture, 0.5).clamp(0, 1)
+    torch.testing.assert_close(made(restorer, picture, back_projection=0.5), projected, atol=0, rtol=0)
+    assert (projected - plain).abs().max() > 1e-3
 
 
 def test_its_options_and_what_it_says_about_those_it_lacks(restorer):
-    assert restorer.options == CallOptions.names() == {"antiring", "color_fix", "detail", "memory_budget", "tile", "tile_overlap"}
+    assert restorer.options == CallOptions.names()
+    assert restorer.options == {"antiring", "back_projection", "color_fix", "detail", "memory_budget", "tile", "tile_overlap"}
     off = {"num_inference_steps": 20, "fidelity": 0, "prompt": "", "sampler": None, "guidance_scale": 1.0}
     out = restorer(photo(8, 8), **off)
     assert out.notes == restorer.check(**off)
@@ -199,6 +205,7 @@ def test_its_options_and_what_it_says_about_those_it_lacks(restorer):
         ({"tile_overlap": 4}, "^tile_overlap: expected a multiple of 8"),
         ({"tile_overlap": -8}, "^tile_overlap: expected a multiple of 8"),
         ({"color_fix": "magic"}, "^color_fix"),
+        ({"back_projection": 1.1}, "^back_projection: expected 0"),
         ({"antiring": 2}, "^antiring"),
         ({"detail": -1}, "^detail"),
         ({"scale": 0}, "^scale"),

@@ -65,6 +65,7 @@ OPTIONS = [
     ("--color-fix", "adain", "color_fix"),
     ("--steps", 3, "num_inference_steps"),
     ("--detail", 0.5, "detail"),
+    ("--back-projection", 0.25, "back_projection"),
     ("--antiring", 0.75, "antiring"),
     ("--tile", 256, "tile"),
 ]

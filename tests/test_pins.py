@@ -160,7 +160,7 @@ def test_other_defaults_of_the_base_do_not_reach_a_run_that_goes_on(tmp_path, ba
     assert defaults("exported") == (0.9, 0.4)
     checked = train(3, *here, "--dry-run")
     assert re.search(r"output +refused +.*run already holds a run", checked)
-    assert re.search(r"task +ok +the recipe leaves to the base: detail 0.3, antiring 1$", checked, re.MULTILINE)
+    assert re.search(r"task +ok +the recipe leaves to the base: detail 0.3, back_projection 0, antiring 1$", checked, re.MULTILINE)
     set_defaults(0.3, 1.5)
     assert re.search(r"task +refused +model.base: default_antiring in", train(3, *here, "--dry-run"))
 

@@ -19,6 +19,7 @@ from sslsr_diffusion import StableSRPipeline
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.antiring import antiring
+from sslsr_diffusion.inference.back_projection import back_projection
 from sslsr_diffusion.inference.options import LatentOptions
 from sslsr_diffusion.inference.pipeline import StableSRRestorer
 from sslsr_diffusion.models import AutoencoderKLCFW
@@ -248,6 +249,17 @@ def test_antiring_is_applied_to_the_models_picture_and_travels_with_the_folder(t
     torch.testing.assert_close(run(pipe, photo(), antiring=0), whole, atol=2e-4, rtol=0)
 
 
+def test_back_projection_is_applied_behind_the_colours_and_before_the_antiring(tmp_path) -> None:
+    low, whole = photo()[None], run(plain(), photo())
+    projected = back_projection(whole.clone(), low, 0.6).clamp_(0, 1)
+    assert (whole - projected).abs().max() > 0.01
+    torch.testing.assert_close(run(plain(), photo(), back_projection=0.6), projected, atol=0, rtol=0)
+    both = antiring(projected.clone(), low, 0.7)
+    torch.testing.assert_close(run(plain(), photo(), back_projection=0.6, antiring=0.7), both, atol=0, rtol=0)
+    StableSRPipeline(**components(), default_back_projection=0.6).save_pretrained(tmp_path)
+    torch.testing.assert_close(run(StableSRPipeline.from_pretrained(tmp_path), photo()), projected, atol=2e-4, rtol=0)
+
+
 def test_the_default_number_of_steps_travels_with_the_folder(tmp_path) -> None:
     StableSRPipeline(**components(), default_num_inference_steps=3).save_pretrained(tmp_path)
     pipe = StableSRPipeline.from_pretrained(tmp_path)
@@ -270,7 +282,8 @@ def test_the_prompt_of_the_training_travels_with_the_model(tmp_path) -> None:
 
 def test_components_make_the_same_upscaler() -> None:
     """diffusers' own way to a second pipeline; the defaults of a call are part of the model."""
-    own = {"default_num_inference_steps": 3, "default_scale": 2, "default_detail": 0.5, "default_antiring": 0.25, "default_prompt": "a cat"}
+    own = {"default_num_inference_steps": 3, "default_scale": 2, "default_detail": 0.5, "default_prompt": "a cat"}
+    own |= {"default_back_projection": 0.75, "default_antiring": 0.25}
     first = StableSRPipeline(**components(), **own)
     again = StableSRPipeline(**first.components)
     assert {name: again.config[name] for name in own} == own

@@ -27,6 +27,7 @@ from sslsr_diffusion.inference.latent import LatentRestorer
 from sslsr_diffusion.inference.latent_work import LatentWork
 from sslsr_diffusion.inference.memory import MemoryModel
 from sslsr_diffusion.inference.open import restorer_of
+from sslsr_diffusion.inference.options import CallOptions
 from sslsr_diffusion.inference.progress import listening
 from sslsr_diffusion.inference.resampling import bicubic_taps, linear_taps
 from sslsr_diffusion.inference.runner import RunnerOptions
@@ -75,15 +76,15 @@ def test_every_row_is_answered_for_once_by_a_strip_that_has_all_its_tiles(height
 
 
 @pytest.mark.parametrize(("budget", "at_least"), [(73, 6), (78, 3)])
-@pytest.mark.parametrize("scale", [2.0, 1.0])
-def test_strips_of_a_plain_network_are_the_picture_of_one_piece(column, budget, at_least, scale):
+@pytest.mark.parametrize(("scale", "share"), [(2.0, 0.0), (1.0, 0.0), (2.0, 0.5)])
+def test_strips_of_a_plain_network_are_the_picture_of_one_piece(column, budget, at_least, scale, share):
     restorer = DirectRestorer(ToyPixels())
-    whole = strips(restorer, column, scale, tile=128)
-    parts = strips(restorer, column, scale, tile=128, memory_budget=budget * 10**6)
+    whole = strips(restorer, column, scale, tile=128, back_projection=share)
+    parts = strips(restorer, column, scale, tile=128, memory_budget=budget * 10**6, back_projection=share)
     assert (len(whole), len(parts) >= at_least) == (1, True)
     for one, many in zip(joined(whole), joined(parts)):
         np.testing.assert_array_equal(one, many)
-    by_itself = strips(restorer, column, scale, memory_budget=budget * 10**6)
+    by_itself = strips(restorer, column, scale, memory_budget=budget * 10**6, back_projection=share)
     assert len(by_itself) > 2
     assert np.abs(joined(by_itself)[0].astype(int) - joined(whole)[0]).max() <= 2  # other tiles, other roundings
 
@@ -106,6 +107,7 @@ def opened(kind: str, folder: Path) -> LatentRestorer:
     return restorer_of(toy("sd").eval(), FAMILIES["one_step"], scale=4)
 
 
+BESIDE = bands.rows_beside(CallOptions(), 4)
 SIZES = {
     "stablesr": (43, 20, 2.5),
     "cfw": (24, 16, 4),
@@ -117,10 +119,10 @@ SIZES = {
 CALLS: dict[str, dict[str, Any]] = {
     "stablesr": {"num_inference_steps": 1, "color_fix": "wavelet", "antiring": 0.5, "detail": 0.8},
     "cfw": {"num_inference_steps": 1, "color_fix": "adain", "fidelity": 1.0, "tile_batch_size": 3},
-    "one-step": {"color_fix": "adain", "antiring": 1.0},
+    "one-step": {"color_fix": "adain", "back_projection": 0.5, "antiring": 1.0},
     "x4": {"num_inference_steps": 2, "color_fix": "wavelet"},
     "rows-adain": {"color_fix": "adain", "tile_overlap": 32},
-    "rows-wavelet": {"color_fix": "wavelet", "tile_batch_size": 2},
+    "rows-wavelet": {"color_fix": "wavelet", "back_projection": 0.7, "tile_batch_size": 2},
 }
 
 
@@ -186,7 +188,7 @@ def test_a_photograph_of_12_megapixels_fits_4_gb_with_the_shipped_model():
     memory = MemoryModel(networks, torch.device("cpu"))
 
     def plan(latents: str, budget: int) -> TilePlan:
-        beside = InBands(bands.BESIDE, 18 * 3000 * 4000, latents)
+        beside = InBands(BESIDE, 18 * 3000 * 4000, latents)
         how = {"tile": "auto", "vae_tile": "auto", "overlap": None, "room": Room(budget, strict=True), "beside": beside}
         return plan_tiles(12000, 16000, size=networks.size(), vae_scale=networks.codec.scale, memory=lambda: memory, **how)
 
@@ -195,8 +197,8 @@ def test_a_photograph_of_12_megapixels_fits_4_gb_with_the_shipped_model():
     made = plan("rows", 4 * 10**9)
     assert made.tile == 256  # twice the training side, the most
     rows = made.tile + made.vae_tile
-    copies = 4 * (18 * (made.vae_tile + bands.BESIDE) * made.width + 8 * 32 * rows * made.width // 16)
-    assert memory.picture_bytes(made.height, made.width, 1, made.vae_tile + bands.BESIDE, rows) == copies
+    copies = 4 * (18 * (made.vae_tile + BESIDE) * made.width + 8 * 32 * rows * made.width // 16)
+    assert memory.picture_bytes(made.height, made.width, 1, made.vae_tile + BESIDE, rows) == copies
     with pytest.raises(NotEnoughMemory, match="the least is") as refused:
         plan("rows", 10**9)
     least = plan("rows", refused.value.least)

@@ -45,18 +45,24 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [({}, (0.8, 0.3)), ({"detail": 0.6}, (0.6, 0.3)), ({"detail": 1.0, "antiring": 0.0}, (1.0, 0.0))]
+    ("asked", "expected"),
+    [
+        ({}, (0.8, 0.0, 0.3)),
+        ({"detail": 0.6, "back_projection": 0.4}, (0.6, 0.4, 0.3)),
+        ({"detail": 1.0, "antiring": 0.0}, (1.0, 0.0, 0.0)),
+    ],
 )
 def test_an_upscaler_keeps_the_defaults_of_its_base_and_writes_them_down(
     photos: Path, base: Path, tmp_path: Path, asked: dict, expected: tuple
 ) -> None:
     job = build_job(tiny(photos, tmp_path / "run", model=base_model(base), task={"kind": "diffusion", "inference": asked}))
     written = job.recipe["task"]["inference"]
-    assert (written["detail"], written["antiring"]) == expected
+    assert (written["detail"], written["back_projection"], written["antiring"]) == expected
     (tmp_path / "saved").mkdir()
     job.task.save(tmp_path / "saved")
     index = index_of(tmp_path / "saved")
-    assert (index["default_detail"], index["default_antiring"], index["default_num_inference_steps"]) == (*expected, 20)
+    kept = ("default_detail", "default_back_projection", "default_antiring", "default_num_inference_steps")
+    assert tuple(index[name] for name in kept) == (*expected, 20)
 
 
 def test_defaults_that_are_no_shares_are_refused(base: Path, tmp_path: Path) -> None:
@@ -125,7 +131,7 @@ def test_a_one_step_model_keeps_its_start_and_its_call(one_step: Path) -> None:
     assert again.process.starts_from_lr
     index = index_of(one_step)
     assert (index["default_num_inference_steps"], index["default_detail"], index["default_antiring"]) == (1, 0.8, 0.3)
-    assert again.call_defaults == {"detail": 0.8, "antiring": 0.3}
+    assert again.call_defaults == {"detail": 0.8, "back_projection": 0.0, "antiring": 0.3}
     before = again.process.alphas_cumprod
     again.start_at(99)
     assert again.process.alphas_cumprod == before

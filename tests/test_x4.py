@@ -289,6 +289,6 @@ def test_a_result_knows_the_defaults_of_a_call(base, tmp_path):
     networks = read_pipeline(base)
     networks.save(tmp_path, scale=4, num_inference_steps=7, noise_level=50, detail=0.5)
     again = open_upscaler(tmp_path, device="cpu")
-    assert again.defaults == {"num_inference_steps": 7, "noise_level": 50, "detail": 0.5, "antiring": 0.0}
+    assert again.defaults == {"num_inference_steps": 7, "noise_level": 50, "detail": 0.5, "back_projection": 0.0, "antiring": 0.0}
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "StableDiffusionUpscalePipeline"
     assert str(base) not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 Dtype = StrEnum("Dtype", "auto float32 float16 bfloat16")
 
 FLAGS = (
-    *("model", "revision", "device", "dtype", "memory_budget", "compile", "scale", "seed", "steps", "tile", "detail", "antiring"),
-    *("color_fix", "fidelity", "sampler", "strength", "prompt", "negative_prompt", "guidance_scale", "noise_level", "lora_scale"),
+    *("model", "revision", "device", "dtype", "memory_budget", "compile", "scale", "seed", "steps", "tile", "detail"),
+    *("back_projection", "antiring", "color_fix", "fidelity", "sampler", "strength", "prompt", "negative_prompt", "guidance_scale"),
+    *("noise_level", "lora_scale"),
 )
 CALL = (  # what goes to the restorer where it was given
-    *("num_inference_steps", "detail", "antiring", "fidelity", "sampler", "strength"),
+    *("num_inference_steps", "detail", "back_projection", "antiring", "fidelity", "sampler", "strength"),
     *("prompt", "negative_prompt", "guidance_scale", "noise_level", "lora_scale", "color_fix"),
 )
 Model = Annotated[
@@ -43,6 +44,10 @@ Scale = Annotated[
 ]
 Detail = Annotated[
     float | None, typer.Option(min=0, max=1, help="0 bicubic to 1 all that the model adds; without it the model's own default.")
+]
+BackProjection = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="0 to 1: puts back what the picture lacks of the input; without it the model's own default."),
 ]
 Antiring = Annotated[
     float | None, typer.Option(min=0, max=1, help="0 to 1: takes back seams beside edges; without it the model's own default.")
@@ -83,6 +88,7 @@ def infer(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every picture.")] = 0,
     tile: Annotated[str, typer.Option(help="Side of a tile in output pixels, 'auto' (by free memory) or 'none' (whole picture).")] = "auto",
     detail: Detail = None,
+    back_projection: BackProjection = None,
     antiring: Antiring = None,
     fidelity: Fidelity = None,
     sampler: Annotated[str | None, typer.Option(help=f"{', '.join(SAMPLERS)} or a diffusers scheduler. [default: the model's]")] = None,
@@ -175,7 +181,9 @@ def _say_how(restorer: "Restorer", call: dict[str, Any]) -> None:
     """
     notes = restorer.check(**call)
     values = {**restorer.defaults, **call}
-    names = [name for name in ("num_inference_steps", "detail", "antiring") if name in values and name in restorer.options]
+    names = [
+        name for name in ("num_inference_steps", "detail", "back_projection", "antiring") if name in values and name in restorer.options
+    ]
     shown = ["called with " + ", ".join(f"{RENAMED.get(name, name)} {values[name]}" for name in names)] if names else []
     for line in [*shown, *(f"note: {flagged(note, *FLAGS)}" for note in notes)]:
         typer.echo(line)

@@ -6,11 +6,14 @@ enlarged picture is made where it is looked at, the decoded one and its colours 
 latents, either: where nothing is drawn for them (`one_step.py`), they are encoded and denoised as the decoder gets to them.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from sslsr_diffusion.inference.back_projection import REACH as PROJECTED
+from sslsr_diffusion.inference.back_projection import BandProjection
 from sslsr_diffusion.inference.color_fix import REACH, Statistics, adain_change, color_fix
 from sslsr_diffusion.inference.options import CallOptions
 from sslsr_diffusion.inference.progress import piece, unheard
@@ -19,7 +22,11 @@ from sslsr_diffusion.inference.tiling import Box
 from sslsr_diffusion.tensors import folded
 
 _ROWS = 512  # of a band that is handed on
-BESIDE = _ROWS + 2 * REACH  # rows that are worked on for one, beside those of a row of tiles
+
+
+def rows_beside(options: CallOptions, scale: float) -> int:
+    """Rows that are worked on for a band, beside those of a row of tiles."""
+    return _ROWS + 2 * REACH + (2 * math.ceil(PROJECTED * scale) if options.back_projection else 0)
 
 
 class Enlarged:
@@ -95,16 +102,18 @@ def finished(
             wanted.add(enlarged.rows(top, bottom))
         change = adain_change(own, wanted)
     made, reach = Rows(decode()), REACH if enlarged is not None and options.color_fix == "wavelet" else 0
+    projected = BandProjection(low, size, options.back_projection)
     for number, top in enumerate(tops):
         bottom = min(top + _ROWS, height)
-        first, last = max(0, top - reach), min(height, bottom + reach)
+        above, below = projected.seen(top, bottom)
+        first, last = max(0, above - reach), min(height, below + reach)
         with piece(number, len(tops), "band"):
             content, style = resized(made, first, last), None if enlarged is None else enlarged.rows(first, last)
             if change is not None:
                 content = change(content)
             elif style is not None:
                 content = color_fix(options.color_fix, content, style)
-            inner = slice(top - first, bottom - first)
-            style = None if style is None else style[..., inner, :]
-            band = options.mixed(content[..., inner, :].clone(), style, low, (top, height))[0].cpu()
+            style = None if style is None else style[..., top - first : bottom - first, :]
+            content = projected(content[..., above - first : below - first, :].clamp(0, 1), above, top, bottom)
+            band = options.mixed(content, style, low, (top, height))[0].cpu()
         yield band

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sslsr_diffusion.devices import free_bytes, hand_freed_blocks_back
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import pad_to
-from sslsr_diffusion.inference.bands import BESIDE, Enlarged, finished
+from sslsr_diffusion.inference.bands import Enlarged, finished, rows_beside
 from sslsr_diffusion.inference.memory import MemoryModel, Offload
 from sslsr_diffusion.inference.noise import ImageNoise
 from sslsr_diffusion.inference.options import LatentOptions
@@ -102,7 +102,7 @@ class LatentWork:
         """
         zoom, codec = self._networks.zoom, self._networks.codec
         height, width = size if zoom == 1 else (zoom * side for side in low.shape[-2:])
-        beside = InBands(BESIDE, _HELD * low.numel(), "rows" if self._by_rows(options) else "whole")
+        beside = InBands(rows_beside(options, size[0] / low.shape[-2]), _HELD * low.numel(), "rows" if self._by_rows(options) else "whole")
         plan = self._plan(height, width, 1, options, beside)
         source: Tensor | Enlarged
         if zoom == 1:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.inference.antiring import antiring
+from sslsr_diffusion.inference.back_projection import back_projection
 from sslsr_diffusion.inference.choices import COLOR_FIXES
 from sslsr_diffusion.inference.color_fix import color_fix
 from sslsr_diffusion.inference.tile_plan import Tile
@@ -23,6 +24,7 @@ class CallOptions:
     """What every restorer has: how its networks see the picture, and what is done to their picture afterwards."""
 
     color_fix: str = "wavelet"
+    back_projection: float = 0.0
     antiring: float = 0.0
     detail: float = 1.0
     tile: Tile = "auto"
@@ -37,6 +39,10 @@ class CallOptions:
         """Raises UserError for an impossible value; tiles and steps are checked where the networks are known."""
         if self.color_fix not in COLOR_FIXES:
             raise UserError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, got {self.color_fix!r}.")
+        if not is_share(self.back_projection):
+            raise UserError(
+                f"back_projection: expected 0 (off) to 1 (all that the reduced picture lacks of the input), got {self.back_projection!r}."
+            )
         if not is_share(self.antiring):
             raise UserError(f"antiring: expected 0 (off) to 1 (nothing beyond the low-resolution pixels nearby), got {self.antiring!r}.")
         if not is_share(self.detail):
@@ -52,16 +58,16 @@ class CallOptions:
         return self.color_fix != "none" or self.detail != 1
 
     def finish(self, restored: Tensor, enlarged: Tensor | None, low: Tensor) -> Tensor:
-        """[B, 3, H, W]: colours of the enlarged picture, seams taken back, mixed with the enlarged one; both are changed in place.
+        """[B, 3, H, W]: colours of the enlarged picture, what is lacking put back, seams taken back, mixed; both are changed in place.
 
         `enlarged` [B, 3, H, W] may be None unless `looks_back`; `low` is [B, 3, h, w].
         """
         if enlarged is not None:
             restored = color_fix(self.color_fix, restored, enlarged)
-        return self.mixed(restored, enlarged, low)
+        return self.mixed(back_projection(restored.clamp_(0, 1), low, self.back_projection), enlarged, low)
 
     def mixed(self, restored: Tensor, enlarged: Tensor | None, low: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
-        """`finish` behind the colours; `rows` (top, H), where both are rows from `top` of a picture of H rows, `low` is whole always."""
+        """`finish` behind the back projection; `rows` (top, H): both are rows from `top` of a picture of H rows, `low` is whole always."""
         result = antiring(restored.clamp_(0, 1), low, self.antiring, rows)
         return result if enlarged is None or self.detail == 1 else enlarged.lerp_(result, self.detail)
 

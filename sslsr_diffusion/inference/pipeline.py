@@ -35,7 +35,7 @@ from sslsr_diffusion.models.tensor_names import variant_of
 
 log = logging.getLogger(__name__)
 
-DEFAULTS = ("num_inference_steps", "detail", "antiring")  # of a call; kept in model_index.json as default_...
+DEFAULTS = ("num_inference_steps", "detail", "back_projection", "antiring")  # of a call; kept in model_index.json as default_...
 
 
 class StableSRPipelineOutput(BaseOutput):
@@ -81,7 +81,8 @@ class StableSRPipeline(DiffusionPipeline):
         scheduler: a diffusers scheduler of the DDPM family: betas, prediction type and the default sampler.
         text_encoder, tokenizer: CLIP; without them the text context is zeros and a prompt is refused.
         default_num_inference_steps: sampling steps of a call that names none; kept in model_index.json.
-        default_scale, default_detail, default_antiring, default_prompt: the same for `scale`, `detail`, `antiring` and `prompt`.
+        default_scale, default_detail, default_back_projection, default_antiring, default_prompt: the same for `scale`, `detail`,
+            `back_projection`, `antiring` and `prompt`.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"  # the structural encoder alternates with the UNet, so both stay
@@ -99,6 +100,7 @@ class StableSRPipeline(DiffusionPipeline):
         default_num_inference_steps=200,
         default_scale=4,
         default_detail=1.0,
+        default_back_projection=0.0,
         default_antiring=0.0,
         default_prompt="",
     ):
@@ -110,6 +112,7 @@ class StableSRPipeline(DiffusionPipeline):
             default_num_inference_steps=default_num_inference_steps,
             default_scale=default_scale,
             default_detail=default_detail,
+            default_back_projection=default_back_projection,
             default_antiring=default_antiring,
             default_prompt=default_prompt,
         )
@@ -200,6 +203,7 @@ class StableSRPipeline(DiffusionPipeline):
         strength: float = 1.0,
         fidelity: float | None = None,
         detail: float | None = None,
+        back_projection: float | None = None,
         antiring: float | None = None,
         prompt: Texts = None,
         negative_prompt: Texts = None,
@@ -231,6 +235,9 @@ class StableSRPipeline(DiffusionPipeline):
                 autoencoder is a plain one.
             detail: share of the model's picture in the result, 0 to 1; the rest is the bicubic enlargement (from least error to realism
                 leads a straight line: Freirich et al., NeurIPS 2021); None: the pipeline's own (1 unless recipe or base said otherwise).
+            back_projection: share, 0 to 1, of what the model's picture, reduced to the input's size, lacks of the input that is put back
+                (Irani & Peleg, 1991): nearer to the photograph where that is clean, its noise where it is not. Behind the colours, before
+                `antiring`; None: the pipeline's own (0 unless recipe or base said otherwise).
             antiring: how much is taken back, 0 to 1, of what is brighter or darker in the model's picture than every low-resolution pixel
                 nearby (about 7 x 7 of them): the seams beside edges that a discriminator or an already sharpened input leads to. Before
                 `detail` mixes in the bicubic enlargement; None: the pipeline's own (0 unless recipe or base said otherwise).

@@ -92,6 +92,7 @@ class Restorer(Protocol):
 # What some models lack: the values that ask for nothing, which are taken all the same, and why the others are refused.
 OPTIONAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "color_fix": (("none",), "no colour fix"),
+    "back_projection": ((0,), "no back projection"),
     "antiring": ((0,), "no filter"),
     "detail": ((1,), "no mixing"),
     "strength": ((1,), "no sampling from the picture"),

@@ -54,7 +54,7 @@ class Base:
         return found
 
     def call_defaults(self) -> dict[str, float]:
-        """`detail` and `antiring` that the pipeline in this folder has where a call names none.
+        """`detail`, `back_projection` and `antiring` that the pipeline in this folder has where a call names none.
 
         UserError where its model_index.json is no JSON object, or names something else than numbers from 0 to 1.
         """

@@ -21,6 +21,7 @@ class Control:
 CONTROLS: dict[str, Control] = {
     "num_inference_steps": Control("Steps", "sampling steps", int),
     "detail": Control("Detail", "0 bicubic to 1 all that the model adds"),
+    "back_projection": Control("Back projection", "0 to 1: puts back what the picture lacks of the input"),
     "antiring": Control("Antiring", "0 to 1: takes back seams beside edges"),
     "fidelity": Control("Fidelity", "0 to 1: how much of the input the decoder takes over"),
     "strength": Control("Strength", "1 all steps; 0.3 the last 30 % of them"),

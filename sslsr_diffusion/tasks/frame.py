@@ -78,6 +78,13 @@ class CallSettings(Settings):
         description="Share of the model's picture in the result, the rest is bicubic. null: the base's default, or 1; on --resume what "
         "the run had.",
     )
+    back_projection: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of what the model's picture, reduced again, lacks of the low-resolution one that is put back. null: the base's "
+        "default, or 0; on --resume what the run had.",
+    )
     antiring: float | None = Field(
         None,
         ge=0,
@@ -89,7 +96,7 @@ class CallSettings(Settings):
     @property
     def named(self) -> dict[str, Any]:
         """What the restorer takes where a call names nothing; a None is left to the base."""
-        return {name: value for name, value in (("detail", self.detail), ("antiring", self.antiring)) if value is not None}
+        return {name: value for name in CallSettings.model_fields if (value := getattr(self, name)) is not None}
 
 
 class SampledCallSettings(CallSettings):

@@ -15,7 +15,7 @@ from sslsr_diffusion.unpickle import read_checkpoint
 
 ENTRIES = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net")  # where trainers put the weights
 _PREFIXES = ("module.", "netG.", "params_ema.", "params.")
-CALL = ("scale", "color_fix", "detail", "antiring")  # what a call takes from the model where it names nothing
+CALL = ("scale", "color_fix", "detail", "back_projection", "antiring")  # what a call takes from the model where it names nothing
 _LARGEST_TEXT = 1 << 16  # characters of an entry of the metadata
 
 

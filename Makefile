@@ -1,8 +1,8 @@
-# make demo   install, fine-tune the shipped small model on hard JPEG for a minute, upscale examples/lr, print the table
+# make demo   install, fine-tune the shipped small model on hard JPEG for minutes, upscale examples/lr, print the table
 # make test   install with the dev, eval, networks, perceptual and onnx extras, lint, types, tests
 # make minimum  installs the oldest version of each library that pyproject.toml allows (6 GB, torch is for CUDA), and runs the quick tests
 # make small-model   makes a model like the shipped one: photographs (210 MB of Debian packages), a teacher from PyPI and its pictures, one
-#   training, comparison (about 75 minutes on two cores)
+#   training, comparison (about 3 hours on two cores)
 # make chaos  kills a run at random moments until it is done and compares every bit; hub faults; fuzz (minutes)
 # TORCH=torch==2.13.0 make demo   chooses the torch build (for example a CPU wheel)
 PYTHON ?= python3

@@ -23,7 +23,9 @@ from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
 from sslsr_diffusion.shipped_model import SMALL
 
 PHOTOS, TESTS, RUN = Path("photos"), Path("results/test-sets"), Path("runs") / SMALL
-TEACHER, PAIRS, COUNT = PHOTOS / "realesrgan_x4plus.safetensors", PHOTOS / "pairs", 3600
+TEACHER = PHOTOS / "realesrgan_x4plus.safetensors"
+PAIRS = {"small_pairs": ("pairs", 2000), "small_pairs_clean": ("pairs_clean", 1000)}  # recipe -> folder in PHOTOS, how many
+ANCHOR = 0.4  # of what the teacher gets wrong at the low resolution is taken back
 PRESETS = ("mild", "stablesr_ssl", "bicubic")  # how the held-out photographs are reduced
 SIDE, PER_PHOTOGRAPH, LONGEST = 384, 3, 1280  # pixels of a test crop; crops per photograph; larger photographs are shrunk first
 SSLSR = [sys.executable, "-c", "from sslsr_diffusion.cli import main; main()"]
@@ -50,8 +52,9 @@ def train() -> None:
     if not (PHOTOS / "crops/train").is_dir():
         no_photographs(PHOTOS / "crops/train")
     run([sys.executable, "examples/teacher.py", "--output", str(TEACHER)])
-    made = ["--model", str(TEACHER), "--output", str(PAIRS), "--count", str(COUNT), "--crop-size", "256", "--batch-size", "4"]
-    run([*SSLSR, "prepare", "teacher", "--config", "configs/small_pairs.yaml", *made])
+    for recipe, (folder, count) in PAIRS.items():
+        made = ["--output", str(PHOTOS / folder), "--count", str(count), "--anchor", str(ANCHOR), "--crop-size", "256", "--batch-size", "4"]
+        run([*SSLSR, "prepare", "teacher", "--config", f"configs/{recipe}.yaml", "--model", str(TEACHER), *made])
     if not (RUN / "pipeline").is_dir():
         resume = ["--resume", "latest"] if any(RUN.glob("checkpoint-*")) else []
         run([sys.executable, "train.py", "--config", "configs/small.yaml", *resume])

@@ -94,7 +94,7 @@ def test_the_dry_run_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     dry_run(load_recipe("demo", ["output.dir=runs/never"]), lines.append)
     said = {line.split()[0]: line.split() for line in lines if line.startswith("  ") and len(line.split()) > 1}
     assert said["model"][1:3] == ["ok", f"{SMALL}:"]
-    assert said["unet"][1:3] == ["4.77", "M"]
+    assert said["unet"][1:3] == ["2.25", "M"]
 
 
 def test_its_files_are_its_recipes() -> None:

@@ -11,7 +11,7 @@ from sslsr_diffusion.runs.recipe import load_recipe, resolved
 from sslsr_diffusion.shipped_model import SMALL
 from sslsr_diffusion.training.resume import differences
 
-TRAINING, PAIRS = "configs/small.yaml", "configs/small_pairs.yaml"
+TRAINING, PAIRS = "configs/small.yaml", ["configs/small_pairs.yaml", "configs/small_pairs_clean.yaml"]
 
 
 def value(command: list[str], option: str) -> str:
@@ -32,13 +32,15 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
 
 
 def test_each_step_takes_what_the_one_before_writes(commands: list[list[str]]) -> None:
-    teacher, pairs, training, export = commands
-    small, stored = (load_recipe(str(ROOT / name)) for name in (TRAINING, PAIRS))
-    assert value(pairs, "--config") == PAIRS
-    assert value(pairs, "--model") == value(teacher, "--output")
-    assert [source.path for source in stored.data.sources] == ["photos/crops/train"]
-    assert [(source.kind, source.path) for source in small.data.sources] == [("pairs", value(pairs, "--output"))]
-    assert int(value(pairs, "--crop-size")) >= 2 * small.training.crop_size  # the teacher's own edges are rare
+    teacher, *pairs, training, export = commands
+    small = load_recipe(str(ROOT / TRAINING))
+    assert [value(made, "--config") for made in pairs] == PAIRS
+    assert [(source.kind, source.path) for source in small.data.sources] == [("pairs", value(made, "--output")) for made in pairs]
+    for made in pairs:
+        assert [source.path for source in load_recipe(str(ROOT / value(made, "--config"))).data.sources] == ["photos/crops/train"]
+        assert value(made, "--model") == value(teacher, "--output")
+        assert int(value(made, "--crop-size")) >= 2 * small.training.crop_size  # the teacher's own edges are rare
+    assert f"--anchor {value(pairs[0], '--anchor')}`" in (ROOT / TRAINING).read_text(encoding="utf-8")
     assert value(training, "--config") == TRAINING
     assert small.output.dir in export
     assert Path(value(export, "--output")).name == SMALL
@@ -56,6 +58,7 @@ def test_a_stopped_training_goes_on_and_a_finished_one_is_left(tmp_path: Path, c
     assert not any("train.py" in command for command in again)
 
 
-def test_pairs_differ_from_the_training_in_their_pictures_alone() -> None:
-    small, pairs = (resolved(load_recipe(str(ROOT / name))) for name in (TRAINING, PAIRS))
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_differ_from_the_training_in_their_pictures_alone(name: str) -> None:
+    small, pairs = (resolved(load_recipe(str(ROOT / one))) for one in (TRAINING, name))
     assert {key.split(".")[1] for key in differences(small, pairs)} == {"sources", "degradation", "dir"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sslsr_diffusion.errors import UserError
 
-SMALL = "small-v4"  # other weights get another name, so that a name in a run's record stays true
+SMALL = "small-v4"  # from the first release on other weights get another name, so that a name in a run's record stays true
 FOLDER = Path(__file__).resolve().parent / "shipped_models"
 
 

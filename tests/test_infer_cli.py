@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def calls(monkeypatch):
     """In the model's place a restorer that enlarges by nearest neighbour; where it was opened, and what it was called with."""
-    restorer = Nearest(num_inference_steps=4, detail=1.0, antiring=0.5)
+    restorer = Nearest(num_inference_steps=4, detail=1.0, back_projection=0.25, antiring=0.5)
 
     def load(found, **where):
         restorer.calls.append(where)
@@ -60,9 +60,9 @@ def test_the_newest_run_is_taken_and_said(desk, calls):
     result = run("--input", "in", "--tile", 256, "--color-fix", "adain", "--scale", 2, "--seed", 9, *own)
     assert result.exit_code == 0, result.output
     assert "model: runs/mine/pipeline (the newest finished run" in result.output
-    assert "steps 3, detail 0.5, antiring 0.2" in result.output
+    assert "steps 3, detail 0.5, back_projection 0.25, antiring 0.2" in result.output
     assert "2 done; results in results" in result.output
-    assert "steps 4, detail 1.0, antiring 0.5" in run("--input", "in", "--output", "as it comes").output
+    assert "steps 4, detail 1.0, back_projection 0.25, antiring 0.5" in run("--input", "in", "--output", "as it comes").output
     del calls[2:]
     assert read_image(desk / "results" / "sub" / "b.jpg").size == (40, 32)
     assert calls[0] == {"device": "auto", "dtype": "auto", "compile": False}

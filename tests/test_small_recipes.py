@@ -40,7 +40,9 @@ def test_each_step_takes_what_the_one_before_writes(commands: list[list[str]]) -
         assert [source.path for source in load_recipe(str(ROOT / value(made, "--config"))).data.sources] == ["photos/crops/train"]
         assert value(made, "--model") == value(teacher, "--output")
         assert int(value(made, "--crop-size")) >= 2 * small.training.crop_size  # the teacher's own edges are rare
-    assert f"--anchor {value(pairs[0], '--anchor')}`" in (ROOT / TRAINING).read_text(encoding="utf-8")
+        anchor, count = (value(made, option) for option in ("--anchor", "--count"))
+        assert f"--anchor {anchor}`" in (ROOT / TRAINING).read_text(encoding="utf-8")
+        assert f"--count {count} --crop-size 256 --batch-size 4 --anchor {anchor}" in (ROOT / "docs/data.md").read_text(encoding="utf-8")
     assert value(training, "--config") == TRAINING
     assert small.output.dir in export
     assert Path(value(export, "--output")).name == SMALL

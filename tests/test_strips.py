@@ -126,6 +126,12 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_rows_that_back_projection_sees_are_counted():
+    """Five low-resolution ones to each side; of a picture that is not enlarged as many of its own."""
+    projected = CallOptions(back_projection=0.4)
+    assert [bands.rows_beside(projected, scale) - BESIDE for scale in (4, 2.5, 0.5)] == [40, 26, 10]
+
+
 def in_bands(restorer: LatentRestorer, picture: Tensor, call: dict[str, Any]) -> Tensor:
     parts = list(restorer.bands(picture, generator=seeded(), **call).images)
     assert len(parts) > 1

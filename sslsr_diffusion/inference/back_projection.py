@@ -5,7 +5,7 @@ from torch import Tensor
 from sslsr_diffusion.images import resize_bicubic
 from sslsr_diffusion.inference.resampling import bicubic_taps
 
-REACH = 5  # low-resolution pixels, at most, that an output pixel follows from to each side: two and a bit of each cubic kernel
+REACH = 5  # low-resolution pixels, at most, that a pixel of an enlarged picture follows from to each side: two and a bit of each kernel
 
 
 def back_projection(restored: Tensor, low: Tensor, share: float) -> Tensor:

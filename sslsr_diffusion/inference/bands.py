@@ -26,7 +26,7 @@ _ROWS = 512  # of a band that is handed on
 
 def rows_beside(options: CallOptions, scale: float) -> int:
     """Rows that are worked on for a band, beside those of a row of tiles."""
-    return _ROWS + 2 * REACH + (2 * math.ceil(PROJECTED * scale) if options.back_projection else 0)
+    return _ROWS + 2 * REACH + (2 * math.ceil(PROJECTED * max(scale, 1)) if options.back_projection else 0)
 
 
 class Enlarged:

@@ -125,7 +125,7 @@ def test_half_precision_leaves_the_process_alone(model):
         ({"fidelity": 1}, r"^fidelity: this model does not have it, got 1 \(no CFW decoder\)"),
         ({"vae_tile": 20}, "^vae_tile: expected a multiple of 16"),
         ({"strength": 0}, "^strength"),
-        ({"steps": 3}, "^steps: this model has no such option; it has antiring, callback_on_step_end, color_fix"),
+        ({"steps": 3}, "^steps: this model has no such option; it has antiring, back_projection, callback_on_step_end"),
     ],
 )
 def test_what_no_picture_can_have_is_refused_by_name(model, call, message):

@@ -231,18 +231,14 @@ class StableSRPipeline(DiffusionPipeline):
             num_inference_steps: sampling steps over the full schedule; None: the pipeline's own (200 where it names none).
             generator: one, or one per picture; a picture's result depends on its own generator alone, not on its batch.
             strength: 1 starts at the last timestep; 0.3 runs the last 30 % of the steps from a less noised picture.
-            fidelity: how much of the low-resolution picture a CFW decoder takes over (0 to 1, default 0.5); refused above 0 where the
-                autoencoder is a plain one.
-            detail: share of the model's picture in the result, 0 to 1; the rest is the bicubic enlargement (from least error to realism
-                leads a straight line: Freirich et al., NeurIPS 2021); None: the pipeline's own (1 unless recipe or base said otherwise).
-            back_projection: share, 0 to 1, of what the model's picture, reduced to the input's size, lacks of the input that is put back
-                (Irani & Peleg, 1991): nearer to the photograph where that is clean, its noise where it is not. Behind the colours, before
-                `antiring`; None: the pipeline's own (0 unless recipe or base said otherwise).
-            antiring: how much is taken back, 0 to 1, of what is brighter or darker in the model's picture than every low-resolution pixel
-                nearby (about 7 x 7 of them): the seams beside edges that a discriminator or an already sharpened input leads to. Before
-                `detail` mixes in the bicubic enlargement; None: the pipeline's own (0 unless recipe or base said otherwise).
-            prompt, negative_prompt: one text or one per picture; the negative one acts with guidance_scale above 1. A prompt of None: the
-                pipeline's own, the one that it was trained with.
+            fidelity: how much of the input a CFW decoder takes over (0 to 1, default 0.5); refused above 0 for a plain autoencoder.
+            detail: share of the model's picture in the result, 0 to 1; the rest is bicubic (a line from least error to realism: Freirich
+                et al., NeurIPS 2021); None: the pipeline's own (1 unless recipe or base said otherwise).
+            back_projection: share, 0 to 1, of what the picture, reduced again, lacks of the input that is put back (`back_projection.py`),
+                behind the colours and before `antiring`; None: the pipeline's own (0 unless recipe or base said otherwise).
+            antiring: how much is taken back, 0 to 1, of what is brighter or darker than every low-resolution pixel nearby (7 x 7): seams
+                beside edges. Before `detail` mixes; None: the pipeline's own (0 unless recipe or base said otherwise).
+            prompt, negative_prompt: one text or one per picture; the negative one acts with guidance_scale above 1. None: as trained.
             guidance_scale: u + g (c - u); 1 is off.
             tile, vae_tile: side in output pixels of the square that denoiser and autoencoder see at once; "auto": by memory; None: whole.
             tile_overlap: in output pixels; default half a tile, as published.

@@ -1,4 +1,4 @@
-# make demo   install, fine-tune the shipped small model on hard JPEG for minutes, upscale examples/lr, print the table
+# make demo   install, fine-tune the shipped small model on hard JPEG for a few minutes, upscale examples/lr, print the table
 # make test   install with the dev, eval, networks, perceptual and onnx extras, lint, types, tests
 # make minimum  installs the oldest version of each library that pyproject.toml allows (6 GB, torch is for CUDA), and runs the quick tests
 # make small-model   makes a model like the shipped one: photographs (210 MB of Debian packages), a teacher from PyPI and its pictures, one

@@ -7,7 +7,7 @@ import re
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -112,6 +112,13 @@ def bfloat16_pays() -> bool:
                 tries.append(time.perf_counter() - began)
             times.append(min(tries))
     return times[0] >= 1.5 * times[1]
+
+
+def training_precision(device: torch.device) -> Literal["bf16", "no"]:
+    """What `training.mixed_precision: auto` is on a device: bf16 where its own units compute it, else no."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "no" if device.type == "cpu" and not bfloat16_pays() else "bf16"
 
 
 def parse_bytes(text: str, field: str = "--memory-budget") -> int:

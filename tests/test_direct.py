@@ -13,6 +13,7 @@ from test_out_of_memory import GPU, HOST, limited
 from test_pipeline import photo
 from torch import Tensor
 
+from sslsr_diffusion import devices
 from sslsr_diffusion.devices import bfloat16_pays
 from sslsr_diffusion.errors import NotEnoughMemory, UserError
 from sslsr_diffusion.images import resize_bicubic
@@ -268,6 +269,14 @@ def test_a_faster_precision_is_taken_where_the_picture_stays(monkeypatch, dtype,
     placement = place(RoundingFamily(), Path("x.toy"), torch.device("cpu"), dtype)
     opened = DirectRestorer.open(RoundingFamily(), Path("x.toy"), placement)
     assert {parameter.dtype for parameter in opened.networks.parameters()} == {taken}
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_automatic_training_precision_is_the_faster_one(pays, device, monkeypatch):
+    monkeypatch.setattr(devices, "bfloat16_pays", lambda: pays if device == "cpu" else not pays)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: pays or including_emulation)
+    assert devices.training_precision(torch.device(device)) == ("bf16" if pays else "no")
 
 
 def test_whether_bfloat16_pays_can_be_asked_on_every_processor():

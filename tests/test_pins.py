@@ -165,6 +165,36 @@ def test_other_defaults_of_the_base_do_not_reach_a_run_that_goes_on(tmp_path, ba
     assert re.search(r"task +refused +model.base: default_antiring in", train(3, *here, "--dry-run"))
 
 
+def test_an_automatic_precision_is_chosen_once(base, caplog, monkeypatch):
+    """A run records what `auto` was on its device, and goes on in it on another one; bf16 without units for it is told."""
+    monkeypatch.setattr("sslsr_diffusion.runs.memory.step_bytes", lambda recipe: {"weights": 2**30})
+    here, auto = ("--set=model.base=made",), "--set=training.mixed_precision=auto"
+
+    def chosen(folder: str) -> str:
+        return recorded_state(Path(folder))["recipe"]["training"]["mixed_precision"]
+
+    def on_a_device_for(precision: str) -> None:
+        for user in ("runs.pin", "training.processes"):
+            monkeypatch.setattr(f"sslsr_diffusion.{user}.training_precision", lambda device: precision)
+
+    on_a_device_for("bf16")
+    assert re.search(r"precision +ok +auto is bf16 on this device$", train(1, *here, auto, "--dry-run"), re.MULTILINE)
+    assert "Done: 1 steps" in train(1, *here, auto)
+    assert chosen("run/checkpoint-1") == yaml.safe_load(Path("run/recipe.yaml").read_text())["training"]["mixed_precision"] == "bf16"
+    assert "bf16 is slower" not in caplog.text
+    on_a_device_for("no")
+    assert re.search(r"resume +ok +run/checkpoint-1, step 1 of 2$", train(2, *here, auto, "--resume", "latest", "--dry-run"), re.MULTILINE)
+    assert "Done: 2 steps" in train(2, *here, auto, "--resume", "latest")
+    assert chosen("run/checkpoint-2") == "bf16"
+    assert "bf16 is slower than float32 on this device" in caplog.text  # which goes on in it all the same
+    caplog.clear()
+    assert "Done: 1 steps" in train(1, *here, auto, "--restart")
+    assert chosen("run/checkpoint-1") == "no"
+    assert "bf16 is slower" not in caplog.text
+    slow = train(1, *here, "--set=training.mixed_precision=bf16", "--set=output.dir=other", "--dry-run")
+    assert re.search(r"precision +ok +bf16 is slower than float32 on this device", slow)
+
+
 def test_a_dry_run_looks_up_what_would_be_resumed(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -18,7 +18,7 @@ from sslsr_diffusion.inference.open import find_model
 from sslsr_diffusion.losses import LOSSES
 from sslsr_diffusion.models.base import IGNORED, WANTED
 from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
-from sslsr_diffusion.runs.pin import pinned, recorded_state
+from sslsr_diffusion.runs.pin import pinned, recorded_state, with_precision
 from sslsr_diffusion.runs.presets import Preset, describe_presets
 from sslsr_diffusion.runs.recipe import Recipe, resolved, run_folder
 from sslsr_diffusion.runs.start import check_one_way, check_patience, lacking_metrics, validation_metric
@@ -26,7 +26,7 @@ from sslsr_diffusion.runs.task import build_task
 from sslsr_diffusion.shipped_model import local_folder
 from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import find_checkpoint, published_step
-from sslsr_diffusion.training.processes import check_trackers
+from sslsr_diffusion.training.processes import check_precision, check_trackers, slow_precision
 from sslsr_diffusion.training.resume import check_same_recipe
 from sslsr_diffusion.training.run_folder import RunFolder
 
@@ -90,6 +90,7 @@ def run_checks(recipe: Recipe, *, empty: bool = True) -> list[Check]:
         ("teacher", _teacher, "missing"),
         ("metrics", _metrics, "missing"),
         ("patience", _patience, "refused"),
+        ("precision", _precision, "refused"),
         ("optimizer", _optimizer, "missing"),
         ("trackers", _trackers, "missing"),
         ("output", lambda recipe: _output(recipe, empty), "refused"),
@@ -202,6 +203,13 @@ def _optimizer(recipe: Recipe) -> str | None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependency("adamw8bit needs: pip install 'sslsr-diffusion[adam8bit]'")
     return "bitsandbytes"
+
+
+def _precision(recipe: Recipe) -> str | None:
+    asked, device = recipe.training.mixed_precision, training_device()
+    check_precision(asked, device)
+    chosen = with_precision(recipe, device).training.mixed_precision
+    return slow_precision(asked, device) or (f"auto is {chosen} on this device" if asked == "auto" else None)
 
 
 def _metrics(recipe: Recipe) -> str | None:

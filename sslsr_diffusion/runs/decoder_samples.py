@@ -14,6 +14,7 @@ from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.images import to_array, to_tensor
 from sslsr_diffusion.inference.sampling import sample_latents
 from sslsr_diffusion.models.networks import LatentNetworks
+from sslsr_diffusion.runs.pin import with_precision
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.stored_samples import Make, Wanted, make_samples
 from sslsr_diffusion.runs.task import frame_of
@@ -69,7 +70,7 @@ def _stored(networks: LatentNetworks, batch: Batch, recipe: Recipe, steps: int, 
     indices = batch.index.tolist()
     noise = per_sample_noise(recipe.seed, indices, "posterior_lr", networks.seen_noise_shape(*batch.hr.shape[-2:]))
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    kind = kinds.get(recipe.training.mixed_precision)
+    kind = kinds.get(with_precision(recipe, torch.device(device)).training.mixed_precision)
     with torch.autocast(torch.device(device).type, kind, enabled=kind is not None):
         condition = networks.see(seen(batch).to(device), noise.to(device))
         assert condition.z_lr is not None

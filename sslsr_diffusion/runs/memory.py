@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from sslsr_diffusion.devices import training_device
 from sslsr_diffusion.inference.memory import LivePeak
 from sslsr_diffusion.losses import LOSSES, Loss, build_losses
 from sslsr_diffusion.losses.base import Learner, PixelLoss
 from sslsr_diffusion.losses.learning import LearningLoss
 from sslsr_diffusion.models.networks import count_parameters
+from sslsr_diffusion.runs.pin import with_precision
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.runs.task import build_task, means_of
 from sslsr_diffusion.tasks.task import Task
@@ -111,6 +113,7 @@ def with_values(recipe: Recipe, changes: dict[str, dict[str, Any]]) -> Recipe:
 
 def step_bytes(recipe: Recipe) -> dict[str, int]:
     """Bytes of one process in a training step, by what holds them."""
+    recipe = with_precision(recipe, training_device())
     training = recipe.training
     half = training.mixed_precision != "no"
     task = build_task(one_sampling_step(recipe), meta=True)

@@ -1,4 +1,5 @@
-"""What a run starts from, as its recipe records it, so that it goes on from the same: commits of hub ids, call defaults of its base."""
+"""What a run starts from, as its recipe records it, so that it goes on from the same: commits of hub ids, call defaults of its base,
+what `auto` was."""
 
 import json
 import logging
@@ -7,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from sslsr_diffusion.devices import training_device, training_precision
 from sslsr_diffusion.hub import Kind, commit_of, is_hub_id, repository_of, split_file
 from sslsr_diffusion.runs.recipe import Recipe, resolved
 from sslsr_diffusion.training.checkpoints import STATE
@@ -17,7 +21,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
-    """The recipe with the commit of every hub id (base model, data sets) as its revision, and going on, with the call defaults of then.
+    """The recipe with the commit of every hub id (base model, data sets) as its revision, and going on, with the call defaults of then
+    and what `auto` was.
 
     A revision that is a commit already stays. Else the commit that the recipe in `checkpoint` has at the same place for the same
     id; without one, today's. An id whose commit cannot be found out is left as it is, and a warning says so.
@@ -28,6 +33,7 @@ def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
     before = recorded_state(checkpoint).get("recipe") if checkpoint else None
     if before:
         recipe = _with_call_defaults(recipe, _at(before, "task.inference"))
+        recipe = with_precision(recipe, training_device(), _at(before, "training").get("mixed_precision"))
     changes: dict[str, str] = {}
     for place, kind, name, revision in _hub_ids(recipe):
         if _COMMIT.fullmatch(revision or ""):
@@ -43,6 +49,14 @@ def pinned(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
         log.info("%s: commit %s%s", name, commit, " as in the checkpoint" if checkpoint else "")
         changes[place] = commit
     return _with_revisions(recipe, changes) if changes else recipe
+
+
+def with_precision(recipe: Recipe, device: torch.device, recorded: str | None = None) -> Recipe:
+    """The recipe with what `training.mixed_precision: auto` was in the run that it goes on with, or else is on this device."""
+    if recipe.training.mixed_precision != "auto":
+        return recipe
+    found = recorded or training_precision(device)
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"mixed_precision": found})})
 
 
 def _hub_ids(recipe: Recipe) -> Iterator[tuple[str, Kind, str, str | None]]:

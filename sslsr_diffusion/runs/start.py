@@ -17,7 +17,7 @@ from sslsr_diffusion.evaluation.metrics import METRICS, unavailable
 from sslsr_diffusion.evaluation.statistics import LEAST
 from sslsr_diffusion.inference.restorer import Restorer
 from sslsr_diffusion.losses import build_losses
-from sslsr_diffusion.runs.pin import pinned
+from sslsr_diffusion.runs.pin import pinned, with_precision
 from sslsr_diffusion.runs.recipe import Recipe, load_recipe, resolved, run_folder
 from sslsr_diffusion.runs.task import build_task, export_checkpoint, means_of
 from sslsr_diffusion.runs.teacher import TaughtLoader, Teacher
@@ -114,7 +114,7 @@ def build_job(recipe: Recipe, *, publisher: Publisher | None = None) -> Job:
     Raises UserError: a part cannot be built (the message says which key and why).
     """
     task = build_task(recipe)
-    recipe = _with_defaults(recipe, task)
+    recipe = with_precision(_with_defaults(recipe, task), training_device())
 
     losses = build_losses(recipe.losses, means_of(recipe, task))
     base = {"id": task.networks.base, "revision": task.networks.revision}

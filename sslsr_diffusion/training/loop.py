@@ -13,7 +13,7 @@ from sslsr_diffusion.training.checkpoints import find_checkpoint, latest_checkpo
 from sslsr_diffusion.training.job import Event, Finished, Job, Run, StepDone, TrainResult, Validated
 from sslsr_diffusion.training.looks import Looks
 from sslsr_diffusion.training.outputs import keep_best, publish_best, save_checkpoint, write_result
-from sslsr_diffusion.training.processes import StopRequest, check_precision, check_trackers, lost_process_explained
+from sslsr_diffusion.training.processes import StopRequest, check_precision, check_trackers, lost_process_explained, slow_precision
 from sslsr_diffusion.training.reporting import Reporter
 from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state, measured_otherwise
 from sslsr_diffusion.training.run_folder import PICTURES, RunFolder
@@ -38,6 +38,8 @@ def train_job(
     checkpoint = find_checkpoint(resume, folder.path) if resume else None
     session = Session(job.task, job.losses, settings, seed=job.seed, trackers=job.output.trackers, run=folder.path)
     check_precision(settings.mixed_precision, session.device)
+    if session.main and (slow := slow_precision(settings.mixed_precision, session.device)) is not None:
+        logger.warning("%s", slow)
     tell = on_event if on_event is not None and session.main else lambda event: None
     with lost_process_explained(session.world_size, folder.path):
         result = _train(job, session, folder, checkpoint, allow_recipe_change, tell)

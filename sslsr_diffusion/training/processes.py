@@ -10,6 +10,7 @@ from typing import Self
 
 import torch
 
+from sslsr_diffusion.devices import training_precision
 from sslsr_diffusion.errors import MissingDependency, UserError
 from sslsr_diffusion.training.checkpoints import latest_checkpoint
 
@@ -34,6 +35,13 @@ def check_precision(mixed_precision: str, device: torch.device) -> None:
     """Half precision with a gradient scaler is for GPUs: on the CPU accelerate would quietly train in full precision."""
     if mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("training.mixed_precision: fp16 needs a GPU and this run is on the CPU; use bf16 or no.")
+
+
+def slow_precision(mixed_precision: str, device: torch.device) -> str | None:
+    """A sentence where the device would be faster in float32 than in the half precision that was asked for."""
+    if mixed_precision != "bf16" or training_precision(device) == "bf16":
+        return None
+    return "bf16 is slower than float32 on this device, which has no units for it; training.mixed_precision=auto saves time"
 
 
 class StopRequest:

@@ -57,8 +57,8 @@ class TrainingSettings(Settings):
     accumulate: int = Field(1, ge=1, description="Micro-batches per optimizer step; all means run over all of them, on all processes.")
     crop_size: int = Field(512, ge=16, description="Side of the square HR crop in pixels.")
     # YAML reads a bare no as False
-    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)] = Field(
-        "no", description="Arithmetic inside the networks; losses are always float32."
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16", "auto"], BeforeValidator(lambda value: "no" if value is False else value)] = (
+        Field("no", description="Arithmetic inside the networks; losses are always float32. auto: bf16 where the device is faster in it.")
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations of UNet and VAE decoder in the backward pass.")
     channels_last: bool = Field(False, description="Keep pictures and kernels pixel by pixel in memory: faster bf16 and fp16 convolutions.")

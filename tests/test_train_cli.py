@@ -232,6 +232,19 @@ def test_fp16_without_a_gpu_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "mistake", ["output.trackers=[nothing]", "model.vae=nothing", *([] if torch.cuda.is_available() else ["training.mixed_precision=fp16"])]
+)
+def test_a_mistake_in_the_recipe_leaves_the_earlier_run_where_it_is(tmp_path, mistake):
+    earlier = tmp_path / "runs/tiny/recipe.yaml"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("of an earlier run\n")
+    with pytest.raises(UserError):
+        sslsr(*small("tiny", "runs/tiny", "model.vae=null", mistake), "--restart")
+    assert list((tmp_path / "runs").iterdir()) == [earlier.parent]
+    assert earlier.read_text() == "of an earlier run\n"
+
+
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     from accelerate import tracking
 

@@ -209,7 +209,8 @@ def _precision(recipe: Recipe) -> str | None:
     asked, device = recipe.training.mixed_precision, training_device()
     check_precision(asked, device)
     chosen = with_precision(recipe, device).training.mixed_precision
-    return slow_precision(asked, device) or (f"auto is {chosen} on this device" if asked == "auto" else None)
+    arithmetic = "bf16" if chosen == "bf16" else "float32, the faster one"
+    return slow_precision(asked, device) or (f"auto: {arithmetic} on this device" if asked == "auto" else None)
 
 
 def _metrics(recipe: Recipe) -> str | None:

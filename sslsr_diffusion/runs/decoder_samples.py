@@ -20,6 +20,7 @@ from sslsr_diffusion.runs.stored_samples import Make, Wanted, make_samples
 from sslsr_diffusion.runs.task import frame_of
 from sslsr_diffusion.tasks.pixels import seen
 from sslsr_diffusion.tasks.task import per_sample_noise
+from sslsr_diffusion.training.engines import HALF
 from sslsr_diffusion.types import Batch
 
 
@@ -69,8 +70,7 @@ def _stored(networks: LatentNetworks, batch: Batch, recipe: Recipe, steps: int, 
     batch = replace(batch, hr=hr, lr=lr)
     indices = batch.index.tolist()
     noise = per_sample_noise(recipe.seed, indices, "posterior_lr", networks.seen_noise_shape(*batch.hr.shape[-2:]))
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    kind = kinds.get(with_precision(recipe, torch.device(device)).training.mixed_precision)
+    kind = HALF.get(with_precision(recipe, torch.device(device)).training.mixed_precision)
     with torch.autocast(torch.device(device).type, kind, enabled=kind is not None):
         condition = networks.see(seen(batch).to(device), noise.to(device))
         assert condition.z_lr is not None

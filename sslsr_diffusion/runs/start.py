@@ -25,6 +25,7 @@ from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import find_checkpoint
 from sslsr_diffusion.training.job import Event, Job, Loader, Publisher, TrainResult
 from sslsr_diffusion.training.loop import train_job
+from sslsr_diffusion.training.processes import check_precision, check_trackers
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.validation import Pair, Validation
 
@@ -57,14 +58,16 @@ def train(
     folder = RunFolder(run_folder(recipe))
     for text in recipe.without_effect() if main else ():
         logger.warning("%s", text)
-    if resume is None and main:
-        if restart:
-            folder.move_aside()
+    if resume is None and main and not restart:
         folder.check_free()
+    check_trackers(recipe.output.trackers)
+    check_precision(recipe.training.mixed_precision, training_device())
     checkpoint = find_checkpoint(resume, folder.path) if resume is not None else None
     recipe = pinned(recipe, checkpoint)
     try:
         job = build_job(recipe, publisher=_publisher(recipe) if main else None)
+        if main and restart:
+            folder.move_aside()  # only now: a mistake in the recipe leaves the earlier run where it is
         return train_job(job, resume=str(checkpoint) if checkpoint else None, allow_recipe_change=allow_recipe_change, on_event=on_event)
     except Exception as error:
         if not is_out_of_memory(error):

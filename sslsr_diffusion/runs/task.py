@@ -21,6 +21,7 @@ from sslsr_diffusion.seeding import derive_seed
 from sslsr_diffusion.tasks.frame import Frame
 from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import read_checkpoint
+from sslsr_diffusion.training.engines import HALF
 from sslsr_diffusion.training.state import load_trained, trained_parameters
 
 
@@ -41,7 +42,7 @@ def means_of(recipe: Recipe, task: Task, *, shapes: bool = False) -> Means:
         return means
     side = recipe.training.crop_size
     channels, height, _ = task.networks.codec.noise_shape(torch.empty(1, 3, side, side, device="meta"))[1:]
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.training.mixed_precision)
+    half = HALF.get(recipe.training.mixed_precision)
     return replace(means, latent=(channels, height), prior=task.networks.prior, half=half)
 
 

@@ -29,7 +29,7 @@ ANCHOR = 0.4  # of what the teacher gets wrong at the low resolution is taken ba
 PRESETS = ("mild", "stablesr_ssl", "bicubic")  # how the held-out photographs are reduced
 SIDE, PER_PHOTOGRAPH, LONGEST = 384, 3, 1280  # pixels of a test crop; crops per photograph; larger photographs are shrunk first
 SSLSR = [sys.executable, "-c", "from sslsr_diffusion.cli import main; main()"]
-METRICS = "psnr,ssim,niqe,ssg_l1,features"
+METRICS, BORDER = "psnr,ssim,niqe,ssg_l1,features,grid", 4  # pixels cut from each side, as in the SSL paper's tables
 MODEL = Path("results") / SMALL
 
 
@@ -131,7 +131,8 @@ def upscaled(dataset: Path, model: str, name: str) -> Path:
 
 def evaluate(dataset: Path, columns: Sequence[tuple[str, Path]], output: str) -> None:
     named = [part for name, folder in columns for part in ("--restored", f"{name}={folder}")]
-    run([*SSLSR, "evaluate", *named, "--reference", str(dataset / "hr"), "--lr", str(dataset / "lr"), "--metrics", METRICS, "-o", output])
+    truth = ["--reference", str(dataset / "hr"), "--lr", str(dataset / "lr")]
+    run([*SSLSR, "evaluate", *named, *truth, "--metrics", METRICS, "--crop-border", str(BORDER), "-o", output])
 
 
 def run(command: list[str]) -> None:

@@ -65,6 +65,8 @@ def resize_bicubic(image: "Tensor", size: tuple[int, int]) -> "Tensor":
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     shrinks = size[0] < image.shape[-2] or size[1] < image.shape[-1]
+    if shrinks and size[1] == 1 < size[0]:  # torch 2.14 gets the rows of a single column wrong, and the columns of a single row right
+        return resize_bicubic(image.mT.contiguous(), (1, size[0])).mT
     return interpolate(image, size=size, mode="bicubic", align_corners=False, antialias=shrinks)
 
 

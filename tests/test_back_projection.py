@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sslsr_diffusion.images import resize_bicubic
@@ -43,14 +43,13 @@ def test_what_fits_its_input_already_is_left_alone_and_what_does_not_fits_better
 
 @given(
     st.integers(0, 99),
-    st.integers(4, 14),
-    st.integers(4, 14),
+    st.integers(1, 14),
+    st.integers(1, 14),
     st.sampled_from([0.3, 0.5, 1.0, 2.0, 2.5, 3.7, 4.0, 8.0]),
     st.integers(1, 40),
 )
 def test_bands_are_the_picture_of_one_piece(seed: int, height: int, width: int, scale: float, rows: int) -> None:
     low, size = waves(height, width, seed), (max(1, round(scale * height)), max(1, round(scale * width)))
-    assume(size[1] > 1)  # torch 2.14 reduces to one column wrongly, unless channels come last
     restored = waves(*size, seed=seed + 1)
     whole, projected = back_projection(restored.clone(), low, 0.6), BandProjection(low, size, 0.6)
     for top in range(0, size[0], rows):

@@ -118,6 +118,8 @@ def training_precision(device: torch.device) -> Literal["bf16", "no"]:
     """What `training.mixed_precision: auto` is on a device: bf16 where its own units compute it, else no."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if device.type == "mps":
+        return "bf16" if torch.backends.mps.is_macos_or_newer(14, 0) else "no"
     return "no" if device.type == "cpu" and not bfloat16_pays() else "bf16"
 
 

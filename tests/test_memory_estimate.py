@@ -157,7 +157,8 @@ def test_savings_save(name: str) -> None:
     ],
     ids=["gpu", "cpu"],
 )
-def test_a_run_out_of_memory_says_what_would_fit(error, monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize("precision", ["no", "auto"])  # which is float32 here
+def test_a_run_out_of_memory_says_what_would_fit(error, precision, monkeypatch, tmp_path) -> None:
     """With made-up numbers: counting takes seconds."""
     from sslsr_diffusion.training import session
 
@@ -166,14 +167,25 @@ def test_a_run_out_of_memory_says_what_would_fit(error, monkeypatch, tmp_path) -
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(session.Session, "step", full)
+    monkeypatch.setattr("sslsr_diffusion.runs.pin.training_precision", lambda device: "no")
     monkeypatch.setattr("sslsr_diffusion.runs.memory.step_bytes", lambda recipe: {"weights": recipe.training.batch_size << 28})
     with pytest.raises(UserError) as caught:
-        sslsr(*small("tiny", "runs/tiny", "model.vae=null", "training.batch_size=4", "training.accumulate=2"))
+        sslsr(
+            *small(
+                "tiny",
+                "runs/tiny",
+                "model.vae=null",
+                "training.batch_size=4",
+                "training.accumulate=2",
+                f"training.mixed_precision={precision}",
+            )
+        )
     text = str(caught.value)
     assert "2.00 GiB." in text.splitlines()[0]
     assert "long report" not in text
     assert re.search(r"this device has \d+\.\d GiB", text)
-    for saving in ("gradient_checkpointing: true", "batch_size: 1, accumulate: 8", "optimizer.kind: adamw8bit", "all of these"):
+    savings = ("gradient_checkpointing: true", "batch_size: 1, accumulate: 8", "mixed_precision: bf16", "optimizer.kind: adamw8bit")
+    for saving in (*savings, "all of these"):
         assert re.search(rf"{saving}.* \d+\.\d\d GiB +fits", text), saving
     assert re.search(r"batch_size: 1, accumulate: 8 +0\.25 GiB", text)
     for way in ("--resume latest", "--allow-recipe-change", "--restart"):  # half precision is another recipe; no checkpoint may be there

@@ -12,6 +12,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from hub_server import HubServer
 from tiny_runs import save_upscaler
+from toys import toy_job
 from typer.testing import CliRunner
 
 from sslsr_diffusion.cli import app
@@ -21,6 +22,8 @@ from sslsr_diffusion.runs.check import check_resume
 from sslsr_diffusion.runs.pin import pinned, recorded_state
 from sslsr_diffusion.runs.recipe import Recipe
 from sslsr_diffusion.training.checkpoints import write_checkpoint
+from sslsr_diffusion.training.loop import train_job
+from sslsr_diffusion.training.session import Session
 
 PHOTOS = Path(__file__).parent.parent / "examples/photos"
 FIRST, SECOND = "1a" * 20, "2b" * 20
@@ -183,18 +186,32 @@ def test_an_automatic_precision_is_chosen_once(base, caplog, monkeypatch):
     assert chosen("run/checkpoint-1") == yaml.safe_load(Path("run/recipe.yaml").read_text())["training"]["mixed_precision"] == "bf16"
     assert "bf16 is slower" not in caplog.text
     on_a_device_for("no")
-    assert re.search(r"resume +ok +run/checkpoint-1, step 1 of 2$", train(2, *here, auto, "--resume", "latest", "--dry-run"), re.MULTILINE)
+    checked = train(2, *here, auto, "--resume", "latest", "--dry-run")
+    assert re.search(r"resume +ok +run/checkpoint-1, step 1 of 2$", checked, re.MULTILINE)
+    assert re.search(
+        r"precision +ok +bf16 is slower than float32 on this device, .*; a run goes on in what it began with$", checked, re.MULTILINE
+    )
     assert "Done: 2 steps" in train(2, *here, auto, "--resume", "latest")
     assert chosen("run/checkpoint-2") == "bf16"
-    assert "bf16 is slower than float32 on this device" in caplog.text  # which goes on in it all the same
+    assert re.search("bf16 is slower than float32 on this device, .*; a run goes on in what it began with", caplog.text)
     caplog.clear()
     assert "Done: 1 steps" in train(1, *here, auto, "--restart")
     assert chosen("run/checkpoint-1") == "no"
     assert "bf16 is slower" not in caplog.text
     slow = train(1, *here, "--set=training.mixed_precision=bf16", "--set=output.dir=other", "--dry-run")
-    assert re.search(r"precision +ok +bf16 is slower than float32 on this device", slow)
+    assert re.search(
+        r"precision +ok +bf16 is slower than float32 on this device, .*training.mixed_precision=auto saves time$", slow, re.MULTILINE
+    )
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     refused = train(1, *here, "--set=training.mixed_precision=fp16", "--set=output.dir=other", "--dry-run")
     assert re.search(r"precision +refused +training.mixed_precision: fp16 needs a GPU", refused)
+
+
+def test_processes_for_which_auto_differs_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Session, "gather", lambda self, value: [*value, "bf16"] if value == ["no"] else list(value))
+    with pytest.raises(UserError, match=r"expected auto to be one and the same for all processes, got no, bf16 by rank; say bf16 or no\."):
+        train_job(toy_job(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_looks_up_what_would_be_resumed(hub, tmp_path, monkeypatch):

@@ -233,13 +233,25 @@ def test_fp16_without_a_gpu_is_refused_before_anything_is_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mistake", ["output.trackers=[nothing]", "model.vae=nothing", *([] if torch.cuda.is_available() else ["training.mixed_precision=fp16"])]
+    ("mistake", "said"),
+    [
+        ("output.trackers=[nothing]", "'nothing' is unknown"),
+        ("model.vae=nothing", "nothing"),
+        ("data.sources.0.path=nothing", "nothing"),
+        ("data.teacher=nothing", "nothing"),
+        (
+            "model.vae=runs/tiny/vae",
+            r"^--restart: model\.vae is runs/tiny/vae, in the run that would be moved aside; choose another output\.dir",
+        ),
+        *([] if torch.cuda.is_available() else [("training.mixed_precision=fp16", "needs a GPU")]),
+    ],
 )
-def test_a_mistake_in_the_recipe_leaves_the_earlier_run_where_it_is(tmp_path, mistake):
+def test_a_mistake_in_the_recipe_leaves_the_earlier_run_where_it_is(tmp_path, mistake, said):
     earlier = tmp_path / "runs/tiny/recipe.yaml"
     earlier.parent.mkdir(parents=True)
     earlier.write_text("of an earlier run\n")
-    with pytest.raises(UserError):
+    (earlier.parent / "vae").mkdir()
+    with pytest.raises(UserError, match=said):
         sslsr(*small("tiny", "runs/tiny", "model.vae=null", mistake), "--restart")
     assert list((tmp_path / "runs").iterdir()) == [earlier.parent]
     assert earlier.read_text() == "of an earlier run\n"

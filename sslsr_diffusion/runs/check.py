@@ -21,7 +21,7 @@ from sslsr_diffusion.runs.memory import describe_memory, describe_parameters
 from sslsr_diffusion.runs.pin import pinned, recorded_state, with_precision
 from sslsr_diffusion.runs.presets import Preset, describe_presets
 from sslsr_diffusion.runs.recipe import Recipe, resolved, run_folder
-from sslsr_diffusion.runs.start import check_one_way, check_patience, lacking_metrics, validation_metric
+from sslsr_diffusion.runs.start import check_one_way, check_patience, check_stands_elsewhere, lacking_metrics, validation_metric
 from sslsr_diffusion.runs.task import build_task
 from sslsr_diffusion.shipped_model import local_folder
 from sslsr_diffusion.tasks.task import Task
@@ -60,10 +60,14 @@ def dry_run(
         allow_recipe_change: whether the run would go on from a checkpoint of another recipe.
     """
     check_one_way(resume, restart)
+    if restart:
+        check_stands_elsewhere(recipe)
     say(yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True).rstrip())
-    checks = run_checks(recipe, empty=resume is None and not restart)
+    checks = []
     if resume is not None:
         checks.append(check_resume(recipe, resume, allow_recipe_change))
+        recipe = _as_recorded(recipe, resume)
+    checks = run_checks(recipe, empty=not restart, resumed=resume is not None) + checks
     built: list[Task] = []
     known = {check.detail for check in checks}  # a base that is not whole is said once
     checks += [check for check in _checked("task", lambda: _task(recipe, built), "refused") if check.detail not in known]
@@ -83,17 +87,17 @@ def dry_run(
     return all(check.verdict == "ok" for check in checks)
 
 
-def run_checks(recipe: Recipe, *, empty: bool = True) -> list[Check]:
-    """Data, model, losses, metrics, optimizer, trackers and output; `empty`: the output folder must hold no run."""
+def run_checks(recipe: Recipe, *, empty: bool = True, resumed: bool = False) -> list[Check]:
+    """Data, model, losses, metrics, optimizer, trackers and output; `empty`: the output folder must hold no run, unless it is `resumed`."""
     checks = [*_data(recipe), *_model(recipe), *_losses(recipe)]
     for what, say, verdict in (
         ("teacher", _teacher, "missing"),
         ("metrics", _metrics, "missing"),
         ("patience", _patience, "refused"),
-        ("precision", _precision, "refused"),
+        ("precision", lambda recipe: _precision(recipe, resumed), "refused"),
         ("optimizer", _optimizer, "missing"),
         ("trackers", _trackers, "missing"),
-        ("output", lambda recipe: _output(recipe, empty), "refused"),
+        ("output", lambda recipe: _output(recipe, empty and not resumed), "refused"),
     ):
         checks += _checked(what, lambda say=say: say(recipe), verdict)  # type: ignore[misc, arg-type]  # bound in this round
     return checks
@@ -205,12 +209,12 @@ def _optimizer(recipe: Recipe) -> str | None:
     return "bitsandbytes"
 
 
-def _precision(recipe: Recipe) -> str | None:
+def _precision(recipe: Recipe, resumed: bool) -> str | None:
     asked, device = recipe.training.mixed_precision, training_device()
     check_precision(asked, device)
     chosen = with_precision(recipe, device).training.mixed_precision
     arithmetic = "bf16" if chosen == "bf16" else "float32, the faster one"
-    return slow_precision(asked, device) or (f"auto: {arithmetic} on this device" if asked == "auto" else None)
+    return slow_precision(asked, device, resumed=resumed) or (f"auto: {arithmetic} on this device" if asked == "auto" else None)
 
 
 def _metrics(recipe: Recipe) -> str | None:
@@ -247,6 +251,16 @@ def check_resume(recipe: Recipe, where: str, allow_recipe_change: bool = False) 
     if found.verdict != "ok":
         return found
     return _checked("resume", lambda: _continued(recipe, Path(found.detail), allow_recipe_change), "refused")[0]
+
+
+def _as_recorded(recipe: Recipe, where: str) -> Recipe:
+    """The recipe with what `auto` was in the checkpoint that it goes on from, where that is on this machine."""
+    if hub.is_hub_id(where, revision=True):
+        return recipe
+    with contextlib.suppress(UserError):  # that was said
+        recorded = recorded_state(find_checkpoint(where, run_folder(recipe))).get("recipe", {})
+        return with_precision(recipe, training_device(), recorded.get("training", {}).get("mixed_precision"))
+    return recipe
 
 
 def _continued(recipe: Recipe, folder: Path, allow_recipe_change: bool) -> str:

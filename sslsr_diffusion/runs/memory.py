@@ -81,6 +81,7 @@ def _uncounted(recipe: Recipe) -> list[str]:
 
 def _variants(recipe: Recipe) -> dict[str, Recipe]:
     """Names of savings, and the recipe with them; more accumulation keeps the samples of an optimizer step."""
+    recipe = with_precision(recipe, training_device())
     training, task = recipe.training, recipe.task
     savings: dict[str, dict[str, dict[str, Any]]] = {}
     if not training.gradient_checkpointing:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from sslsr_diffusion.tasks.task import Task
 from sslsr_diffusion.training.checkpoints import find_checkpoint
 from sslsr_diffusion.training.job import Event, Job, Loader, Publisher, TrainResult
 from sslsr_diffusion.training.loop import train_job
-from sslsr_diffusion.training.processes import check_precision, check_trackers
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.validation import Pair, Validation
 
@@ -54,21 +53,20 @@ def train(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     check_one_way(resume, restart)
+    if restart:
+        check_stands_elsewhere(recipe)
     main = int(os.environ.get("RANK", "0")) == 0
     folder = RunFolder(run_folder(recipe))
     for text in recipe.without_effect() if main else ():
         logger.warning("%s", text)
     if resume is None and main and not restart:
         folder.check_free()
-    check_trackers(recipe.output.trackers)
-    check_precision(recipe.training.mixed_precision, training_device())
     checkpoint = find_checkpoint(resume, folder.path) if resume is not None else None
     recipe = pinned(recipe, checkpoint)
     try:
         job = build_job(recipe, publisher=_publisher(recipe) if main else None)
-        if main and restart:
-            folder.move_aside()  # only now: a mistake in the recipe leaves the earlier run where it is
-        return train_job(job, resume=str(checkpoint) if checkpoint else None, allow_recipe_change=allow_recipe_change, on_event=on_event)
+        onward = str(checkpoint) if checkpoint else None
+        return train_job(job, resume=onward, restart=restart, allow_recipe_change=allow_recipe_change, on_event=on_event)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -79,6 +77,23 @@ def check_one_way(resume: str | None, restart: bool) -> None:
     """UserError where a run would both go on and begin anew."""
     if restart and resume is not None:
         raise UserError("restart begins anew and resume goes on; choose one of them.")
+
+
+def check_stands_elsewhere(recipe: Recipe) -> None:
+    """UserError where something that the run begins from lies in the folder that `restart` moves aside."""
+    folder = run_folder(recipe).resolve()
+    for key, value in _texts(resolved(recipe)):
+        if os.path.exists(value) and folder in Path(value).resolve().parents:
+            raise UserError(f"restart: {key} is {value}, in the run that would be moved aside; choose another output.dir for the new one.")
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key path, value) of every text in nested dicts and lists."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(part, f"{key}.{name}" if key else str(name))
 
 
 def open_upscaler(

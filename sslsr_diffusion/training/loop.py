@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import closing
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from sslsr_diffusion.training.checkpoints import find_checkpoint, latest_checkpo
 from sslsr_diffusion.training.job import Event, Finished, Job, Run, StepDone, TrainResult, Validated
 from sslsr_diffusion.training.looks import Looks
 from sslsr_diffusion.training.outputs import keep_best, publish_best, save_checkpoint, write_result
-from sslsr_diffusion.training.processes import StopRequest, check_precision, check_trackers, lost_process_explained, slow_precision
+from sslsr_diffusion.training.processes import (
+    StopRequest,
+    check_one_precision,
+    check_precision,
+    check_trackers,
+    lost_process_explained,
+    slow_precision,
+)
 from sslsr_diffusion.training.reporting import Reporter
 from sslsr_diffusion.training.resume import agree_on_best, check_same_recipe, check_same_step, data_state, measured_otherwise
 from sslsr_diffusion.training.run_folder import PICTURES, RunFolder
@@ -24,12 +32,18 @@ logger = logging.getLogger(__name__)
 
 
 def train_job(
-    job: Job, *, resume: str | None = None, allow_recipe_change: bool = False, on_event: Callable[[Event], None] | None = None
+    job: Job,
+    *,
+    resume: str | None = None,
+    restart: bool = False,
+    allow_recipe_change: bool = False,
+    on_event: Callable[[Event], None] | None = None,
 ) -> TrainResult:
     """Train until the last step or until asked to stop.
 
     Args:
         resume: `latest`, a checkpoint or a run folder to go on from.
+        restart: move what stands in the output folder aside, once everything is there that the run needs.
         on_event: gets what happens as it happens, on the main process; what it raises ends the run and comes out here.
     Raises UserError: the checkpoint does not fit, the numbers went wrong too often (a checkpoint is left behind), or a process is gone.
     """
@@ -38,34 +52,42 @@ def train_job(
     checkpoint = find_checkpoint(resume, folder.path) if resume else None
     session = Session(job.task, job.losses, settings, seed=job.seed, trackers=job.output.trackers, run=folder.path)
     check_precision(settings.mixed_precision, session.device)
-    if session.main and (slow := slow_precision(settings.mixed_precision, session.device)) is not None:
+    if session.main and (slow := slow_precision(settings.mixed_precision, session.device, resumed=resume is not None)) is not None:
         logger.warning("%s", slow)
     tell = on_event if on_event is not None and session.main else lambda event: None
     with lost_process_explained(session.world_size, folder.path):
-        result = _train(job, session, folder, checkpoint, allow_recipe_change, tell)
+        result = _train(job, session, folder, checkpoint, restart, allow_recipe_change, tell)
     session.close()
     tell(Finished(result.step, settings.steps, result.stopped, result.pipeline))
     return result
 
 
 def _train(
-    job: Job, session: Session, folder: RunFolder, checkpoint: Path | None, allow_recipe_change: bool, tell: Callable[[Event], None]
+    job: Job,
+    session: Session,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    restart: bool,
+    allow_recipe_change: bool,
+    tell: Callable[[Event], None],
 ) -> TrainResult:
     """What `train_job` does once all processes are there."""
+    check_one_precision(session.gather([job.training.mixed_precision]))
     position = None if checkpoint is None else _load(job, session, folder, checkpoint, allow_recipe_change)
     progress = session.progress
     if session.main and session.sharded and job.validation is not None:
         left = "validation is left out, so no weights are chosen as the best and no patience ends the run"
         logger.warning("the weights are divided among the processes (FSDP): %s", left)
-    if session.main:
-        folder.start(job.recipe, -1 if checkpoint is None else progress.step)  # what begins anew has no row 0 yet
-    session.barrier()
-    if checkpoint is not None:
-        agree_on_best(progress, folder.best, job.recipe)
-    loader = job.open_data(session.rank, session.world_size, position, session.device)
-    with StopRequest() as stop, Reporter(session, folder, job.training, resumed=checkpoint) as reporter:
-        run = Run(job, session, folder, loader, stop, reporter, tell)
-        try:
+    with closing(job.open_data(session.rank, session.world_size, position, session.device)) as loader:
+        if session.main:
+            if restart:
+                folder.move_aside()  # only now: what is wrong or missing leaves the earlier run where it is
+            folder.start(job.recipe, -1 if checkpoint is None else progress.step)  # what begins anew has no row 0 yet
+        session.barrier()
+        if checkpoint is not None:
+            agree_on_best(progress, folder.best, job.recipe)
+        with StopRequest() as stop, Reporter(session, folder, job.training, resumed=checkpoint) as reporter:
+            run = Run(job, session, folder, loader, stop, reporter, tell)
             asked = _steps(run)
             stopped = asked or (_worn_out(run) if progress.step < job.training.steps else None)
             if stopped is not None:
@@ -73,9 +95,7 @@ def _train(
                 reporter.say(f"stopped at step {progress.step} of {job.training.steps}: {stopped}{onward}")
             result = _finish(run) if asked is None else None
             problems = session.gather(loader.problems())
-        finally:
-            loader.close()
-        reporter.problems(problems)
+            reporter.problems(problems)
     return TrainResult(folder.path, progress.step, stopped, progress.best, result, problems)
 
 

@@ -37,11 +37,21 @@ def check_precision(mixed_precision: str, device: torch.device) -> None:
         raise UserError("training.mixed_precision: fp16 needs a GPU and this run is on the CPU; use bf16 or no.")
 
 
-def slow_precision(mixed_precision: str, device: torch.device) -> str | None:
-    """A sentence where the device would be faster in float32 than in the half precision that was asked for."""
+def check_one_precision(found: Sequence[str]) -> None:
+    """UserError where `training.mixed_precision: auto` is one thing to one process and another to the next."""
+    if len(set(found)) > 1:
+        raise UserError(
+            f"training.mixed_precision: expected auto to be one and the same for all processes, got {', '.join(found)} by rank; "
+            "say bf16 or no."
+        )
+
+
+def slow_precision(mixed_precision: str, device: torch.device, *, resumed: bool) -> str | None:
+    """A sentence where the device would be faster in float32 than in the half precision of a run that begins, or goes on (`resumed`)."""
     if mixed_precision != "bf16" or training_precision(device) == "bf16":
         return None
-    return "bf16 is slower than float32 on this device, which has no units for it; training.mixed_precision=auto saves time"
+    advice = "a run goes on in what it began with" if resumed else "training.mixed_precision=auto saves time"
+    return f"bf16 is slower than float32 on this device, which has no units for it; {advice}"
 
 
 class StopRequest:

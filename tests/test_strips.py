@@ -191,7 +191,10 @@ def test_latents_that_are_never_whole_get_smaller_tiles_where_memory_runs_out(tm
 
 def test_a_photograph_of_12_megapixels_fits_4_gb_with_the_shipped_model():
     networks = FAMILIES["one_step"].read(local_folder(SMALL), meta=True)
-    memory, rows = MemoryModel(networks, torch.device("cpu")), bands.rows_beside(CallOptions(back_projection=0.4), 4)  # as it is called
+    memory, rows = (
+        MemoryModel(networks, torch.device("cpu")),
+        bands.rows_beside(CallOptions(detail=0.9, back_projection=0.5), 4),
+    )  # as it is called
 
     def plan(latents: str, budget: int) -> TilePlan:
         beside = InBands(rows, 18 * 3000 * 4000, latents)

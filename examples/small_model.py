@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from sslsr_diffusion.images import resize_bicubic
+from sslsr_diffusion.evaluation.scoring import load_rgb
+from sslsr_diffusion.images import to_array, to_tensor
+from sslsr_diffusion.inference.restorer import enlarged
 from sslsr_diffusion.ops.edge_mask import laplacian_edge_mask
 from sslsr_diffusion.shipped_model import SMALL
 
@@ -69,7 +70,7 @@ def compare_models(models: Sequence[str], more: Sequence[Path]) -> None:
     if len(set(names)) < len(names):
         sys.exit(f"small_model: expected models of different names, each a column, got {', '.join(names)}; copy or link one of them.")
     for dataset in [*test_sets(), *more]:
-        columns = [("bicubic", enlarged(dataset))]
+        columns = [("bicubic", bicubic(dataset))]
         columns += [(name, upscaled(dataset, model, name)) for name, model in zip(names, models, strict=True)]
         evaluate(dataset, columns, f"results/compare/{names[0]}/{dataset.name}")
 
@@ -111,22 +112,14 @@ def cut(photograph: Path, folder: Path, most: int = PER_PHOTOGRAPH) -> None:
 
 
 def edge_density(picture: Image.Image) -> float:
-    return float(laplacian_edge_mask(to_tensor(picture)).float().mean())
+    return float(laplacian_edge_mask(to_tensor(np.asarray(picture))[None]).float().mean())
 
 
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """[1, 3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
-
-
-def enlarged(dataset: Path) -> Path:
-    """By torch's bicubic, as everywhere in the package (a = -0.75)."""
+def bicubic(dataset: Path) -> Path:
     folder = Path("results/upscaled") / dataset.name / "bicubic"
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted((dataset / "lr").iterdir()):
-        pixels = to_tensor(Image.open(file))
-        made = resize_bicubic(pixels, (4 * pixels.shape[-2], 4 * pixels.shape[-1]))
-        Image.fromarray((made[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / f"{file.stem}.png")
+        Image.fromarray(to_array(enlarged(load_rgb(file), 4)[0])).save(folder / f"{file.stem}.png")
     return folder
 
 

@@ -197,6 +197,10 @@ def test_an_automatic_precision_is_chosen_once(base, caplog, monkeypatch):
     caplog.clear()
     assert "Done: 1 steps" in train(1, *here, auto, "--restart")
     assert chosen("run/checkpoint-1") == "no"
+    on_a_device_for("bf16")
+    checked = train(2, *here, auto, "--resume", "latest", "--dry-run")
+    assert re.search(r"precision +ok +float32$", checked, re.MULTILINE)  # as recorded
+    on_a_device_for("no")
     assert "bf16 is slower" not in caplog.text
     slow = train(1, *here, "--set=training.mixed_precision=bf16", "--set=output.dir=other", "--dry-run")
     assert re.search(

@@ -257,6 +257,12 @@ def test_a_mistake_in_the_recipe_leaves_the_earlier_run_where_it_is(tmp_path, mi
     assert earlier.read_text() == "of an earlier run\n"
 
 
+def test_no_batch_is_looked_for_before_a_run_that_would_be_refused(tmp_path):
+    (tmp_path / "runs/tiny/vae").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^--restart: model\.vae is runs/tiny/vae, in the run that would be moved aside"):
+        sslsr(*small("tiny", "runs/tiny", "model.vae=runs/tiny/vae"), "--restart", "--find-batch", "--memory-budget", "8GB")
+
+
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     from accelerate import tracking
 

@@ -212,9 +212,13 @@ def _optimizer(recipe: Recipe) -> str | None:
 def _precision(recipe: Recipe, resumed: bool) -> str | None:
     asked, device = recipe.training.mixed_precision, training_device()
     check_precision(asked, device)
+    if slow := slow_precision(asked, device, resumed=resumed):
+        return slow
+    if resumed:  # of a run on the hub it is not known here
+        return "auto: what the run began with" if asked == "auto" else "float32" if asked == "no" else asked
     chosen = with_precision(recipe, device).training.mixed_precision
     arithmetic = "bf16" if chosen == "bf16" else "float32, the faster one"
-    return slow_precision(asked, device, resumed=resumed) or (f"auto: {arithmetic} on this device" if asked == "auto" else None)
+    return f"auto: {arithmetic} on this device" if asked == "auto" else None
 
 
 def _metrics(recipe: Recipe) -> str | None:

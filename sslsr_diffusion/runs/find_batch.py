@@ -14,7 +14,7 @@ from sslsr_diffusion.devices import is_out_of_memory, release_cached, training_d
 from sslsr_diffusion.errors import UserError
 from sslsr_diffusion.runs.memory import GIB, one_sampling_step, step_bytes, with_values
 from sslsr_diffusion.runs.recipe import Recipe, run_folder
-from sslsr_diffusion.runs.start import build_job, open_data
+from sslsr_diffusion.runs.start import build_job, check_stands_elsewhere, open_data
 from sslsr_diffusion.training.processes import check_precision
 from sslsr_diffusion.training.run_folder import RunFolder
 from sslsr_diffusion.training.session import Session
@@ -33,10 +33,12 @@ def find_batch(recipe: Recipe, say: Callable[[str], None], *, memory_budget: int
     Args:
         say: gets a line per size, and at last one with what was found.
         memory_budget: bytes; on a GPU None is what the card has, a CPU needs it. There the peak is the whole process's.
-        restart: whether the run that comes after it may find its folder taken.
+        restart: whether the run that comes after it moves aside what its folder holds.
     Raises UserError: not one sample fits, or it cannot be found out here.
     """
-    if not restart:
+    if restart:
+        check_stands_elsewhere(recipe)
+    else:
         RunFolder(run_folder(recipe)).check_free()
     device = training_device()
     memory = _memory(device, memory_budget)

@@ -61,7 +61,7 @@ class VGG(nn.Module):
         """[B, 3, H, W] in [0, 1], not clamped -> the features [B, C, h, w] of the layers, in the network's order."""
         x = (pictures - self.get_buffer("mean")) / self.get_buffer("deviation")
         wanted, found = {self.places[layer] for layer in layers}, []
-        for place, part in enumerate(self.features[: max(wanted) + 1]):
+        for place, part in zip(range(max(wanted) + 1), self.features):
             x = part(x)
             if place in wanted:
                 found.append(x)

@@ -74,7 +74,7 @@ class PerceptualDistance(nn.Module):
     def __init__(self, features: nn.Sequential, weights: list[Tensor]) -> None:
         """`features` are vgg16's; `weights` five times [C_l]."""
         super().__init__()
-        self.features = features[: _TAPS[-1] + 1]
+        self.features = nn.Sequential(*list(features)[: _TAPS[-1] + 1])
         for layer, weight in enumerate(weights):
             self.register_buffer(f"weight{layer}", weight.reshape(1, -1, 1, 1))
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).reshape(1, 3, 1, 1))

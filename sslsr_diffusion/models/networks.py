@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class Networks(nn.Module):
             if callable(enable) and getattr(part, "_supports_gradient_checkpointing", True):  # diffusers raises where a class lacks it
                 enable()
         if channels_last:
-            self.to(memory_format=torch.channels_last)
+            cast(Any, self).to(memory_format=torch.channels_last)  # torch 2.13's types do not know it
 
 
 class PixelNetworks(Networks):
